@@ -1,0 +1,157 @@
+"""The two operators as functions: arguments are checked here, before any kernel runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import ops as _ops  # noqa: F401  (registers the operators)
+
+
+def focal_modulation(
+    q: Tensor,
+    ctx: Tensor,
+    gates: Tensor,
+    focal_weights: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    normalize_modulator: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Focal modulation of a query by gated context of growing range.
+
+    Yang et al., "Focal Modulation Networks", NeurIPS 2022 (arXiv:2203.11926), section 3.2. With
+    ``agg = gated_aggregation(ctx, gates, focal_weights)`` it equals ``q * F.linear(agg, weight, bias)``.
+
+    Args:
+        q: query, ``(B, H, W, C)``. Views with any strides are taken as they are.
+        ctx: context before the first level, ``(B, H, W, C)``.
+        gates: one gate per position and level, the last for the global level, ``(B, H, W, L + 1)``.
+        focal_weights: L depthwise kernels, each ``(C, 1, k, k)`` or ``(C, 1, kh, kw)`` with odd sizes, from the first
+            level to the last. Convolutions are zero-padded to keep H and W; the activation is the exact (erf) GELU.
+        weight: 1x1 convolution that makes the modulator, ``(C, C)`` or ``(C, C, 1, 1)``.
+        bias: ``(C,)`` or None.
+        normalize_modulator: divide the aggregated context by L + 1.
+        backend: "triton", "cuda", "cpu" or "reference"; None takes the first that can run the call.
+
+    Returns:
+        ``(B, H, W, C)``, contiguous, with the dtype of ``q``. Under autocast, with autocast's dtype.
+
+    All tensors share one floating-point dtype (except under autocast, which casts) and one device. B may be 0.
+
+    Raises:
+        TypeError: an argument is no tensor, not floating point, or of another dtype than ``q``.
+        ValueError: a shape or device does not fit, or no backend has the given name.
+        RuntimeError: the backend that was asked for cannot run this call; the message says why.
+    """
+    tensors = {"q": q, "ctx": ctx, "gates": gates, **_named_weights(focal_weights), "weight": weight}
+    if bias is not None:
+        tensors["bias"] = bias
+    q, ctx, gates, focal_weights, (weight, *rest) = _prepare(tensors, len(focal_weights), images=("q", "ctx", "gates"))
+    bias = rest[0] if rest else None
+    _check_aggregation(ctx, gates, focal_weights)
+    _check_shape("q", q, ctx.shape, "the shape of ctx")
+    channels = ctx.shape[-1]
+    if tuple(weight.shape) not in ((channels, channels), (channels, channels, 1, 1)):
+        raise ValueError(
+            f"weight: expected shape ({channels}, {channels}) or ({channels}, {channels}, 1, 1) for the {channels} "
+            f"channels of ctx, got {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        _check_shape("bias", bias, (channels,), f"one value for each of the {channels} channels of ctx")
+    return torch.ops.focalnet.focal_modulation(
+        q, ctx, gates, focal_weights, weight.view(channels, channels), bias, normalize_modulator, backend
+    )
+
+
+def gated_aggregation(
+    ctx: Tensor,
+    gates: Tensor,
+    focal_weights: Sequence[Tensor],
+    *,
+    normalize_modulator: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Hierarchical contextualisation and gated aggregation: the context part of `focal_modulation`.
+
+    Yang et al. (arXiv:2203.11926), section 3.2, equations 4 to 6: with ``ctx_0 = ctx`` and
+    ``ctx_{l+1} = GELU(depthwise_conv(ctx_l, focal_weights[l]))``, returns ``sum_l gates[..., l] * ctx_{l+1}`` over the
+    L levels, plus ``gates[..., L] * GELU(mean over H, W of ctx_L)``.
+
+    Args, dtypes, devices and errors are those of `focal_modulation`.
+
+    Returns:
+        ``(B, H, W, C)``, contiguous, with the dtype of ``ctx``.
+    """
+    tensors = {"ctx": ctx, "gates": gates, **_named_weights(focal_weights)}
+    ctx, gates, focal_weights, _ = _prepare(tensors, len(focal_weights), images=("ctx", "gates"))
+    _check_aggregation(ctx, gates, focal_weights)
+    return torch.ops.focalnet.gated_aggregation(ctx, gates, focal_weights, normalize_modulator, backend)
+
+
+def _named_weights(focal_weights: Sequence[Tensor]) -> dict[str, Tensor]:
+    if not isinstance(focal_weights, (list, tuple)):
+        raise TypeError(f"focal_weights: expected a list of tensors, one a level, got {type(focal_weights).__name__}")
+    if not focal_weights:
+        raise ValueError("focal_weights: expected at least one level, got an empty list")
+    return {f"focal_weights[{level}]": weight for level, weight in enumerate(focal_weights)}
+
+
+def _prepare(tensors: dict[str, Tensor], levels: int, images: tuple[str, ...]) -> list:
+    """``[*images, focal_weights, the rest]``, cast where autocast is on, all of one dtype and on one device."""
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
+    first_name, first = next(iter(tensors.items()))
+    if torch.is_autocast_enabled(first.device.type):
+        tensors = _autocast(tensors, torch.get_autocast_dtype(first.device.type))
+        first = tensors[first_name]
+    for name, tensor in tensors.items():
+        if tensor.dtype != first.dtype:
+            raise TypeError(
+                f"{name}: expected {first.dtype}, the dtype of {first_name}, got {tensor.dtype}; "
+                f"cast one of them, or run under torch.autocast"
+            )
+        if tensor.device != first.device:
+            raise ValueError(f"{name}: expected device {first.device}, that of {first_name}, got {tensor.device}")
+    values = list(tensors.values())
+    split = len(images) + levels
+    return [*values[: len(images)], values[len(images) : split], values[split:]]
+
+
+def _autocast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """As PyTorch's own operators do under autocast: everything but float64 goes to the autocast dtype."""
+    return {
+        name: tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for name, tensor in tensors.items()
+    }
+
+
+def _check_aggregation(ctx: Tensor, gates: Tensor, focal_weights: Sequence[Tensor]) -> None:
+    if ctx.ndim != 4:
+        raise ValueError(f"ctx: expected 4 dimensions (B, H, W, C), got {ctx.ndim}: {tuple(ctx.shape)}")
+    batch, height, width, channels = ctx.shape
+    if height < 1 or width < 1 or channels < 1:
+        raise ValueError(f"ctx: expected H, W and C of at least 1, got shape {tuple(ctx.shape)}")
+    levels = len(focal_weights)
+    _check_shape("gates", gates, (batch, height, width, levels + 1), f"(B, H, W, L + 1) for {levels} focal_weights")
+    for level, weight in enumerate(focal_weights):
+        if weight.ndim != 4 or weight.shape[:2] != (channels, 1):
+            raise ValueError(
+                f"focal_weights[{level}]: expected shape ({channels}, 1, kh, kw) for the {channels} channels of ctx, "
+                f"got {tuple(weight.shape)}"
+            )
+        if weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0:
+            raise ValueError(
+                f"focal_weights[{level}]: expected odd kernel sizes, got {weight.shape[2]} x {weight.shape[3]}; "
+                f"an even kernel has no centre"
+            )
+
+
+def _check_shape(name: str, tensor: Tensor, expected: Sequence[int], meaning: str) -> None:
+    if tuple(tensor.shape) != tuple(expected):
+        raise ValueError(f"{name}: expected shape {tuple(expected)}, {meaning}, got {tuple(tensor.shape)}")

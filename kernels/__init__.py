@@ -1,0 +1,1 @@
+"""Triton kernels of focalnet; installed as ``focalnet.kernels``. Imports torch and triton only."""

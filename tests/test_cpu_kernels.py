@@ -1,0 +1,275 @@
+"""The C++ operators focalnet::cpu_gated_aggregation and its backward, against a float64 reference.
+
+The rule is the project's: the error against float64 is at most twice that of the plain PyTorch reference run in the
+same precision, plus one unit in the last place of the largest output magnitude.
+"""
+
+import contextlib
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+try:
+    from focalnet import extension  # noqa: F401  (loads the extension, which registers the operators)
+except ImportError:
+    pass
+
+try:
+    from focalnet.reference import gated_aggregation as reference
+except ImportError:
+
+    def reference(ctx, gates, focal_weights, normalize_modulator=False):
+        level = ctx.permute(0, 3, 1, 2)
+        agg = torch.zeros_like(level)
+        for i, weight in enumerate(focal_weights):
+            padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+            level = F.gelu(F.conv2d(level, weight, padding=padding, groups=level.shape[1]))
+            agg = agg + level * gates[..., i].unsqueeze(1)
+        agg = agg + F.gelu(level.mean((2, 3), keepdim=True)) * gates[..., -1].unsqueeze(1)
+        if normalize_modulator:
+            agg = agg / (len(focal_weights) + 1)
+        return agg.permute(0, 2, 3, 1)
+
+
+OPS = torch.ops.focalnet
+if not hasattr(OPS, "cpu_gated_aggregation"):
+    pytest.skip("the extension was built without the CPU kernels", allow_module_level=True)
+
+DTYPES = [torch.float32, torch.bfloat16]
+MODES = ["plain", "avx2", "avx512", "neon"]
+
+
+def available_isas():
+    before = OPS.cpu_isa()
+    found = []
+    for name in MODES:
+        with contextlib.suppress(RuntimeError):
+            OPS.cpu_set_isa(name)
+            found.append(name)
+    OPS.cpu_set_isa(before)
+    return found
+
+
+ISAS = available_isas()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    before = OPS.cpu_set_isa(request.param)
+    yield request.param
+    OPS.cpu_set_isa(before)
+
+
+@contextlib.contextmanager
+def threads(n):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def make(shape, kernels, dtype=torch.float32, packed=True, seed=0):
+    """ctx, gates, weights, dagg; ctx and gates are views into one packed projection, as the module has them."""
+    b, h, w, c = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator)
+
+    n = len(kernels)
+    projection = normal(b, h, w, 2 * c + n + 1).to(dtype)
+    ctx, gates = projection[..., c : 2 * c], projection[..., 2 * c :]
+    if not packed:
+        ctx, gates = ctx.contiguous(), gates.contiguous()
+    sizes = [k if isinstance(k, tuple) else (k, k) for k in kernels]
+    weights = [(normal(c, 1, kh, kw) * 1.5 / math.sqrt(kh * kw)).to(dtype) for kh, kw in sizes]
+    return ctx, gates, weights, normal(b, h, w, c).to(dtype)
+
+
+def gradients(ctx, gates, weights, dagg, normalize, dtype):
+    leaves = [t.detach().to(dtype).clone().requires_grad_() for t in (ctx, gates, *weights)]
+    agg = reference(leaves[0], leaves[1], leaves[2:], normalize_modulator=normalize)
+    return agg.detach(), torch.autograd.grad(agg, leaves, dagg.to(dtype))
+
+
+def ulp(exact, dtype):
+    largest = exact.abs().max().item() if exact.numel() else 0.0
+    return torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(largest)) if largest > 0 else torch.finfo(dtype).tiny
+
+
+def assert_within_rule(name, ours, low, exact):
+    assert ours.shape == exact.shape, name
+    assert ours.dtype == low.dtype, name
+    if not exact.numel():
+        return
+    error = (ours.double() - exact).abs().max().item()
+    allowed = 2 * (low.double() - exact).abs().max().item() + ulp(exact, low.dtype)
+    assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def check(shape, kernels, dtype, normalize=False, packed=True, seed=0):
+    ctx, gates, weights, dagg = make(shape, kernels, dtype, packed, seed)
+    exact_agg, exact = gradients(ctx, gates, weights, dagg, normalize, torch.float64)
+    low_agg, low = gradients(ctx, gates, weights, dagg, normalize, dtype)
+    agg = OPS.cpu_gated_aggregation(ctx, gates, weights, normalize)
+    assert agg.is_contiguous()
+    assert_within_rule("agg", agg, low_agg, exact_agg)
+    ours = OPS.cpu_gated_aggregation_bwd(dagg, ctx, gates, weights, normalize, [True] * 3)
+    names = ["dctx", "dgates"] + [f"dfocal_weights[{i}]" for i in range(len(weights))]
+    for name, a, b, c in zip(names, ours, low, exact, strict=True):
+        assert_within_rule(name, a, b, c)
+
+
+SHAPES = [
+    ((2, 14, 14, 96), (3, 5, 7)),
+    ((1, 9, 13, 17), (3, 5)),
+    ((1, 1, 1, 1), (3,)),
+    ((3, 1, 1, 8), (3, 5, 7)),
+    ((2, 1, 19, 3), (5, 7)),
+    ((2, 23, 1, 3), (3, 5, 7, 9)),
+    ((1, 12, 10, 100), (5, 7, 9)),
+    ((1, 30, 26, 8), (9, 11, 13)),
+    ((1, 20, 33, 17), (11, 13, 15)),
+    ((2, 5, 4, 8), (11, 13, 15)),
+    ((1, 7, 7, 40), (3, 5, 7)),
+    ((1, 8, 11, 8), ((3, 5), (7, 1), (1, 9))),
+    ((1, 6, 7, 3), (1, 17)),
+    ((0, 8, 8, 8), (3, 5)),
+    ((1, 56, 57, 16), (3, 5, 7)),
+    ((1, 90, 3, 8), (3, 5, 7)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape, kernels", SHAPES, ids=str)
+def test_matches_reference(isa, shape, kernels, dtype):
+    check(shape, kernels, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_normalized_and_contiguous(isa, dtype, packed, normalize):
+    check((2, 10, 12, 24), (3, 5), dtype, normalize=normalize, packed=packed)
+
+
+@pytest.mark.parametrize("width", range(1, 26))
+def test_every_width(isa, width):
+    check((1, 5, width, 8), (3, 5, 7), torch.float32, seed=width)
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7, 9, 11, 13, 15, 17, 21])
+@pytest.mark.parametrize("size", [(16, 15), (4, 5)])
+def test_every_kernel(isa, kernel, size):
+    check((1, *size, 9), (kernel, kernel), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_strides(dtype):
+    """Maps with transposed rows, gaps, an expanded batch or a channel stride other than 1 give the same bits."""
+    ctx, gates, weights, dagg = make((2, 9, 11, 24), (3, 5), dtype)
+
+    def same(ctx, gates, dagg):
+        contiguous = [t.contiguous() for t in (ctx, gates, dagg)]
+        a = OPS.cpu_gated_aggregation(ctx, gates, weights, True)
+        b = OPS.cpu_gated_aggregation(*contiguous[:2], weights, True)
+        assert torch.equal(a, b)
+        a = OPS.cpu_gated_aggregation_bwd(dagg, ctx, gates, weights, True, [True] * 3)
+        b = OPS.cpu_gated_aggregation_bwd(contiguous[2], *contiguous[:2], weights, True, [True] * 3)
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+    same(ctx, gates, dagg)
+    same(ctx.transpose(1, 2), gates.transpose(1, 2), dagg.transpose(1, 2))
+    same(ctx[:, ::2, 1::3], gates[:, ::2, 1::3], dagg[:, ::2, 1::3])
+    same(ctx[:1].expand(3, -1, -1, -1), gates[:1].expand(3, -1, -1, -1), dagg[:1].expand(3, -1, -1, -1))
+    channels_first = [t.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1) for t in (ctx, gates, dagg)]
+    same(*channels_first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape, kernels",
+    [((1, 14, 14, 96), (3, 5, 7)), ((1, 40, 30, 8), (3, 5, 7)), ((3, 7, 7, 17), (5, 7)), ((1, 64, 64, 3), (3, 5))],
+    ids=str,
+)
+def test_bits_do_not_depend_on_threads(isa, shape, kernels, dtype):
+    ctx, gates, weights, dagg = make(shape, kernels, dtype)
+    results = []
+    for n in (1, 2, 4):
+        with threads(n):
+            agg = OPS.cpu_gated_aggregation(ctx, gates, weights, False)
+            results.append([agg, *OPS.cpu_gated_aggregation_bwd(dagg, ctx, gates, weights, False, [True] * 3)])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("mask", [[bool(i & 1), bool(i & 2), bool(i & 4)] for i in range(8)], ids=str)
+def test_output_mask(isa, mask):
+    ctx, gates, weights, dagg = make((2, 9, 10, 20), (3, 5, 7))
+    every = OPS.cpu_gated_aggregation_bwd(dagg, ctx, gates, weights, False, [True] * 3)
+    some = OPS.cpu_gated_aggregation_bwd(dagg, ctx, gates, weights, False, mask)
+    assert len(some) == len(every)
+    for i, (a, b) in enumerate(zip(some, every, strict=True)):
+        if mask[min(i, 2)]:
+            assert torch.equal(a, b)
+        else:
+            assert a.shape == (0,)
+
+
+def test_gelu_over_its_whole_range(isa):
+    """A 1x1 kernel of ones and a gate of one make the operator GELU itself."""
+    x = torch.cat([torch.linspace(-12, 12, 40001), torch.tensor([1e4, -1e4, 1e30, -1e30, 0.0, -0.0, 1e-30, -1e-30])])
+    ctx = x.view(1, 1, -1, 1)
+    gates = torch.tensor([1.0, 0.0]).expand(1, 1, x.numel(), 2)
+    weights = [torch.ones(1, 1, 1, 1)]
+    ones = torch.ones_like(ctx)
+    exact = F.gelu(x.double())
+    agg = OPS.cpu_gated_aggregation(ctx, gates, weights, False).flatten()
+    ours, eager = (agg.double() - exact).abs(), (F.gelu(x).double() - exact).abs()
+    scale = exact.abs().clamp_min(0.25)
+    assert (ours / scale).max() <= 2e-7
+    assert (ours / scale).max() <= 2 * (eager / scale).max() + 6e-8
+    leaf = x.double().requires_grad_()
+    (exact_grad,) = torch.autograd.grad(F.gelu(leaf).sum(), leaf)
+    dctx = OPS.cpu_gated_aggregation_bwd(ones, ctx, gates, weights, False, [True, False, False])[0].flatten()
+    assert (dctx.double() - exact_grad).abs().max() <= 4e-7
+
+
+def test_nan_and_infinity_reach_the_output(isa):
+    ctx, gates, weights, _ = make((1, 6, 6, 8), (3,))
+    ctx = ctx.clone()
+    ctx[0, 3, 3, 5] = float("nan")
+    agg = OPS.cpu_gated_aggregation(ctx, gates, weights, False)
+    assert agg[..., 5].isnan().any()
+    assert not agg[..., :5].isnan().any()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda a: a.update(gates=a["gates"][..., :2]), "gates has shape"),
+        (lambda a: a.update(gates=a["gates"].double()), "gates has dtype"),
+        (lambda a: a.update(gates=a["gates"][:, :3]), "gates has shape"),
+        (lambda a: a.update(ctx=a["ctx"][0]), "ctx has shape"),
+        (lambda a: a.update(ctx=a["ctx"].double()), "ctx has dtype"),
+        (lambda a: a.update(weights=[]), "focal_weights is empty"),
+        (lambda a: a.update(weights=[a["weights"][0], a["weights"][1][:4]]), r"focal_weights\[1\] has shape"),
+        (lambda a: a.update(weights=[a["weights"][0], a["weights"][1][:, :, :4]]), r"focal_weights\[1\] has shape"),
+        (lambda a: a.update(weights=[a["weights"][0].bfloat16(), a["weights"][1]]), r"focal_weights\[0\] has dtype"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    ctx, gates, weights, _ = make((1, 6, 6, 8), (3, 5))
+    arguments = {"ctx": ctx, "gates": gates, "weights": weights}
+    change(arguments)
+    with pytest.raises(RuntimeError, match=message):
+        OPS.cpu_gated_aggregation(arguments["ctx"], arguments["gates"], arguments["weights"], False)
+
+
+def test_unknown_isa_is_refused():
+    with pytest.raises(RuntimeError, match="isa"):
+        OPS.cpu_set_isa("sse9")
