@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from . import ops as _ops  # noqa: F401  (registers the operators)
+from . import reference
+from .backends import requested
 
 
 def focal_modulation(
@@ -62,8 +64,11 @@ def focal_modulation(
         )
     if bias is not None:
         _check_shape("bias", bias, (channels,), f"one value for each of the {channels} channels of ctx")
+    weight = weight.view(channels, channels)
+    if _under_functorch(backend):
+        return reference.focal_modulation(q, ctx, gates, focal_weights, weight, bias, normalize_modulator)
     return torch.ops.focalnet.focal_modulation(
-        q, ctx, gates, focal_weights, weight.view(channels, channels), bias, normalize_modulator, backend
+        q, ctx, gates, focal_weights, weight, bias, normalize_modulator, backend
     )
 
 
@@ -89,7 +94,21 @@ def gated_aggregation(
     tensors = {"ctx": ctx, "gates": gates, **_named_weights(focal_weights)}
     ctx, gates, focal_weights, _ = _prepare(tensors, len(focal_weights), images=("ctx", "gates"))
     _check_aggregation(ctx, gates, focal_weights)
+    if _under_functorch(backend):
+        return reference.gated_aggregation(ctx, gates, focal_weights, normalize_modulator)
     return torch.ops.focalnet.gated_aggregation(ctx, gates, focal_weights, normalize_modulator, backend)
+
+
+def _under_functorch(backend: str | None) -> bool:
+    """Whether torch.func (grad, vmap, jvp, ...) is transforming this call: plain PyTorch is all it can transform."""
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    if requested(backend) not in (None, "reference"):
+        raise RuntimeError(
+            f"backend {requested(backend)!r} cannot run inside a torch.func transformation (grad, vmap, jvp, ...): "
+            f"only 'reference' can. Leave the backend out."
+        )
+    return True
 
 
 def _named_weights(focal_weights: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -108,8 +127,9 @@ def _prepare(tensors: dict[str, Tensor], levels: int, images: tuple[str, ...]) -
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
     first_name, first = next(iter(tensors.items()))
-    if torch.is_autocast_enabled(first.device.type):
-        tensors = _autocast(tensors, torch.get_autocast_dtype(first.device.type))
+    device_type = first.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        tensors = _autocast(tensors, torch.get_autocast_dtype(device_type))
         first = tensors[first_name]
     for name, tensor in tensors.items():
         if tensor.dtype != first.dtype:
@@ -126,9 +146,7 @@ def _prepare(tensors: dict[str, Tensor], levels: int, images: tuple[str, ...]) -
 
 def _autocast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """As PyTorch's own operators do under autocast: everything but float64 goes to the autocast dtype."""
-    return {
-        name: tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for name, tensor in tensors.items()
-    }
+    return {name: tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for name, tensor in tensors.items()}
 
 
 def _check_aggregation(ctx: Tensor, gates: Tensor, focal_weights: Sequence[Tensor]) -> None:

@@ -83,7 +83,7 @@ class FocalNetEmbeddings(nn.Module):
         embeddings = self.norm(self.patch_embeddings(pixel_values.permute(0, 2, 3, 1)))
         if bool_masked_pos is not None:
             masked = self._mask_of_grid(bool_masked_pos, embeddings)
-            embeddings = torch.where(masked, self.mask_token.to(embeddings.dtype), embeddings)
+            embeddings = torch.where(masked, self.mask_token, embeddings)
         return self.dropout(embeddings)
 
     def _check_images(self, pixel_values: Tensor | None) -> None:

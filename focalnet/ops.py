@@ -1,4 +1,4 @@
-"""The operators as torch.library knows them: schema, backend choice, fake tensors, autograd, vmap.
+"""The operators as torch.library knows them: schema, backend choice, fake tensors, autograd.
 
 One public operator per function of `focalnet.functional`, and one for its backward. The public operators choose their
 backend in their body, so a compiled graph holds one node whatever runs it. Backward recomputes the focal levels: only
@@ -277,45 +277,3 @@ for _name, _specification in (
     torch.library.register_autograd(
         f"focalnet::{_name}", functools.partial(_double_backward, _specification), setup_context=_double_setup
     )
-
-
-# ---- vmap -----------------------------------------------------------------------------------------------------------
-
-
-def _take(argument: object, dim: object, index: int) -> object:
-    if isinstance(argument, (list, tuple)) and isinstance(dim, (list, tuple)):
-        return [_take(item, item_dim, index) for item, item_dim in zip(argument, dim, strict=True)]
-    return argument.select(dim, index) if isinstance(dim, int) else argument
-
-
-def _vmap_one_by_one(operator: Callable, info: object, in_dims: tuple, *arguments: object) -> tuple:
-    """Any argument may be mapped, the weights too: the samples run one after the other."""
-    samples = [
-        operator(*(_take(argument, dim, i) for argument, dim in zip(arguments, in_dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
-    if isinstance(samples[0], Tensor):
-        return torch.stack(samples), 0
-    outputs = [torch.stack(group) for group in zip(*samples, strict=True)]
-    return outputs, [0] * len(outputs)
-
-
-def _vmap_folded(operator: Callable, images: int, info: object, in_dims: tuple, *arguments: object) -> tuple:
-    """Images share their weights: the mapped dimension joins the batch. ``images``: how many arguments have it."""
-    rest_dims = [dim for group in in_dims[images:] for dim in (group if isinstance(group, (list, tuple)) else [group])]
-    if info.batch_size == 0 or any(dim is not None for dim in rest_dims):
-        return _vmap_one_by_one(operator, info, in_dims, *arguments)
-    folded = [
-        (x.movedim(dim, 0) if dim is not None else x.expand(info.batch_size, *x.shape)).flatten(0, 1)
-        for x, dim in zip(arguments[:images], in_dims[:images], strict=True)
-    ]
-    return operator(*folded, *arguments[images:]).unflatten(0, (info.batch_size, -1)), 0
-
-
-for _name, _rule in (
-    ("gated_aggregation", functools.partial(_vmap_folded, torch.ops.focalnet.gated_aggregation, 2)),
-    ("focal_modulation", functools.partial(_vmap_folded, torch.ops.focalnet.focal_modulation, 3)),
-    ("gated_aggregation_bwd", functools.partial(_vmap_one_by_one, torch.ops.focalnet.gated_aggregation_bwd)),
-    ("focal_modulation_bwd", functools.partial(_vmap_one_by_one, torch.ops.focalnet.focal_modulation_bwd)),
-):
-    torch.library.register_vmap(f"focalnet::{_name}", _rule)

@@ -116,9 +116,10 @@ def _gelu_each(levels: Levels) -> Levels:
 
 
 def _aggregate(contexts: Levels, gates: Tensor, normalize_modulator: bool) -> Tensor:
-    agg = gates[..., -1:] * F.gelu(contexts[-1].mean((1, 2), keepdim=True))
-    for level, context in enumerate(contexts):
+    agg = gates[..., :1] * contexts[0]
+    for level, context in enumerate(contexts[1:], start=1):
         agg = agg + gates[..., level : level + 1] * context
+    agg = agg + gates[..., -1:] * F.gelu(contexts[-1].mean((1, 2), keepdim=True))
     return agg / (len(contexts) + 1) if normalize_modulator else agg
 
 

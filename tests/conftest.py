@@ -1,0 +1,15 @@
+"""What every test shares: the folder of helpers importable by name, one seed, no thread left over."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# importlib mode puts nothing on sys.path; tests/ itself holds only modules of tests, none of which shadows a package.
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
