@@ -1,21 +1,30 @@
 """focalnet: FocalNet for PyTorch, drop-in for transformers'.
 
-This file says what is public.
+This file says what is public. The operators and the layer need torch alone; what needs transformers is imported when
+it is first asked for, since that import takes longer than the one of torch.
 """
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 from ._version import __version__
-from .auto import register_auto_classes
 from .backends import backends, use_backend
-from .configuration import FocalNetConfig
 from .functional import focal_modulation, gated_aggregation
-from .modeling import (
-    FocalNetBackbone,
-    FocalNetForImageClassification,
-    FocalNetForMaskedImageModeling,
-    FocalNetModel,
-    FocalNetPreTrainedModel,
-)
 from .modules import FocalModulation
+
+if TYPE_CHECKING:
+    from .auto import register_auto_classes
+    from .configuration import FocalNetConfig
+    from .loading import convert_checkpoint, load_checkpoint
+    from .modeling import (
+        FocalNetBackbone,
+        FocalNetForImageClassification,
+        FocalNetForMaskedImageModeling,
+        FocalNetModel,
+        FocalNetPreTrainedModel,
+    )
 
 __all__ = [
     "FocalModulation",
@@ -27,8 +36,34 @@ __all__ = [
     "FocalNetPreTrainedModel",
     "__version__",
     "backends",
+    "convert_checkpoint",
     "focal_modulation",
     "gated_aggregation",
+    "load_checkpoint",
     "register_auto_classes",
     "use_backend",
 ]
+
+_MODULE_OF = {
+    "register_auto_classes": "auto",
+    "FocalNetConfig": "configuration",
+    "convert_checkpoint": "loading",
+    "load_checkpoint": "loading",
+    "FocalNetBackbone": "modeling",
+    "FocalNetForImageClassification": "modeling",
+    "FocalNetForMaskedImageModeling": "modeling",
+    "FocalNetModel": "modeling",
+    "FocalNetPreTrainedModel": "modeling",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from . import backends, reference
+from . import reference
+from .backends import Problem, choose, requested
 
 _TENSORS = "Tensor ctx, Tensor gates, Tensor[] focal_weights"
 _SCHEMAS = {
@@ -41,7 +42,7 @@ for _name, _schema in _SCHEMAS.items():
 def _gated_aggregation(
     ctx: Tensor, gates: Tensor, focal_weights: list[Tensor], normalize_modulator: bool, backend: str | None
 ) -> Tensor:
-    run = backends.choose(backends.Problem.of("gated_aggregation", ctx, focal_weights), backend)
+    run = choose(Problem.of("gated_aggregation", ctx, focal_weights), backend)
     return run(ctx, gates, focal_weights, normalize_modulator)
 
 
@@ -56,7 +57,7 @@ def _focal_modulation(
     normalize_modulator: bool,
     backend: str | None,
 ) -> Tensor:
-    run = backends.choose(backends.Problem.of("focal_modulation", ctx, focal_weights), backend)
+    run = choose(Problem.of("focal_modulation", ctx, focal_weights), backend)
     return run(q, ctx, gates, focal_weights, weight, bias, normalize_modulator)
 
 
@@ -70,7 +71,7 @@ def _gated_aggregation_bwd(
     output_mask: list[bool],
     backend: str | None,
 ) -> list[Tensor]:
-    run = backends.choose(backends.Problem.of("gated_aggregation_bwd", ctx, focal_weights), backend)
+    run = choose(Problem.of("gated_aggregation_bwd", ctx, focal_weights), backend)
     return _pack(run(dagg, ctx, gates, focal_weights, normalize_modulator, output_mask), ctx)
 
 
@@ -87,7 +88,7 @@ def _focal_modulation_bwd(
     output_mask: list[bool],
     backend: str | None,
 ) -> list[Tensor]:
-    run = backends.choose(backends.Problem.of("focal_modulation_bwd", ctx, focal_weights), backend)
+    run = choose(Problem.of("focal_modulation_bwd", ctx, focal_weights), backend)
     return _pack(run(dout, q, ctx, gates, focal_weights, weight, bias, normalize_modulator, output_mask), ctx)
 
 
@@ -169,7 +170,7 @@ def _save(ctx: object, tensors: Sequence[Tensor | None], normalize_modulator: bo
     ctx.save_for_backward(*tensors)
     ctx.normalize_modulator = normalize_modulator
     # Read now: backward may run on another thread, or after the `with use_backend(...)` block has ended.
-    ctx.backend = backends.requested(backend)
+    ctx.backend = requested(backend)
 
 
 def _gated_aggregation_setup(ctx: object, inputs: tuple, output: Tensor) -> None:
