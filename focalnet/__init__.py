@@ -16,8 +16,8 @@ from .modules import FocalModulation
 
 if TYPE_CHECKING:
     from .auto import register_auto_classes
+    from .checkpoints.loading import Conversion, convert_checkpoint, load_checkpoint
     from .configuration import FocalNetConfig
-    from .loading import convert_checkpoint, load_checkpoint
     from .modeling import (
         FocalNetBackbone,
         FocalNetForImageClassification,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Conversion",
     "FocalModulation",
     "FocalNetBackbone",
     "FocalNetConfig",
@@ -47,8 +48,9 @@ __all__ = [
 _MODULE_OF = {
     "register_auto_classes": "auto",
     "FocalNetConfig": "configuration",
-    "convert_checkpoint": "loading",
-    "load_checkpoint": "loading",
+    "Conversion": "checkpoints.loading",
+    "convert_checkpoint": "checkpoints.loading",
+    "load_checkpoint": "checkpoints.loading",
     "FocalNetBackbone": "modeling",
     "FocalNetForImageClassification": "modeling",
     "FocalNetForMaskedImageModeling": "modeling",

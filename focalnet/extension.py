@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.machinery
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -58,7 +57,8 @@ def why_absent(package: Path = PACKAGE) -> str:
 
 def load() -> tuple[ModuleType | None, str | None]:
     """Returns the extension and None, or None and the reason."""
-    if importlib.util.find_spec(NAME) is None:
+    # Asked of this folder alone: importlib.util.find_spec would also take the one of an editable install elsewhere.
+    if importlib.machinery.PathFinder.find_spec(NAME, [str(PACKAGE)]) is None:
         return None, why_absent()
     try:
         return importlib.import_module(NAME), None

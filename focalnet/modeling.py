@@ -6,6 +6,7 @@ do more, or other, than transformers'.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +17,9 @@ from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 from transformers.utils import ModelOutput
 
+from .checkpoints.reading import pretrained_arguments
 from .configuration import FocalNetConfig
-from .layers import FocalNetEmbeddings, FocalNetEncoder, FocalNetLayer, as_pair
+from .layers import FocalNetEmbeddings, FocalNetEncoder, FocalNetLayer
 
 
 @dataclass
@@ -85,6 +87,20 @@ class FocalNetPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         config.validate_fields()
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: object, **kwargs: object
+    ) -> FocalNetPreTrainedModel:
+        """As in transformers, and of a single file too, in any format that `focalnet.load_checkpoint` reads.
+
+        For a file, ``variant`` names the published variant, and fields of the configuration settle what its shapes
+        cannot tell. A head that this class lacks or has anew is reported as for every checkpoint.
+        """
+        if pretrained_model_name_or_path is not None and os.path.isfile(pretrained_model_name_or_path):
+            kwargs = pretrained_arguments(cls, pretrained_model_name_or_path, kwargs)
+            pretrained_model_name_or_path = None
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -104,9 +120,7 @@ class FocalNetModel(FocalNetPreTrainedModel):
         use_mask_token: learn a token that stands in for masked patches.
     """
 
-    def __init__(
-        self, config: FocalNetConfig, add_pooling_layer: bool = True, use_mask_token: bool = False
-    ) -> None:
+    def __init__(self, config: FocalNetConfig, add_pooling_layer: bool = True, use_mask_token: bool = False) -> None:
         super().__init__(config)
         self.num_stages = len(config.depths)
         self.num_features = config.stage_dims[-1]
@@ -214,7 +228,8 @@ class FocalNetForMaskedImageModeling(FocalNetPreTrainedModel):
                 f"{tuple(reconstruction.shape[-2:])}"
             )
         height, width = pixel_values.shape[-2:]
-        patch_height, patch_width = as_pair(self.config.patch_size)
+        # The stem's stride, not config.patch_size: overlapping patches are 4 apart whatever it says.
+        patch_height, patch_width = self.focalnet.embeddings.patch_embeddings.projection.stride
         mask = mask.repeat_interleave(patch_height, 1).repeat_interleave(patch_width, 2)[:, None, :height, :width]
         error = nn.functional.l1_loss(reconstruction, pixel_values.to(reconstruction.dtype), reduction="none")
         return (error * mask).sum() / (mask.sum() + 1e-5) / self.config.num_channels

@@ -1,0 +1,73 @@
+# Everything happens in .venv, which is made on first use; stamp files in it say what is already there.
+# A machine needs python3 (3.10 or later, with venv), pip and make; g++ for the compiled extension.
+
+PYTHON ?= python3
+VENV   ?= .venv
+
+BIN  := $(abspath $(VENV))/bin
+# The environment's programs (ninja among them) before the system's, as if it were activated.
+export PATH := $(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# Twice quiet: errors only. What a build has to say is in `focalnet info`.
+PIP := $(BIN)/python -m pip -qq
+
+TORCH        := $(shell sed -n 's/^torch==//p' requirements.txt)
+TRANSFORMERS := $(shell sed -n 's/^transformers==//p' requirements.txt)
+COMMON_TESTS := $(VENV)/share/transformers-tests
+EXTENSION    := setup.py pyproject.toml focalnet/_version.py $(wildcard csrc/*.* csrc/*/*.*)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint clean common-tests
+
+help:
+	@echo "make demo      classify a photograph with transformers' FocalNet and with this one, side by side"
+	@echo "make test      ruff and the test suite (ARGS='-k name' goes to pytest)"
+	@echo "make lint      ruff alone"
+	@echo "make install   .venv with the tested versions, the extension compiled and focalnet installed (editable)"
+	@echo "make clean     remove .venv and everything that was built"
+
+install: $(VENV)/.installed
+
+demo: install
+	@$(BIN)/python examples/demo.py
+
+test: lint install common-tests
+	@$(BIN)/pytest $(ARGS)
+
+lint: $(VENV)/.requirements
+	@echo "ruff check"
+	@$(BIN)/ruff check --quiet .
+
+$(BIN)/python:
+	@echo "making $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/.requirements: requirements.txt | $(BIN)/python
+	@echo "installing torch $(TORCH), transformers $(TRANSFORMERS) and what else requirements.txt names ... (minutes, once)"
+	@$(PIP) install -r requirements.txt
+	@touch $@
+
+# Never with build isolation, which would hide torch; never with dependencies, which requirements.txt has settled.
+$(VENV)/.installed: $(VENV)/.requirements $(EXTENSION)
+	@echo "building and installing focalnet ... (about a minute)"
+	@$(PIP) install --no-build-isolation --no-deps --editable .
+	@$(BIN)/python -c "import focalnet.extension as e; print('focalnet installed;', e.missing() or 'extension loaded')"
+	@touch $@
+
+# transformers' own model tests are in its source distribution only. Without network the tests that use them say so.
+common-tests: $(VENV)/.requirements
+	@test -e $(COMMON_TESTS)/$(TRANSFORMERS).stamp || { \
+	    echo "fetching the common model tests of transformers $(TRANSFORMERS) ..."; \
+	    rm -rf $(COMMON_TESTS) && mkdir -p $(COMMON_TESTS) && \
+	    $(PIP) download --no-deps --no-binary :all: --no-build-isolation \
+	        --dest $(COMMON_TESTS) transformers==$(TRANSFORMERS) && \
+	    tar -xzf $(COMMON_TESTS)/transformers-*.tar.gz -C $(COMMON_TESTS) --strip-components=1 \
+	        transformers-$(TRANSFORMERS)/tests && \
+	    rm $(COMMON_TESTS)/transformers-*.tar.gz && \
+	    touch $(COMMON_TESTS)/$(TRANSFORMERS).stamp || \
+	    echo "could not fetch the source distribution of transformers $(TRANSFORMERS) (no network?):" \
+	        "the common model tests will not run; the next make test tries again"; }
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info focalnet/_C.*.so focalnet/_build_info.json .pytest_cache .ruff_cache .benchmarks
