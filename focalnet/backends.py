@@ -135,10 +135,15 @@ def choose(problem: Problem, backend: str | None) -> Callable:
                 f"Leave the backend out to let focalnet choose, or see `focalnet info`."
             )
         return _REGISTRY[name].operators[problem.operator]
+    return _REGISTRY[automatic(problem)].operators[problem.operator]
+
+
+def automatic(problem: Problem) -> str:
+    """The name of the first backend that takes ``problem``."""
     for name in _AUTOMATIC_ORDER.get(problem.device.type, ("reference",)):
         reason = _REGISTRY[name].reason_against(problem)
         if reason is None:
-            return _REGISTRY[name].operators[problem.operator]
+            return name
         logger.debug("%s: not on backend %s: %s", problem.operator, name, reason)
     raise AssertionError("the reference takes every problem")
 

@@ -1,0 +1,55 @@
+"""The command line: ``focalnet info | classify | convert``.
+
+One file a command; what takes long to import is imported inside the commands that need it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from . import errors
+from .classify import classify
+from .convert import convert
+from .info import info
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="focalnet",
+    help="FocalNet for PyTorch: what runs here, classify images, convert checkpoints.",
+    no_args_is_help=True,
+    # Errors are reported by `errors.one_line`; whoever asks for a traceback gets Python's own.
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from .._version import __version__
+
+        typer.echo(f"focalnet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="FOCALNET_DEBUG", help="Show the traceback of an error.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    errors.show_tracebacks(debug)
+
+
+for _command in (info, classify, convert):
+    app.command()(errors.one_line(_command))
+
+
+def main() -> None:
+    """The entry point of the ``focalnet`` command."""
+    app(prog_name="focalnet")

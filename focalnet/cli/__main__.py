@@ -1,0 +1,5 @@
+"""``python -m focalnet.cli`` is the ``focalnet`` command."""
+
+from . import main
+
+main()

@@ -1,0 +1,60 @@
+"""``focalnet convert``: a checkpoint from one format to another."""
+
+from __future__ import annotations
+
+import json
+import logging
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import UserError
+from .models import parse_fields, reading, silence_transformers
+
+
+class Format(str, Enum):
+    transformers = "transformers"
+    authors = "authors"
+    authors_detection = "authors-detection"
+    timm = "timm"
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A directory, a checkpoint file, or a hub id; any of the formats.")
+    ],
+    destination: Annotated[
+        Path, typer.Argument(metavar="DST", help="A directory for transformers, a .pth or .safetensors file else.")
+    ],
+    to: Annotated[Format, typer.Option("--format", "-f", help="What to write.")] = Format.transformers,
+    variant: Annotated[
+        str | None, typer.Option(help="The published variant, where SRC does not tell, e.g. large_fl4.")
+    ] = None,
+    fields: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="A configuration field, e.g. normalize_modulator=true."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite DST.")] = False,
+) -> None:
+    """Convert a checkpoint between transformers', the authors' and timm's formats; no value changes."""
+    from .. import convert_checkpoint
+
+    silence_transformers()
+    # What it warns of is printed below, as this command line has it.
+    logging.getLogger(convert_checkpoint.__module__).setLevel(logging.ERROR)
+    _refuse_to_overwrite(destination, force)
+    with reading(source, "SRC"):
+        done = convert_checkpoint(source, destination, to.value, variant=variant, **parse_fields(fields))
+    typer.echo(f"read     {done.source}: a {done.kind} in the format {done.source_format}")
+    typer.echo(f"wrote    {done.path}: {done.format}, {done.tensors} tensors, {done.parameters:,} parameters")
+    if done.pass_when_reading:
+        options = (f"--set {name}={json.dumps(value)}" for name, value in done.pass_when_reading.items())
+        typer.echo(f"note     the format {done.format} does not record everything; read it with {' '.join(options)}")
+
+
+def _refuse_to_overwrite(destination: Path, force: bool) -> None:
+    there = any(destination.iterdir()) if destination.is_dir() else destination.exists()
+    if there and not force:
+        raise UserError(f"DST {destination} is there already; choose another name, or overwrite it with --force")

@@ -1,0 +1,71 @@
+"""How errors reach the user: one line on stderr and exit code 2, never a traceback unless asked for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NoReturn, ParamSpec, TypeVar
+
+import typer
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+USAGE_ERROR = 2
+"""Exit code when nothing could be done: bad arguments, no image, no such model."""
+
+SOME_SKIPPED = 1
+"""Exit code when part of the work was skipped, and the rest was done."""
+
+# What bad input raises here, in torch and in transformers. Anything else is shown with its type: it may be our bug.
+_EXPECTED = (ValueError, TypeError, OSError, RuntimeError)
+_settings = {"tracebacks": False}
+
+
+class UserError(ValueError):
+    """Something the user can put right; the message says what came, what was expected and what to do."""
+
+
+def show_tracebacks(wanted: bool) -> None:
+    """Whether `one_line` lets exceptions through."""
+    _settings["tracebacks"] = wanted
+
+
+def complain(kind: str, message: str) -> None:
+    """Print ``kind: message`` to stderr, on one line."""
+    typer.echo(f"{typer.style(kind + ':', fg='red', bold=True)} {in_one_line(message)}", err=True)
+
+
+def in_one_line(message: object) -> str:
+    """The message without line breaks, and without what a terminal cannot print (file names may hold anything)."""
+    return printable(" ".join(str(message).split()))
+
+
+def printable(text: str) -> str:
+    """``text`` with a replacement for each byte that is not text."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def one_line(command: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a command: its exceptions become one line on stderr and exit code 2."""
+
+    @functools.wraps(command)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            if _settings["tracebacks"]:
+                raise
+            _fail(error)
+
+    return wrapper
+
+
+def _fail(error: Exception) -> NoReturn:
+    message = str(error) or type(error).__name__
+    if not isinstance(error, _EXPECTED):
+        message = f"{type(error).__name__}: {message} (`focalnet --debug ...` shows where)"
+    complain("error", message)
+    raise typer.Exit(USAGE_ERROR) from None

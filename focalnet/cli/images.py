@@ -1,0 +1,149 @@
+"""Images: finding the files, reading them, and turning them into what a model takes."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+    from transformers import BaseImageProcessor
+
+    from ..configuration import FocalNetConfig
+
+EXTENSIONS = frozenset(
+    ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split()  # noqa: SIM905
+)
+# Resizing the shortest edge of a strip of one pixel by thousands would ask for gigabytes.
+_MOST_ELONGATED = 200
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A path that gave no result, and why."""
+
+    path: str
+    error: str
+
+
+def find_images(arguments: Iterable[str]) -> tuple[list[Path], list[Skipped]]:
+    """The files behind files, folders (searched recursively) and globs, each once, and the arguments without any."""
+    found: dict[Path, None] = {}
+    skipped = []
+    for argument in arguments:
+        paths = _expand(argument)
+        if isinstance(paths, Skipped):
+            skipped.append(paths)
+        else:
+            found.update(dict.fromkeys(paths))
+    return list(found), skipped
+
+
+def _expand(argument: str) -> list[Path] | Skipped:
+    path = Path(argument).expanduser()
+    if path.is_dir():
+        in_folder = _images_in(path)
+        return in_folder or Skipped(argument, f"no image in this folder (looked for {', '.join(sorted(EXTENSIONS))})")
+    # A file first: its name may hold brackets, too.
+    if path.exists():
+        return [path]
+    if not any(character in argument for character in "*?["):
+        return Skipped(argument, "no such file or folder")
+    matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    files = [file for match in matches for file in (_images_in(match) if match.is_dir() else [match])]
+    return files or Skipped(argument, "no file matches this pattern")
+
+
+def _images_in(folder: Path) -> list[Path]:
+    paths = (Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    return sorted(path for path in paths if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."))
+
+
+def read_image(path: Path) -> Image.Image:
+    """The image upright and in RGB, as transformers' pipelines read it.
+
+    Raises:
+        Whatever Pillow raises on a file that it cannot read; ValueError for an image that is hardly one.
+    """
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+        width, height = image.size
+        if max(width, height) > _MOST_ELONGATED * min(width, height):
+            raise ValueError(f"{width} x {height} pixels: more than {_MOST_ELONGATED} times longer than wide")
+        return _to_8_bit(image).convert("RGB")
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    # Pillow clips 16-bit grey to 0..255 when it converts it: everything but black would become white.
+    if not (image.mode.startswith("I;16") or image.mode == "I"):
+        return image
+    import numpy as np
+    from PIL import Image
+
+    return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+
+
+def why_unreadable(error: Exception) -> str:
+    """What to tell about an exception from `read_image`."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, PermissionError):
+        return "no permission to read it"
+    if type(error).__name__ == "UnidentifiedImageError":
+        return "not an image that Pillow can read"
+    return f"cannot be read: {error or type(error).__name__}"
+
+
+def load_processor(model: str, config: FocalNetConfig) -> BaseImageProcessor:
+    """The image processor saved with the model, or the preprocessing that the published models were evaluated with.
+
+    Always the one built on Pillow: the same numbers whether torchvision is installed or not.
+    """
+    from transformers import AutoImageProcessor
+
+    path = Path(model).expanduser()
+    if path.is_dir() and (path / "preprocessor_config.json").exists():
+        return AutoImageProcessor.from_pretrained(path, backend="pil")
+    if not path.exists():
+        try:
+            return AutoImageProcessor.from_pretrained(model, backend="pil")
+        except OSError:
+            pass  # A model on the hub that came without one.
+    return published_processor(config)
+
+
+def published_processor(config: FocalNetConfig) -> BaseImageProcessor:
+    """That of the published models: resize and cut out the centre in proportion 256 to 224, ImageNet's statistics."""
+    import transformers
+    from PIL import Image
+    from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    from ..layers import as_pair
+
+    height, width = as_pair(config.image_size)
+    # Early versions 5 of transformers have the Pillow processor under the plain name.
+    processor_class = getattr(transformers, "BitImageProcessorPil", None) or transformers.BitImageProcessor
+    return processor_class(
+        size={"shortest_edge": max(height, width) * 256 // 224},
+        crop_size={"height": height, "width": width},
+        resample=Image.Resampling.BILINEAR,
+        image_mean=IMAGENET_DEFAULT_MEAN,
+        image_std=IMAGENET_DEFAULT_STD,
+    )
+
+
+def load_pixels(path: Path, processor: BaseImageProcessor) -> Tensor | Skipped:
+    """``pixel_values`` (3, H, W) of one file, or why there are none."""
+    try:
+        image = read_image(path)
+    # Decoders raise whatever a damaged file leads them to: SyntaxError, struct.error, IndexError, ...
+    except Exception as error:
+        return Skipped(str(path), why_unreadable(error))
+    return processor(images=image, return_tensors="pt")["pixel_values"][0]

@@ -1,0 +1,88 @@
+"""From image files to their most probable labels, a batch at a time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .images import Skipped, load_pixels
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import BaseImageProcessor
+
+    from ..modeling import FocalNetForImageClassification
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One label of an image."""
+
+    label: str
+    index: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Classified:
+    """An image with its most probable labels, the most probable first."""
+
+    path: str
+    predictions: list[Prediction]
+
+
+def classify_files(
+    classifier: FocalNetForImageClassification,
+    processor: BaseImageProcessor,
+    paths: list[Path],
+    top_k: int,
+    batch_size: int,
+) -> Iterator[list[Classified | Skipped]]:
+    """The results of ``paths``, ``batch_size`` of them at a time; the files of a batch are decoded in parallel."""
+    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
+        # Pillow's remarks on metadata and palettes that it read all the same.
+        warnings.filterwarnings("ignore", module="PIL")
+        for start in range(0, len(paths), batch_size):
+            batch = paths[start : start + batch_size]
+            loaded = list(zip(batch, pool.map(lambda path: load_pixels(path, processor), batch), strict=True))
+            results: list[Classified | Skipped] = [pixels for _, pixels in loaded if isinstance(pixels, Skipped)]
+            readable = [(path, pixels) for path, pixels in loaded if not isinstance(pixels, Skipped)]
+            # A processor that does not crop gives images of several sizes.
+            for _, same_size in groupby(readable, key=lambda item: item[1].shape):
+                results += _classify(classifier, list(same_size), top_k)
+            yield results
+
+
+def _classify(
+    classifier: FocalNetForImageClassification, batch: list[tuple[Path, Tensor]], top_k: int
+) -> list[Classified | Skipped]:
+    import torch
+
+    pixel_values = torch.stack([pixels for _, pixels in batch])
+    with torch.inference_mode():
+        logits = classifier(pixel_values.to(classifier.device, classifier.dtype)).logits.float().cpu()
+    return [_most_probable(classifier, path, row, top_k) for (path, _), row in zip(batch, logits, strict=True)]
+
+
+def _most_probable(
+    classifier: FocalNetForImageClassification, path: Path, logits: Tensor, top_k: int
+) -> Classified | Skipped:
+    config = classifier.config
+    if not logits.isfinite().all():
+        return Skipped(str(path), f"the model's output in {classifier.dtype} is not finite; try --dtype float32")
+    # Several labels at once, or a single one: each is a yes or no by itself, as in transformers' pipeline.
+    independent = config.problem_type == "multi_label_classification" or config.num_labels == 1
+    probabilities = logits.sigmoid() if independent else logits.softmax(-1)
+    values, indices = probabilities.topk(min(top_k, len(probabilities)))
+    return Classified(
+        str(path),
+        [
+            Prediction(config.id2label.get(index, f"LABEL_{index}"), index, value)
+            for value, index in zip(values.tolist(), indices.tolist(), strict=True)
+        ],
+    )

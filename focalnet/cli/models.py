@@ -1,0 +1,103 @@
+"""Models for the command line: from a file, a directory or the Hugging Face hub, without noise or long waits."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError, in_one_line
+
+if TYPE_CHECKING:
+    from ..modeling import FocalNetForImageClassification
+
+_SECONDS_TO_ANSWER = 4
+
+
+def silence_transformers() -> None:
+    """No progress bars for milliseconds of work, no advice between our lines of output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def stay_offline_unless_reachable() -> bool:
+    """Ask the hub for an answer within seconds; without one, keep huggingface_hub to its cache. True: it answered.
+
+    Otherwise huggingface_hub itself would retry for a minute.
+    """
+    from urllib.error import HTTPError
+    from urllib.request import Request, urlopen
+
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=_SECONDS_TO_ANSWER).close()
+    except HTTPError:
+        return True  # An answer all the same.
+    except (OSError, ValueError):
+        constants.HF_HUB_OFFLINE = True
+        return False
+    return True
+
+
+def parse_fields(assignments: list[str] | None) -> dict[str, Any]:
+    """``["depths=[2,2]", "use_layerscale=true"]`` -> ``{"depths": [2, 2], "use_layerscale": True}``."""
+    parsed = {}
+    for assignment in assignments or []:
+        name, separator, value = assignment.partition("=")
+        if not separator:
+            raise UserError(f"--set: expected FIELD=VALUE, got {assignment}")
+        parsed[name.strip()] = _parse(value)
+    return parsed
+
+
+def _parse(text: str) -> Any:
+    """JSON or Python, as the user likes; what is neither is a string."""
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            return parse(text)
+        except (ValueError, SyntaxError):
+            continue
+    return text
+
+
+@contextmanager
+def reading(model: str, argument: str) -> Iterator[None]:
+    """Around whatever reads ``model``: quick without network, and errors begin with the command line's argument."""
+    if not Path(model).expanduser().exists():
+        stay_offline_unless_reachable()
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        # The library names its own argument or the file, which is the same here.
+        reason = in_one_line(error).removeprefix("path_or_id: ").removeprefix(f"{Path(model).expanduser()}: ")
+        hint = " (here: --variant NAME, --set FIELD=VALUE)" if "Pass " in reason else ""
+        raise UserError(f"{argument} {model}: {reason}{hint}") from error
+
+
+def load_classifier(model: str, variant: str | None, fields: dict[str, Any]) -> FocalNetForImageClassification:
+    """The classifier that ``model`` names, in evaluation mode.
+
+    Raises:
+        UserError: there is none, it cannot be read, or it cannot classify colour images.
+    """
+    from .. import FocalNetForImageClassification, load_checkpoint
+
+    with reading(model, "--model"):
+        loaded = load_checkpoint(model, variant=variant, **fields)
+        if not isinstance(loaded, FocalNetForImageClassification):
+            raise UserError(f"expected a classifier, this holds a {type(loaded).__name__}")
+        if loaded.config.num_labels < 1 or loaded.config.problem_type == "regression":
+            raise UserError("expected a model with class labels, this one has none")
+        if loaded.config.num_channels != 3:
+            raise UserError(
+                f"expected a model of colour images, with num_channels 3, this one has {loaded.config.num_channels}"
+            )
+    return loaded

@@ -1,0 +1,78 @@
+"""What ``focalnet classify`` shows: tables on stdout, what was skipped and a progress bar on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from .errors import complain, printable
+from .images import Skipped
+from .inference import Classified
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+def report(skipped: list[Skipped]) -> None:
+    """A line for each path that gave no result."""
+    for one in skipped:
+        complain("skipped", f"{one.path}: {one.error}")
+
+
+def print_tables(classified: list[Classified]) -> None:
+    """A table for each image."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    for image in classified:
+        # Text, not strings: paths and labels may hold what rich takes for markup.
+        table = Table(title=Text(printable(image.path), overflow="fold"), title_justify="left", title_style="bold")
+        table.add_column("label", overflow="fold", min_width=24)
+        table.add_column("probability", justify="right")
+        for prediction in image.predictions:
+            table.add_row(Text(printable(prediction.label)), f"{prediction.probability:.2%}")
+        console.print(table)
+
+
+class Bar:
+    """A progress bar on stderr, only where somebody watches."""
+
+    def __init__(self, total: int, wanted: bool) -> None:
+        self._progress = _new_bar() if wanted and sys.stderr.isatty() else None
+        self._total = total
+
+    def __enter__(self) -> Bar:
+        if self._progress is not None:
+            self._task = self._progress.add_task("", total=self._total)
+            self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    @contextmanager
+    def aside(self, done: int) -> Iterator[None]:
+        """Out of the way of what the body prints, since both may share a terminal; then ``done`` further along."""
+        if self._progress is None:
+            yield
+            return
+        self._progress.stop()
+        yield
+        self._progress.advance(self._task, done)
+        self._progress.start()
+
+
+def _new_bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = ("classifying", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # A piped stdout must stay what it is.
+    return Progress(
+        *columns, console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False
+    )
