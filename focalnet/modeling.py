@@ -7,6 +7,7 @@ do more, or other, than transformers'.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -325,11 +326,14 @@ class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
     def forward(
         self,
         pixel_values: Tensor,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
         return_dict: bool | None = None,
         **kwargs: object,
     ) -> tuple | BackboneOutput:
-        """``pixel_values`` (B, num_channels, H, W) -> ``feature_maps``, a (B, C_i, H_i, W_i) for each out_feature."""
+        """``pixel_values`` (B, num_channels, H, W) -> ``feature_maps``, a (B, C_i, H_i, W_i) for each out_feature.
+
+        ``output_hidden_states`` may also be an index or several: the other hidden states are then None.
+        """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         embeddings = self.focalnet.embeddings(pixel_values)
@@ -341,7 +345,7 @@ class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
                 for stage, (_, reshaped) in zip(self.stage_names, maps, strict=True)
                 if stage in self.out_features
             ),
-            hidden_states=tuple(tokens for tokens, _ in maps) if output_hidden_states else None,
+            hidden_states=_selected(tuple(tokens for tokens, _ in maps), output_hidden_states),
         )
         return output if _wants_dict(self.config, return_dict) else output.to_tuple()
 
@@ -349,6 +353,15 @@ class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
         if not self.config.use_feature_map_norms:
             return reshaped
         return self.hidden_states_norms[stage](reshaped.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _selected(hidden_states: tuple[Tensor, ...], wanted: bool | int | Sequence[int]) -> Sequence[Tensor | None] | None:
+    if isinstance(wanted, bool):
+        return hidden_states if wanted else None
+    count = len(hidden_states)
+    indices = [wanted] if isinstance(wanted, int) else wanted
+    kept = {index % count for index in indices if -count <= index < count}
+    return [tokens if index in kept else None for index, tokens in enumerate(hidden_states)]
 
 
 def _wants_dict(config: FocalNetConfig, return_dict: bool | None) -> bool:

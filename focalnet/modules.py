@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .backends import requested
 from .functional import focal_modulation
 
 
@@ -87,7 +89,14 @@ class FocalModulation(nn.Module):
             )
         projected = self.projection_in(hidden_state)
         q, ctx, gates = projected.split([self.dim, self.dim, self.focal_level + 1], dim=-1)
-        out = focal_modulation(
+        changed = self._changed_convolution()
+        out = self._fused(q, ctx, gates) if changed is None else self._module_by_module(q, ctx, gates, changed)
+        if self.use_post_layernorm_in_modulation:
+            out = self.layernorm(out)
+        return self.projection_dropout(self.projection_out(out))
+
+    def _fused(self, q: Tensor, ctx: Tensor, gates: Tensor) -> Tensor:
+        return focal_modulation(
             q,
             ctx,
             gates,
@@ -97,10 +106,46 @@ class FocalModulation(nn.Module):
             normalize_modulator=self.normalize_modulator,
             backend=self.backend,
         )
-        if self.use_post_layernorm_in_modulation:
-            out = self.layernorm(out)
-        return self.projection_dropout(self.projection_out(out))
+
+    def _changed_convolution(self) -> str | None:
+        """The name of a convolution or activation that is not as it was made, or None.
+
+        The operator takes weights and calls no module. What acts when a module is called (offloading by accelerate,
+        adapters, hooks) would go unnoticed, so then the modules are called one by one.
+        """
+        levels = self.focal_layers._modules.values()
+        if _is_plain(self.projection_context) and all(_is_plain(m) for s in levels for m in (s, *s._modules.values())):
+            return None
+        called = ("projection_context", "focal_layers.")
+        return next(n for n, m in self.named_modules() if n.startswith(called) and not _is_plain(m))
+
+    def _module_by_module(self, q: Tensor, ctx: Tensor, gates: Tensor, changed: str) -> Tensor:
+        backend = requested(self.backend)
+        if backend not in (None, "reference"):
+            raise RuntimeError(
+                f"backend {backend!r} cannot run this FocalModulation: {changed} was replaced, wrapped or hooked, so "
+                f"its modules are called one by one. Leave the backend out, or undo the change."
+            )
+        ctx, gates = ctx.permute(0, 3, 1, 2), gates.permute(0, 3, 1, 2)
+        agg = 0
+        for level, layer in enumerate(self.focal_layers):
+            ctx = layer(ctx)
+            agg = agg + ctx * gates[:, level : level + 1]
+        agg = agg + F.gelu(ctx.mean((2, 3), keepdim=True)) * gates[:, self.focal_level :]
+        if self.normalize_modulator:
+            agg = agg / (self.focal_level + 1)
+        return q * self.projection_context(agg).permute(0, 2, 3, 1)
 
     def extra_repr(self) -> str:
         kernels = ", ".join(str(level[0].kernel_size[0]) for level in self.focal_layers)
         return f"dim={self.dim}, kernels=({kernels}), normalize_modulator={self.normalize_modulator}"
+
+
+_PLAIN = (nn.Conv2d, nn.GELU, nn.Sequential)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    # Asked for every convolution in every call: plain dictionary look-ups, no attribute protocol.
+    own = module.__dict__
+    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return type(module) in _PLAIN and not hooked and "forward" not in own
