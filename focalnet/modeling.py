@@ -356,7 +356,7 @@ class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
 
 
 def _selected(hidden_states: tuple[Tensor, ...], wanted: bool | int | Sequence[int]) -> Sequence[Tensor | None] | None:
-    if isinstance(wanted, bool):
+    if isinstance(wanted, bool) or not wanted:
         return hidden_states if wanted else None
     count = len(hidden_states)
     indices = [wanted] if isinstance(wanted, int) else wanted

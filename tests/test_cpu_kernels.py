@@ -5,33 +5,28 @@ same precision, plus one unit in the last place of the largest output magnitude.
 """
 
 import contextlib
+import importlib.util
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-try:
+LIBRARY = os.environ.get("FOCALNET_CPU_LIBRARY")
+if LIBRARY:
+    # A library of the kernels alone, built otherwise than setup.py does (asan_cpu.sh): the package stays unimported,
+    # its extension would register the same operators.
+    torch.ops.load_library(LIBRARY)
+    path = Path(__file__).parent.parent / "focalnet" / "reference.py"
+    spec = importlib.util.spec_from_file_location("focalnet_reference", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    reference = module.gated_aggregation
+else:
     from focalnet import extension  # noqa: F401  (loads the extension, which registers the operators)
-except ImportError:
-    pass
-
-try:
     from focalnet.reference import gated_aggregation as reference
-except ImportError:
-
-    def reference(ctx, gates, focal_weights, normalize_modulator=False):
-        level = ctx.permute(0, 3, 1, 2)
-        agg = torch.zeros_like(level)
-        for i, weight in enumerate(focal_weights):
-            padding = (weight.shape[2] // 2, weight.shape[3] // 2)
-            level = F.gelu(F.conv2d(level, weight, padding=padding, groups=level.shape[1]))
-            agg = agg + level * gates[..., i].unsqueeze(1)
-        agg = agg + F.gelu(level.mean((2, 3), keepdim=True)) * gates[..., -1].unsqueeze(1)
-        if normalize_modulator:
-            agg = agg / (len(focal_weights) + 1)
-        return agg.permute(0, 2, 3, 1)
-
 
 OPS = torch.ops.focalnet
 if not hasattr(OPS, "cpu_gated_aggregation"):
@@ -124,20 +119,21 @@ def check(shape, kernels, dtype, normalize=False, packed=True, seed=0):
         assert_within_rule(name, a, b, c)
 
 
+# Where a map is small the batch is not: the rule compares two largest errors, and of a few numbers they are chance.
 SHAPES = [
     ((2, 14, 14, 96), (3, 5, 7)),
-    ((1, 9, 13, 17), (3, 5)),
+    ((3, 9, 13, 17), (3, 5)),
     ((1, 1, 1, 1), (3,)),
     ((3, 1, 1, 8), (3, 5, 7)),
     ((2, 1, 19, 3), (5, 7)),
     ((2, 23, 1, 3), (3, 5, 7, 9)),
     ((1, 12, 10, 100), (5, 7, 9)),
-    ((1, 30, 26, 8), (9, 11, 13)),
+    ((2, 30, 26, 8), (9, 11, 13)),
     ((1, 20, 33, 17), (11, 13, 15)),
-    ((2, 5, 4, 8), (11, 13, 15)),
-    ((1, 7, 7, 40), (3, 5, 7)),
-    ((1, 8, 11, 8), ((3, 5), (7, 1), (1, 9))),
-    ((1, 6, 7, 3), (1, 17)),
+    ((8, 5, 4, 8), (11, 13, 15)),
+    ((4, 7, 7, 40), (3, 5, 7)),
+    ((4, 8, 11, 8), ((3, 5), (7, 1), (1, 9))),
+    ((9, 6, 7, 3), (1, 17)),
     ((0, 8, 8, 8), (3, 5)),
     ((1, 56, 57, 16), (3, 5, 7)),
     ((1, 90, 3, 8), (3, 5, 7)),
@@ -159,13 +155,13 @@ def test_normalized_and_contiguous(isa, dtype, packed, normalize):
 
 @pytest.mark.parametrize("width", range(1, 26))
 def test_every_width(isa, width):
-    check((1, 5, width, 8), (3, 5, 7), torch.float32, seed=width)
+    check((4, 5, width, 24), (3, 5, 7), torch.float32, seed=width)
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 5, 7, 9, 11, 13, 15, 17, 21])
 @pytest.mark.parametrize("size", [(16, 15), (4, 5)])
 def test_every_kernel(isa, kernel, size):
-    check((1, *size, 9), (kernel, kernel), torch.float32)
+    check((4, *size, 41), (kernel, kernel), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -231,8 +227,8 @@ def test_gelu_over_its_whole_range(isa):
     agg = OPS.cpu_gated_aggregation(ctx, gates, weights, False).flatten()
     ours, eager = (agg.double() - exact).abs(), (F.gelu(x).double() - exact).abs()
     scale = exact.abs().clamp_min(0.25)
-    assert (ours / scale).max() <= 2e-7
-    assert (ours / scale).max() <= 2 * (eager / scale).max() + 6e-8
+    assert (ours / scale).max() <= (eager / scale).max()
+    assert ours.max() <= eager.max()
     leaf = x.double().requires_grad_()
     (exact_grad,) = torch.autograd.grad(F.gelu(leaf).sum(), leaf)
     dctx = OPS.cpu_gated_aggregation_bwd(ones, ctx, gates, weights, False, [True, False, False])[0].flatten()

@@ -1,0 +1,337 @@
+// Gated aggregation: scratch is laid out, weights are packed, the planes are handed to the threads, partial sums are
+// reduced in a fixed order. Nothing that a result depends on depends on the number of threads.
+
+#include "gated_aggregation.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "isa.h"
+
+namespace focalnet::cpu {
+namespace {
+
+using BF16 = torch::headeronly::BFloat16;
+
+constexpr int64_t kCacheLine = 16;           // floats
+constexpr int64_t kRingBytes = 160 * 1024;   // of one block's rings: what is left of a 256 KB L2 beside the streams
+constexpr int64_t kStageBytes = 256 * 1024;  // beyond, the local part of agg waits in agg itself
+constexpr int64_t kOverread = 7;             // vectors that the weight gradient reads beyond a row
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+int64_t blocks_of(const Problem& p) { return (p.C + kBlock - 1) / kBlock; }
+
+// Uninitialised floats that start on a cache line: a vector load that straddles two lines costs two.
+struct AlignedDelete {
+    void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
+};
+using Floats = std::unique_ptr<float[], AlignedDelete>;
+
+Floats floats(int64_t n) {
+    return Floats(static_cast<float*>(::operator new(n * sizeof(float), std::align_val_t{64})));
+}
+
+// Memory that a thread keeps from call to call, so that no call pays for fresh pages. Grows to the largest request.
+class Buffer {
+  public:
+    float* get(int64_t n) {
+        if (n > size_) {
+            data_.reset();
+            size_ = 0;
+            data_ = floats(n);
+            size_ = n;
+        }
+        return data_.get();
+    }
+
+  private:
+    Floats data_;
+    int64_t size_ = 0;
+};
+
+thread_local Buffer thread_scratch;
+
+std::vector<LevelLayout> level_layouts(const Problem& p, int64_t lanes, int64_t overread) {
+    std::vector<LevelLayout> levels(p.L);
+    int64_t taps = 0, halo = 0;
+    for (int64_t l = 0; l < p.L; ++l) {
+        const FocalWeight& w = p.weights[l];
+        levels[l] = {w.kh, w.kw, taps, 0, (p.W + w.kw - 1 + overread) * lanes, p.H, 0};
+        taps += w.kh * w.kw;
+    }
+    for (int64_t l = p.L - 1; l >= 0; --l) levels[l].halo = halo += levels[l].kh / 2;
+    return levels;
+}
+
+int64_t taps_of(const std::vector<LevelLayout>& levels) {
+    return levels.back().tap + levels.back().kh * levels.back().kw;
+}
+
+template <typename T>
+void pack_vector(const Problem& p, const std::vector<LevelLayout>& levels, int64_t lanes, int64_t vector, bool flip,
+                 float factor, float* packed) {
+    for (const LevelLayout& level : levels) {
+        const int64_t taps = level.kh * level.kw;
+        const T* weight = static_cast<const T*>(p.weights[&level - levels.data()].data);
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+            const int64_t c = vector * lanes + lane;
+            for (int64_t tap = 0; tap < taps; ++tap) {
+                const int64_t to = level.tap + (flip ? taps - 1 - tap : tap);
+                packed[to * lanes + lane] = c < p.C ? factor * static_cast<float>(weight[c * taps + tap]) : 0.0f;
+            }
+        }
+    }
+}
+
+// Weights as [C / lanes][taps][lanes] in float32, zero beyond C.
+Floats pack(const Problem& p, const std::vector<LevelLayout>& levels, int64_t lanes, bool flip, float factor) {
+    const int64_t vectors = blocks_of(p) * kBlock / lanes, size = taps_of(levels) * lanes;
+    Floats packed = floats(vectors * size);
+    torch::stable::parallel_for(0, vectors, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t v = begin; v < end; ++v) {
+            float* to = packed.get() + v * size;
+            p.element == Element::kFloat32 ? pack_vector<float>(p, levels, lanes, v, flip, factor, to)
+                                           : pack_vector<BF16>(p, levels, lanes, v, flip, factor, to);
+        }
+    });
+    return packed;
+}
+
+int64_t largest_kh(const std::vector<LevelLayout>& levels) {
+    int64_t kh = 0;
+    for (const LevelLayout& level : levels) kh = std::max(kh, level.kh);
+    return kh;
+}
+
+// Enough bands that the threads finish together, none lower than the halo it recomputes.
+int64_t bands_for(const Problem& p, const std::vector<LevelLayout>& levels) {
+    const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+    const int64_t planes = p.B * blocks_of(p);
+    const int64_t most = std::max<int64_t>(1, p.H / std::max<int64_t>(8, 2 * levels[0].halo));
+    int64_t bands = 1;
+    for (; bands < most; ++bands) {
+        const int64_t tasks = planes * bands, rounds = (tasks + threads - 1) / threads;
+        if (10 * tasks >= 8 * rounds * threads) break;
+    }
+    return bands;
+}
+
+// Plays the schedule of forward.inc and keeps the largest number of rows that each ring has to hold.
+void simulate(const Problem& p, const ForwardPlan& plan, int64_t y0, std::vector<LevelLayout>& levels, int64_t* agg) {
+    const int64_t y1 = std::min(p.H, y0 + plan.band_rows);
+    std::vector<int64_t> low(p.L + 1, y0), high(p.L + 1, y1);
+    for (int64_t l = 0; l < p.L; ++l) {
+        low[l] = std::max<int64_t>(0, y0 - levels[l].halo);
+        high[l] = std::min(p.H, y1 + levels[l].halo);
+    }
+    std::vector<int64_t> done = low, next = low;
+    while (done[p.L] < y1) {
+        next[0] = std::min(high[0], done[0] + plan.step);
+        for (int64_t l = 0; l < p.L; ++l) {
+            const int64_t reach = next[l] == high[l] ? high[l + 1] : next[l] - levels[l].kh / 2;
+            next[l + 1] = std::max(done[l + 1], std::min(high[l + 1], reach));
+            const int64_t oldest = std::max(low[l], done[l + 1] - levels[l].kh / 2);
+            levels[l].capacity = std::max(levels[l].capacity, next[l] - oldest);
+        }
+        *agg = std::max(*agg, next[1] - done[p.L]);
+        done = next;
+    }
+}
+
+// Lays out the rings for a given step; returns the bytes of a block's rings.
+int64_t lay_out(const Problem& p, int64_t lanes, int64_t step, std::vector<LevelLayout>& levels, ForwardPlan& plan) {
+    plan.step = step;
+    plan.agg_capacity = 1;
+    for (LevelLayout& level : levels) level.capacity = 1;
+    for (int64_t band = 0; band < plan.bands; ++band)
+        simulate(p, plan, band * plan.band_rows, levels, &plan.agg_capacity);
+    int64_t offset = 0;
+    for (LevelLayout& level : levels) {
+        level.offset = offset;
+        offset += round_up(level.pitch * level.capacity, kCacheLine);
+    }
+    plan.agg_offset = offset;
+    plan.vector_floats = offset + round_up(p.L > 1 ? plan.agg_capacity * p.W * lanes : 0, kCacheLine);
+    return plan.vector_floats * (kBlock / lanes) * static_cast<int64_t>(sizeof(float));
+}
+
+ForwardPlan forward_plan(const Problem& p, int64_t lanes, std::vector<LevelLayout>& levels) {
+    ForwardPlan plan{};
+    const int64_t bands = bands_for(p, levels);
+    plan.band_rows = (p.H + bands - 1) / bands;
+    plan.bands = (p.H + plan.band_rows - 1) / plan.band_rows;
+    plan.taps = taps_of(levels);
+    for (int64_t step = p.H; lay_out(p, lanes, step, levels, plan) > kRingBytes && step > 4;)
+        step = std::max<int64_t>(4, step / 2);
+    plan.row_offset = plan.vector_floats * (kBlock / lanes);
+    plan.stage_offset = plan.row_offset + round_up(p.W * lanes, kCacheLine);
+    const int64_t stage_floats = p.H * p.W * kBlock;
+    const bool fits = stage_floats * static_cast<int64_t>(sizeof(float)) <= kStageBytes;
+    plan.own_stage = plan.bands == 1 && (fits || p.element == Element::kBFloat16);
+    plan.scratch_floats = plan.stage_offset + (plan.own_stage ? stage_floats : 0);
+    plan.levels = levels.data();
+    return plan;
+}
+
+BackwardPlan backward_plan(const Problem& p, int64_t lanes, std::vector<LevelLayout>& levels,
+                           std::vector<int64_t>& grad_offsets) {
+    BackwardPlan plan{};
+    plan.taps = taps_of(levels);
+    int64_t offset = 0;
+    for (int64_t l = 0; l < p.L; ++l) {
+        const int64_t floats = round_up(levels[l].pitch * p.H, kCacheLine);
+        levels[l].offset = offset;
+        grad_offsets.push_back(offset + floats);
+        offset += 2 * floats;
+    }
+    plan.dagg_offset = offset;
+    plan.row_offset = plan.dagg_offset + round_up(p.H * p.W * lanes, kCacheLine);
+    plan.last_offset = plan.row_offset + round_up(p.W * lanes, kCacheLine);
+    plan.zeros_offset = plan.last_offset + round_up(p.W * lanes, kCacheLine);
+    int64_t pitch = 0;
+    for (const LevelLayout& level : levels) pitch = std::max(pitch, level.pitch);
+    plan.scratch_floats = plan.zeros_offset + pitch;
+    plan.levels = levels.data();
+    plan.grad_offsets = grad_offsets.data();
+    return plan;
+}
+
+// The margins of rings and planes are never written: zeros once are zeros for every task of the thread's share.
+float* zeroed_scratch(int64_t n) {
+    float* scratch = thread_scratch.get(n);
+    std::memset(scratch, 0, n * sizeof(float));
+    return scratch;
+}
+
+template <typename T>
+void gather_gates(const Problem& p, float* planes) {
+    const Map& m = p.gates;
+    torch::stable::parallel_for(0, p.B * p.H, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t b = i / p.H, y = i % p.H;
+            const T* from = static_cast<const T*>(m.data) + b * m.stride_b + y * m.stride_h;
+            float* to = planes + (b * (p.L + 1) * p.H + y) * p.W;
+            for (int64_t x = 0; x < p.W; ++x)
+                for (int64_t l = 0; l <= p.L; ++l)
+                    to[l * p.H * p.W + x] = static_cast<float>(from[x * m.stride_w + l]);
+        }
+    });
+}
+
+// The gates of a position lie 2C + L + 1 elements from the next one's; as float32 planes they are read by every block
+// at a fraction of the cache lines.
+Floats gate_planes(const Problem& p) {
+    Floats planes = floats(p.B * (p.L + 1) * p.H * p.W);
+    p.element == Element::kFloat32 ? gather_gates<float>(p, planes.get()) : gather_gates<BF16>(p, planes.get());
+    return planes;
+}
+
+template <typename T>
+void reduce_dgates(const Problem& p, const float* partial, T* dgates) {
+    const int64_t plane = p.H * p.W, gates = p.L + 1, blocks = blocks_of(p);
+    torch::stable::parallel_for(0, p.B * p.H, 8, [&](int64_t begin, int64_t end) {
+        std::vector<float> sum(p.W);
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t b = i / p.H, at = (i % p.H) * p.W;
+            for (int64_t l = 0; l < gates; ++l) {
+                std::fill(sum.begin(), sum.end(), 0.0f);
+                for (int64_t block = 0; block < blocks; ++block) {
+                    const float* from = partial + ((b * blocks + block) * gates + l) * plane + at;
+                    for (int64_t x = 0; x < p.W; ++x) sum[x] += from[x];
+                }
+                T* to = dgates + (b * plane + at) * gates + l;
+                for (int64_t x = 0; x < p.W; ++x) to[x * gates] = static_cast<T>(sum[x]);
+            }
+        }
+    });
+}
+
+template <typename T>
+void reduce_dweights(const Problem& p, const std::vector<LevelLayout>& levels, int64_t lanes, const float* partial,
+                     void* const* dweights) {
+    const int64_t taps = taps_of(levels), vectors = blocks_of(p) * kBlock / lanes, floats = taps * lanes;
+    torch::stable::parallel_for(0, vectors, 1, [&](int64_t begin, int64_t end) {
+        std::vector<float> sum(floats);
+        for (int64_t v = begin; v < end; ++v) {
+            std::fill(sum.begin(), sum.end(), 0.0f);
+            for (int64_t b = 0; b < p.B; ++b) {
+                const float* from = partial + (b * vectors + v) * floats;
+                for (int64_t i = 0; i < floats; ++i) sum[i] += from[i];
+            }
+            for (int64_t lane = 0; lane < lanes && v * lanes + lane < p.C; ++lane)
+                for (int64_t l = 0; l < p.L; ++l) {
+                    const int64_t n = levels[l].kh * levels[l].kw;
+                    T* to = static_cast<T*>(dweights[l]) + (v * lanes + lane) * n;
+                    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(sum[(levels[l].tap + i) * lanes + lane]);
+                }
+        }
+    });
+}
+
+}  // namespace
+
+void gated_aggregation(const Problem& p, const Map& agg) {
+    if (p.B == 0) return;
+    const Kernels& kernels = current_kernels();
+    std::vector<LevelLayout> levels = level_layouts(p, kernels.lanes, 0);
+    const ForwardPlan plan = forward_plan(p, kernels.lanes, levels);
+    const Floats weights = pack(p, levels, kernels.lanes, false, 0.5f);
+    const Floats gates = gate_planes(p);
+    const int64_t blocks = blocks_of(p), planes = p.B * blocks;
+    const Floats row_sums = floats(planes * p.H * kBlock);
+    const bool shared_stage = p.element == Element::kBFloat16 && plan.bands > 1;
+    const Floats stage = floats(shared_stage ? planes * p.H * p.W * kBlock : 0);
+
+    const auto share = [&](auto kernel, int64_t scratch_floats) {
+        return [&, kernel, scratch_floats](int64_t begin, int64_t end) {
+            float* scratch = zeroed_scratch(scratch_floats);
+            std::vector<const float*> rows(largest_kh(levels));
+            std::vector<int64_t> done(2 * (p.L + 1));
+            for (int64_t i = begin; i < end; ++i) {
+                const int64_t plane = i / plan.bands;
+                kernel({&p, &plan, weights.get(), gates.get(), agg, row_sums.get(),
+                        shared_stage ? stage.get() : nullptr, scratch, rows.data(), done.data(), plane / blocks,
+                        plane % blocks, i % plan.bands});
+            }
+        };
+    };
+    torch::stable::parallel_for(0, planes * plan.bands, 1, share(kernels.forward, plan.scratch_floats));
+    if (plan.bands > 1) torch::stable::parallel_for(0, planes * plan.bands, 1, share(kernels.forward_global, 0));
+}
+
+void gated_aggregation_backward(const Problem& p, const Map& dagg, const Gradients& out) {
+    const Kernels& kernels = current_kernels();
+    std::vector<LevelLayout> levels = level_layouts(p, kernels.lanes, kOverread);
+    std::vector<int64_t> grad_offsets;
+    const BackwardPlan plan = backward_plan(p, kernels.lanes, levels, grad_offsets);
+    const Floats weights = pack(p, levels, kernels.lanes, false, 0.5f);
+    const Floats gates = gate_planes(p);
+    const Floats flipped = pack(p, levels, kernels.lanes, true, 1.0f);
+    const int64_t blocks = blocks_of(p), planes = p.B * blocks;
+    const Floats dgates = floats(out.want_gates ? planes * p.H * p.W * (p.L + 1) : 0);
+    const Floats dweights = floats(out.want_weights ? planes * kBlock * plan.taps : 0);
+
+    torch::stable::parallel_for(0, planes, 1, [&](int64_t begin, int64_t end) {
+        float* scratch = zeroed_scratch(plan.scratch_floats);
+        std::vector<const float*> rows(2 * p.H + 2 * largest_kh(levels));
+        for (int64_t i = begin; i < end; ++i)
+            kernels.backward({&p, &plan, &out, dagg, weights.get(), flipped.get(), gates.get(), dgates.get(),
+                              dweights.get(), scratch, rows.data(), i / blocks, i % blocks});
+    });
+    const bool single = p.element == Element::kFloat32;
+    if (out.want_gates && p.B > 0)
+        single ? reduce_dgates(p, dgates.get(), static_cast<float*>(out.dgates.data))
+               : reduce_dgates(p, dgates.get(), static_cast<BF16*>(out.dgates.data));
+    if (out.want_weights)
+        single ? reduce_dweights<float>(p, levels, kernels.lanes, dweights.get(), out.dweights)
+               : reduce_dweights<BF16>(p, levels, kernels.lanes, dweights.get(), out.dweights);
+}
+
+}  // namespace focalnet::cpu

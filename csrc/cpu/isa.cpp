@@ -1,0 +1,118 @@
+// Choice of the instruction set, and the operators that tell and change it.
+
+#include "isa.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <string>
+
+namespace focalnet::cpu {
+namespace {
+
+// On 64-bit Arm NEON is part of every processor: there "plain" and "neon" are the same code.
+enum class Isa : int { kPlain, kNeon, kAvx2, kAvx512 };
+
+struct Choice {
+    Isa isa;
+    const char* name;
+};
+
+constexpr Choice kChoices[] = {
+    {Isa::kPlain, "plain"}, {Isa::kNeon, "neon"}, {Isa::kAvx2, "avx2"}, {Isa::kAvx512, "avx512"}};
+
+bool runs_here(Isa isa) {
+    switch (isa) {
+        case Isa::kPlain:
+            return true;
+        case Isa::kNeon:
+#if defined(__aarch64__)
+            return true;
+#else
+            return false;
+#endif
+        case Isa::kAvx2:
+#if defined(__x86_64__)
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+            return false;
+#endif
+        case Isa::kAvx512:
+#if defined(__x86_64__)
+            return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+#else
+            return false;
+#endif
+    }
+    return false;
+}
+
+Isa best() {
+    Isa isa = Isa::kPlain;
+    for (const Choice& c : kChoices)
+        if (runs_here(c.isa)) isa = c.isa;
+    return isa;
+}
+
+Isa parse(const std::string& name, const char* source) {
+    std::string known;
+    for (const Choice& c : kChoices) {
+        if (name == c.name) {
+            STD_TORCH_CHECK(runs_here(c.isa), source, ": isa ", name, " does not run on this processor");
+            return c.isa;
+        }
+        known += (known.empty() ? "" : ", ") + std::string(c.name);
+    }
+    STD_TORCH_CHECK(false, source, ": unknown isa '", name, "'; expected one of ", known);
+    return Isa::kPlain;
+}
+
+// An override that cannot be honoured must not make the library fail to load: it is then as if it were absent.
+Isa initial() {
+    const char* wanted = std::getenv("FOCALNET_CPU_ISA");
+    if (wanted == nullptr || *wanted == '\0') return best();
+    for (const Choice& c : kChoices)
+        if (std::string(wanted) == c.name && runs_here(c.isa)) return c.isa;
+    return best();
+}
+
+std::atomic<Isa>& state() {
+    static std::atomic<Isa> isa{initial()};
+    return isa;
+}
+
+std::string name_of(Isa isa) {
+    for (const Choice& c : kChoices)
+        if (c.isa == isa) return c.name;
+    return "plain";
+}
+
+std::string cpu_isa() { return name_of(state().load(std::memory_order_relaxed)); }
+
+std::string cpu_set_isa(std::string isa) { return name_of(state().exchange(parse(isa, "cpu_set_isa"))); }
+
+}  // namespace
+
+const Kernels& current_kernels() {
+#if defined(__x86_64__)
+    const Isa isa = state().load(std::memory_order_relaxed);
+    if (isa == Isa::kAvx512) return kAvx512Kernels;
+    if (isa == Isa::kAvx2) return kAvx2Kernels;
+#endif
+    return kPlainKernels;
+}
+
+}  // namespace focalnet::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(focalnet, m) {
+    m.def("cpu_isa() -> str");
+    m.def("cpu_set_isa(str isa) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(focalnet, CompositeExplicitAutograd, m) {
+    m.impl("cpu_isa", TORCH_BOX(&focalnet::cpu::cpu_isa));
+    m.impl("cpu_set_isa", TORCH_BOX(&focalnet::cpu::cpu_set_isa));
+}

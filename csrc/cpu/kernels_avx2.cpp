@@ -1,0 +1,41 @@
+// The kernels for x86-64 processors with AVX2 and FMA. Nothing may be included after the target is selected: see
+// gated_aggregation.h.
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include "gated_aggregation.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+
+#define FOCALNET_LANES 8
+
+namespace focalnet::cpu::avx2 {
+namespace {
+// clang-format off
+#include "vec.inc"
+#include "gelu.inc"
+#include "depthwise.inc"
+#include "forward.inc"
+#include "backward.inc"
+// clang-format on
+}  // namespace
+}  // namespace focalnet::cpu::avx2
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace focalnet::cpu {
+const Kernels kAvx2Kernels = {avx2::kLanes, avx2::forward, avx2::forward_global, avx2::backward};
+}
+
+#endif

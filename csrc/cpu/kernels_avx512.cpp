@@ -1,0 +1,43 @@
+// The kernels for x86-64 processors with AVX-512 (F, VL, BW, DQ). Nothing may be included after the target is
+// selected: see gated_aggregation.h.
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+#include "gated_aggregation.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                                       \
+    __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,prefer-vector-width=512"))), \
+    apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma,prefer-vector-width=512")
+#endif
+
+#define FOCALNET_LANES 16
+
+namespace focalnet::cpu::avx512 {
+namespace {
+// clang-format off
+#include "vec.inc"
+#include "gelu.inc"
+#include "depthwise.inc"
+#include "forward.inc"
+#include "backward.inc"
+// clang-format on
+}  // namespace
+}  // namespace focalnet::cpu::avx512
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace focalnet::cpu {
+const Kernels kAvx512Kernels = {avx512::kLanes, avx512::forward, avx512::forward_global, avx512::backward};
+}
+
+#endif

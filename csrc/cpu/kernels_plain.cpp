@@ -1,0 +1,26 @@
+// The kernels for what every processor of the architecture has: SSE2 on x86-64, NEON on 64-bit Arm, and elsewhere
+// whatever the compiler makes of vectors of four.
+
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "gated_aggregation.h"
+
+#define FOCALNET_LANES 4
+
+namespace focalnet::cpu::plain {
+namespace {
+// clang-format off
+#include "vec.inc"
+#include "gelu.inc"
+#include "depthwise.inc"
+#include "forward.inc"
+#include "backward.inc"
+// clang-format on
+}  // namespace
+}  // namespace focalnet::cpu::plain
+
+namespace focalnet::cpu {
+const Kernels kPlainKernels = {plain::kLanes, plain::forward, plain::forward_global, plain::backward};
+}

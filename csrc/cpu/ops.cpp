@@ -1,0 +1,160 @@
+// The operators focalnet::cpu_gated_aggregation and focalnet::cpu_gated_aggregation_bwd: argument checks, views turned
+// into plain pointers and strides, results allocated. The arithmetic is in gated_aggregation.cpp.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <string>
+#include <vector>
+
+#include "gated_aggregation.h"
+
+namespace focalnet::cpu {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+std::string shape_text(const Tensor& t) {
+    std::string text = "(";
+    for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+    return text + ")";
+}
+
+void check_map(const char* name, const Tensor& t, const Tensor& like) {
+    STD_TORCH_CHECK(t.dim() == 4, name, " has shape ", shape_text(t),
+                    "; expected four dimensions (B, H, W, channels)");
+    STD_TORCH_CHECK(t.is_cpu(), name, " is not on the CPU; expected a CPU tensor");
+    STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " has dtype ",
+                    torch::headeronly::toString(t.scalar_type()), "; expected ctx's dtype, ",
+                    torch::headeronly::toString(like.scalar_type()));
+    for (int64_t i = 0; i < 3; ++i)
+        STD_TORCH_CHECK(t.size(i) == like.size(i), name, " has shape ", shape_text(t),
+                        "; expected the same B, H and W as ctx, whose shape is ", shape_text(like));
+}
+
+void check_weight(size_t level, const Tensor& w, const Tensor& ctx) {
+    STD_TORCH_CHECK(w.is_cpu(), "focal_weights[", level, "] is not on the CPU; expected a CPU tensor");
+    STD_TORCH_CHECK(w.scalar_type() == ctx.scalar_type(), "focal_weights[", level, "] has dtype ",
+                    torch::headeronly::toString(w.scalar_type()), "; expected ctx's dtype, ",
+                    torch::headeronly::toString(ctx.scalar_type()));
+    STD_TORCH_CHECK(
+        w.dim() == 4 && w.size(0) == ctx.size(3) && w.size(1) == 1 && w.size(2) % 2 == 1 && w.size(3) % 2 == 1,
+        "focal_weights[", level, "] has shape ", shape_text(w), "; expected (", ctx.size(3),
+        ", 1, kh, kw) with odd kh and kw");
+}
+
+// Views are taken as they are; only a channel stride other than 1 costs a copy.
+Tensor with_unit_channel_stride(const Tensor& t) {
+    return t.stride(3) == 1 || t.size(3) <= 1 ? t : torch::stable::contiguous(t);
+}
+
+Map map_of(const Tensor& t) { return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)}; }
+
+Map output_map_of(const Tensor& t) { return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+
+// Owns what the pointers of `problem` point to.
+struct Arguments {
+    Tensor ctx, gates;
+    std::vector<Tensor> weights;
+    std::vector<FocalWeight> weight_views;
+    Problem problem;
+};
+
+Arguments parse(const Tensor& ctx, const Tensor& gates, const std::vector<Tensor>& focal_weights, bool normalize) {
+    STD_TORCH_CHECK(ctx.scalar_type() == ScalarType::Float || ctx.scalar_type() == ScalarType::BFloat16,
+                    "ctx has dtype ", torch::headeronly::toString(ctx.scalar_type()),
+                    "; expected float32 or bfloat16");
+    check_map("ctx", ctx, ctx);
+    check_map("gates", gates, ctx);
+    STD_TORCH_CHECK(ctx.size(1) >= 1 && ctx.size(2) >= 1 && ctx.size(3) >= 1, "ctx has shape ", shape_text(ctx),
+                    "; expected H, W and C of at least 1");
+    STD_TORCH_CHECK(!focal_weights.empty(), "focal_weights is empty; expected at least one level");
+    const auto levels = static_cast<int64_t>(focal_weights.size());
+    STD_TORCH_CHECK(gates.size(3) == levels + 1, "gates has shape ", shape_text(gates), "; expected ", levels + 1,
+                    " channels, one more than the ", levels, " focal_weights");
+    Arguments args{with_unit_channel_stride(ctx), with_unit_channel_stride(gates), {}, {}, {}};
+    for (size_t l = 0; l < focal_weights.size(); ++l) {
+        check_weight(l, focal_weights[l], ctx);
+        args.weights.push_back(torch::stable::contiguous(focal_weights[l]));
+        const Tensor& w = args.weights.back();
+        args.weight_views.push_back({w.const_data_ptr(), w.size(2), w.size(3)});
+    }
+    const Element element = ctx.scalar_type() == ScalarType::Float ? Element::kFloat32 : Element::kBFloat16;
+    args.problem = {element,
+                    ctx.size(0),
+                    ctx.size(1),
+                    ctx.size(2),
+                    ctx.size(3),
+                    levels,
+                    map_of(args.ctx),
+                    map_of(args.gates),
+                    args.weight_views.data(),
+                    normalize ? 1.0f / static_cast<float>(levels + 1) : 1.0f};
+    return args;
+}
+
+Tensor empty_of(const Tensor& like, const std::vector<int64_t>& sizes) {
+    return torch::stable::new_empty(like, sizes);
+}
+
+Tensor empty_like_shape(const Tensor& t, bool wanted) {
+    if (!wanted) return empty_of(t, {0});
+    std::vector<int64_t> sizes;
+    for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
+    return empty_of(t, sizes);
+}
+
+Tensor cpu_gated_aggregation(const Tensor& ctx, const Tensor& gates, std::vector<Tensor> focal_weights,
+                             bool normalize_modulator) {
+    const Arguments args = parse(ctx, gates, focal_weights, normalize_modulator);
+    Tensor agg = empty_like_shape(ctx, true);
+    gated_aggregation(args.problem, output_map_of(agg));
+    return agg;
+}
+
+std::vector<Tensor> cpu_gated_aggregation_bwd(const Tensor& dagg, const Tensor& ctx, const Tensor& gates,
+                                              std::vector<Tensor> focal_weights, bool normalize_modulator,
+                                              std::vector<bool> output_mask) {
+    const Arguments args = parse(ctx, gates, focal_weights, normalize_modulator);
+    check_map("dagg", dagg, ctx);
+    STD_TORCH_CHECK(dagg.size(3) == ctx.size(3), "dagg has shape ", shape_text(dagg), "; expected ctx's shape ",
+                    shape_text(ctx));
+    STD_TORCH_CHECK(output_mask.size() == 3, "output_mask has ", output_mask.size(),
+                    " entries; expected three: ctx, gates, focal_weights");
+    const Tensor dagg_view = with_unit_channel_stride(dagg);
+    std::vector<Tensor> grads{empty_like_shape(ctx, output_mask[0]), empty_like_shape(gates, output_mask[1])};
+    for (const Tensor& w : args.weights) grads.push_back(empty_like_shape(w, output_mask[2]));
+
+    std::vector<void*> dweights;
+    for (size_t l = 0; l < args.weights.size(); ++l) dweights.push_back(grads[2 + l].mutable_data_ptr());
+    Gradients out{};
+    out.want_ctx = output_mask[0];
+    out.want_gates = output_mask[1];
+    out.want_weights = output_mask[2];
+    if (out.want_ctx) out.dctx = output_map_of(grads[0]);
+    if (out.want_gates) out.dgates = output_map_of(grads[1]);
+    out.dweights = dweights.data();
+    if (out.want_ctx || out.want_gates || out.want_weights)
+        gated_aggregation_backward(args.problem, map_of(dagg_view), out);
+    return grads;
+}
+
+}  // namespace
+}  // namespace focalnet::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(focalnet, m) {
+    m.def(
+        "cpu_gated_aggregation(Tensor ctx, Tensor gates, Tensor[] focal_weights, bool normalize_modulator) -> Tensor");
+    m.def(
+        "cpu_gated_aggregation_bwd(Tensor dagg, Tensor ctx, Tensor gates, Tensor[] focal_weights, "
+        "bool normalize_modulator, bool[] output_mask) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(focalnet, CPU, m) {
+    m.impl("cpu_gated_aggregation", TORCH_BOX(&focalnet::cpu::cpu_gated_aggregation));
+    m.impl("cpu_gated_aggregation_bwd", TORCH_BOX(&focalnet::cpu::cpu_gated_aggregation_bwd));
+}
