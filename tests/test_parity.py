@@ -1,11 +1,13 @@
 """Drop-in means the same numbers: outputs, losses and every gradient equal transformers', for any configuration."""
 
+import contextlib
 import copy
 import random
 
 import pytest
 import torch
 import transformers
+from small_models import one_thread  # noqa: F401
 from transformers.models.focalnet import modeling_focalnet as theirs
 
 import focalnet
@@ -111,34 +113,61 @@ def run(model, inputs, dtype):
     return list(output.keys()), outputs, gradients
 
 
+def relative_difference(some, others, largest):
+    return max((a - b).abs().max() / scale for a, b, scale in zip(some, others, largest, strict=True)).item()
+
+
 def assert_equal_outputs_and_gradients(name, fields, size, batch):
-    """In float64 every tensor to nine digits. In float32 every output within BOUND of its largest value; the gradient,
-    taken as one vector, within BOUND of its largest, or twice transformers' own rounding error where that is more: a
-    random network with LayerNorm after the branches can lose five digits."""
+    """In float64 every tensor to nine digits. In float32 every output within BOUND of its largest value, and the
+    gradient, taken as one vector, within BOUND of its largest.
+
+    A random network with LayerNorm after its branches can lose five digits. Where transformers' own float32 result is
+    that far from its float64 one, ours may be twice as far, and False is returned: the bound could not be tried.
+    """
     reference, ours = pair(name, fields)
     inputs = inputs_for(name, fields, size, batch)
-    exact, mine_exact = (run(model, inputs, torch.float64) for model in (reference, ours))
-    rounded, mine = (run(model, inputs, torch.float32) for model in (reference, ours))
-    assert mine[0] == rounded[0]
-    for position, outputs in enumerate(zip(mine[1], rounded[1], mine_exact[1], exact[1], strict=True)):
-        assert_same(outputs[0], outputs[1], f"output {position} of {name}")
-        assert_same(outputs[2], outputs[3], f"float64 output {position} of {name}", bound=1e-10)
-    assert mine[2].keys() == rounded[2].keys()
-    largest = max(gradient.abs().max() for gradient in exact[2].values())
-    rounding = max((rounded[2][key] - gradient).abs().max() for key, gradient in exact[2].items()) / largest
-    for key, expected in rounded[2].items():
-        assert_same(mine[2][key], expected, f"gradient of {key} of {name}", max(BOUND, 2 * rounding), largest)
-        assert_same(mine_exact[2][key], exact[2][key], f"float64 gradient of {key} of {name}", bound=1e-9)
+    (_, exact, exact_gradients), (_, mine_exact, mine_exact_gradients) = (
+        run(model, inputs, torch.float64) for model in (reference, ours)
+    )
+    (names, theirs_rounded, their_gradients), (my_names, mine, my_gradients) = (
+        run(model, inputs, torch.float32) for model in (reference, ours)
+    )
+    assert my_names == names and my_gradients.keys() == their_gradients.keys()
+    for position, (a, b) in enumerate(zip(mine_exact, exact, strict=True)):
+        assert_same(a, b, f"float64 output {position} of {name}", bound=1e-10)
+    for key, gradient in exact_gradients.items():
+        assert_same(mine_exact_gradients[key], gradient, f"float64 gradient of {key} of {name}", bound=1e-9)
+
+    largest = [output.abs().max() for output in exact]
+    largest_gradient = [max(g.abs().max() for g in exact_gradients.values())] * len(exact_gradients)
+    is_within = True
+    for what, a, b, c, scale in (
+        ("outputs", mine, theirs_rounded, exact, largest),
+        ("gradients", *(g.values() for g in (my_gradients, their_gradients, exact_gradients)), largest_gradient),
+    ):
+        rounding = relative_difference(b, c, scale)
+        if rounding < BOUND / 2:
+            assert relative_difference(a, b, scale) <= BOUND, f"{what} of {name}"
+        else:
+            assert relative_difference(a, c, scale) <= 2 * rounding, f"{what} of {name}"
+            is_within = False
+    return is_within
 
 
 @pytest.mark.parametrize("block", range(8))
 def test_random_configurations(block):
-    """Every configuration runs one of the four models, in turn; the seed is printed with a failure."""
+    """Every configuration runs one of the four models in turn, half of them on the backend that is chosen by itself and
+    half on the reference; the seed is printed with a failure. All but one of a block's 26, so 200 in all, are held to
+    BOUND."""
+    ill_conditioned = []
     for index in range(block, CONFIGURATIONS, 8):
         fields, size, batch = random_configuration(index)
         name = MODELS[(index // 8) % len(MODELS)]
         print(f"seed {SEED + index}: {name} at {size}, batch {batch}: {fields}")
-        assert_equal_outputs_and_gradients(name, fields, size, batch)
+        with focalnet.use_backend("reference") if block % 2 else contextlib.nullcontext():
+            if not assert_equal_outputs_and_gradients(name, fields, size, batch):
+                ill_conditioned.append(SEED + index)
+    assert len(ill_conditioned) <= 1
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -148,7 +177,7 @@ def test_every_published_variants_structure(variant):
     fields |= {"embed_dim": 8, "num_labels": 7, "image_size": 32, "initializer_range": 0.1, "num_channels": 3}
     fields["depths"] = [min(depth, 3) for depth in fields["depths"]]
     fields["hidden_sizes"] = [16, 32, 64, 64][: len(fields["depths"])]
-    assert_equal_outputs_and_gradients("FocalNetForImageClassification", fields, (32, 48), 2)
+    assert assert_equal_outputs_and_gradients("FocalNetForImageClassification", fields, (32, 48), 2)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
