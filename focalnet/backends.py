@@ -11,35 +11,14 @@ import contextlib
 import contextvars
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
-import torch
-from torch import Tensor
-
 from . import cpu, reference
+from .problem import Problem
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What a backend may look at before it takes a call."""
-
-    operator: str
-    device: torch.device
-    dtype: torch.dtype
-    batch: int
-    height: int
-    width: int
-    channels: int
-    kernel_sizes: tuple[tuple[int, int], ...]
-
-    @classmethod
-    def of(cls, operator: str, ctx: Tensor, focal_weights: Sequence[Tensor]) -> Problem:
-        kernel_sizes = tuple((weight.shape[-2], weight.shape[-1]) for weight in focal_weights)
-        return cls(operator, ctx.device, ctx.dtype, *ctx.shape, kernel_sizes)
 
 
 @dataclass(frozen=True)

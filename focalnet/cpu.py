@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import extension
-
-if TYPE_CHECKING:
-    from .backends import Problem
+from .problem import Problem
 
 DTYPES = (torch.float32, torch.bfloat16)
 

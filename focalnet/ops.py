@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .backends import Problem, choose, requested
+from .backends import choose, requested
+from .problem import Problem
 
 _TENSORS = "Tensor ctx, Tensor gates, Tensor[] focal_weights"
 _SCHEMAS = {

@@ -12,6 +12,7 @@ from operands import SHAPES, Shape, operands
 
 import focalnet
 from focalnet import reference
+from focalnet.problem import Problem
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CAN_RUN = [name for name, reason in focalnet.backends().items() if reason is None]
@@ -25,7 +26,7 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 def takes(backend, shape, dtype):
     """Whether the backend takes the call; that it says so in words where it does not is tested below."""
     _, ctx, _, focal_weights, *_ = operands(shape, dtype)
-    problem = backends.Problem.of("focal_modulation", ctx, focal_weights)
+    problem = Problem.of("focal_modulation", ctx, focal_weights)
     return backends._REGISTRY[backend].reason_against(problem) is None
 
 

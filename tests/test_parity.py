@@ -156,7 +156,7 @@ def assert_equal_outputs_and_gradients(name, fields, size, batch):
 
 @pytest.mark.parametrize("block", range(8))
 def test_random_configurations(block):
-    """Every configuration runs one of the four models in turn, half of them on the backend that is chosen by itself and
+    """Every configuration runs one of the four models in turn, half of them on the backend chosen by itself and
     half on the reference; the seed is printed with a failure. All but one of a block's 26, so 200 in all, are held to
     BOUND."""
     ill_conditioned = []

@@ -56,7 +56,8 @@ def automatic_backend(device: str) -> str:
     """The backend that takes a float32 call of a published size on a device ("cpu", "cuda") when none is asked for."""
     import torch
 
-    from ..backends import Problem, automatic
+    from ..backends import automatic
+    from ..problem import Problem
 
     kernel_sizes = ((3, 3), (5, 5), (7, 7))
     problem = Problem("focal_modulation", torch.device(device), torch.float32, 1, 56, 56, 96, kernel_sizes)
