@@ -1,4 +1,4 @@
-"""The parts of a FocalNet around the modulation: patch embeddings, MLP, stochastic depth, and the block itself.
+"""The parts of a FocalNet from the stem to the last stage: patch embeddings, blocks, stages.
 
 Everything between the stem's convolution and the head is channels-last, ``(B, H, W, C)``.
 """
@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .configuration import FocalNetConfig, activation
+from . import fused_block
+from .configuration import FocalNetConfig
+from .mlp import DropPath, FocalNetMlp
 from .modules import FocalModulation
 
 TokensAndMap = tuple[Tensor, Tensor]
@@ -116,42 +118,6 @@ class FocalNetEmbeddings(nn.Module):
         return bool_masked_pos.bool().view(batch, height, width, 1)
 
 
-class FocalNetMlp(nn.Module):
-    """Two linear layers with ``hidden_act`` between them, (..., dim) -> (..., dim)."""
-
-    def __init__(self, config: FocalNetConfig, dim: int) -> None:
-        super().__init__()
-        hidden_dim = int(dim * config.mlp_ratio)
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.activation = activation(config.hidden_act)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-        self.drop = nn.Dropout(config.hidden_dropout_prob)
-
-    def forward(self, hidden_state: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.activation(self.fc1(hidden_state)))))
-
-
-class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., arXiv:1603.09382): a branch is left out for whole samples while training."""
-
-    def __init__(self, drop_prob: float) -> None:
-        super().__init__()
-        self.drop_prob = drop_prob
-
-    def forward(self, hidden_state: Tensor) -> Tensor:
-        if self.drop_prob == 0.0 or not self.training:
-            return hidden_state
-        if self.drop_prob == 1.0:
-            return torch.zeros_like(hidden_state)
-        keep = 1 - self.drop_prob
-        shape = (hidden_state.shape[0],) + (1,) * (hidden_state.ndim - 1)
-        kept = torch.floor(keep + torch.rand(shape, dtype=hidden_state.dtype, device=hidden_state.device))
-        return hidden_state.div(keep) * kept
-
-    def extra_repr(self) -> str:
-        return f"p={self.drop_prob}"
-
-
 class FocalNetLayer(GradientCheckpointingLayer):
     """One block: focal modulation, then an MLP, each a residual branch. (B, H, W, dim) -> (B, H, W, dim).
 
@@ -180,7 +146,13 @@ class FocalNetLayer(GradientCheckpointingLayer):
             self.gamma_1 = nn.Parameter(torch.full((dim,), float(config.layerscale_value)))
             self.gamma_2 = nn.Parameter(torch.full((dim,), float(config.layerscale_value)))
 
+    def train(self, mode: bool = True) -> FocalNetLayer:
+        fused_block.forget(self)
+        return super().train(mode)
+
     def forward(self, hidden_state: Tensor) -> Tensor:
+        if fused_block.reason_against(self, hidden_state) is None:
+            return fused_block.run(self, hidden_state)
         hidden_state = self._residual(hidden_state, self.norm1, self.modulation, self.gamma_1)
         return self._residual(hidden_state, self.norm2, self.mlp, self.gamma_2)
 

@@ -145,7 +145,12 @@ _PLAIN = (nn.Conv2d, nn.GELU, nn.Sequential)
 
 
 def _is_plain(module: nn.Module) -> bool:
+    return type(module) in _PLAIN and not is_changed(module)
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its class says: hooks, or a forward of its own."""
     # Asked for every convolution in every call: plain dictionary look-ups, no attribute protocol.
     own = module.__dict__
     hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return type(module) in _PLAIN and not hooked and "forward" not in own
+    return bool(hooked) or "forward" in own

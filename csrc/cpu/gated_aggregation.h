@@ -102,12 +102,18 @@ struct BackwardTask {
     int64_t b, block;
 };
 
+// Of the fused block: see block.h.
+struct GemmTask;
+struct RowsTask;
+
 // What a translation unit compiled for one instruction set offers.
 struct Kernels {
     int64_t lanes;
     void (*forward)(const ForwardTask&);
     void (*forward_global)(const ForwardTask&);
     void (*backward)(const BackwardTask&);
+    void (*gemm)(const GemmTask&);
+    void (*normalize_and_add)(const RowsTask&);
 };
 
 extern const Kernels kPlainKernels, kAvx2Kernels, kAvx512Kernels;

@@ -5,6 +5,7 @@
 
 #include <immintrin.h>
 
+#include "block.h"
 #include "gated_aggregation.h"
 
 #if defined(__clang__)
@@ -24,6 +25,7 @@ namespace {
 #include "depthwise.inc"
 #include "forward.inc"
 #include "backward.inc"
+#include "gemm.inc"
 // clang-format on
 }  // namespace
 }  // namespace focalnet::cpu::avx2
@@ -35,7 +37,8 @@ namespace {
 #endif
 
 namespace focalnet::cpu {
-const Kernels kAvx2Kernels = {avx2::kLanes, avx2::forward, avx2::forward_global, avx2::backward};
+const Kernels kAvx2Kernels = {avx2::kLanes,   avx2::forward, avx2::forward_global,
+                              avx2::backward, avx2::gemm,    avx2::normalize_and_add};
 }
 
 #endif

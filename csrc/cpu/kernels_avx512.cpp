@@ -5,6 +5,7 @@
 
 #include <immintrin.h>
 
+#include "block.h"
 #include "gated_aggregation.h"
 
 #if defined(__clang__)
@@ -26,6 +27,7 @@ namespace {
 #include "depthwise.inc"
 #include "forward.inc"
 #include "backward.inc"
+#include "gemm.inc"
 // clang-format on
 }  // namespace
 }  // namespace focalnet::cpu::avx512
@@ -37,7 +39,8 @@ namespace {
 #endif
 
 namespace focalnet::cpu {
-const Kernels kAvx512Kernels = {avx512::kLanes, avx512::forward, avx512::forward_global, avx512::backward};
+const Kernels kAvx512Kernels = {avx512::kLanes,   avx512::forward, avx512::forward_global,
+                                avx512::backward, avx512::gemm,    avx512::normalize_and_add};
 }
 
 #endif

@@ -5,6 +5,7 @@
 #include <arm_neon.h>
 #endif
 
+#include "block.h"
 #include "gated_aggregation.h"
 
 #define FOCALNET_LANES 4
@@ -17,10 +18,12 @@ namespace {
 #include "depthwise.inc"
 #include "forward.inc"
 #include "backward.inc"
+#include "gemm.inc"
 // clang-format on
 }  // namespace
 }  // namespace focalnet::cpu::plain
 
 namespace focalnet::cpu {
-const Kernels kPlainKernels = {plain::kLanes, plain::forward, plain::forward_global, plain::backward};
+const Kernels kPlainKernels = {plain::kLanes,   plain::forward, plain::forward_global,
+                               plain::backward, plain::gemm,    plain::normalize_and_add};
 }

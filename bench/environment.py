@@ -1,0 +1,93 @@
+"""Where and with what a row was measured."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "transformers", "timm", "onnxruntime", "openvino")
+
+
+def facts() -> dict[str, object]:
+    """Device, versions and commit, as every row has them."""
+    return {"device": device(), "threads": len(os.sched_getaffinity(0)), "commit": commit(), **versions()}
+
+
+def device() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    found = {"focalnet": (ROOT / "focalnet/_version.py").read_text().split('"')[1]}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit, with "+" where the tree has changes."""
+    git = ["git", "-C", str(ROOT)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--", ":!bench/results"], capture_output=True, check=False
+    )
+    return head.stdout.strip() + ("+" if changed.stdout else "")
+
+
+_FMA_LOOP = r"""
+#include <pthread.h>
+#include <time.h>
+typedef float vec __attribute__((vector_size(VECTOR_BYTES)));
+static void* loop(void* argument) {
+    long steps = *(long*)argument;
+    vec a[12];
+    for (int i = 0; i < 12; ++i) a[i] = (vec){} + (float)(i + 1);
+    volatile float factor = 0.999f;
+    const vec b = (vec){} + factor, c = (vec){} + 0.001f;
+    for (long s = 0; s < steps; ++s) {
+#pragma GCC unroll 12
+        for (int i = 0; i < 12; ++i) {
+            a[i] = a[i] * b + c;
+            asm volatile("" : "+x"(a[i]));
+        }
+    }
+    volatile float sink = 0;
+    for (int i = 0; i < 12; ++i) sink += a[i][0];
+    return 0;
+}
+double fma_rate(int threads, long steps) {
+    pthread_t ids[256];
+    struct timespec t0, t1;
+    clock_gettime(CLOCK_MONOTONIC, &t0);
+    for (int i = 0; i < threads; ++i) pthread_create(&ids[i], 0, loop, &steps);
+    for (int i = 0; i < threads; ++i) pthread_join(ids[i], 0);
+    clock_gettime(CLOCK_MONOTONIC, &t1);
+    double seconds = (t1.tv_sec - t0.tv_sec) + 1e-9 * (t1.tv_nsec - t0.tv_nsec);
+    return 2.0 * 12 * (VECTOR_BYTES / 4) * steps * threads / seconds;
+}
+"""
+
+
+def fma_peak(threads: int) -> float:
+    """Float32 multiply-adds this machine can do at best, in FLOP/s: a loop on registers alone, best of several."""
+    vector_bytes = 64 if "avx512f" in Path("/proc/cpuinfo").read_text() else 32
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "fma.c"), Path(folder, "fma.so")
+        source.write_text(_FMA_LOOP)
+        flags = ["-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread"]
+        subprocess.run(["cc", *flags, f"-DVECTOR_BYTES={vector_bytes}", source, "-o", library], check=True)
+        rate = ctypes.CDLL(str(library)).fma_rate
+        rate.restype, rate.argtypes = ctypes.c_double, [ctypes.c_int, ctypes.c_long]
+        return max(rate(threads, 20_000_000) for _ in range(5))

@@ -1,0 +1,301 @@
+// The fused block in inference: three phases over a group of images that stays in the last-level cache.
+//
+//     hidden_state (B, H, W, C)
+//       |  1  by tokens     [LayerNorm] -> projection_in                      reads C, writes 2C + L + 1 a token
+//     projection [tokens][pitch]: q | ctx | gates
+//       |  2  by planes     gated aggregation, see forward.inc                reads C + L + 1, writes C
+//     agg [tokens][pitch]
+//       |  3  by tokens     everything that is local to a token               reads 3C (agg, q, hidden), writes C
+//     result (B, H, W, C)
+//
+// Phase 3, for a block of tokens that one thread owns; x, y and a chunk of hidden units are its scratch in L2:
+//
+//     y = (agg W_h + b) * q -> [LayerNorm] -> x = y W_out + b -> [norm1] + hidden_state
+//     pre-norm:   y = LayerNorm(x);  for each chunk: h = GELU(y W_1[chunk]);  x += h W_2[chunk];  result = x
+//     post-norm:                     for each chunk: h = GELU(x W_1[chunk]);  y += h W_2[chunk];  result = norm2(y) +
+//     x
+//
+// A block of tokens streams every weight once. Where that is more than the tokens are worth (few tokens of many
+// channels), the same steps run over all tokens, one after the other, each product split by columns: every thread then
+// streams its part of the weights once, and tokens pass through L3 instead.
+//
+// Both ways, and any cut into groups and blocks, give the same bits: an element of a product is summed in blocks of k
+// that depend on K alone (gemm.inc), and chunks of hidden units are whole blocks of k.
+
+#include "block.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+
+#include "gated_aggregation.h"
+#include "isa.h"
+
+namespace focalnet::cpu {
+namespace {
+
+constexpr int64_t kDepth = 384;                   // k of a panel's slice at most: 24 KB of a 32 KB L1
+constexpr int64_t kScratchBytes = 352 * 1024;     // of a thread, in a 512 KB L2 beside weights and streams
+constexpr int64_t kGroupBytes = 8 * 1024 * 1024;  // of projection and agg, for each thread: its share of the L3
+constexpr int64_t kLeastRows = 64;                // that a block of tokens needs to pay for streaming the weights
+constexpr int64_t kMostTogether = 512;            // tokens; beyond, what passes through L3 outweighs the weights
+
+int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
+int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
+
+// An odd number of cache lines: rows of a tile at a power of two from each other would share one set of the L1.
+int64_t pitch_of(int64_t columns) { return (ceil_div(columns, kPanel) | 1) * kPanel; }
+
+// k of the blocks a product is summed in: nearly equal ones, whole panels of the layer before.
+int64_t k_block(int64_t K) { return round_up(ceil_div(K, ceil_div(K, kDepth)), kPanel); }
+
+// Tokens whose x, y and chunk of hidden units fit into a thread's scratch.
+int64_t rows_in_scratch(const Block& b) {
+    return kScratchBytes / 4 / (2 * pitch_of(b.C) + pitch_of(k_block(b.fc2.K)));
+}
+
+bool is_wide(const Block& b) { return rows_in_scratch(b) < kLeastRows; }
+
+// Memory that a thread keeps from call to call, uninitialised, on a cache line.
+class Memory {
+  public:
+    float* get(int64_t floats) {
+        if (floats > size_) {
+            data_.reset();
+            size_ = 0;
+            data_.reset(static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t{64})));
+            size_ = floats;
+        }
+        return data_.get();
+    }
+
+  private:
+    struct Delete {
+        void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
+    };
+    std::unique_ptr<float[], Delete> data_;
+    int64_t size_ = 0;
+};
+
+thread_local Memory shared_memory, own_memory;
+
+// One thread does a step, for its block of tokens.
+struct Alone {
+    const Kernels& kernels;
+    void gemm(const GemmTask& task) const { kernels.gemm(task); }
+    void rows(const RowsTask& task) const { kernels.normalize_and_add(task); }
+};
+
+// All threads share a step: a product by columns (and rows, where threads outnumber the panels), the rest by rows.
+struct Together {
+    const Kernels& kernels;
+
+    void gemm(const GemmTask& task) const {
+        const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+        const int64_t panels = (task.column_end - task.column_begin) / kPanel;
+        const int64_t parts = std::min(task.rows, ceil_div(threads, panels));
+        torch::stable::parallel_for(0, parts * panels, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin, columns; i < end; i += columns) {
+                const int64_t row = i / panels * task.rows / parts, panel = i % panels;
+                columns = std::min(panels - panel, end - i);
+                GemmTask part = task;
+                part.rows = (i / panels + 1) * task.rows / parts - row;
+                part.column_begin = task.column_begin + panel * kPanel;
+                part.column_end = part.column_begin + columns * kPanel;
+                part.a += row * task.a_pitch;
+                part.c += row * task.c_pitch + panel * kPanel;
+                if (part.factor != nullptr) part.factor += row * task.factor_pitch + panel * kPanel;
+                kernels.gemm(part);
+            }
+        });
+    }
+
+    void rows(const RowsTask& task) const {
+        torch::stable::parallel_for(0, task.rows, 16, [&](int64_t begin, int64_t end) {
+            RowsTask part = task;
+            part.in += begin * task.in_pitch;
+            if (part.residual != nullptr) part.residual += begin * task.residual_pitch;
+            part.out += begin * task.out_pitch;
+            part.rows = end - begin;
+            kernels.normalize_and_add(part);
+        });
+    }
+};
+
+// Where a block of tokens keeps what is between the steps.
+struct Scratch {
+    float *x, *y, *hidden;
+    int64_t pitch, hidden_pitch;
+    int64_t chunk;  // hidden units at a time
+};
+
+// Rows of a matrix from one token on.
+struct Rows {
+    const float* data;
+    int64_t pitch;
+};
+
+// A group of images.
+class Group {
+  public:
+    Group(const Block& block, int64_t first_image, int64_t images)
+        : b_(block),
+          images_(images),
+          tokens_(images * block.H * block.W),
+          pitch_(pitch_of(block.C)),
+          projection_pitch_(pitch_of(block.projection_in.N)),
+          hidden_state_(block.hidden_state + first_image * block.H * block.W * block.C),
+          result_(block.result + first_image * block.H * block.W * block.C) {}
+
+    void run() {
+        const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+        const int64_t chunk = k_block(b_.fc2.K), hidden_pitch = pitch_of(chunk);
+        const int64_t floats = 2 * pitch_ + hidden_pitch;
+        const bool few = tokens_ < kLeastRows * threads || (is_wide(b_) && tokens_ <= kMostTogether);
+        const int64_t whole_pitch = pitch_of(b_.fc2.K);
+        float* memory = shared_memory.get(tokens_ * (projection_pitch_ + pitch_) +
+                                          (few ? tokens_ * (2 * pitch_ + whole_pitch) : 0));
+        projection_ = memory;
+        agg_ = projection_ + tokens_ * projection_pitch_;
+        if (few) {
+            const Together together{kernels_};
+            float* x = agg_ + tokens_ * pitch_;
+            const Scratch scratch{x,      x + tokens_ * pitch_, x + 2 * tokens_ * pitch_,
+                                  pitch_, whole_pitch,          round_up(b_.fc2.K, kPanel)};
+            project(together, 0, tokens_, scratch.y);
+            aggregate();
+            modulate(together, 0, tokens_, scratch);
+            return;
+        }
+        // As many blocks for one thread as for another.
+        const int64_t blocks =
+            std::min(tokens_, round_up(ceil_div(tokens_, std::max(kLeastRows, rows_in_scratch(b_))), threads));
+        const int64_t rows = ceil_div(tokens_, blocks);
+        const auto by_blocks = [&](auto step) {
+            torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+                float* x = own_memory.get(rows * floats);
+                const Scratch scratch{x, x + rows * pitch_, x + 2 * rows * pitch_, pitch_, hidden_pitch, chunk};
+                for (int64_t i = begin; i < end; ++i) {
+                    const int64_t first = i * tokens_ / blocks, last = (i + 1) * tokens_ / blocks;
+                    step(first, last - first, scratch);
+                }
+            });
+        };
+        const Alone alone{kernels_};
+        by_blocks([&](int64_t row, int64_t n, const Scratch& s) { project(alone, row, n, s.y); });
+        aggregate();
+        by_blocks([&](int64_t row, int64_t n, const Scratch& s) { modulate(alone, row, n, s); });
+    }
+
+  private:
+    Rows hidden_state(int64_t row) const { return {hidden_state_ + row * b_.C, b_.C}; }
+
+    static GemmTask product(const Linear& w, Rows a, int64_t rows, float* c, int64_t c_pitch) {
+        return {a.data, a.pitch, rows,  w.packed,        w.K,     0, w.K, k_block(w.K), 0, round_up(w.N, kPanel),
+                c,      c_pitch, false, After::kNothing, nullptr, 0};
+    }
+
+    RowsTask rows_task(Rows in, int64_t rows, Rows residual, float* out, int64_t out_pitch) const {
+        return {in.data, in.pitch, residual.data, residual.pitch, out,     out_pitch,
+                rows,    b_.C,     false,         0.0f,           nullptr, nullptr};
+    }
+
+    static RowsTask normed(RowsTask task, const Norm& norm) {
+        task.norm = true;
+        task.eps = norm.eps;
+        task.weight = norm.weight;
+        task.bias = norm.bias;
+        return task;
+    }
+
+    template <typename By>
+    void project(const By& by, int64_t row, int64_t rows, float* scratch) const {
+        Rows in = hidden_state(row);
+        if (!b_.post_norm) {
+            by.rows(normed(rows_task(in, rows, {}, scratch, pitch_), b_.norm1));
+            in = {scratch, pitch_};
+        }
+        by.gemm(product(b_.projection_in, in, rows, projection_ + row * projection_pitch_, projection_pitch_));
+    }
+
+    void aggregate() const {
+        const auto view = [&](float* data, int64_t pitch) {
+            return Map{data, b_.H * b_.W * pitch, b_.W * pitch, pitch};
+        };
+        const Problem problem{Element::kFloat32,
+                              images_,
+                              b_.H,
+                              b_.W,
+                              b_.C,
+                              b_.L,
+                              view(projection_ + b_.C, projection_pitch_),
+                              view(projection_ + 2 * b_.C, projection_pitch_),
+                              b_.focal_weights,
+                              b_.normalize_modulator ? 1.0f / static_cast<float>(b_.L + 1) : 1.0f};
+        gated_aggregation(problem, view(agg_, pitch_));
+    }
+
+    template <typename By>
+    void modulate(const By& by, int64_t row, int64_t rows, const Scratch& s) const {
+        GemmTask context = product(b_.projection_context, {agg_ + row * pitch_, pitch_}, rows, s.y, pitch_);
+        context.after = After::kMultiply;
+        context.factor = projection_ + row * projection_pitch_;
+        context.factor_pitch = projection_pitch_;
+        by.gemm(context);
+        const Rows x{s.x, pitch_}, y{s.y, pitch_};
+        if (b_.norm_in_modulation)
+            by.rows(normed(rows_task(y, rows, {}, s.y, pitch_), {nullptr, nullptr, b_.modulation_eps}));
+        by.gemm(product(b_.projection_out, y, rows, s.x, pitch_));
+        const RowsTask branch = rows_task(x, rows, hidden_state(row), s.x, pitch_);
+        by.rows(b_.post_norm ? normed(branch, b_.norm1) : branch);
+        if (!b_.post_norm) by.rows(normed(rows_task(x, rows, {}, s.y, pitch_), b_.norm2));
+        mlp(by, b_.post_norm ? x : y, rows, b_.post_norm ? s.y : s.x, s);
+        float* result = result_ + row * b_.C;
+        by.rows(b_.post_norm ? normed(rows_task(y, rows, x, result, b_.C), b_.norm2)
+                             : rows_task(x, rows, {}, result, b_.C));
+    }
+
+    // Before norm the sum goes onto the residual that `out` holds, behind it `out` is overwritten.
+    template <typename By>
+    void mlp(const By& by, Rows in, int64_t rows, float* out, const Scratch& s) const {
+        for (int64_t unit = 0; unit < b_.fc2.K; unit += s.chunk) {
+            const int64_t end = std::min(b_.fc2.K, unit + s.chunk);
+            GemmTask fc1 = product(b_.fc1, in, rows, s.hidden, s.hidden_pitch);
+            fc1.column_begin = unit;
+            fc1.column_end = round_up(end, kPanel);
+            fc1.after = After::kGelu;
+            by.gemm(fc1);
+            GemmTask fc2 = product(b_.fc2, {s.hidden, s.hidden_pitch}, rows, out, pitch_);
+            fc2.k_begin = unit;
+            fc2.k_end = end;
+            fc2.accumulate = !b_.post_norm;
+            by.gemm(fc2);
+        }
+    }
+
+    const Block& b_;
+    const Kernels& kernels_ = current_kernels();
+    const int64_t images_, tokens_, pitch_, projection_pitch_;
+    const float* hidden_state_;
+    float* result_;
+    float *projection_ = nullptr, *agg_ = nullptr;
+};
+
+}  // namespace
+
+void block(const Block& block) {
+    const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+    const int64_t tokens = block.H * block.W;
+    const int64_t bytes = tokens * (pitch_of(block.projection_in.N) + pitch_of(block.C)) * 4;
+    int64_t most = threads * kGroupBytes / bytes;
+    if (is_wide(block)) most = std::min(most, kMostTogether / tokens);
+    const int64_t groups = ceil_div(block.B, std::max<int64_t>(1, most));
+    for (int64_t i = 0; i < groups; ++i) {
+        const int64_t first = i * block.B / groups, last = (i + 1) * block.B / groups;
+        Group(block, first, last - first).run();
+    }
+}
+
+}  // namespace focalnet::cpu

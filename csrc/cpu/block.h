@@ -1,0 +1,77 @@
+// What the driver of the fused block and its kernels agree on. Plain data only, as in gated_aggregation.h.
+
+#pragma once
+
+#include <cstdint>
+
+namespace focalnet::cpu {
+
+// Columns of a panel of packed weights: one cache line of float32, and the same for every instruction set, so that
+// packed weights outlive a change of it.
+constexpr int64_t kPanel = 16;
+
+// What happens to a tile of the product while it is in L1.
+enum class After : int { kNothing, kGelu, kMultiply };
+
+// c[:, columns] (+)= a[:, k_begin:k_end] @ W[columns, k_begin:k_end]^T, with W's bias at k = 0 and `after` at k = K.
+// a's first column is k_begin; c's and the factor's first column is column_begin. Rows of c and of the factor reach to
+// a multiple of kPanel.
+struct GemmTask {
+    const float* a;
+    int64_t a_pitch, rows;
+    const float* packed;  // [panels][1 + K][kPanel], the bias first, zero beyond the last column
+    int64_t K, k_begin, k_end, k_block;
+    int64_t column_begin, column_end;  // multiples of kPanel
+    float* c;
+    int64_t c_pitch;
+    bool accumulate;  // add to what c holds even at k = 0
+    After after;
+    const float* factor;  // kMultiply
+    int64_t factor_pitch;
+};
+
+// out = norm(in) * weight + bias + residual, row by row; every part after `in` is optional. No row is read or written
+// beyond `channels`. `out` may be `in` or `residual`.
+struct RowsTask {
+    const float* in;
+    int64_t in_pitch;
+    const float* residual;  // or null
+    int64_t residual_pitch;
+    float* out;
+    int64_t out_pitch;
+    int64_t rows, channels;
+    bool norm;
+    float eps;
+    const float *weight, *bias;  // of the norm, or null
+};
+
+// LayerNorm's parameters; null where they are folded into the weights of the next product.
+struct Norm {
+    const float *weight, *bias;
+    float eps;
+};
+
+// Packed weights of a linear layer, K -> N.
+struct Linear {
+    const float* packed;
+    int64_t K, N;
+};
+
+struct FocalWeight;
+
+struct Block {
+    int64_t B, H, W, C, L;
+    const float* hidden_state;  // (B, H, W, C), contiguous
+    float* result;              // the same
+    Linear projection_in, projection_context, projection_out, fc1, fc2;
+    const FocalWeight* focal_weights;  // L of them
+    bool normalize_modulator;
+    bool post_norm;  // norm1 and norm2 behind their branch, not before it
+    Norm norm1, norm2;
+    bool norm_in_modulation;
+    float modulation_eps;
+};
+
+void block(const Block& block);
+
+}  // namespace focalnet::cpu

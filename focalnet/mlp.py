@@ -1,0 +1,44 @@
+"""The second branch of a block, and the stochastic depth of both."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .configuration import FocalNetConfig, activation
+
+
+class FocalNetMlp(nn.Module):
+    """Two linear layers with ``hidden_act`` between them, (..., dim) -> (..., dim)."""
+
+    def __init__(self, config: FocalNetConfig, dim: int) -> None:
+        super().__init__()
+        hidden_dim = int(dim * config.mlp_ratio)
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.activation = activation(config.hidden_act)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.activation(self.fc1(hidden_state)))))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., arXiv:1603.09382): a branch is left out for whole samples while training."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        if self.drop_prob == 0.0 or not self.training:
+            return hidden_state
+        if self.drop_prob == 1.0:
+            return torch.zeros_like(hidden_state)
+        keep = 1 - self.drop_prob
+        shape = (hidden_state.shape[0],) + (1,) * (hidden_state.ndim - 1)
+        kept = torch.floor(keep + torch.rand(shape, dtype=hidden_state.dtype, device=hidden_state.device))
+        return hidden_state.div(keep) * kept
+
+    def extra_repr(self) -> str:
+        return f"p={self.drop_prob}"

@@ -1,0 +1,191 @@
+"""The block as one operator in inference: the same numbers as its modules, and never from stale weights."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import transformers
+from small_models import EVERY_OPTION, SMALL, build, images, one_thread  # noqa: F401
+
+import focalnet
+from focalnet import fused_block
+
+pytestmark = pytest.mark.skipif(
+    focalnet.backends()["cpu"] is not None, reason=f"no compiled extension: {focalnet.backends()['cpu']}"
+)
+NAME = "FocalNetForImageClassification"
+GELU = {"hidden_act": "gelu"}
+VARIETIES = [
+    SMALL,
+    {**EVERY_OPTION, **GELU},
+    {**SMALL, "use_post_layernorm": True},
+    {**SMALL, "use_layerscale": True, "layerscale_value": 0.5},
+    {**SMALL, "use_post_layernorm_in_modulation": True, "normalize_modulator": True},
+]
+
+
+def a_block(fields=SMALL, stage=1):
+    return build(focalnet, NAME, fields).focalnet.encoder.stages[stage].layers[0]
+
+
+def reason(layer, hidden_state):
+    with torch.no_grad():
+        return fused_block.reason_against(layer, hidden_state)
+
+
+def outputs(layer, hidden_state):
+    """(by the operator, by the modules)."""
+    with torch.no_grad():
+        assert fused_block.reason_against(layer, hidden_state) is None
+        fused = layer(hidden_state)
+        with focalnet.use_backend("reference"):
+            return fused, layer(hidden_state)
+
+
+@pytest.mark.parametrize("fields", VARIETIES, ids=["pre", "every option", "post", "layer scale", "modulation"])
+def test_a_models_outputs_are_those_of_transformers(fields):
+    ours, theirs = (build(library, NAME, fields) for library in (focalnet, transformers))
+    for size in ((32, 32), (29, 50)):
+        with torch.inference_mode():
+            mine, expected = (model(images(*size), output_hidden_states=True) for model in (ours, theirs))
+        layers = [layer for stage in ours.focalnet.encoder.stages for layer in stage.layers]
+        assert all(layer in fused_block._packed for layer in layers)
+        for a, b in zip((mine.logits, *mine.hidden_states), (expected.logits, *expected.hidden_states), strict=True):
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def in_place(layer):
+    with torch.no_grad():
+        layer.mlp.fc1.weight.mul_(1.5)
+
+
+def by_optimizer(layer):
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.01)
+    layer(torch.randn(1, 4, 4, 16)).mean().backward()
+    optimizer.step()
+
+
+def by_loading(layer):
+    layer.load_state_dict({key: 1.5 * value for key, value in layer.state_dict().items()})
+
+
+def by_assigning(layer):
+    layer.load_state_dict({key: 1.5 * value for key, value in layer.state_dict().items()}, assign=True)
+
+
+def by_replacing_a_parameter(layer):
+    layer.norm1.weight = torch.nn.Parameter(1.5 * layer.norm1.weight.detach())
+
+
+def by_replacing_a_module(layer):
+    layer.mlp.fc2 = torch.nn.Linear(64, 16)
+
+
+def by_rounding(layer):
+    layer.to(torch.bfloat16).to(torch.float32)
+
+
+def by_data_while_training(layer):
+    layer.train()
+    layer.mlp.fc1.weight.data.mul_(1.5)
+    layer.eval()
+
+
+CHANGES = [in_place, by_optimizer, by_loading, by_assigning, by_replacing_a_parameter, by_replacing_a_module]
+CHANGES += [by_rounding, by_data_while_training]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_are_packed_again_when_they_change(change):
+    layer, hidden_state = a_block(), torch.randn(1, 5, 6, 16)
+    before, _ = outputs(layer, hidden_state)
+    change(layer)
+    fused, by_modules = outputs(layer, hidden_state)
+    largest = by_modules.abs().max()
+    assert (fused - by_modules).abs().max() <= 1e-5 * largest
+    assert (fused - before).abs().max() > 1e-4 * largest
+
+
+def test_weights_are_packed_once_while_they_stay():
+    layer, hidden_state = a_block(), torch.randn(1, 5, 6, 16)
+    outputs(layer, hidden_state)
+    packed = fused_block._packed[layer]
+    outputs(layer, hidden_state)
+    assert fused_block._packed[layer] is packed
+
+
+def test_copies_and_pickles_hold_parameters_only():
+    layer, hidden_state = a_block(), torch.randn(1, 5, 6, 16)
+    size = len(pickle.dumps(layer))
+    fused, _ = outputs(layer, hidden_state)
+    assert len(pickle.dumps(layer)) == size
+    saved = io.BytesIO()
+    torch.save(layer, saved)
+    saved.seek(0)
+    for other in (copy.deepcopy(layer), torch.load(saved, weights_only=False)):
+        torch.testing.assert_close(outputs(other, hidden_state)[0], fused, rtol=0, atol=0)
+
+
+def hooked(layer):
+    layer.mlp.fc1.register_forward_hook(lambda *_: None)
+
+
+def wrapped(layer):
+    layer.mlp.fc1 = torch.nn.Sequential(layer.mlp.fc1)
+
+
+def rebound(layer):
+    layer.norm2.forward = layer.norm2.forward
+
+
+def another_activation(layer):
+    layer.mlp.activation = torch.nn.ReLU()
+
+
+def in_double(layer):
+    layer.mlp.fc1.double()
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (hooked, "mlp.fc1 is Linear, or was wrapped or hooked"),
+        (wrapped, "mlp.fc1 is Sequential"),
+        (rebound, "norm2 is LayerNorm, or was wrapped or hooked"),
+        (another_activation, "mlp.activation is ReLU"),
+        (in_double, "mlp.fc1.weight is torch.float64"),
+    ],
+)
+@pytest.mark.parametrize("packed_before", [False, True], ids=["new", "packed before"])
+def test_what_the_operator_cannot_stand_for_goes_by_modules(change, expected, packed_before):
+    layer, hidden_state = a_block(), torch.randn(1, 5, 6, 16)
+    if packed_before:
+        outputs(layer, hidden_state)
+    change(layer)
+    assert expected in reason(layer, hidden_state)
+
+
+def test_calls_that_need_the_modules():
+    layer, hidden_state = a_block(), torch.randn(1, 5, 6, 16)
+    assert "gradients" in fused_block.reason_against(layer, hidden_state)
+    assert "torch.bfloat16" in reason(layer, hidden_state.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "autocast" in reason(layer, hidden_state)
+    with focalnet.use_backend("reference"):
+        assert "'reference' was asked for" in reason(layer, hidden_state)
+    layer.train()
+    assert "training" in reason(layer, hidden_state)
+
+
+def test_one_call_after_the_other_needs_no_more_memory():
+    model = build(focalnet, NAME, SMALL)
+    with torch.inference_mode():
+        model(images())
+        before = len(fused_block._packed)
+        for _ in range(20):
+            model(images())
+    assert len(fused_block._packed) == before
+    del model
+    assert len(fused_block._packed) < before
