@@ -50,21 +50,18 @@ _FMA_LOOP = r"""
 #include <pthread.h>
 #include <time.h>
 typedef float vec __attribute__((vector_size(VECTOR_BYTES)));
+#define EACH(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
+#define START(i) vec a##i = (vec){} + (float)(i + 1);
+/* The empty statement hides from the compiler that the chains are alike. */
+#define STEP(i) a##i = a##i * b + c; asm volatile("" : "+x"(a##i));
+#define ADD(i) sink += a##i[0];
 static void* loop(void* argument) {
     long steps = *(long*)argument;
-    vec a[12];
-    for (int i = 0; i < 12; ++i) a[i] = (vec){} + (float)(i + 1);
-    volatile float factor = 0.999f;
+    volatile float factor = 0.999f, sink = 0;
     const vec b = (vec){} + factor, c = (vec){} + 0.001f;
-    for (long s = 0; s < steps; ++s) {
-#pragma GCC unroll 12
-        for (int i = 0; i < 12; ++i) {
-            a[i] = a[i] * b + c;
-            asm volatile("" : "+x"(a[i]));
-        }
-    }
-    volatile float sink = 0;
-    for (int i = 0; i < 12; ++i) sink += a[i][0];
+    EACH(START)
+    for (long s = 0; s < steps; ++s) { EACH(STEP) }
+    EACH(ADD)
     return 0;
 }
 double fma_rate(int threads, long steps) {

@@ -139,8 +139,8 @@ def show(case: Case, rows: list[dict]) -> None:
     ours = next((row for row in rows if row["runtime"] == "focalnet"), rows[0])
     kind = rows[0]["case"]
     table = Table(title=f"{case.variant}, {case.size} x {case.size}, batch {case.batch}, float32, {kind}")
-    table.add_column("runtime")
-    for name in ("median ms", "fastest ms", "time / focalnet's", "of FMA peak", "peak memory MB"):
+    table.add_column("runtime", no_wrap=True)
+    for name in ("median ms", "fastest", "ratio", "of FMA peak", "memory MB"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
