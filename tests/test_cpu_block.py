@@ -4,47 +4,17 @@ The rule is the project's: the error against float64 is at most twice that of th
 in the last place of the largest output magnitude.
 """
 
-import contextlib
 import math
 
 import pytest
 import torch
+from instruction_sets import OPS, isa, require, threads  # noqa: F401
 
-from focalnet import FocalNetConfig, extension  # noqa: F401  (the extension registers the operators)
+from focalnet import FocalNetConfig
 from focalnet.fused_block import _pack
 from focalnet.layers import FocalNetLayer
 
-OPS = torch.ops.focalnet
-if not hasattr(OPS, "cpu_block"):
-    pytest.skip("the extension was built without the CPU kernels", allow_module_level=True)
-
-
-def available_isas():
-    before = OPS.cpu_isa()
-    found = []
-    for name in ("plain", "avx2", "avx512", "neon"):
-        with contextlib.suppress(RuntimeError):
-            OPS.cpu_set_isa(name)
-            found.append(name)
-    OPS.cpu_set_isa(before)
-    return found
-
-
-@pytest.fixture(params=available_isas())
-def isa(request):
-    before = OPS.cpu_set_isa(request.param)
-    yield request.param
-    OPS.cpu_set_isa(before)
-
-
-@contextlib.contextmanager
-def threads(n):
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+require("cpu_block")
 
 
 def make_layer(

@@ -4,67 +4,27 @@ The rule is the project's: the error against float64 is at most twice that of th
 same precision, plus one unit in the last place of the largest output magnitude.
 """
 
-import contextlib
 import importlib.util
 import math
-import os
 from pathlib import Path
 
 import pytest
 import torch
+from instruction_sets import LIBRARY, OPS, isa, require, threads  # noqa: F401
 from torch.nn import functional as F
 
-LIBRARY = os.environ.get("FOCALNET_CPU_LIBRARY")
 if LIBRARY:
-    # A library of the kernels alone, built otherwise than setup.py does (asan_cpu.sh): the package stays unimported,
-    # its extension would register the same operators.
-    torch.ops.load_library(LIBRARY)
     path = Path(__file__).parent.parent / "focalnet" / "reference.py"
     spec = importlib.util.spec_from_file_location("focalnet_reference", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     reference = module.gated_aggregation
 else:
-    from focalnet import extension  # noqa: F401  (loads the extension, which registers the operators)
     from focalnet.reference import gated_aggregation as reference
 
-OPS = torch.ops.focalnet
-if not hasattr(OPS, "cpu_gated_aggregation"):
-    pytest.skip("the extension was built without the CPU kernels", allow_module_level=True)
+require("cpu_gated_aggregation")
 
 DTYPES = [torch.float32, torch.bfloat16]
-MODES = ["plain", "avx2", "avx512", "neon"]
-
-
-def available_isas():
-    before = OPS.cpu_isa()
-    found = []
-    for name in MODES:
-        with contextlib.suppress(RuntimeError):
-            OPS.cpu_set_isa(name)
-            found.append(name)
-    OPS.cpu_set_isa(before)
-    return found
-
-
-ISAS = available_isas()
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = OPS.cpu_set_isa(request.param)
-    yield request.param
-    OPS.cpu_set_isa(before)
-
-
-@contextlib.contextmanager
-def threads(n):
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def make(shape, kernels, dtype=torch.float32, packed=True, seed=0):

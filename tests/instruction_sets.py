@@ -1,0 +1,55 @@
+"""The compiled CPU operators, and every instruction set that runs here.
+
+FOCALNET_CPU_LIBRARY names a library of the kernels alone, built otherwise than setup.py does (asan_cpu.sh): the
+package then stays unimported, since its extension would register the same operators.
+"""
+
+import contextlib
+import os
+
+import pytest
+import torch
+
+LIBRARY = os.environ.get("FOCALNET_CPU_LIBRARY")
+if LIBRARY:
+    torch.ops.load_library(LIBRARY)
+else:
+    from focalnet import extension  # noqa: F401  (loads the extension, which registers the operators)
+
+OPS = torch.ops.focalnet
+
+
+def require(operator):
+    """Skip the test module where the operator was not compiled."""
+    if not hasattr(OPS, operator):
+        pytest.skip("the extension was built without the CPU kernels", allow_module_level=True)
+
+
+def available_isas():
+    if not hasattr(OPS, "cpu_isa"):
+        return []
+    before = OPS.cpu_isa()
+    found = []
+    for name in ("plain", "avx2", "avx512", "neon"):
+        with contextlib.suppress(RuntimeError):
+            OPS.cpu_set_isa(name)
+            found.append(name)
+    OPS.cpu_set_isa(before)
+    return found
+
+
+@pytest.fixture(params=available_isas())
+def isa(request):
+    before = OPS.cpu_set_isa(request.param)
+    yield request.param
+    OPS.cpu_set_isa(before)
+
+
+@contextlib.contextmanager
+def threads(n):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
