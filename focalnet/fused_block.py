@@ -47,17 +47,20 @@ class _Packed:
 
     arguments: tuple | None
     reason: str | None
+    settings: tuple
     modules: list[nn.Module]
+    changed: list[bool]
     # The dictionaries in which modules and parameters hang, with their content at the time.
     registries: list[tuple[dict, list]]
     # Aliases keep the storage alive: no other tensor can take its address.
     parameters: list[tuple[Tensor, Tensor, int]]
 
-    def is_current(self) -> bool:
+    def is_current(self, settings: tuple) -> bool:
         return (
-            all(_holds(registry, content) for registry, content in self.registries)
+            self.settings == settings
+            and list(map(is_changed, self.modules)) == self.changed
+            and all(_holds(registry, content) for registry, content in self.registries)
             and all(p.data_ptr() == alias.data_ptr() and _version(p) == v for p, alias, v in self.parameters)
-            and (self.reason is not None or not any(map(is_changed, self.modules)))
         )
 
 
@@ -92,20 +95,34 @@ def forget(layer: FocalNetLayer) -> None:
 
 
 def _packed_of(layer: FocalNetLayer) -> _Packed:
-    packed = _packed.get(layer)
-    if packed is None or not packed.is_current():
+    packed, settings = _packed.get(layer), _settings(layer)
+    if packed is None or not packed.is_current(settings):
         modules = list(layer.modules())[1:]
         registries = [r for m in (layer, *modules) for r in (m._modules, m._parameters) if r]
         reason = _unusual_part(layer)
         packed = _Packed(
             arguments=None if reason else _pack(layer),
             reason=reason,
+            settings=settings,
             modules=modules,
+            changed=list(map(is_changed, modules)),
             registries=[(registry, list(registry.values())) for registry in registries],
             parameters=[(p, p.detach(), _version(p)) for p in layer.parameters()],
         )
         _packed[layer] = packed
     return packed
+
+
+def _settings(layer: FocalNetLayer) -> tuple:
+    """What is neither module nor parameter, and yet decides what the block computes."""
+    modulation = layer.modulation
+    norms = (layer.norm1, layer.norm2, getattr(modulation, "layernorm", None))
+    return (
+        layer.use_post_layernorm,
+        getattr(modulation, "use_post_layernorm_in_modulation", None),
+        getattr(modulation, "normalize_modulator", None),
+        *(getattr(norm, "eps", None) for norm in norms),
+    )
 
 
 def _holds(registry: dict, content: list) -> bool:

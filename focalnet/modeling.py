@@ -202,21 +202,21 @@ class FocalNetForMaskedImageModeling(FocalNetPreTrainedModel):
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        embeddings = self.focalnet.embeddings(pixel_values, bool_masked_pos)
-        last, maps = self.focalnet.encoder(embeddings, collect=bool(output_hidden_states))
-        last = self.focalnet.layernorm(last)
+        # Tokens do not say which grid they came from; the maps do.
+        outputs = self.focalnet(pixel_values, bool_masked_pos, output_hidden_states=True, return_dict=True)
+        stem, *_, last = outputs.reshaped_hidden_states
+        tokens = outputs.last_hidden_state.transpose(1, 2).unflatten(2, last.shape[2:])
         height, width = pixel_values.shape[-2:]
         # The stem and the downsamplings pad at the bottom and the right: what they added is cut off again.
-        reconstruction = self.decoder(last.permute(0, 3, 1, 2))[..., :height, :width]
+        reconstruction = self.decoder(tokens)[..., :height, :width]
         loss = None
         if bool_masked_pos is not None:
-            mask = bool_masked_pos.view(embeddings.shape[:-1])
-            loss = self._masked_loss(pixel_values, reconstruction, mask)
+            loss = self._masked_loss(pixel_values, reconstruction, bool_masked_pos.unflatten(1, stem.shape[2:]))
         output = FocalNetMaskedImageModelingOutput(
             loss=loss,
             reconstruction=reconstruction,
-            hidden_states=tuple(tokens for tokens, _ in maps) if maps else None,
-            reshaped_hidden_states=tuple(reshaped for _, reshaped in maps) if maps else None,
+            hidden_states=outputs.hidden_states if output_hidden_states else None,
+            reshaped_hidden_states=outputs.reshaped_hidden_states if output_hidden_states else None,
         )
         return output if _wants_dict(self.config, return_dict) else output.to_tuple()
 

@@ -93,8 +93,12 @@ def by_data_while_training(layer):
     layer.eval()
 
 
+def by_a_setting(layer):
+    layer.modulation.normalize_modulator = True
+
+
 CHANGES = [in_place, by_optimizer, by_loading, by_assigning, by_replacing_a_parameter, by_replacing_a_module]
-CHANGES += [by_rounding, by_data_while_training]
+CHANGES += [by_rounding, by_data_while_training, by_a_setting]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -165,6 +169,14 @@ def test_what_the_operator_cannot_stand_for_goes_by_modules(change, expected, pa
         outputs(layer, hidden_state)
     change(layer)
     assert expected in reason(layer, hidden_state)
+
+
+def test_a_block_is_one_operator_again_once_a_hook_is_gone():
+    layer, hidden_state = a_block(), torch.randn(1, 5, 6, 16)
+    hook = layer.mlp.fc1.register_forward_hook(lambda *_: None)
+    assert reason(layer, hidden_state) is not None
+    hook.remove()
+    assert reason(layer, hidden_state) is None
 
 
 def test_calls_that_need_the_modules():
