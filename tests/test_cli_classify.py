@@ -213,7 +213,7 @@ def test_backend_can_be_chosen(model_folder, photos):
 def test_bar_is_on_stderr_and_only_where_somebody_watches(monkeypatch, capsys, watched):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: watched)
-    with Bar(3, wanted=True) as bar, bar.aside(3):
+    with Bar("classifying", 3, wanted=True) as bar, bar.aside(3):
         print("table")
     stdout, stderr = capsys.readouterr()
     assert stdout == "table\n"

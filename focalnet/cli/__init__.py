@@ -1,4 +1,4 @@
-"""The command line: ``focalnet info | classify | convert``.
+"""The command line: ``focalnet info | classify | evaluate | convert``.
 
 One file a command; what takes long to import is imported inside the commands that need it.
 """
@@ -12,13 +12,14 @@ import typer
 from . import errors
 from .classify import classify
 from .convert import convert
+from .evaluate import evaluate
 from .info import info
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="focalnet",
-    help="FocalNet for PyTorch: what runs here, classify images, convert checkpoints.",
+    help="FocalNet for PyTorch: what runs here, classify images, check a model's accuracy, convert checkpoints.",
     no_args_is_help=True,
     # Errors are reported by `errors.one_line`; whoever asks for a traceback gets Python's own.
     pretty_exceptions_enable=False,
@@ -46,7 +47,7 @@ def _options(
     errors.show_tracebacks(debug)
 
 
-for _command in (info, classify, convert):
+for _command in (info, classify, evaluate, convert):
     app.command()(errors.one_line(_command))
 
 

@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from dataclasses import asdict
-from enum import Enum
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from .compute import Device, DType, backend_for, device_for, torch_dtype
 from .errors import SOME_SKIPPED, UserError
 from .images import Skipped, find_images, load_processor
 from .inference import Classified, classify_files
 from .models import load_classifier, parse_fields, silence_transformers
 from .output import Bar, print_tables, report
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    import torch
-
-
-class Device(str, Enum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class DType(str, Enum):
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def classify(
@@ -70,12 +52,12 @@ def classify(
     report(skipped)
     if not paths:
         raise UserError(f"no image found in {', '.join(images)}; expected files, folders or globs of images")
-    where = _device(device, backend)
-    classifier = load_classifier(model, variant, parse_fields(fields)).to(device=where, dtype=_torch_dtype(dtype))
+    where = device_for(device, backend)
+    classifier = load_classifier(model, variant, parse_fields(fields)).to(device=where, dtype=torch_dtype(dtype))
     processor = load_processor(model, classifier.config)
 
     classified = []
-    with _backend(backend), Bar(len(paths), wanted=not as_json and len(paths) > batch_size) as bar:
+    with backend_for(backend), Bar("classifying", len(paths), wanted=not as_json and len(paths) > batch_size) as bar:
         for results in classify_files(classifier, processor, paths, top_k, batch_size):
             good = [result for result in results if isinstance(result, Classified)]
             bad = [result for result in results if isinstance(result, Skipped)]
@@ -91,35 +73,3 @@ def classify(
         typer.echo(json.dumps(document, indent=2))
     if skipped:
         raise typer.Exit(SOME_SKIPPED)
-
-
-def _device(device: Device, backend: str | None) -> torch.device:
-    """The device to run on, once it is sure that it is there and that the backend can run."""
-    import torch
-
-    from .. import backends
-
-    known = backends()
-    if backend is not None and backend not in known:
-        raise UserError(f"--backend: expected one of {', '.join(known)}, got {backend}")
-    if backend is not None and known[backend] is not None:
-        raise UserError(f"--backend {backend} cannot run here: {known[backend]}")
-    if device is Device.cuda and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no CUDA device here (see `focalnet info`); use --device cpu")
-    if device is Device.auto:
-        # The kernels for one device do not run on the other.
-        on_cpu = backend == "cpu" or not torch.cuda.is_available()
-        return torch.device("cpu" if on_cpu else "cuda")
-    return torch.device(device.value)
-
-
-def _torch_dtype(dtype: DType) -> torch.dtype:
-    import torch
-
-    return getattr(torch, dtype.value)
-
-
-def _backend(name: str | None) -> AbstractContextManager:
-    from .. import use_backend
-
-    return nullcontext() if name is None else use_backend(name)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,19 +44,30 @@ def classify_files(
     top_k: int,
     batch_size: int,
 ) -> Iterator[list[Classified | Skipped]]:
-    """The results of ``paths``, ``batch_size`` of them at a time; the files of a batch are decoded in parallel."""
+    """The results of ``paths``, ``batch_size`` of them at a time.
+
+    The files of a batch are decoded in parallel, while the model works on the batch before.
+    """
+    batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
         # Pillow's remarks on metadata and palettes that it read all the same.
         warnings.filterwarnings("ignore", module="PIL")
-        for start in range(0, len(paths), batch_size):
-            batch = paths[start : start + batch_size]
-            loaded = list(zip(batch, pool.map(lambda path: load_pixels(path, processor), batch), strict=True))
-            results: list[Classified | Skipped] = [pixels for _, pixels in loaded if isinstance(pixels, Skipped)]
-            readable = [(path, pixels) for path, pixels in loaded if not isinstance(pixels, Skipped)]
-            # A processor that does not crop gives images of several sizes.
-            for _, same_size in groupby(readable, key=lambda item: item[1].shape):
-                results += _classify(classifier, list(same_size), top_k)
-            yield results
+        decode = functools.partial(pool.map, lambda path: load_pixels(path, processor))
+        ahead = decode(batches[0]) if batches else iter(())
+        for batch, following in pairwise([*batches, []]):
+            decoded, ahead = ahead, decode(following)
+            yield _results(classifier, list(zip(batch, decoded, strict=True)), top_k)
+
+
+def _results(
+    classifier: FocalNetForImageClassification, loaded: list[tuple[Path, Tensor | Skipped]], top_k: int
+) -> list[Classified | Skipped]:
+    results: list[Classified | Skipped] = [pixels for _, pixels in loaded if isinstance(pixels, Skipped)]
+    readable = [(path, pixels) for path, pixels in loaded if not isinstance(pixels, Skipped)]
+    # A processor that does not crop gives images of several sizes.
+    for _, same_size in groupby(readable, key=lambda item: item[1].shape):
+        results += _classify(classifier, list(same_size), top_k)
+    return results
 
 
 def _classify(

@@ -1,4 +1,4 @@
-"""What ``focalnet classify`` shows: tables on stdout, what was skipped and a progress bar on stderr."""
+"""What commands on images show: tables on stdout, what was skipped and a progress bar on stderr."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def print_tables(classified: list[Classified]) -> None:
 class Bar:
     """A progress bar on stderr, only where somebody watches."""
 
-    def __init__(self, total: int, wanted: bool) -> None:
-        self._progress = _new_bar() if wanted and sys.stderr.isatty() else None
+    def __init__(self, doing: str, total: int, wanted: bool) -> None:
+        self._progress = _new_bar(doing) if wanted and sys.stderr.isatty() else None
         self._total = total
 
     def __enter__(self) -> Bar:
@@ -54,6 +54,10 @@ class Bar:
     def __exit__(self, *exception: object) -> None:
         if self._progress is not None:
             self._progress.stop()
+
+    def advance(self, done: int) -> None:
+        if self._progress is not None:
+            self._progress.advance(self._task, done)
 
     @contextmanager
     def aside(self, done: int) -> Iterator[None]:
@@ -67,11 +71,11 @@ class Bar:
         self._progress.start()
 
 
-def _new_bar() -> Progress:
+def _new_bar(doing: str) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    columns = ("classifying", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (doing, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # A piped stdout must stay what it is.
     return Progress(
         *columns, console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False

@@ -1,0 +1,159 @@
+"""``focalnet evaluate``: the top-1 and top-5 accuracy of a classifier on a folder of classes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .compute import Device, DType, backend_for, device_for, torch_dtype
+from .errors import SOME_SKIPPED, UserError, printable
+from .images import Skipped, load_processor
+from .inference import Classified, classify_files
+from .labelled import LabelledImage, find_labelled_images
+from .models import load_classifier, parse_fields, silence_transformers
+from .output import Bar, report
+from .record import Record
+
+TOP = 5
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How often the right class was the most probable one, or among the five most probable."""
+
+    images: int
+    top1: float
+    top5: float
+
+    @classmethod
+    def of(cls, ranks: list[int | None]) -> Accuracy:
+        """``ranks``: where the right class came for each image, from 0; None where it was not among the five."""
+        images = len(ranks)
+        return cls(images, ranks.count(0) / images, sum(rank is not None for rank in ranks) / images)
+
+
+def evaluate(
+    data: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder with one folder of images for each class, such as val/.")
+    ],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", help="A directory, a checkpoint file, or a hub id such as microsoft/focalnet-tiny."
+        ),
+    ],
+    variant: Annotated[
+        str | None, typer.Option(help="The published variant, where a file does not tell, e.g. large_fl4.")
+    ] = None,
+    fields: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="A configuration field that a file does not tell."),
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="A file to keep every image's result in; an interrupted run goes on from there."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images in one pass.")] = 32,
+    backend: Annotated[
+        str | None, typer.Option(help="triton, cuda, cpu or reference; focalnet chooses by itself.")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")] = Device.auto,
+    dtype: Annotated[DType, typer.Option(help="What to compute in.")] = DType.float32,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")] = False,
+) -> None:
+    """Check a classifier's accuracy on a folder of classes, such as ImageNet's validation set.
+
+    A class folder is named like one of the model's labels, or by its index; or there are as many folders as labels,
+    and they stand for them in alphabetical order (ImageNet's n01440764, ...). A file that cannot be read is reported
+    and left out. Exit code: 0, or 1 if any was left out, or 2 if there is nothing to evaluate.
+    """
+    silence_transformers()
+    where = device_for(device, backend)
+    classifier = load_classifier(model, variant, parse_fields(fields)).to(device=where, dtype=torch_dtype(dtype))
+    if classifier.config.problem_type == "multi_label_classification":
+        raise UserError(f"--model {model}: expected a model with one label an image, this one gives several")
+    processor = load_processor(model, classifier.config)
+    images = find_labelled_images(data, classifier.config)
+    run = {"model": model, "data": str(data.resolve()), "dtype": dtype.value, "images": len(images)}
+
+    with Record(record, run) as results:
+        todo = [image for image in images if image.name not in results.ranks]
+        start = time.perf_counter()
+        with (
+            backend_for(backend),
+            Bar("evaluating", len(images), wanted=not as_json) as bar,
+            _interruptible(results, record, len(images)),
+        ):
+            bar.advance(len(images) - len(todo))
+            batches = classify_files(classifier, processor, [image.path for image in todo], TOP, batch_size)
+            skipped = _collect(batches, todo, results, bar)
+        seconds = time.perf_counter() - start
+    if not results.ranks:
+        raise UserError(f"DIR: none of the {len(images)} images in {data} could be read")
+
+    done = len(todo) - len(skipped)
+    accuracy = asdict(Accuracy.of(list(results.ranks.values())))
+    facts = {**run, **accuracy, "images_this_run": done, "images_per_second": done / seconds}
+    if as_json:
+        typer.echo(json.dumps({**facts, "errors": list(map(asdict, skipped))}, indent=2))
+    else:
+        _print(facts)
+    if skipped:
+        raise typer.Exit(SOME_SKIPPED)
+
+
+def _collect(
+    batches: Iterator[list[Classified | Skipped]], todo: list[LabelledImage], results: Record, bar: Bar
+) -> list[Skipped]:
+    """Puts the results into the record as they come; returns what could not be read."""
+    by_path = {str(image.path): image for image in todo}
+    skipped: list[Skipped] = []
+    for batch in batches:
+        bad = [result for result in batch if isinstance(result, Skipped)]
+        good = [result for result in batch if isinstance(result, Classified)]
+        with bar.aside(len(batch)):
+            report(bad)
+        skipped += bad
+        results.add({by_path[one.path].name: _rank(one, by_path[one.path].label) for one in good})
+    return skipped
+
+
+def _rank(result: Classified, label: int) -> int | None:
+    indices = [prediction.index for prediction in result.predictions]
+    return indices.index(label) if label in indices else None
+
+
+@contextmanager
+def _interruptible(results: Record, record: Path | None, total: int) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        advice = "the same command goes on from there" if record else "with --record FILE it could go on from there"
+        typer.echo(f"interrupted after {len(results.ranks)} of {total} images; {advice}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _print(facts: dict[str, object]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    title = printable(f"{facts['model']} on {facts['data']}")
+    table = Table(title=Text(title, overflow="fold"), title_justify="left", title_style="bold", show_header=False)
+    table.add_column(min_width=24)
+    table.add_column(justify="right")
+    table.add_row("images", f"{facts['images']}")
+    table.add_row("top-1", f"{facts['top1']:.2%}")
+    table.add_row("top-5", f"{facts['top5']:.2%}")
+    if facts["images_this_run"]:
+        table.add_row("images a second", f"{facts['images_per_second']:.1f}, reading included")
+    Console(highlight=False).print(table)

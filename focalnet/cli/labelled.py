@@ -1,0 +1,58 @@
+"""Images in a folder of classes, each with the index of the right label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import UserError
+from .images import Skipped, find_images
+
+if TYPE_CHECKING:
+    from ..configuration import FocalNetConfig
+
+
+@dataclass(frozen=True)
+class LabelledImage:
+    """A file, its name within the folder of classes, and the index of its label."""
+
+    path: Path
+    name: str
+    label: int
+
+
+def find_labelled_images(folder: Path, config: FocalNetConfig) -> list[LabelledImage]:
+    """The images of every class folder in ``folder``, class by class.
+
+    Raises:
+        UserError: there is no such folder, no image in it, or its folders are not the model's classes.
+    """
+    if not folder.is_dir():
+        raise UserError(f"DIR: expected a folder with one folder for each class, got {folder}")
+    classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    labels = _labels([path.name for path in classes], config, folder)
+    found = []
+    for path, label in zip(classes, labels, strict=True):
+        images, empty = find_images([str(path)])
+        if not any(isinstance(one, Skipped) for one in empty):
+            found += [LabelledImage(image, image.relative_to(folder).as_posix(), label) for image in images]
+    if not found:
+        raise UserError(f"DIR: no image found in the class folders of {folder}")
+    return found
+
+
+def _labels(names: list[str], config: FocalNetConfig, folder: Path) -> list[int]:
+    """The label of each class folder: by its name, by the number that is its name, or by its place."""
+    by_name = {label: index for index, label in config.id2label.items()}
+    if names and all(name in by_name for name in names):
+        return [by_name[name] for name in names]
+    if names and all(name.isdecimal() and int(name) < config.num_labels for name in names):
+        return [int(name) for name in names]
+    if len(names) == config.num_labels:
+        return list(range(len(names)))
+    some = ", ".join([*map(repr, names[:3]), *(["..."] if len(names) > 3 else [])])
+    raise UserError(
+        f"DIR: expected class folders named like the model's labels ({config.id2label[0]!r}, ...) or by their index, "
+        f"or exactly {config.num_labels} of them in alphabetical order; {folder} has {len(names)} ({some or 'none'})"
+    )

@@ -1,0 +1,79 @@
+"""The results of an evaluation so far, kept in a file so that an interrupted run can go on.
+
+JSON lines: first what was evaluated, then a line for each image: its name, and where the right class came among the
+five most probable (from 0; null where it did not).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import IO
+
+from .errors import UserError
+
+
+class Record:
+    """``ranks`` by image name, written to ``path`` as they come; a record without a path is kept in memory only.
+
+    Raises:
+        UserError: on entering, when the file holds the results of something else than ``run``.
+    """
+
+    def __init__(self, path: Path | None, run: dict[str, object]) -> None:
+        self._path = path
+        self._run = run
+        self._file: IO[bytes] | None = None
+        self.ranks: dict[str, int | None] = {}
+
+    def __enter__(self) -> Record:
+        if self._path is None:
+            return self
+        whole = _whole_lines(self._path)
+        if whole:
+            first, *results = whole.decode("utf-8", "replace").splitlines()
+            self._check(first)
+            self.ranks = dict(map(_parse, results))
+        self._file = self._path.open("ab")
+        # What was interrupted may have left half a line.
+        self._file.truncate(len(whole))
+        if not whole:
+            self._write([self._run])
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def add(self, ranks: dict[str, int | None]) -> None:
+        self.ranks |= ranks
+        self._write([[name, rank] for name, rank in ranks.items()])
+
+    def _write(self, values: list) -> None:
+        if self._file is not None:
+            self._file.write("".join(json.dumps(value) + "\n" for value in values).encode())
+            self._file.flush()
+
+    def _check(self, line: str) -> None:
+        try:
+            earlier = json.loads(line)
+        except ValueError:
+            earlier = None
+        if not isinstance(earlier, dict):
+            raise UserError(f"--record {self._path}: not a record of an evaluation; name another file")
+        for name, value in self._run.items():
+            if earlier.get(name) != value:
+                raise UserError(
+                    f"--record {self._path}: holds results of {name} {earlier.get(name)}, this run has {value}; "
+                    f"name another file, or remove it"
+                )
+
+
+def _whole_lines(path: Path) -> bytes:
+    content = path.read_bytes() if path.exists() else b""
+    return content[: content.rfind(b"\n") + 1]
+
+
+def _parse(line: str) -> tuple[str, int | None]:
+    name, rank = json.loads(line)
+    return name, rank
