@@ -6,20 +6,41 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("torch", "transformers", "timm", "onnxruntime", "openvino")
+PACKAGES = ("torch", "triton", "transformers", "timm", "onnxruntime", "openvino")
 
 
-def facts() -> dict[str, object]:
-    """Device, versions and commit, as every row has them."""
-    return {"device": device(), "threads": len(os.sched_getaffinity(0)), "commit": commit(), **versions()}
+def facts(kind: str = "cpu") -> dict[str, object]:
+    """Device, versions and commit, as every row has them; ``kind`` is "cpu" or "cuda"."""
+    common = {"device": device(kind), "commit": commit(), **versions()}
+    return common | (_gpu_facts() if kind == "cuda" else {"threads": len(os.sched_getaffinity(0))})
 
 
-def device() -> str:
+def device(kind: str = "cpu") -> str:
+    """The name of the GPU or the processor."""
+    return _gpu_name() if kind == "cuda" else _cpu_name()
+
+
+def _gpu_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def _gpu_facts() -> dict[str, object]:
+    import torch
+
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(query, capture_output=True, text=True, check=False) if shutil.which(query[0]) else None
+    return {"driver": driver.stdout.split("\n")[0].strip() if driver else None, "cuda": torch.version.cuda}
+
+
+def _cpu_name() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

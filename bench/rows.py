@@ -1,0 +1,53 @@
+"""Result rows: one JSON list for each kind of measurement and device, in
+bench/results/<device>/<kind>.json.
+
+A row has what was measured (its case), the figures, and the facts of the machine. A new row replaces the one of the
+same case and leaves the others.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from environment import ROOT
+
+RESULTS = ROOT / "bench" / "results"
+# What tells one case from another; everything else in a row is a figure or a fact about the machine.
+CASE = (
+    "case",
+    "operator",
+    "variant",
+    "stage",
+    "subject",
+    "series",
+    "x",
+    "size",
+    "batch",
+    "dtype",
+    "runtime",
+    "backend",
+)
+
+
+def folder(device: str) -> Path:
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+
+
+def read(kind: str, device: str) -> list[dict]:
+    path = folder(device) / f"{kind}.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def write(rows: list[dict], kind: str, device: str) -> Path:
+    """Puts ``rows`` among those that are there; returns the file."""
+    merged = {key(row): row for row in [*read(kind, device), *rows]}
+    path = folder(device) / f"{kind}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(list(merged.values()), indent=1) + "\n")
+    return path
+
+
+def key(row: dict) -> tuple:
+    return tuple(row.get(name) for name in CASE)
