@@ -18,12 +18,14 @@ COMMON_TESTS := $(VENV)/share/transformers-tests
 EXTENSION    := setup.py pyproject.toml focalnet/_version.py $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint clean common-tests
+.PHONY: help install demo test lint bench report clean common-tests
 
 help:
 	@echo "make demo      classify a photograph with transformers' FocalNet and with this one, side by side"
 	@echo "make test      ruff and the test suite (ARGS='-k name' goes to pytest)"
 	@echo "make lint      ruff alone"
+	@echo "make bench     FocalNet on this CPU against every runtime that can be installed (ARGS go to bench/models.py)"
+	@echo "make report    the README's tables and the plots, from the rows in bench/results/"
 	@echo "make install   .venv with the tested versions, the extension compiled and focalnet installed (editable)"
 	@echo "make clean     remove .venv and everything that was built"
 
@@ -38,6 +40,19 @@ test: lint install common-tests
 lint: $(VENV)/.requirements
 	@echo "ruff check"
 	@$(BIN)/ruff check --quiet .
+
+bench: install $(VENV)/.peers
+	@$(BIN)/python bench/models.py $(ARGS)
+
+report: install
+	@$(BIN)/python bench/report.py
+
+# timm wants torchvision, which has no CPU build to install beside torch's; bench/runtimes.py does without.
+$(VENV)/.peers: $(VENV)/.requirements
+	@echo "installing what to compare with: ONNX Runtime, OpenVINO, timm ... (minutes, once)"
+	@$(PIP) install onnx onnxruntime onnxscript openvino pyyaml
+	@$(PIP) install --no-deps timm
+	@touch $@
 
 $(BIN)/python:
 	@echo "making $(VENV) ..."
