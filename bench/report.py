@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import rows
-from environment import ROOT
 from scaling import fitted
+
+from focalnet.benchmark.environment import ROOT
 
 README = ROOT / "README.md"
 PLOTS = ROOT / "docs" / "plots"

@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from environment import ROOT
+from focalnet.benchmark.environment import ROOT
 
 RESULTS = ROOT / "bench" / "results"
 # What tells one case from another; everything else in a row is a figure or a fact about the machine.

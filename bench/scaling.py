@@ -18,14 +18,15 @@ from typing import Annotated
 
 import torch
 import typer
-from environment import device as device_name
-from environment import facts
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rows import write
-from runtimes import Case, ours
-from timing import measure
+
+from focalnet.benchmark.environment import device as device_name
+from focalnet.benchmark.environment import facts
+from focalnet.benchmark.runtimes import Case, ours
+from focalnet.benchmark.timing import measure
 
 SIZES = (224, 288, 384, 512, 640, 800, 1024)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)

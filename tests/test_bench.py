@@ -5,7 +5,8 @@ import time
 import pytest
 import rows
 import scaling
-import timing
+
+from focalnet.benchmark import timing
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The command line: ``focalnet info | classify | evaluate | convert``.
+"""The command line: ``focalnet info | classify | evaluate | convert | bench``.
 
 One file a command; what takes long to import is imported inside the commands that need it.
 """
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from . import errors
+from .bench import bench
 from .classify import classify
 from .convert import convert
 from .evaluate import evaluate
@@ -19,7 +20,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="focalnet",
-    help="FocalNet for PyTorch: what runs here, classify images, check a model's accuracy, convert checkpoints.",
+    help="FocalNet for PyTorch: what runs here, and how fast; classify images, check accuracy, convert checkpoints.",
     no_args_is_help=True,
     # Errors are reported by `errors.one_line`; whoever asks for a traceback gets Python's own.
     pretty_exceptions_enable=False,
@@ -47,7 +48,7 @@ def _options(
     errors.show_tracebacks(debug)
 
 
-for _command in (info, classify, evaluate, convert):
+for _command in (info, classify, evaluate, convert, bench):
     app.command()(errors.one_line(_command))
 
 

@@ -11,7 +11,9 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from .._version import __version__
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGES = ("torch", "triton", "transformers", "timm", "onnxruntime", "openvino")
 
 
@@ -48,7 +50,7 @@ def _cpu_name() -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {"focalnet": (ROOT / "focalnet/_version.py").read_text().split('"')[1]}
+    found = {"focalnet": __version__}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -57,8 +59,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str:
-    """The commit, with "+" where the tree has changes."""
+def commit() -> str | None:
+    """The commit, with "+" where the tree has changes; None outside a checkout."""
+    if not (ROOT / ".git").exists():
+        return None
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     changed = subprocess.run(

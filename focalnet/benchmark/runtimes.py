@@ -1,6 +1,6 @@
-"""What can run a FocalNet on a CPU: each runtime as a function from a case to a call that takes images.
+"""What can run a FocalNet: each runtime as a function from a case to a call that takes images.
 
-Every runtime gets the same seeded weights, as transformers initialises them. `worker.py` gives each its own process.
+Every runtime gets the same seeded weights, as transformers initialises them. `worker` gives each its own process.
 """
 
 from __future__ import annotations
@@ -13,26 +13,35 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+Placed = TypeVar("Placed", torch.Tensor, torch.nn.Module)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A published variant at an image size and a batch."""
+    """A published variant at an image size and a batch; ``device`` is "cpu" or "cuda", ``dtype`` "float32", ..."""
 
     variant: str
     size: int
     batch: int
     training: bool = False
+    device: str = "cpu"
+    dtype: str = "float32"
 
     def images(self, seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(self.batch, 3, self.size, self.size, generator=generator)
+        return self.placed(torch.randn(self.batch, 3, self.size, self.size, generator=generator))
+
+    def placed(self, what: Placed) -> Placed:
+        """A tensor or a model on the device and in the dtype of the case."""
+        return what.to(self.device, getattr(torch, self.dtype))
 
 
 def config_fields(case: Case) -> dict:
-    from focalnet.variants import VARIANTS
+    from ..variants import VARIANTS
 
     return {"normalize_modulator": False, **VARIANTS[case.variant].config_fields()}
 
@@ -42,7 +51,7 @@ def theirs(case: Case) -> torch.nn.Module:
 
     torch.manual_seed(0)
     model = transformers.FocalNetForImageClassification(transformers.FocalNetConfig(**config_fields(case)))
-    return model.train(case.training)
+    return case.placed(model.train(case.training))
 
 
 def ours(case: Case) -> torch.nn.Module:
@@ -50,7 +59,7 @@ def ours(case: Case) -> torch.nn.Module:
 
     torch.manual_seed(0)
     model = focalnet.FocalNetForImageClassification(focalnet.FocalNetConfig(**config_fields(case)))
-    return model.train(case.training)
+    return case.placed(model.train(case.training))
 
 
 def stepping(model: torch.nn.Module) -> Callable:
@@ -79,6 +88,10 @@ def focalnet_reference(case: Case) -> Callable:
     return stepping(ours(case))
 
 
+def focalnet_compile(case: Case) -> Callable:
+    return stepping(torch.compile(ours(case)))
+
+
 def transformers_eager(case: Case) -> Callable:
     return stepping(theirs(case))
 
@@ -92,7 +105,7 @@ def timm_model(case: Case) -> torch.nn.Module:
     import timm
 
     torch.manual_seed(0)
-    return timm.create_model(f"focalnet_{case.variant}").train(case.training)
+    return case.placed(timm.create_model(f"focalnet_{case.variant}").train(case.training))
 
 
 def timm_eager(case: Case) -> Callable:
@@ -124,6 +137,7 @@ def openvino(case: Case) -> Callable:
 
 RUNTIMES: dict[str, Callable[[Case], Callable]] = {
     "focalnet": focalnet_eager,
+    "focalnet, compile": focalnet_compile,
     "focalnet, reference": focalnet_reference,
     "transformers": transformers_eager,
     "transformers, compile": transformers_compile,
@@ -132,7 +146,23 @@ RUNTIMES: dict[str, Callable[[Case], Callable]] = {
     "onnxruntime": onnxruntime,
     "openvino": openvino,
 }
-INFERENCE_ONLY = ("onnxruntime", "openvino")
+FLOAT32_INFERENCE_ON_A_CPU = ("onnxruntime", "openvino")
+
+
+def able(case: Case) -> list[str]:
+    """The runtimes that can run a case where they are installed."""
+    everything = not case.training and case.device == "cpu" and case.dtype == "float32"
+    return [name for name in RUNTIMES if everything or name not in FLOAT32_INFERENCE_ON_A_CPU]
+
+
+def flops_per_image(case: Case) -> int:
+    """Of convolutions and matrix products in a forward pass, counted on transformers' model."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    one = Case(case.variant, case.size, 1)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        theirs(one)(one.images(0))
+    return counter.get_total_flops()
 
 
 class _Logits(torch.nn.Module):

@@ -1,0 +1,103 @@
+"""`focal_modulation` by each backend that runs here, at the stages of a published model."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..backends import backends
+from ..functional import focal_modulation
+from ..variants import VARIANTS
+from .runtimes import Case
+from .timing import measure
+
+FORWARD, TRAINING = "forward", "forward and backward"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The operator's sizes in one stage of a model."""
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    kernels: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.height} x {self.width} x {self.channels}"
+
+
+def stages(case: Case) -> list[Stage]:
+    variant = VARIANTS[case.variant]
+    kernels = tuple(variant.window + 2 * level for level in range(variant.levels))
+    found = []
+    for stage in range(len(variant.depths)):
+        side = math.ceil(case.size / (variant.patch_size * 2**stage))
+        found.append(Stage(case.batch, side, side, variant.embed_dim * 2**stage, kernels))
+    return found
+
+
+def able_backends(case: Case) -> list[str]:
+    """The backends that run on the device of ``case``."""
+    wanted = ("cpu", "reference") if case.device == "cpu" else ("triton", "cuda", "reference")
+    return [name for name in wanted if backends()[name] is None]
+
+
+def compare(case: Case, rounds: int, on_step: Callable[[], object] = lambda: None) -> Iterator[dict]:
+    """A row for each stage, direction and backend; ``on_step`` is called for each round of each of them."""
+    for stage in stages(case):
+        for direction, make in ((FORWARD, _forward), (TRAINING, _forward_and_backward)):
+            calls = {name: make(stage, case, name) for name in able_backends(case)}
+            for name, timing in measure(calls, case.device, rounds, on_step).items():
+                yield {
+                    "case": direction,
+                    "operator": "focal_modulation",
+                    "variant": case.variant,
+                    "stage": stage.name,
+                    "kernels": list(stage.kernels),
+                    "batch": stage.batch,
+                    "dtype": case.dtype,
+                    "backend": name,
+                    **timing.row(),
+                }
+
+
+def steps(case: Case, rounds: int) -> int:
+    """How often `compare` calls ``on_step``."""
+    return len(stages(case)) * 2 * len(able_backends(case)) * rounds
+
+
+def _operands(stage: Stage, case: Case, seed: int = 0) -> tuple:
+    generator = torch.Generator().manual_seed(seed)
+    channels, gates = stage.channels, len(stage.kernels) + 1
+
+    def normal(*shape: int) -> torch.Tensor:
+        return case.placed(torch.randn(*shape, generator=generator))
+
+    projected = normal(stage.batch, stage.height, stage.width, 2 * channels + gates)
+    focal_weights = [normal(channels, 1, k, k) / k for k in stage.kernels]
+    return projected, (channels, channels, gates), focal_weights, normal(channels, channels) / math.sqrt(channels)
+
+
+def _forward(stage: Stage, case: Case, backend: str) -> Callable[[int], object]:
+    projected, sizes, focal_weights, weight = _operands(stage, case)
+    run = functools.partial(focal_modulation, *projected.split(sizes, -1), focal_weights, weight, backend=backend)
+    return torch.inference_mode()(lambda number: run())
+
+
+def _forward_and_backward(stage: Stage, case: Case, backend: str) -> Callable[[int], object]:
+    projected, sizes, focal_weights, weight = _operands(stage, case)
+    leaves = [tensor.requires_grad_() for tensor in (projected, *focal_weights, weight)]
+    dout = torch.ones_like(projected[..., : stage.channels])
+
+    def run(number: int) -> object:
+        out = focal_modulation(*projected.split(sizes, -1), focal_weights, weight, backend=backend)
+        return torch.autograd.grad(out, leaves, dout)
+
+    return run

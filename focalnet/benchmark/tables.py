@@ -1,0 +1,58 @@
+"""Result rows as tables for a terminal."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from rich.table import Table
+
+from .runtimes import Case
+
+OURS = "focalnet"
+
+
+def of_runtimes(case: Case, rows: list[dict]) -> Table:
+    """Runtimes below each other: times, and each time over ours."""
+    ours = next((row for row in rows if row["runtime"] == OURS), rows[0])
+    what = f"{case.variant}, {case.size} x {case.size}, batch {case.batch}, {case.dtype}, {rows[0]['case']}"
+    table = Table(title=what, title_justify="left", title_style="bold")
+    table.add_column("runtime", no_wrap=True)
+    columns = ["median ms", "fastest", f"over {ours['runtime']}'s", "images/s", "memory MB"]
+    has_share = "share_of_fma_peak" in ours
+    for name in [*columns, *(["of FMA peak"] if has_share else [])]:
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row["runtime"],
+            _ms(row["median_s"]),
+            _ms(row["fastest_s"]),
+            f"{row['median_s'] / ours['median_s']:.2f}",
+            f"{row['batch'] / row['median_s']:.1f}",
+            f"{row['peak_memory_bytes'] / 1e6:.0f}",
+            *([f"{row['share_of_fma_peak']:.0%}"] if has_share else []),
+        )
+    return table
+
+
+def of_operators(rows: list[dict]) -> Table:
+    """Stages below each other, backends side by side; the last is the reference."""
+    names = list(dict.fromkeys(row["backend"] for row in rows))
+    first = rows[0]
+    kernels = ", ".join(map(str, first["kernels"]))
+    title = f"{first['operator']}, kernels {kernels}, batch {first['batch']}, {first['dtype']}: median ms"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("H x W x C", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right")
+    if len(names) > 1:
+        table.add_column(f"{names[-1]} over {names[0]}", justify="right")
+    for (stage, direction), group in groupby(rows, key=lambda row: (row["stage"], row["case"])):
+        times = {row["backend"]: row["median_s"] for row in group}
+        ratio = [f"{times[names[-1]] / times[names[0]]:.2f}"] if len(names) > 1 else []
+        table.add_row(stage, direction, *(_ms(times[name]) for name in names), *ratio)
+    return table
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.1f}" if seconds >= 0.01 else f"{seconds * 1e3:.3f}"

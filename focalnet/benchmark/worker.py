@@ -1,0 +1,73 @@
+"""One runtime in a process of its own: reads "run" from standard input, runs once, writes the seconds it took.
+
+    python -m focalnet.benchmark.worker RUNTIME CASE        (CASE: the fields of `Case` as JSON)
+
+The first line written is "ready", or "absent" and the reason; after "end" comes the peak memory in bytes: of the
+process on a CPU, of torch's tensors on a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import IO
+
+import torch
+
+from .runtimes import RUNTIMES, Case
+
+INPUTS = 4  # taken in turn, so that no run finds its images in the cache
+WARM_UP = 3
+
+
+def main(out: IO[str]) -> None:
+    name, fields = sys.argv[1:]
+    warnings.simplefilter("ignore")
+    case = Case(**json.loads(fields))
+    try:
+        run = RUNTIMES[name](case)
+    except ModuleNotFoundError as error:
+        say(out, "absent", f"{error.name} is not installed")
+        return
+    images = [case.images(seed) for seed in range(INPUTS)]
+    for index in range(WARM_UP):
+        run(images[index % INPUTS])
+    say(out, "ready", torch.get_num_threads())
+    for count, line in enumerate(sys.stdin):
+        if line.strip() != "run":
+            break
+        say(out, "seconds", seconds_of(run, images[count % INPUTS]))
+    say(out, "peak", peak_bytes(case))
+
+
+def seconds_of(run: Callable, image: torch.Tensor) -> float:
+    synchronize(image)
+    start = time.perf_counter()
+    run(image)
+    synchronize(image)
+    return time.perf_counter() - start
+
+
+def synchronize(image: torch.Tensor) -> None:
+    if image.is_cuda:
+        torch.cuda.synchronize()
+
+
+def peak_bytes(case: Case) -> int:
+    if case.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def say(out: IO[str], what: str, value: object) -> None:
+    print(json.dumps([what, value]), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    # Libraries print what they like; the answers have a channel of their own.
+    answers, sys.stdout = sys.stdout, sys.stderr
+    main(answers)

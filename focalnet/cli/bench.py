@@ -1,0 +1,83 @@
+"""``focalnet bench``: the model and the operator on this machine, against what is installed here."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from .compute import Device, DType, device_for
+from .errors import UserError
+from .output import Bar
+
+# In the order of the table; more are in `focalnet.benchmark.runtimes`.
+DEFAULT = (
+    "focalnet",
+    "transformers",
+    "transformers, compile",
+    "timm",
+    "timm, channels-last, compile",
+    "onnxruntime",
+    "openvino",
+)
+
+
+def bench(
+    variant: Annotated[str, typer.Option(help="A published variant, e.g. tiny_lrf.")] = "tiny_lrf",
+    size: Annotated[int, typer.Option(min=32, help="Image size in pixels.")] = 224,
+    batch: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images in one pass.")] = 1,
+    device: Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")] = Device.auto,
+    dtype: Annotated[DType, typer.Option(help="What to compute in.")] = DType.float32,
+    train: Annotated[bool, typer.Option("--train", help="A training step instead of inference.")] = False,
+    runtimes: Annotated[
+        list[str] | None, typer.Option("--runtime", metavar="NAME", help="Which runtimes; all that are installed.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Runs of each.")] = 9,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
+) -> None:
+    """Time a FocalNet here: against transformers, timm, ONNX Runtime and OpenVINO, and the operator by each backend.
+
+    Every runtime has a process of its own, and all take turns. Those that are not installed are named and left out.
+    """
+    from ..benchmark import environment, operators, turns
+    from ..benchmark.runtimes import RUNTIMES, Case, able
+    from ..variants import VARIANTS
+
+    if variant not in VARIANTS:
+        raise UserError(f"--variant: expected one of {', '.join(VARIANTS)}, got {variant}")
+    for name in runtimes or ():
+        if name not in RUNTIMES:
+            raise UserError(f"--runtime: expected one of {', '.join(map(repr, RUNTIMES))}, got {name!r}")
+    case = Case(variant, size, batch, train, device_for(device, None).type, dtype.value)
+    names = [name for name in runtimes or DEFAULT if name in able(case)]
+    if not names:
+        raise UserError(f"--runtime: {', '.join(runtimes or ())} cannot run {case.dtype} on {case.device} here")
+
+    steps = len(names) * (rounds + 1) + operators.steps(case, rounds)
+    with Bar("measuring", steps, wanted=not as_json) as bar:
+        models, absent = turns.compare(case, names, rounds, lambda: bar.advance(1))
+        stages = list(operators.compare(case, rounds, lambda: bar.advance(1)))
+    facts = environment.facts(case.device)
+    if as_json:
+        typer.echo(
+            json.dumps({"environment": facts, "models": models, "operators": stages, "absent": absent}, indent=2)
+        )
+    else:
+        _print(case, facts, models, stages, absent)
+
+
+def _print(case: object, facts: dict, models: list[dict], stages: list[dict], absent: dict[str, str]) -> None:
+    from rich.console import Console
+
+    from ..benchmark import tables, turns
+
+    console = Console(highlight=False)
+    console.print(", ".join(f"{name} {value}" for name, value in facts.items() if value), style="dim")
+    if models:
+        console.print(tables.of_runtimes(case, models))
+    console.print(tables.of_operators(stages))
+    for name, reason in absent.items():
+        console.print(f"left out: {name}: {reason}", style="yellow")
+    if noisy := turns.noisy(models):
+        console.print(f"noisy machine: the median of {', '.join(noisy)} is far from the fastest run", style="yellow")

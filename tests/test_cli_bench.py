@@ -1,0 +1,55 @@
+"""``focalnet bench``: what it measures, and what it refuses."""
+
+import json
+
+import pytest
+from command_line import assert_one_line_error, run
+
+from focalnet.benchmark import operators
+from focalnet.benchmark.runtimes import RUNTIMES, Case, able
+
+
+@pytest.fixture(scope="module")
+def document():
+    """The smallest run: one process for ours, one for the reference."""
+    result = run(
+        "bench", "--json", "--size", 32, "--rounds", 2, "--runtime", "focalnet", "--runtime", "focalnet, reference"
+    )
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_every_runtime_asked_for_has_a_row_with_times_and_memory(document):
+    assert [row["runtime"] for row in document["models"]] == ["focalnet", "focalnet, reference"]
+    for row in document["models"]:
+        assert row["runs"] == 2
+        assert 0 < row["fastest_s"] <= row["median_s"]
+        assert row["peak_memory_bytes"] > 1e8
+    assert document["absent"] == {}
+
+
+def test_the_operator_is_measured_at_every_stage_forward_and_backward_by_every_backend(document):
+    measured = {(row["stage"], row["case"], row["backend"]) for row in document["operators"]}
+    stages = ["8 x 8 x 96", "4 x 4 x 192", "2 x 2 x 384", "1 x 1 x 768"]
+    backends = operators.able_backends(Case("tiny_lrf", 32, 1))
+    directions = (operators.FORWARD, operators.TRAINING)
+    assert measured == {(s, d, b) for s in stages for d in directions for b in backends}
+
+
+def test_the_machine_is_described(document):
+    assert {"device", "threads", "commit", "focalnet", "torch"} <= document["environment"].keys()
+
+
+def test_unknown_variant_and_runtime_are_one_clear_line():
+    assert_one_line_error(run("bench", "--variant", "enormous"), "--variant", "tiny_lrf", "enormous")
+    assert_one_line_error(run("bench", "--runtime", "abacus"), "--runtime", "openvino", "abacus")
+
+
+def test_runtime_that_cannot_run_the_case_is_refused():
+    result = run("bench", "--dtype", "bfloat16", "--device", "cpu", "--runtime", "openvino")
+    assert_one_line_error(result, "--runtime", "openvino", "bfloat16")
+
+
+@pytest.mark.parametrize("case", [Case("tiny_lrf", 224, 1, training=True), Case("tiny_lrf", 224, 1, device="cuda")])
+def test_runtimes_of_float32_inference_on_a_cpu_are_asked_for_nothing_else(case):
+    assert set(RUNTIMES) - set(able(case)) == {"onnxruntime", "openvino"}
