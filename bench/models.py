@@ -39,7 +39,7 @@ def main(
         environment["fma_peak"] = fma_peak(int(environment["threads"]))
         console.print(f"{environment['device']}, FMA peak {environment['fma_peak'] / 1e9:.0f} GFLOP/s")
     for case in (Case(v, s, b, train, device, dtype) for v in variant for s in size for b in batch):
-        rows = measured(case, runtime, rounds)
+        rows = compared(case, [name for name in able(case) if not runtime or name in runtime], rounds)
         if not rows:
             continue
         flops = case.batch * flops_per_image(case) * (3 if train else 1)
@@ -53,8 +53,8 @@ def main(
         write(rows, "training" if train else "models", environment["device"])
 
 
-def measured(case: Case, wanted: list[str] | None, rounds: int) -> list[dict]:
-    names = [name for name in able(case) if not wanted or name in wanted]
+def compared(case: Case, names: list[str], rounds: int) -> list[dict]:
+    """The rows of what is installed; what is not is said."""
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"{case.variant} {case.size} x{case.batch}", total=len(names) * (rounds + 1))
         rows, absent = turns.compare(case, names, rounds, lambda: progress.advance(task))

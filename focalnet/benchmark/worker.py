@@ -18,6 +18,7 @@ from typing import IO
 
 import torch
 
+from .architectures import ARCHITECTURES
 from .runtimes import RUNTIMES, Case
 
 INPUTS = 4  # taken in turn, so that no run finds its images in the cache
@@ -29,7 +30,7 @@ def main(out: IO[str]) -> None:
     warnings.simplefilter("ignore")
     case = Case(**json.loads(fields))
     try:
-        run = RUNTIMES[name](case)
+        run = (RUNTIMES | ARCHITECTURES)[name](case)
     except ModuleNotFoundError as error:
         say(out, "absent", f"{error.name} is not installed")
         return
