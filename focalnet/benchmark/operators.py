@@ -15,8 +15,6 @@ from ..variants import VARIANTS
 from .runtimes import Case
 from .timing import measure
 
-FORWARD, TRAINING = "forward", "forward and backward"
-
 
 @dataclass(frozen=True)
 class Stage:
@@ -52,7 +50,7 @@ def able_backends(case: Case) -> list[str]:
 def compare(case: Case, rounds: int, on_step: Callable[[], object] = lambda: None) -> Iterator[dict]:
     """A row for each stage, direction and backend; ``on_step`` is called for each round of each of them."""
     for stage in stages(case):
-        for direction, make in ((FORWARD, _forward), (TRAINING, _forward_and_backward)):
+        for direction, make in DIRECTIONS.items():
             calls = {name: make(stage, case, name) for name in able_backends(case)}
             for name, timing in measure(calls, case.device, rounds, on_step).items():
                 yield {
@@ -70,11 +68,11 @@ def compare(case: Case, rounds: int, on_step: Callable[[], object] = lambda: Non
 
 def steps(case: Case, rounds: int) -> int:
     """How often `compare` calls ``on_step``."""
-    return len(stages(case)) * 2 * len(able_backends(case)) * rounds
+    return len(stages(case)) * len(DIRECTIONS) * len(able_backends(case)) * rounds
 
 
-def _operands(stage: Stage, case: Case, seed: int = 0) -> tuple:
-    generator = torch.Generator().manual_seed(seed)
+def _operands(stage: Stage, case: Case) -> tuple:
+    generator = torch.Generator().manual_seed(0)
     channels, gates = stage.channels, len(stage.kernels) + 1
 
     def normal(*shape: int) -> torch.Tensor:
@@ -85,13 +83,13 @@ def _operands(stage: Stage, case: Case, seed: int = 0) -> tuple:
     return projected, (channels, channels, gates), focal_weights, normal(channels, channels) / math.sqrt(channels)
 
 
-def _forward(stage: Stage, case: Case, backend: str) -> Callable[[int], object]:
+def forward(stage: Stage, case: Case, backend: str) -> Callable[[int], object]:
     projected, sizes, focal_weights, weight = _operands(stage, case)
     run = functools.partial(focal_modulation, *projected.split(sizes, -1), focal_weights, weight, backend=backend)
     return torch.inference_mode()(lambda number: run())
 
 
-def _forward_and_backward(stage: Stage, case: Case, backend: str) -> Callable[[int], object]:
+def forward_and_backward(stage: Stage, case: Case, backend: str) -> Callable[[int], object]:
     projected, sizes, focal_weights, weight = _operands(stage, case)
     leaves = [tensor.requires_grad_() for tensor in (projected, *focal_weights, weight)]
     dout = torch.ones_like(projected[..., : stage.channels])
@@ -101,3 +99,6 @@ def _forward_and_backward(stage: Stage, case: Case, backend: str) -> Callable[[i
         return torch.autograd.grad(out, leaves, dout)
 
     return run
+
+
+DIRECTIONS = {"forward": forward, "forward and backward": forward_and_backward}

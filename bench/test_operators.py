@@ -1,0 +1,27 @@
+"""The operator under pytest-benchmark, for those who work on a kernel: `pytest bench/ --benchmark-only`.
+
+Before a change `--benchmark-save=before`, after it `--benchmark-compare=0001 --benchmark-group-by=func,param:stage`.
+On a GPU the time includes waiting for it, which hides differences of a few microseconds: bench/operators.py does not.
+"""
+
+import pytest
+import torch
+
+from focalnet.benchmark import operators
+from focalnet.benchmark.runtimes import Case
+
+CASE = Case("tiny_lrf", 224, 8, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("backend", operators.able_backends(CASE))
+@pytest.mark.parametrize("direction", operators.DIRECTIONS)
+@pytest.mark.parametrize("stage", operators.stages(CASE), ids=lambda stage: stage.name.replace(" ", ""))
+def test_focal_modulation(benchmark, stage, direction, backend):
+    call = operators.DIRECTIONS[direction](stage, CASE, backend)
+
+    def run():
+        call(0)
+        if CASE.device == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
