@@ -1,16 +1,11 @@
 """The block in inference on a CPU: one operator instead of some twenty, with its weights packed once.
 
-`reason_against` says whether a call can go there. What is packed is kept as long as the block lives, and packed again
-when a parameter was replaced, moved or changed in place. Writing to a parameter through ``.data`` is the one change
-that PyTorch does not count: call ``model.train()`` (as every training loop does) or `forget` after it.
+`reason_against` says whether a call can go there.
 """
 
 from __future__ import annotations
 
-import operator
 import re
-import weakref
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
-from . import extension
-from .backends import requested
 from .mlp import DropPath, FocalNetMlp
 from .modules import FocalModulation, is_changed
+from .packing import arguments_of, packed_of, reason_against_call
 
 if TYPE_CHECKING:
     from .layers import FocalNetLayer
@@ -41,76 +35,18 @@ _PARTS = (
 )
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """A block's packed weights, or the reason why it cannot have any, and what tells that this still holds."""
-
-    arguments: tuple | None
-    reason: str | None
-    settings: tuple
-    modules: list[nn.Module]
-    changed: list[bool]
-    # The dictionaries in which modules and parameters hang, with their content at the time.
-    registries: list[tuple[dict, list]]
-    # Aliases keep the storage alive: no other tensor can take its address.
-    parameters: list[tuple[Tensor, Tensor, int]]
-
-    def is_current(self, settings: tuple) -> bool:
-        return (
-            self.settings == settings
-            and list(map(is_changed, self.modules)) == self.changed
-            and all(_holds(registry, content) for registry, content in self.registries)
-            and all(p.data_ptr() == alias.data_ptr() and _version(p) == v for p, alias, v in self.parameters)
-        )
-
-
-_packed: weakref.WeakKeyDictionary[FocalNetLayer, _Packed] = weakref.WeakKeyDictionary()
-
-
 def reason_against(layer: FocalNetLayer, hidden_state: Tensor) -> str | None:
     """Why the fused operator cannot take this call, or None if it can."""
-    if torch.is_grad_enabled() or layer.training or layer.mlp.drop.training or layer.drop_path.training:
-        return "gradients are being computed, or the block is in training mode"
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-        return "the call is being traced or transformed"
-    if type(hidden_state) is not Tensor or hidden_state.device.type != "cpu" or hidden_state.dtype != torch.float32:
-        return f"expected a plain float32 tensor on the CPU, got {hidden_state.dtype} on {hidden_state.device}"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is on"
-    if torch.nn.modules.module._has_any_global_hook():
-        return "there are hooks on all modules"
-    if (backend := requested(layer.modulation.backend)) not in (None, "cpu"):
-        return f"backend {backend!r} was asked for"
-    return extension.missing() or _packed_of(layer).reason
+    if layer.training or layer.mlp.drop.training or layer.drop_path.training:
+        return "the block is in training mode"
+    if reason := reason_against_call(hidden_state, layer.modulation.backend):
+        return reason
+    return packed_of(layer, _settings(layer), lambda: _unusual_part(layer), lambda: _pack(layer)).reason
 
 
 def run(layer: FocalNetLayer, hidden_state: Tensor) -> Tensor:
     """``layer(hidden_state)``, (B, H, W, C) -> (B, H, W, C), where `reason_against` has none."""
-    return torch.ops.focalnet.cpu_block(hidden_state, *_packed[layer].arguments)
-
-
-def forget(layer: FocalNetLayer) -> None:
-    """Drop what was packed of ``layer``."""
-    _packed.pop(layer, None)
-
-
-def _packed_of(layer: FocalNetLayer) -> _Packed:
-    packed, settings = _packed.get(layer), _settings(layer)
-    if packed is None or not packed.is_current(settings):
-        modules = list(layer.modules())[1:]
-        registries = [r for m in (layer, *modules) for r in (m._modules, m._parameters) if r]
-        reason = _unusual_part(layer)
-        packed = _Packed(
-            arguments=None if reason else _pack(layer),
-            reason=reason,
-            settings=settings,
-            modules=modules,
-            changed=list(map(is_changed, modules)),
-            registries=[(registry, list(registry.values())) for registry in registries],
-            parameters=[(p, p.detach(), _version(p)) for p in layer.parameters()],
-        )
-        _packed[layer] = packed
-    return packed
+    return torch.ops.focalnet.cpu_block(hidden_state, *arguments_of(layer))
 
 
 def _settings(layer: FocalNetLayer) -> tuple:
@@ -119,18 +55,11 @@ def _settings(layer: FocalNetLayer) -> tuple:
     norms = (layer.norm1, layer.norm2, getattr(modulation, "layernorm", None))
     return (
         layer.use_post_layernorm,
+        torch.ops.focalnet.cpu_isa(),  # focal weights are packed for its vectors
         getattr(modulation, "use_post_layernorm_in_modulation", None),
         getattr(modulation, "normalize_modulator", None),
         *(getattr(norm, "eps", None) for norm in norms),
     )
-
-
-def _holds(registry: dict, content: list) -> bool:
-    return len(registry) == len(content) and all(map(operator.is_, registry.values(), content))
-
-
-def _version(parameter: Tensor) -> int:
-    return 0 if parameter.is_inference() else parameter._version
 
 
 def _unusual_part(layer: FocalNetLayer) -> str | None:
@@ -141,9 +70,6 @@ def _unusual_part(layer: FocalNetLayer) -> str | None:
     activation = layer.mlp.activation
     if getattr(activation, "act", None) is not F.gelu and getattr(activation, "approximate", None) != "none":
         return "the MLP's activation is not the exact GELU"
-    for name, parameter in layer.named_parameters():
-        if parameter.dtype != torch.float32 or parameter.device.type != "cpu" or parameter.is_inference():
-            return f"{name} is {parameter.dtype} on {parameter.device}, or was made in inference mode"
     return None
 
 
@@ -167,10 +93,12 @@ def _pack(layer: FocalNetLayer) -> tuple:
 
     before = (None, None) if post_norm else (layer.norm1, layer.norm2)
     behind = (None, None) if post_norm else (layer.gamma_1, layer.gamma_2)
+    focal_weights = [level[0].weight for level in modulation.focal_layers]
     inner = modulation.layernorm if modulation.use_post_layernorm_in_modulation else None
     return (
         pack(modulation.projection_in, before[0]),
-        [level[0].weight for level in modulation.focal_layers],
+        torch.ops.focalnet.cpu_pack_focal(focal_weights),
+        [size for weight in focal_weights for size in weight.shape[2:]],
         pack(modulation.projection_context),
         pack(modulation.projection_out, inner, behind[0]),
         pack(layer.mlp.fc1, before[1]),

@@ -1,4 +1,4 @@
-"""The parts of a FocalNet from the stem to the last stage: patch embeddings, blocks, stages.
+"""The parts of a FocalNet from the stem to the last stage: embeddings, blocks, stages.
 
 Everything between the stem's convolution and the head is channels-last, ``(B, H, W, C)``.
 """
@@ -6,66 +6,16 @@ Everything between the stem's convolution and the head is channels-last, ``(B, H
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from . import fused_block
+from . import fused_block, packing
 from .configuration import FocalNetConfig
 from .mlp import DropPath, FocalNetMlp
 from .modules import FocalModulation
+from .patch_embeddings import FocalNetPatchEmbeddings, embed
 
 TokensAndMap = tuple[Tensor, Tensor]
-
-
-def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    """``size`` as (height, width)."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
-
-
-class FocalNetPatchEmbeddings(nn.Module):
-    """Patches to channels by a strided convolution, ``(B, H, W, C_in) -> (B, ceil(H / s), ceil(W / s), C_out)``.
-
-    Images whose size is not a multiple of the patch size are padded with zeros at the bottom and the right.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, patch_size: tuple[int, int], conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.num_channels = in_channels
-        self.patch_size = patch_size
-        self.projection = conv
-        self.norm: nn.LayerNorm | None = None
-
-    @classmethod
-    def stem(cls, config: FocalNetConfig) -> FocalNetPatchEmbeddings:
-        patch_size = as_pair(config.patch_size)
-        if config.use_conv_embed:
-            padding = 2 if config.stem_padding is None else config.stem_padding
-            conv = nn.Conv2d(config.num_channels, config.embed_dim, kernel_size=7, stride=4, padding=padding)
-        else:
-            conv = nn.Conv2d(config.num_channels, config.embed_dim, kernel_size=patch_size, stride=patch_size)
-        return cls(config.num_channels, config.embed_dim, patch_size, conv)
-
-    @classmethod
-    def downsampling(cls, config: FocalNetConfig, dim: int) -> FocalNetPatchEmbeddings:
-        """Between two stages: half the size, twice the channels, then a LayerNorm."""
-        if config.use_conv_embed:
-            conv = nn.Conv2d(dim, 2 * dim, kernel_size=3, stride=2, padding=1)
-        else:
-            conv = nn.Conv2d(dim, 2 * dim, kernel_size=2, stride=2)
-        embeddings = cls(dim, 2 * dim, (2, 2), conv)
-        embeddings.norm = nn.LayerNorm(2 * dim, eps=config.layer_norm_eps)
-        return embeddings
-
-    def forward(self, x: Tensor) -> Tensor:
-        _, height, width, _ = x.shape
-        bottom, right = -height % self.patch_size[0], -width % self.patch_size[1]
-        if bottom or right:
-            x = F.pad(x, (0, 0, 0, right, 0, bottom))
-        # A channels-last input makes the convolution write channels-last: the image is the smaller thing to reorder.
-        nchw = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
-        x = self.projection(nchw).permute(0, 2, 3, 1)
-        return x if self.norm is None else self.norm(x)
 
 
 class FocalNetEmbeddings(nn.Module):
@@ -78,11 +28,15 @@ class FocalNetEmbeddings(nn.Module):
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
+    def train(self, mode: bool = True) -> FocalNetEmbeddings:
+        packing.forget(self)
+        return super().train(mode)
+
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
         self._check_images(pixel_values)
         # The image processors give float32 whatever the model's dtype is.
         pixel_values = pixel_values.to(self.patch_embeddings.projection.weight.dtype)
-        embeddings = self.norm(self.patch_embeddings(pixel_values.permute(0, 2, 3, 1)))
+        embeddings = embed(self, self.patch_embeddings, self.norm, pixel_values.permute(0, 2, 3, 1))
         if bool_masked_pos is not None:
             masked = self._mask_of_grid(bool_masked_pos, embeddings)
             embeddings = torch.where(masked, self.mask_token, embeddings)
@@ -147,7 +101,7 @@ class FocalNetLayer(GradientCheckpointingLayer):
             self.gamma_2 = nn.Parameter(torch.full((dim,), float(config.layerscale_value)))
 
     def train(self, mode: bool = True) -> FocalNetLayer:
-        fused_block.forget(self)
+        packing.forget(self)
         return super().train(mode)
 
     def forward(self, hidden_state: Tensor) -> Tensor:

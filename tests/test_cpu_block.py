@@ -157,20 +157,59 @@ def test_pack_linear():
     assert not plain[0].any()
 
 
-NAMES = ["hidden_state", "projection_in", "focal_weights", "projection_context", "projection_out", "fc1", "fc2"]
-NAMES += ["norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias", "norm1_eps", "norm2_eps", "modulation_eps"]
+def test_pack_focal(isa):
+    """Halved (the GELU takes half of z), in vectors of channels, zero beyond the last channel."""
+    weights = [torch.randn(21, 1, 3, 3), torch.randn(21, 1, 1, 5)]
+    packed = OPS.cpu_pack_focal(weights)
+    lanes = packed.shape[2]
+    assert packed.shape == (32 // lanes, 14, lanes)
+    by_channel = packed.transpose(1, 2).flatten(0, 1)
+    assert torch.equal(by_channel[:21], 0.5 * torch.cat([w.flatten(1) for w in weights], 1))
+    assert not by_channel[21:].any()
+
+
+@pytest.mark.parametrize(
+    "weights, message",
+    [
+        ([torch.zeros(4, 1, 3)], r"focal_weights\[0\] has shape \(4, 1, 3\); expected \(C, 1, kh, kw\)"),
+        ([torch.zeros(4, 1, 3, 3), torch.zeros(3, 1, 3, 3)], r"focal_weights\[1\] has shape"),
+        ([torch.zeros(4, 1, 3, 2)], r"focal_weights\[0\] has shape .* odd kh and kw"),
+        ([torch.zeros(4, 1, 3, 3).double()], r"focal_weights\[0\] has dtype"),
+    ],
+)
+def test_bad_arguments_of_packing_focal_weights_are_named(weights, message):
+    with pytest.raises(RuntimeError, match=message):
+        OPS.cpu_pack_focal(weights)
+
+
+NAMES = ["hidden_state", "projection_in", "focal_weights", "focal_sizes", "projection_context", "projection_out"]
+NAMES += [
+    "fc1",
+    "fc2",
+    "norm1_weight",
+    "norm1_bias",
+    "norm2_weight",
+    "norm2_bias",
+    "norm1_eps",
+    "norm2_eps",
+    "modulation_eps",
+]
 
 
 @pytest.mark.parametrize(
     "name, change, message",
     [
         ("hidden_state", lambda t: t[0], r"hidden_state has shape \(6, 5, 24\); expected \(B, H, W, C\)"),
-        ("hidden_state", lambda t: t[..., :20], r"focal_weights\[0\] has shape"),
+        ("hidden_state", lambda t: t[..., :20], r"projection_in .* has shape \(4, 25, 16\); expected \(3, 21, 16\)"),
         ("hidden_state", lambda t: t[:, :0], "hidden_state has shape"),
         ("hidden_state", lambda t: t.double(), "hidden_state has dtype"),
-        ("focal_weights", lambda t: [], "focal_weights is empty"),
-        ("focal_weights", lambda t: t * 9, "projection_in .* has shape"),
-        ("focal_weights", lambda t: [t[0], t[1][:, :, 1:], t[2]], r"focal_weights\[1\] has shape"),
+        ("focal_weights", lambda t: t[1:], r"focal_weights \(packed by cpu_pack_focal\) has shape"),
+        ("focal_weights", lambda t: t.flatten(1, 2), r"focal_weights \(packed by cpu_pack_focal\) has shape"),
+        ("focal_sizes", lambda t: [], "focal_sizes has 0 values"),
+        ("focal_sizes", lambda t: t[:5], "focal_sizes has 5 values"),
+        ("focal_sizes", lambda t: t[:4], r"focal_weights \(packed by cpu_pack_focal\) has shape"),
+        ("focal_sizes", lambda t: [3, 3, 5, 4, 7, 9], "focal_sizes has 5 x 4; expected odd"),
+        ("focal_sizes", lambda t: [3, 3, 5, 5, -7, -7], "focal_sizes has -7 x -7; expected odd"),
         ("projection_in", lambda t: t[:2], "projection_in .* has shape"),
         ("projection_context", lambda t: t[:, 1:], "projection_context .* has shape"),
         ("projection_out", lambda t: t.bfloat16(), "projection_out .* has dtype"),

@@ -10,7 +10,7 @@ import transformers
 from small_models import EVERY_OPTION, SMALL, build, images, one_thread  # noqa: F401
 
 import focalnet
-from focalnet import fused_block
+from focalnet import fused_block, packing
 
 pytestmark = pytest.mark.skipif(
     focalnet.backends()["cpu"] is not None, reason=f"no compiled extension: {focalnet.backends()['cpu']}"
@@ -51,7 +51,7 @@ def test_a_models_outputs_are_those_of_transformers(fields):
         with torch.inference_mode():
             mine, expected = (model(images(*size), output_hidden_states=True) for model in (ours, theirs))
         layers = [layer for stage in ours.focalnet.encoder.stages for layer in stage.layers]
-        assert all(layer in fused_block._packed for layer in layers)
+        assert all(layer in packing._packed for layer in layers)
         for a, b in zip((mine.logits, *mine.hidden_states), (expected.logits, *expected.hidden_states), strict=True):
             assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
@@ -115,9 +115,9 @@ def test_weights_are_packed_again_when_they_change(change):
 def test_weights_are_packed_once_while_they_stay():
     layer, hidden_state = a_block(), torch.randn(1, 5, 6, 16)
     outputs(layer, hidden_state)
-    packed = fused_block._packed[layer]
+    packed = packing._packed[layer]
     outputs(layer, hidden_state)
-    assert fused_block._packed[layer] is packed
+    assert packing._packed[layer] is packed
 
 
 def test_copies_and_pickles_hold_parameters_only():
@@ -195,9 +195,9 @@ def test_one_call_after_the_other_needs_no_more_memory():
     model = build(focalnet, NAME, SMALL)
     with torch.inference_mode():
         model(images())
-        before = len(fused_block._packed)
+        before = len(packing._packed)
         for _ in range(20):
             model(images())
-    assert len(fused_block._packed) == before
+    assert len(packing._packed) == before
     del model
-    assert len(fused_block._packed) < before
+    assert len(packing._packed) < before

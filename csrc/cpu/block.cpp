@@ -27,29 +27,18 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <memory>
-#include <new>
 
 #include "gated_aggregation.h"
 #include "isa.h"
+#include "memory.h"
+#include "product.h"
 
 namespace focalnet::cpu {
 namespace {
 
-constexpr int64_t kDepth = 384;                   // k of a panel's slice at most: 24 KB of a 32 KB L1
 constexpr int64_t kScratchBytes = 352 * 1024;     // of a thread, in a 512 KB L2 beside weights and streams
 constexpr int64_t kGroupBytes = 8 * 1024 * 1024;  // of projection and agg, for each thread: its share of the L3
-constexpr int64_t kLeastRows = 64;                // that a block of tokens needs to pay for streaming the weights
 constexpr int64_t kMostTogether = 512;            // tokens; beyond, what passes through L3 outweighs the weights
-
-int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
-int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
-
-// An odd number of cache lines: rows of a tile at a power of two from each other would share one set of the L1.
-int64_t pitch_of(int64_t columns) { return (ceil_div(columns, kPanel) | 1) * kPanel; }
-
-// k of the blocks a product is summed in: nearly equal ones, whole panels of the layer before.
-int64_t k_block(int64_t K) { return round_up(ceil_div(K, ceil_div(K, kDepth)), kPanel); }
 
 // Tokens whose x, y and chunk of hidden units fit into a thread's scratch.
 int64_t rows_in_scratch(const Block& b) {
@@ -58,71 +47,7 @@ int64_t rows_in_scratch(const Block& b) {
 
 bool is_wide(const Block& b) { return rows_in_scratch(b) < kLeastRows; }
 
-// Memory that a thread keeps from call to call, uninitialised, on a cache line.
-class Memory {
-  public:
-    float* get(int64_t floats) {
-        if (floats > size_) {
-            data_.reset();
-            size_ = 0;
-            data_.reset(static_cast<float*>(::operator new(floats * sizeof(float), std::align_val_t{64})));
-            size_ = floats;
-        }
-        return data_.get();
-    }
-
-  private:
-    struct Delete {
-        void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
-    };
-    std::unique_ptr<float[], Delete> data_;
-    int64_t size_ = 0;
-};
-
 thread_local Memory shared_memory, own_memory;
-
-// One thread does a step, for its block of tokens.
-struct Alone {
-    const Kernels& kernels;
-    void gemm(const GemmTask& task) const { kernels.gemm(task); }
-    void rows(const RowsTask& task) const { kernels.normalize_and_add(task); }
-};
-
-// All threads share a step: a product by columns (and rows, where threads outnumber the panels), the rest by rows.
-struct Together {
-    const Kernels& kernels;
-
-    void gemm(const GemmTask& task) const {
-        const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-        const int64_t panels = (task.column_end - task.column_begin) / kPanel;
-        const int64_t parts = std::min(task.rows, ceil_div(threads, panels));
-        torch::stable::parallel_for(0, parts * panels, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin, columns; i < end; i += columns) {
-                const int64_t row = i / panels * task.rows / parts, panel = i % panels;
-                columns = std::min(panels - panel, end - i);
-                GemmTask part = task;
-                part.rows = (i / panels + 1) * task.rows / parts - row;
-                part.column_begin = task.column_begin + panel * kPanel;
-                part.column_end = part.column_begin + columns * kPanel;
-                part.a += row * task.a_pitch;
-                part.c += row * task.c_pitch + panel * kPanel;
-                if (part.factor != nullptr) part.factor += row * task.factor_pitch + panel * kPanel;
-                kernels.gemm(part);
-            }
-        });
-    }
-
-    void rows(const RowsTask& task) const {
-        torch::stable::parallel_for(0, task.rows, 16, [&](int64_t begin, int64_t end) {
-            RowsTask part = task;
-            part.in += begin * task.in_pitch;
-            if (part.residual != nullptr) part.residual += begin * task.residual_pitch;
-            part.out += begin * task.out_pitch;
-            part.rows = end - begin;
-            kernels.normalize_and_add(part);
-        });
-    }
-};
 
 // Where a block of tokens keeps what is between the steps.
 struct Scratch {
@@ -233,7 +158,8 @@ class Group {
                               view(projection_ + b_.C, projection_pitch_),
                               view(projection_ + 2 * b_.C, projection_pitch_),
                               b_.focal_weights,
-                              b_.normalize_modulator ? 1.0f / static_cast<float>(b_.L + 1) : 1.0f};
+                              b_.normalize_modulator ? 1.0f / static_cast<float>(b_.L + 1) : 1.0f,
+                              b_.packed_focal_weights};
         gated_aggregation(problem, view(agg_, pitch_));
     }
 

@@ -64,7 +64,8 @@ struct Block {
     const float* hidden_state;  // (B, H, W, C), contiguous
     float* result;              // the same
     Linear projection_in, projection_context, projection_out, fc1, fc2;
-    const FocalWeight* focal_weights;  // L of them
+    const FocalWeight* focal_weights;   // L of them, sizes only
+    const float* packed_focal_weights;  // pack_focal_weights
     bool normalize_modulator;
     bool post_norm;  // norm1 and norm2 behind their branch, not before it
     Norm norm1, norm2;

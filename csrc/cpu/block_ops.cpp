@@ -1,11 +1,8 @@
-// The operators focalnet::cpu_block and focalnet::cpu_pack_linear: argument checks, tensors turned into plain
+// The operators focalnet::cpu_block, cpu_pack_linear and cpu_pack_focal: argument checks, tensors turned into plain
 // pointers. The arithmetic is in block.cpp.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <optional>
@@ -13,56 +10,12 @@
 #include <vector>
 
 #include "block.h"
+#include "checks.h"
 #include "gated_aggregation.h"
+#include "isa.h"
 
 namespace focalnet::cpu {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Shape = std::vector<int64_t>;
-
-std::string text(const Shape& shape) {
-    std::string text = "(";
-    for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
-    return text + ")";
-}
-
-Shape shape_of(const Tensor& t) {
-    Shape shape;
-    for (int64_t i = 0; i < t.dim(); ++i) shape.push_back(t.size(i));
-    return shape;
-}
-
-void check_float(const std::string& name, const Tensor& t) {
-    STD_TORCH_CHECK(t.is_cpu(), name, " is not on the CPU; expected a CPU tensor");
-    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " has dtype ",
-                    torch::headeronly::toString(t.scalar_type()), "; expected float32");
-}
-
-void check_shape(const std::string& name, const Tensor& t, const Shape& expected) {
-    check_float(name, t);
-    STD_TORCH_CHECK(shape_of(t) == expected, name, " has shape ", text(shape_of(t)), "; expected ", text(expected));
-}
-
-const float* data(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
-
-// Contiguous copies that live as long as the call.
-class Kept {
-  public:
-    const float* operator()(const Tensor& t) {
-        tensors_.push_back(torch::stable::contiguous(t));
-        return data(tensors_.back());
-    }
-
-  private:
-    std::vector<Tensor> tensors_;
-};
-
-Linear linear(Kept& kept, const std::string& name, const Tensor& packed, int64_t K, int64_t N) {
-    check_shape(name + " (packed by cpu_pack_linear)", packed, {(N + kPanel - 1) / kPanel, K + 1, kPanel});
-    return {kept(packed), K, N};
-}
 
 Norm norm(Kept& kept, const std::string& name, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
           double eps, bool post_norm, int64_t C) {
@@ -75,37 +28,50 @@ Norm norm(Kept& kept, const std::string& name, const std::optional<Tensor>& weig
     return {kept(*weight), kept(*bias), static_cast<float>(eps)};
 }
 
-Tensor cpu_block(const Tensor& hidden_state, const Tensor& projection_in, std::vector<Tensor> focal_weights,
-                 const Tensor& projection_context, const Tensor& projection_out, const Tensor& fc1, const Tensor& fc2,
-                 std::optional<Tensor> norm1_weight, std::optional<Tensor> norm1_bias,
-                 std::optional<Tensor> norm2_weight, std::optional<Tensor> norm2_bias, double norm1_eps,
-                 double norm2_eps, std::optional<double> modulation_eps, bool normalize_modulator) {
+// Sizes (kh, kw) of the levels, one after the other.
+std::vector<FocalWeight> levels_of(const std::vector<int64_t>& sizes) {
+    STD_TORCH_CHECK(!sizes.empty() && sizes.size() % 2 == 0, "focal_sizes has ", sizes.size(),
+                    " values; expected kh and kw of every level, at least one");
+    std::vector<FocalWeight> levels;
+    for (size_t i = 0; i < sizes.size(); i += 2) {
+        STD_TORCH_CHECK(sizes[i] > 0 && sizes[i] % 2 == 1 && sizes[i + 1] > 0 && sizes[i + 1] % 2 == 1,
+                        "focal_sizes has ", sizes[i], " x ", sizes[i + 1], "; expected odd kh and kw");
+        levels.push_back({nullptr, sizes[i], sizes[i + 1]});
+    }
+    return levels;
+}
+
+Shape packed_focal_shape(int64_t C, const std::vector<FocalWeight>& levels, int64_t lanes) {
+    int64_t taps = 0;
+    for (const FocalWeight& level : levels) taps += level.kh * level.kw;
+    return {(C + kBlock - 1) / kBlock * (kBlock / lanes), taps, lanes};
+}
+
+Tensor cpu_block(const Tensor& hidden_state, const Tensor& projection_in, const Tensor& focal_weights,
+                 std::vector<int64_t> focal_sizes, const Tensor& projection_context, const Tensor& projection_out,
+                 const Tensor& fc1, const Tensor& fc2, std::optional<Tensor> norm1_weight,
+                 std::optional<Tensor> norm1_bias, std::optional<Tensor> norm2_weight,
+                 std::optional<Tensor> norm2_bias, double norm1_eps, double norm2_eps,
+                 std::optional<double> modulation_eps, bool normalize_modulator) {
     check_float("hidden_state", hidden_state);
     STD_TORCH_CHECK(
         hidden_state.dim() == 4 && hidden_state.size(1) >= 1 && hidden_state.size(2) >= 1 && hidden_state.size(3) >= 1,
         "hidden_state has shape ", text(shape_of(hidden_state)),
         "; expected (B, H, W, C) with H, W and C of at least 1");
-    STD_TORCH_CHECK(!focal_weights.empty(), "focal_weights is empty; expected at least one level");
     Kept kept;
     Block b{};
     b.B = hidden_state.size(0);
     b.H = hidden_state.size(1);
     b.W = hidden_state.size(2);
     b.C = hidden_state.size(3);
-    b.L = static_cast<int64_t>(focal_weights.size());
     b.hidden_state = kept(hidden_state);
 
-    std::vector<FocalWeight> levels;
-    for (size_t l = 0; l < focal_weights.size(); ++l) {
-        const Tensor& w = focal_weights[l];
-        const std::string name = "focal_weights[" + std::to_string(l) + "]";
-        check_float(name, w);
-        STD_TORCH_CHECK(w.dim() == 4 && w.size(0) == b.C && w.size(1) == 1 && w.size(2) % 2 == 1 && w.size(3) % 2 == 1,
-                        name, " has shape ", text(shape_of(w)), "; expected (", b.C,
-                        ", 1, kh, kw) with odd kh and kw");
-        levels.push_back({kept(w), w.size(2), w.size(3)});
-    }
+    const std::vector<FocalWeight> levels = levels_of(focal_sizes);
+    b.L = static_cast<int64_t>(levels.size());
     b.focal_weights = levels.data();
+    check_shape("focal_weights (packed by cpu_pack_focal)", focal_weights,
+                packed_focal_shape(b.C, levels, current_kernels().lanes));
+    b.packed_focal_weights = kept(focal_weights);
 
     b.projection_in = linear(kept, "projection_in", projection_in, b.C, 2 * b.C + b.L + 1);
     b.projection_context = linear(kept, "projection_context", projection_context, b.C, b.C);
@@ -173,21 +139,48 @@ Tensor cpu_pack_linear(const Tensor& weight, std::optional<Tensor> bias, std::op
     return packed;
 }
 
+Tensor cpu_pack_focal(std::vector<Tensor> focal_weights) {
+    STD_TORCH_CHECK(!focal_weights.empty(), "focal_weights is empty; expected at least one level");
+    const int64_t C = focal_weights[0].dim() == 4 ? focal_weights[0].size(0) : 0;
+    Kept kept;
+    std::vector<FocalWeight> levels;
+    for (size_t l = 0; l < focal_weights.size(); ++l) {
+        const Tensor& w = focal_weights[l];
+        const std::string name = "focal_weights[" + std::to_string(l) + "]";
+        check_float(name, w);
+        STD_TORCH_CHECK(
+            C >= 1 && w.dim() == 4 && w.size(0) == C && w.size(1) == 1 && w.size(2) % 2 == 1 && w.size(3) % 2 == 1,
+            name, " has shape ", text(shape_of(w)), "; expected (", C < 1 ? "C" : std::to_string(C),
+            ", 1, kh, kw) with odd kh and kw");
+        levels.push_back({kept(w), w.size(2), w.size(3)});
+    }
+    Problem problem{};
+    problem.C = C;
+    problem.L = static_cast<int64_t>(levels.size());
+    problem.weights = levels.data();
+    Tensor packed = torch::stable::new_empty(focal_weights[0], packed_focal_shape(C, levels, current_kernels().lanes));
+    pack_focal_weights(problem, static_cast<float*>(packed.mutable_data_ptr()));
+    return packed;
+}
+
 }  // namespace
 }  // namespace focalnet::cpu
 
 STABLE_TORCH_LIBRARY_FRAGMENT(focalnet, m) {
     m.def(
-        "cpu_block(Tensor hidden_state, Tensor projection_in, Tensor[] focal_weights, Tensor projection_context, "
-        "Tensor projection_out, Tensor fc1, Tensor fc2, Tensor? norm1_weight, Tensor? norm1_bias, "
+        "cpu_block(Tensor hidden_state, Tensor projection_in, Tensor focal_weights, int[] focal_sizes, "
+        "Tensor projection_context, Tensor projection_out, Tensor fc1, Tensor fc2, Tensor? norm1_weight, Tensor? "
+        "norm1_bias, "
         "Tensor? norm2_weight, Tensor? norm2_bias, float norm1_eps, float norm2_eps, float? modulation_eps, "
         "bool normalize_modulator) -> Tensor");
     m.def(
         "cpu_pack_linear(Tensor weight, Tensor? bias, Tensor? column_scale, Tensor? column_shift, "
         "Tensor? row_scale) -> Tensor");
+    m.def("cpu_pack_focal(Tensor[] focal_weights) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(focalnet, CPU, m) {
     m.impl("cpu_block", TORCH_BOX(&focalnet::cpu::cpu_block));
     m.impl("cpu_pack_linear", TORCH_BOX(&focalnet::cpu::cpu_pack_linear));
+    m.impl("cpu_pack_focal", TORCH_BOX(&focalnet::cpu::cpu_pack_focal));
 }

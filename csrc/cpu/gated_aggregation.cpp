@@ -9,11 +9,10 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "isa.h"
+#include "memory.h"
 
 namespace focalnet::cpu {
 namespace {
@@ -28,35 +27,7 @@ constexpr int64_t kOverread = 7;             // vectors that the weight gradient
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 int64_t blocks_of(const Problem& p) { return (p.C + kBlock - 1) / kBlock; }
 
-// Uninitialised floats that start on a cache line: a vector load that straddles two lines costs two.
-struct AlignedDelete {
-    void operator()(float* p) const { ::operator delete(p, std::align_val_t{64}); }
-};
-using Floats = std::unique_ptr<float[], AlignedDelete>;
-
-Floats floats(int64_t n) {
-    return Floats(static_cast<float*>(::operator new(n * sizeof(float), std::align_val_t{64})));
-}
-
-// Memory that a thread keeps from call to call, so that no call pays for fresh pages. Grows to the largest request.
-class Buffer {
-  public:
-    float* get(int64_t n) {
-        if (n > size_) {
-            data_.reset();
-            size_ = 0;
-            data_ = floats(n);
-            size_ = n;
-        }
-        return data_.get();
-    }
-
-  private:
-    Floats data_;
-    int64_t size_ = 0;
-};
-
-thread_local Buffer thread_scratch;
+thread_local Memory thread_scratch;
 
 std::vector<LevelLayout> level_layouts(const Problem& p, int64_t lanes, int64_t overread) {
     std::vector<LevelLayout> levels(p.L);
@@ -91,16 +62,21 @@ void pack_vector(const Problem& p, const std::vector<LevelLayout>& levels, int64
 }
 
 // Weights as [C / lanes][taps][lanes] in float32, zero beyond C.
-Floats pack(const Problem& p, const std::vector<LevelLayout>& levels, int64_t lanes, bool flip, float factor) {
+void pack_into(float* packed, const Problem& p, const std::vector<LevelLayout>& levels, int64_t lanes, bool flip,
+               float factor) {
     const int64_t vectors = blocks_of(p) * kBlock / lanes, size = taps_of(levels) * lanes;
-    Floats packed = floats(vectors * size);
     torch::stable::parallel_for(0, vectors, 16, [&](int64_t begin, int64_t end) {
         for (int64_t v = begin; v < end; ++v) {
-            float* to = packed.get() + v * size;
+            float* to = packed + v * size;
             p.element == Element::kFloat32 ? pack_vector<float>(p, levels, lanes, v, flip, factor, to)
                                            : pack_vector<BF16>(p, levels, lanes, v, flip, factor, to);
         }
     });
+}
+
+Floats pack(const Problem& p, const std::vector<LevelLayout>& levels, int64_t lanes, bool flip, float factor) {
+    Floats packed = floats(blocks_of(p) * kBlock * taps_of(levels));
+    pack_into(packed.get(), p, levels, lanes, flip, factor);
     return packed;
 }
 
@@ -277,12 +253,18 @@ void reduce_dweights(const Problem& p, const std::vector<LevelLayout>& levels, i
 
 }  // namespace
 
+void pack_focal_weights(const Problem& p, float* packed) {
+    const int64_t lanes = current_kernels().lanes;
+    pack_into(packed, p, level_layouts(p, lanes, 0), lanes, false, 0.5f);
+}
+
 void gated_aggregation(const Problem& p, const Map& agg) {
     if (p.B == 0) return;
     const Kernels& kernels = current_kernels();
     std::vector<LevelLayout> levels = level_layouts(p, kernels.lanes, 0);
     const ForwardPlan plan = forward_plan(p, kernels.lanes, levels);
-    const Floats weights = pack(p, levels, kernels.lanes, false, 0.5f);
+    const Floats own_weights = p.packed_weights ? Floats() : pack(p, levels, kernels.lanes, false, 0.5f);
+    const float* weights = p.packed_weights ? p.packed_weights : own_weights.get();
     const Floats gates = gate_planes(p);
     const int64_t blocks = blocks_of(p), planes = p.B * blocks;
     const Floats row_sums = floats(planes * p.H * kBlock);
@@ -296,9 +278,8 @@ void gated_aggregation(const Problem& p, const Map& agg) {
             std::vector<int64_t> done(2 * (p.L + 1));
             for (int64_t i = begin; i < end; ++i) {
                 const int64_t plane = i / plan.bands;
-                kernel({&p, &plan, weights.get(), gates.get(), agg, row_sums.get(),
-                        shared_stage ? stage.get() : nullptr, scratch, rows.data(), done.data(), plane / blocks,
-                        plane % blocks, i % plan.bands});
+                kernel({&p, &plan, weights, gates.get(), agg, row_sums.get(), shared_stage ? stage.get() : nullptr,
+                        scratch, rows.data(), done.data(), plane / blocks, plane % blocks, i % plan.bands});
             }
         };
     };

@@ -20,7 +20,7 @@ struct Map {
     int64_t stride_b, stride_h, stride_w;
 };
 
-// Depthwise weights (C, 1, kh, kw), contiguous.
+// Depthwise weights (C, 1, kh, kw), contiguous. `data` is not read where packed weights are given.
 struct FocalWeight {
     const void* data;
     int64_t kh, kw;
@@ -31,8 +31,9 @@ struct Problem {
     int64_t B, H, W, C, L;
     Map ctx;
     Map gates;
-    const FocalWeight* weights;  // L of them
-    float scale;                 // 1 / (L + 1) if the modulator is normalised, else 1
+    const FocalWeight* weights;             // L of them
+    float scale;                            // 1 / (L + 1) if the modulator is normalised, else 1
+    const float* packed_weights = nullptr;  // what pack_focal_weights wrote; where null, every forward packs anew
 };
 
 struct Gradients {
@@ -118,6 +119,8 @@ struct Kernels {
 
 extern const Kernels kPlainKernels, kAvx2Kernels, kAvx512Kernels;
 
+// ForwardTask's weights: C, rounded up to kBlock, times the taps of all levels.
+void pack_focal_weights(const Problem& problem, float* packed);
 void gated_aggregation(const Problem& problem, const Map& agg);
 void gated_aggregation_backward(const Problem& problem, const Map& dagg, const Gradients& out);
 

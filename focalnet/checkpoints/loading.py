@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ..configuration import FocalNetConfig
-from ..layers import as_pair
 from ..modeling import (
     FocalNetBackbone,
     FocalNetForImageClassification,
@@ -21,6 +20,7 @@ from ..modeling import (
     FocalNetModel,
     FocalNetPreTrainedModel,
 )
+from ..patch_embeddings import as_pair
 from .files import IN_DIRECTORY, SUFFIXES, parts_of, write_tensors
 from .key_maps import rename
 from .reading import (
