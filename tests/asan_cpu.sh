@@ -20,4 +20,4 @@ cd "$root"
 FOCALNET_CPU_LIBRARY="$build/kernels.so" \
     LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
     ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=print_stacktrace=1 \
-    pytest -q -p no:cacheprovider tests/test_cpu_kernels.py "$@"
+    pytest -q -p no:cacheprovider tests/test_cpu_kernels.py tests/test_cpu_block.py tests/test_cpu_patch_embed.py "$@"

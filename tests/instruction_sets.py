@@ -1,11 +1,13 @@
 """The compiled CPU operators, and every instruction set that runs here.
 
-FOCALNET_CPU_LIBRARY names a library of the kernels alone, built otherwise than setup.py does (asan_cpu.sh): the
-package then stays unimported, since its extension would register the same operators.
+FOCALNET_CPU_LIBRARY names a library of the kernels alone, built otherwise than setup.py does (asan_cpu.sh). It then
+stands in for the package's extension, which would register the same operators.
 """
 
 import contextlib
 import os
+import sys
+import types
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch
 LIBRARY = os.environ.get("FOCALNET_CPU_LIBRARY")
 if LIBRARY:
     torch.ops.load_library(LIBRARY)
+    sys.modules["focalnet._C"] = types.ModuleType("focalnet._C")
 else:
     from focalnet import extension  # noqa: F401  (loads the extension, which registers the operators)
 
