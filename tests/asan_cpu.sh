@@ -9,7 +9,7 @@ trap 'rm -rf "$build"' EXIT
 torch=$(python -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parent)')
 
 for source in "$root"/csrc/cpu/*.cpp; do
-    g++ -c -O1 -g -fPIC -std=c++20 -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined \
+    g++ -c -O1 -g -fPIC -std=c++20 -fvisibility=hidden -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined \
         -DTORCH_TARGET_VERSION=0x020a000000000000 -I"$root/csrc" -isystem "$torch/include" \
         "$source" -o "$build/$(basename "$source" .cpp).o"
 done
