@@ -14,6 +14,7 @@ from .configuration import FocalNetConfig
 from .mlp import DropPath, FocalNetMlp
 from .modules import FocalModulation
 from .patch_embeddings import FocalNetPatchEmbeddings, embed
+from .plain import is_changed
 
 TokensAndMap = tuple[Tensor, Tensor]
 
@@ -111,7 +112,12 @@ class FocalNetLayer(GradientCheckpointingLayer):
         return self._residual(hidden_state, self.norm2, self.mlp, self.gamma_2)
 
     def _residual(self, hidden_state: Tensor, norm: nn.Module, branch: nn.Module, gamma: Tensor | None) -> Tensor:
-        update = norm(branch(hidden_state)) if self.use_post_layernorm else branch(norm(hidden_state))
+        if self.use_post_layernorm:
+            update = norm(branch(hidden_state))
+        elif type(branch) in (FocalModulation, FocalNetMlp) and not is_changed(branch):
+            update = branch.of_normed(norm, hidden_state)
+        else:
+            update = branch(norm(hidden_state))
         if gamma is not None:
             update = gamma * update
         return hidden_state + self.drop_path(update)

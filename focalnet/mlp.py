@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration import FocalNetConfig, activation
+from .normed import normed_mlp
 
 
 class FocalNetMlp(nn.Module):
@@ -20,6 +21,15 @@ class FocalNetMlp(nn.Module):
         self.drop = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_state: Tensor) -> Tensor:
+        fused = normed_mlp(None, self, hidden_state)
+        return self._by_modules(hidden_state) if fused is None else fused
+
+    def of_normed(self, norm: nn.Module, hidden_state: Tensor) -> Tensor:
+        """``self(norm(hidden_state))``; in training, what ``norm`` returns is not kept for backward."""
+        fused = normed_mlp(norm, self, hidden_state)
+        return self._by_modules(norm(hidden_state)) if fused is None else fused
+
+    def _by_modules(self, hidden_state: Tensor) -> Tensor:
         return self.drop(self.fc2(self.drop(self.activation(self.fc1(hidden_state)))))
 
 

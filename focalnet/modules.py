@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from .backends import requested
 from .functional import focal_modulation
+from .normed import normed_linear
+from .plain import is_changed
 
 
 class FocalModulation(nn.Module):
@@ -87,12 +89,18 @@ class FocalModulation(nn.Module):
                 f"hidden_state: expected shape (B, H, W, {self.dim}), got {tuple(hidden_state.shape)}; "
                 f"channels come last here, NCHW tensors want .permute(0, 2, 3, 1)"
             )
-        projected = self.projection_in(hidden_state)
+        return self._modulate(self.projection_in(hidden_state))
+
+    def of_normed(self, norm: nn.Module, hidden_state: Tensor) -> Tensor:
+        """``self(norm(hidden_state))``; in training, what ``norm`` returns is not kept for backward."""
+        return self._modulate(normed_linear(norm, self.projection_in, hidden_state))
+
+    def _modulate(self, projected: Tensor) -> Tensor:
         q, ctx, gates = projected.split([self.dim, self.dim, self.focal_level + 1], dim=-1)
         changed = self._changed_convolution()
         out = self._fused(q, ctx, gates) if changed is None else self._module_by_module(q, ctx, gates, changed)
         if self.use_post_layernorm_in_modulation:
-            out = self.layernorm(out)
+            return self.projection_dropout(normed_linear(self.layernorm, self.projection_out, out))
         return self.projection_dropout(self.projection_out(out))
 
     def _fused(self, q: Tensor, ctx: Tensor, gates: Tensor) -> Tensor:
@@ -146,11 +154,3 @@ _PLAIN = (nn.Conv2d, nn.GELU, nn.Sequential)
 
 def _is_plain(module: nn.Module) -> bool:
     return type(module) in _PLAIN and not is_changed(module)
-
-
-def is_changed(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than its class says: hooks, or a forward of its own."""
-    # Asked for every convolution in every call: plain dictionary look-ups, no attribute protocol.
-    own = module.__dict__
-    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return bool(hooked) or "forward" in own

@@ -195,6 +195,45 @@ def test_gelu_over_its_whole_range(isa):
     assert (dctx.double() - exact_grad).abs().max() <= 4e-7
 
 
+@pytest.mark.parametrize("rows, columns", [(0, 5), (1, 1), (3, 7), (5, 8), (7, 33), (300, 100)], ids=str)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_gelu_of_hidden_units(isa, rows, columns, has_bias):
+    """Bias and GELU before the second product of an MLP, GELU and its gradient in backward; every size, in place."""
+    generator = torch.Generator().manual_seed(0)
+    fc1, dact = (3 * torch.randn(rows, columns, generator=generator) for _ in range(2))
+    bias = torch.randn(columns, generator=generator) if has_bias else None
+    z = fc1 + bias if has_bias else fc1.clone()
+    exact = z.double().requires_grad_()
+    (dexact,) = torch.autograd.grad(F.gelu(exact), exact, dact.double())
+    low_gradient = torch.ops.aten.gelu_backward(dact, z)
+    act = torch.empty_like(fc1)
+    OPS.cpu_bias_gelu_(fc1, bias, act)
+    assert torch.equal(fc1, z)
+    assert_within_rule("act", act, F.gelu(z), F.gelu(exact.detach()))
+    again = torch.empty_like(act)
+    OPS.cpu_gelu_backward_(dact, fc1, again)
+    assert_within_rule("act in backward", again, F.gelu(z), F.gelu(exact.detach()))
+    assert_within_rule("dfc1", dact, low_gradient, dexact)
+    assert torch.equal(fc1, z)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda a: a.update(fc1=a["fc1"].double()), "fc1 is not a float32"),
+        (lambda a: a.update(fc1=a["fc1"][0]), "fc1 has 1 dimensions"),
+        (lambda a: a.update(act=a["act"][:3]), "act is no contiguous matrix"),
+        (lambda a: a.update(act=a["act"].T.contiguous().T), "act is no contiguous matrix"),
+        (lambda a: a.update(bias=a["bias"][:5]), "bias is no float32 vector"),
+    ],
+)
+def test_bad_hidden_units_are_named(change, message):
+    arguments = {"fc1": torch.zeros(4, 6), "bias": torch.zeros(6), "act": torch.zeros(4, 6)}
+    change(arguments)
+    with pytest.raises(RuntimeError, match=message):
+        OPS.cpu_bias_gelu_(arguments["fc1"], arguments["bias"], arguments["act"])
+
+
 def test_nan_and_infinity_reach_the_output(isa):
     ctx, gates, weights, _ = make((1, 6, 6, 8), (3,))
     ctx = ctx.clone()

@@ -1,5 +1,8 @@
 """Training: transformers' Trainer on focalnet's models, and gradient checkpointing block by block."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import transformers
@@ -180,3 +183,79 @@ def test_gradient_checkpointing_can_be_disabled_again():
         block.register_forward_pre_hook(lambda *_: calls.append(1))
     model(images(), labels=torch.tensor([0, 4])).loss.backward()
     assert len(calls) == len(blocks(model))
+
+
+# --- what is kept for backward
+
+
+def saved_for_backward(model, pixel_values):
+    """Bytes that autograd keeps, parameters aside: distinct storages, as often as they are saved."""
+    parameters = {StorageWeakRef(p.untyped_storage()).cdata for p in model.parameters()}
+    storages = {}
+
+    def remember(tensor):
+        storage = tensor.untyped_storage()
+        if StorageWeakRef(storage).cdata not in parameters:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        outputs = model(pixel_values)
+    del outputs
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def test_a_training_step_of_tiny_keeps_at_most_60_megabytes_an_image():
+    """FocalNet-T LRF, 224 x 224, float32 (transformers and timm: 137 MB)."""
+    config = focalnet.FocalNetConfig.from_variant("tiny_lrf")
+    model = focalnet.FocalNetForImageClassification(config).train()
+    assert saved_for_backward(model, images(224, 224)) / 2 <= 60e6
+
+
+@pytest.mark.parametrize("trained", ["mlp.fc2.bias", "norm1", "mlp.fc1", "projection_in", "embeddings", "classifier"])
+def test_with_the_rest_frozen_the_gradients_are_those_of_transformers(trained):
+    ours, theirs = (build(library, "FocalNetForImageClassification", SMALL) for library in (focalnet, transformers))
+    for model in (ours, theirs):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained in name)
+        model(images(29, 50), labels=torch.tensor([0, 4])).loss.backward()
+    assert_same_gradients(ours, theirs)
+
+
+# --- processes and threads
+
+WORKER = """
+import os, sys, torch, focalnet
+torch.set_num_threads(2)
+torch.manual_seed(0)
+model = focalnet.FocalNetModel(focalnet.FocalNetConfig(image_size=32, embed_dim=16, depths=[1, 1], focal_levels=[2, 2],
+                                                       focal_windows=[3, 3])).eval()
+q, ctx, gates = torch.randn(1, 40, 40, 16 + 16 + 3).split([16, 16, 3], -1)
+weights, weight = [torch.randn(16, 1, k, k) for k in (3, 5)], torch.randn(16, 16)
+
+def compute():
+    operands = (q, q, ctx, gates, weights, weight, None, False, [True] * 6, None)
+    gradients = torch.ops.focalnet.focal_modulation_bwd(*operands)
+    mlp = model.encoder.stages[0].layers[0].mlp.train()
+    with torch.no_grad():
+        return [*gradients, mlp(q), model(torch.ones(1, 3, 32, 32)).last_hidden_state]
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 3
+    def __getitem__(self, index):
+        before = len(os.listdir("/proc/self/task"))
+        same = all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(compute(), expected, strict=True))
+        return same, torch.get_num_threads(), len(os.listdir("/proc/self/task")) - before
+
+expected = compute()  # with both threads, whose pool a forked process does not inherit
+workers = {"num_workers": 2, "multiprocessing_context": "fork", "timeout": 60}
+print(*torch.utils.data.DataLoader(Data(), batch_size=None, **workers))
+"""
+
+
+def test_forked_workers_of_a_data_loader_run_the_kernels_on_one_thread_each():
+    """Neither a deadlock on the parent's threads nor threads of their own beside the one that each worker has."""
+    run = subprocess.run([sys.executable, "-c", WORKER], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == " ".join(["[True, 1, 0]"] * 3)

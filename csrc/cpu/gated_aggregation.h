@@ -107,6 +107,9 @@ struct BackwardTask {
 struct GemmTask;
 struct RowsTask;
 
+// Of an MLP's hidden units: see gelu_rows.h.
+struct GeluTask;
+
 // What a translation unit compiled for one instruction set offers.
 struct Kernels {
     int64_t lanes;
@@ -115,6 +118,8 @@ struct Kernels {
     void (*backward)(const BackwardTask&);
     void (*gemm)(const GemmTask&);
     void (*normalize_and_add)(const RowsTask&);
+    void (*bias_gelu)(const GeluTask&);
+    void (*gelu_backward)(const GeluTask&);
 };
 
 extern const Kernels kPlainKernels, kAvx2Kernels, kAvx512Kernels;

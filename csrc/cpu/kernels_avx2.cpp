@@ -7,6 +7,7 @@
 
 #include "block.h"
 #include "gated_aggregation.h"
+#include "gelu_rows.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
@@ -26,6 +27,7 @@ namespace {
 #include "forward.inc"
 #include "backward.inc"
 #include "gemm.inc"
+#include "gelu_rows.inc"
 // clang-format on
 }  // namespace
 }  // namespace focalnet::cpu::avx2
@@ -37,8 +39,8 @@ namespace {
 #endif
 
 namespace focalnet::cpu {
-const Kernels kAvx2Kernels = {avx2::kLanes,   avx2::forward, avx2::forward_global,
-                              avx2::backward, avx2::gemm,    avx2::normalize_and_add};
+const Kernels kAvx2Kernels = {avx2::kLanes, avx2::forward,           avx2::forward_global, avx2::backward,
+                              avx2::gemm,   avx2::normalize_and_add, avx2::bias_gelu,      avx2::gelu_backward};
 }
 
 #endif

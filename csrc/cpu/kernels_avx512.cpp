@@ -7,6 +7,7 @@
 
 #include "block.h"
 #include "gated_aggregation.h"
+#include "gelu_rows.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                                       \
@@ -28,6 +29,7 @@ namespace {
 #include "forward.inc"
 #include "backward.inc"
 #include "gemm.inc"
+#include "gelu_rows.inc"
 // clang-format on
 }  // namespace
 }  // namespace focalnet::cpu::avx512
@@ -39,8 +41,9 @@ namespace {
 #endif
 
 namespace focalnet::cpu {
-const Kernels kAvx512Kernels = {avx512::kLanes,   avx512::forward, avx512::forward_global,
-                                avx512::backward, avx512::gemm,    avx512::normalize_and_add};
+const Kernels kAvx512Kernels = {avx512::kLanes,    avx512::forward,      avx512::forward_global,
+                                avx512::backward,  avx512::gemm,         avx512::normalize_and_add,
+                                avx512::bias_gelu, avx512::gelu_backward};
 }
 
 #endif

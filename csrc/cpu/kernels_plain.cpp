@@ -7,6 +7,7 @@
 
 #include "block.h"
 #include "gated_aggregation.h"
+#include "gelu_rows.h"
 
 #define FOCALNET_LANES 4
 
@@ -19,11 +20,12 @@ namespace {
 #include "forward.inc"
 #include "backward.inc"
 #include "gemm.inc"
+#include "gelu_rows.inc"
 // clang-format on
 }  // namespace
 }  // namespace focalnet::cpu::plain
 
 namespace focalnet::cpu {
-const Kernels kPlainKernels = {plain::kLanes,   plain::forward, plain::forward_global,
-                               plain::backward, plain::gemm,    plain::normalize_and_add};
+const Kernels kPlainKernels = {plain::kLanes, plain::forward,           plain::forward_global, plain::backward,
+                               plain::gemm,   plain::normalize_and_add, plain::bias_gelu,      plain::gelu_backward};
 }

@@ -1,0 +1,23 @@
+"""Whether calling a module does just what its class says, so that an operator may take its parameters instead."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def is_changed(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its class says: hooks, or a forward of its own."""
+    # Asked for every convolution in every call: plain dictionary look-ups, no attribute protocol.
+    own = module.__dict__
+    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooked) or "forward" in own
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether ``module`` is a ``kind``, no subclass of it, unchanged, with ordinary tensors as parameters.
+
+    Adapters, quantisation, sharding and parametrisation show in one of these.
+    """
+    if type(module) is not kind or is_changed(module):
+        return False
+    return all(p is None or type(p) in (nn.Parameter, Tensor) for p in module._parameters.values())
