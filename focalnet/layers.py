@@ -14,7 +14,7 @@ from .configuration import FocalNetConfig
 from .mlp import DropPath, FocalNetMlp
 from .modules import FocalModulation
 from .patch_embeddings import FocalNetPatchEmbeddings, embed
-from .plain import is_changed
+from .plain import all_are_watched, is_changed
 
 TokensAndMap = tuple[Tensor, Tensor]
 
@@ -114,7 +114,7 @@ class FocalNetLayer(GradientCheckpointingLayer):
     def _residual(self, hidden_state: Tensor, norm: nn.Module, branch: nn.Module, gamma: Tensor | None) -> Tensor:
         if self.use_post_layernorm:
             update = norm(branch(hidden_state))
-        elif type(branch) in (FocalModulation, FocalNetMlp) and not is_changed(branch):
+        elif type(branch) in (FocalModulation, FocalNetMlp) and not (is_changed(branch) or all_are_watched()):
             update = branch.of_normed(norm, hidden_state)
         else:
             update = branch(norm(hidden_state))

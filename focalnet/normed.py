@@ -14,7 +14,7 @@ from transformers.activations import GELUActivation
 from . import normed_linear as _normed_linear  # noqa: F401  (registers the operators)
 from . import normed_mlp as _normed_mlp  # noqa: F401
 from .backends import requested
-from .plain import is_changed, is_plain
+from .plain import all_are_watched, is_changed, is_plain
 
 
 def normed_linear(norm: nn.Module, linear: nn.Module, hidden_state: Tensor) -> Tensor:
@@ -97,5 +97,5 @@ def _must_stay_visible(hidden_state: Tensor) -> bool:
         requested(None) == "reference"
         or torch._C._are_functorch_transforms_active()
         or torch.jit.is_tracing()
-        or torch.nn.modules.module._has_any_global_hook()
+        or all_are_watched()
     )

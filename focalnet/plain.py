@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -11,6 +12,11 @@ def is_changed(module: nn.Module) -> bool:
     own = module.__dict__
     hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     return bool(hooked) or "forward" in own
+
+
+def all_are_watched() -> bool:
+    """Whether hooks hang on all modules at once, as profilers and counters of operations have them."""
+    return not torch.compiler.is_compiling() and torch.nn.modules.module._has_any_global_hook()
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -258,6 +258,22 @@ def test_subclasses_parametrisations_and_global_hooks_are_called():
     assert seen == [nn.LayerNorm, nn.Linear]
 
 
+def test_hooks_on_all_modules_see_every_part_of_a_block():
+    import focalnet
+    from focalnet.layers import FocalNetLayer
+
+    layer = FocalNetLayer(
+        focalnet.FocalNetConfig(embed_dim=8, depths=[1], focal_levels=[2], focal_windows=[3]), 0, 0.0
+    )
+    seen = set()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(module))
+    try:
+        layer(torch.randn(1, 4, 4, 8))
+    finally:
+        handle.remove()
+    assert {layer.norm1, layer.modulation, layer.norm2, layer.mlp, layer.mlp.fc1, layer.mlp.activation} <= seen
+
+
 def test_the_reference_backend_runs_the_modules():
     import focalnet
 
