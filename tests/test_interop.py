@@ -212,8 +212,9 @@ def test_masked_image_modelling_at_the_configured_size_is_that_of_transformers(f
     mask = random_mask(64).to(kind)
     actual, expected = (model(images(), bool_masked_pos=mask) for model in (ours, theirs))
     assert_equal(actual, expected)
-    actual.loss.backward()
-    expected.loss.backward()
+    # Ill-conditioned: in float32 the gradients of transformers itself are off by up to 3e-5 of the largest.
+    for model in (ours.double(), theirs.double()):
+        model(images(dtype=torch.float64), bool_masked_pos=mask).loss.backward()
     assert_same_gradients(ours, theirs)
 
 
