@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
 from .mlp import DropPath, FocalNetMlp
-from .modules import FocalModulation, is_changed
+from .modules import FocalModulation
 from .packing import arguments_of, packed_of, reason_against_call
+from .plain import is_changed
 
 if TYPE_CHECKING:
     from .layers import FocalNetLayer

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import extension
 from .backends import requested
-from .modules import is_changed
+from .plain import is_changed
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration import FocalNetConfig
-from .modules import is_changed
 from .packing import arguments_of, forget, packed_of, reason_against_call
+from .plain import is_changed
 
 
 def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
