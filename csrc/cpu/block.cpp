@@ -32,6 +32,7 @@
 #include "isa.h"
 #include "memory.h"
 #include "product.h"
+#include "share.h"
 
 namespace focalnet::cpu {
 namespace {
@@ -99,10 +100,10 @@ class Group {
             std::min(tokens_, round_up(ceil_div(tokens_, std::max(kLeastRows, rows_in_scratch(b_))), threads));
         const int64_t rows = ceil_div(tokens_, blocks);
         const auto by_blocks = [&](auto step) {
-            torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+            share_out(blocks, [&](auto next) {
                 float* x = own_memory.get(rows * floats);
                 const Scratch scratch{x, x + rows * pitch_, x + 2 * rows * pitch_, pitch_, hidden_pitch, chunk};
-                for (int64_t i = begin; i < end; ++i) {
+                for (int64_t i = next(); i < blocks; i = next()) {
                     const int64_t first = i * tokens_ / blocks, last = (i + 1) * tokens_ / blocks;
                     step(first, last - first, scratch);
                 }

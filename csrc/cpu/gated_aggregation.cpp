@@ -13,6 +13,7 @@
 
 #include "isa.h"
 #include "memory.h"
+#include "share.h"
 
 namespace focalnet::cpu {
 namespace {
@@ -271,20 +272,21 @@ void gated_aggregation(const Problem& p, const Map& agg) {
     const bool shared_stage = p.element == Element::kBFloat16 && plan.bands > 1;
     const Floats stage = floats(shared_stage ? planes * p.H * p.W * kBlock : 0);
 
+    const int64_t tasks = planes * plan.bands;
     const auto share = [&](auto kernel, int64_t scratch_floats) {
-        return [&, kernel, scratch_floats](int64_t begin, int64_t end) {
+        share_out(tasks, [&](auto next) {
             float* scratch = zeroed_scratch(scratch_floats);
             std::vector<const float*> rows(largest_kh(levels));
             std::vector<int64_t> done(2 * (p.L + 1));
-            for (int64_t i = begin; i < end; ++i) {
+            for (int64_t i = next(); i < tasks; i = next()) {
                 const int64_t plane = i / plan.bands;
                 kernel({&p, &plan, weights, gates.get(), agg, row_sums.get(), shared_stage ? stage.get() : nullptr,
                         scratch, rows.data(), done.data(), plane / blocks, plane % blocks, i % plan.bands});
             }
-        };
+        });
     };
-    torch::stable::parallel_for(0, planes * plan.bands, 1, share(kernels.forward, plan.scratch_floats));
-    if (plan.bands > 1) torch::stable::parallel_for(0, planes * plan.bands, 1, share(kernels.forward_global, 0));
+    share(kernels.forward, plan.scratch_floats);
+    if (plan.bands > 1) share(kernels.forward_global, 0);
 }
 
 void gated_aggregation_backward(const Problem& p, const Map& dagg, const Gradients& out) {
@@ -299,10 +301,10 @@ void gated_aggregation_backward(const Problem& p, const Map& dagg, const Gradien
     const Floats dgates = floats(out.want_gates ? planes * p.H * p.W * (p.L + 1) : 0);
     const Floats dweights = floats(out.want_weights ? planes * kBlock * plan.taps : 0);
 
-    torch::stable::parallel_for(0, planes, 1, [&](int64_t begin, int64_t end) {
+    share_out(planes, [&](auto next) {
         float* scratch = zeroed_scratch(plan.scratch_floats);
         std::vector<const float*> rows(2 * p.H + 2 * largest_kh(levels));
-        for (int64_t i = begin; i < end; ++i)
+        for (int64_t i = next(); i < planes; i = next())
             kernels.backward({&p, &plan, &out, dagg, weights.get(), flipped.get(), gates.get(), dgates.get(),
                               dweights.get(), scratch, rows.data(), i / blocks, i % blocks});
     });

@@ -26,6 +26,7 @@
 #include "isa.h"
 #include "memory.h"
 #include "product.h"
+#include "share.h"
 
 namespace focalnet::cpu {
 namespace {
@@ -109,9 +110,9 @@ void embed_together(const Embedding& e) {
 void embed_by_blocks(const Embedding& e, int64_t threads) {
     const int64_t most = std::max(kLeastRows, kScratchBytes / 4 / e.row_floats());
     const int64_t blocks = round_up(ceil_div(e.tokens(), most), threads), rows = ceil_div(e.tokens(), blocks);
-    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    share_out(blocks, [&](auto next) {
         float* patches = own_memory.get(rows * e.row_floats());
-        for (int64_t i = begin; i < end; ++i) {
+        for (int64_t i = next(); i < blocks; i = next()) {
             const int64_t first = i * e.tokens() / blocks, n = (i + 1) * e.tokens() / blocks - first;
             e.gather(first, n, patches);
             e.embed(Alone{current_kernels()}, first, n, patches, patches + rows * e.pitch());

@@ -10,10 +10,12 @@
 
 #include "block.h"
 #include "gated_aggregation.h"
+#include "share.h"
 
 namespace focalnet::cpu {
 
 constexpr int64_t kDepth = 256;     // k of a panel's slice at most: 16 KB of L1, beside the rows of a tile
+constexpr int64_t kSlices = 6;      // of a shared product for each thread
 constexpr int64_t kLeastRows = 64;  // that a block of tokens needs to pay for streaming the weights
 
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
@@ -40,14 +42,15 @@ struct Together {
         const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
         const int64_t panels = (task.column_end - task.column_begin) / kPanel;
         const int64_t parts = std::min(task.rows, ceil_div(threads, panels));
-        torch::stable::parallel_for(0, parts * panels, 1, [&](int64_t begin, int64_t end) {
-            for (int64_t i = begin, columns; i < end; i += columns) {
-                const int64_t row = i / panels * task.rows / parts, panel = i % panels;
-                columns = std::min(panels - panel, end - i);
+        // Slices of the columns: few enough that reading the rows again for each costs little.
+        const int64_t slices = std::min(panels, kSlices * ceil_div(threads, parts));
+        share_out(parts * slices, [&](auto next) {
+            for (int64_t i = next(); i < parts * slices; i = next()) {
+                const int64_t row = i / slices * task.rows / parts, panel = i % slices * panels / slices;
                 GemmTask part = task;
-                part.rows = (i / panels + 1) * task.rows / parts - row;
+                part.rows = (i / slices + 1) * task.rows / parts - row;
                 part.column_begin = task.column_begin + panel * kPanel;
-                part.column_end = part.column_begin + columns * kPanel;
+                part.column_end = task.column_begin + (i % slices + 1) * panels / slices * kPanel;
                 part.a += row * task.a_pitch;
                 part.c += row * task.c_pitch + panel * kPanel;
                 if (part.factor != nullptr) part.factor += row * task.factor_pitch + panel * kPanel;
