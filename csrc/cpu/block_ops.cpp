@@ -13,6 +13,7 @@
 #include "checks.h"
 #include "gated_aggregation.h"
 #include "isa.h"
+#include "memory.h"
 
 namespace focalnet::cpu {
 namespace {
@@ -132,6 +133,8 @@ Tensor cpu_pack_linear(const Tensor& weight, std::optional<Tensor> bias, std::op
     const float* row_scales = vector("row_scale", row_scale, N);
     Tensor packed = torch::stable::new_empty(weight, Shape{panels, K + 1, kPanel});
     auto* to = static_cast<float*>(packed.mutable_data_ptr());
+    // Weights stream through once a call: a page walk for every 4 KB would be in the way.
+    prefer_huge_pages(to, panels * (K + 1) * kPanel * sizeof(float));
     torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; ++p)
             pack_panel(weights, biases, column_scales, column_shifts, row_scales, N, K, p, to + p * (K + 1) * kPanel);

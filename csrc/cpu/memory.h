@@ -24,15 +24,23 @@ struct FreeFloats {
 };
 using Floats = std::unique_ptr<float[], FreeFloats>;
 
+// Asks for huge pages where whole ones fit. Advice: where it is refused, ordinary pages serve.
+inline void prefer_huge_pages(void* memory, size_t bytes) {
+#if defined(__linux__)
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHugePageBytes - 1) / kHugePageBytes;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kHugePageBytes;
+    if (begin < end)
+        madvise(reinterpret_cast<void*>(begin * kHugePageBytes), (end - begin) * kHugePageBytes, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
 inline Floats floats(int64_t n) {
     const size_t bytes = static_cast<size_t>(n) * sizeof(float);
-    const bool huge = bytes >= kHugePageBytes;
-    const std::align_val_t alignment{huge ? kHugePageBytes : kLineBytes};
+    const std::align_val_t alignment{bytes >= kHugePageBytes ? kHugePageBytes : kLineBytes};
     void* memory = ::operator new(bytes, alignment);
-#if defined(__linux__)
-    // Advice: where it is refused, ordinary pages serve.
-    if (huge) madvise(memory, bytes / kHugePageBytes * kHugePageBytes, MADV_HUGEPAGE);
-#endif
+    prefer_huge_pages(memory, bytes);
     return Floats(static_cast<float*>(memory), FreeFloats{alignment});
 }
 
