@@ -43,7 +43,7 @@ struct Together {
         const int64_t panels = (task.column_end - task.column_begin) / kPanel;
         const int64_t parts = std::min(task.rows, ceil_div(threads, panels));
         // Slices of the columns: few enough that reading the rows again for each costs little.
-        const int64_t slices = std::min(panels, kSlices * ceil_div(threads, parts));
+        const int64_t slices = std::min(panels, kSlices * ceil_div(threads, std::max<int64_t>(1, parts)));
         share_out(parts * slices, [&](auto next) {
             for (int64_t i = next(); i < parts * slices; i = next()) {
                 const int64_t row = i / slices * task.rows / parts, panel = i % slices * panels / slices;
