@@ -266,7 +266,14 @@ class BuildPackage(build_py):
 check_mode()
 EXTENSIONS, BUILD_EXT, INFO = plan()
 setup(
-    packages=["focalnet", "focalnet.benchmark", "focalnet.checkpoints", "focalnet.cli", "focalnet.kernels"],
+    packages=[
+        "focalnet",
+        "focalnet.benchmark",
+        "focalnet.checkpoints",
+        "focalnet.cli",
+        "focalnet.kernels",
+        "focalnet.patching",
+    ],
     package_dir={"focalnet.kernels": "kernels"},
     package_data={"focalnet": ["*.json"]},
     include_package_data=False,

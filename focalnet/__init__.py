@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         FocalNetModel,
         FocalNetPreTrainedModel,
     )
+    from .patching import PatchReport, patch, unpatch
 
 __all__ = [
     "Conversion",
@@ -35,13 +36,16 @@ __all__ = [
     "FocalNetForMaskedImageModeling",
     "FocalNetModel",
     "FocalNetPreTrainedModel",
+    "PatchReport",
     "__version__",
     "backends",
     "convert_checkpoint",
     "focal_modulation",
     "gated_aggregation",
     "load_checkpoint",
+    "patch",
     "register_auto_classes",
+    "unpatch",
     "use_backend",
 ]
 
@@ -56,6 +60,9 @@ _MODULE_OF = {
     "FocalNetForMaskedImageModeling": "modeling",
     "FocalNetModel": "modeling",
     "FocalNetPreTrainedModel": "modeling",
+    "PatchReport": "patching",
+    "patch": "patching",
+    "unpatch": "patching",
 }
 
 

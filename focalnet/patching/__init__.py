@@ -1,0 +1,126 @@
+"""One line that makes a model that exists already fast: `patch`, and `unpatch`, which undoes it.
+
+``forward`` is rebound on the live modules that compute focal modulation. Everything else stays as it is: weights and
+their names, the identity of every parameter, hooks, classes.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+from torch import nn
+
+from ..backends import requested
+from ..modules import FocalModulation
+from . import modulation, probe
+from .report import Entry, PatchReport
+
+__all__ = ["Entry", "PatchReport", "patch", "unpatch"]
+
+logger = logging.getLogger(__name__)
+
+
+def patch(model: nn.Module, backend: str | None = None, *, keep_modulator: bool = False) -> PatchReport:
+    """Lets focalnet's operators run every focal modulation in ``model``, in place.
+
+    A focal modulation is known by its structure: that of transformers' FocalNet, timm's, the authors' (classification,
+    detection, segmentation) and what was made from theirs, such as X-Decoder, SEEM, FocalNet-DINO, detrex, MaskDINO.
+    None of those packages is needed. A module whose structure fits is tried out on a random input before it is
+    touched, and left alone if it computes something else.
+
+    Args:
+        model: any module; what it holds is searched.
+        backend: "triton", "cuda", "cpu" or "reference"; None takes the first that can run a call.
+        keep_modulator: at every call, write ``gates`` (B, L + 1, H, W) and ``modulator`` (B, C, H, W) to each
+            modulation, as the authors' modules do for visualisation. Otherwise they are not kept, and what an earlier
+            call left behind is removed, lest it be taken for that of a later one.
+
+    Returns:
+        What was replaced, and what was left alone and why; ``print`` it to see a table. Patching again is harmless:
+        ``backend`` and ``keep_modulator`` are then those of the last call.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: nothing in ``model`` has focal layers, or no backend has the given name.
+    """
+    _check(model)
+    requested(backend)
+    report = PatchReport(tuple(_patch_modulation(n, m, backend, keep_modulator) for n, m in _candidates(model)))
+    if not report.entries:
+        raise ValueError(
+            f"model: expected a model with focal modulation, but none of the {len(list(model.modules()))} modules of "
+            f"this {type(model).__name__} has focal_layers"
+        )
+    if not report.replaced:
+        logger.warning("focalnet.patch replaced nothing in this %s:\n%s", type(model).__name__, report)
+    return report
+
+
+def unpatch(model: nn.Module) -> tuple[str, ...]:
+    """Undoes `patch`: every module gets its class's own forward back. Returns the names of those that had not.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    _check(model)
+    patched = [(name, module) for name, module in model.named_modules() if _is_patched(module)]
+    for _, module in patched:
+        del module.__dict__["forward"]
+    return tuple(name for name, _ in patched)
+
+
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+
+
+def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if modulation.is_candidate(module)]
+
+
+def _is_patched(module: nn.Module) -> bool:
+    # A functools.partial, since a bound method cannot be pickled with the module that it belongs to.
+    own = module.__dict__.get("forward")
+    return isinstance(own, functools.partial) and own.func is modulation.forward
+
+
+def _patch_modulation(name: str, module: nn.Module, backend: str | None, keep_modulator: bool) -> Entry:
+    reason = _reason_against_rebinding(module)
+    source = None if isinstance(module, torch.jit.ScriptModule) else modulation.source_of(module)
+    reason = reason or _reason_against_modulation(module, source)
+    if reason is None:
+        for kept in modulation.KEPT:
+            module.__dict__.pop(kept, None)
+        settings = {"source": source, "backend": backend, "keep_modulator": keep_modulator}
+        module.forward = functools.partial(modulation.forward, module, **settings)
+    return Entry(name, "modulation", source, reason)
+
+
+def _reason_against_rebinding(module: nn.Module) -> str | None:
+    if isinstance(module, FocalModulation):
+        return "it is focalnet's own"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is TorchScript: patch the model before tracing or scripting it"
+    if "forward" in module.__dict__ and not _is_patched(module):
+        return "its forward was replaced by something else"
+    return None
+
+
+def _reason_against_modulation(module: nn.Module, source: str | None) -> str | None:
+    if source is None:
+        return f"it has other parts than a focal modulation: {', '.join(module._modules)}"
+    reason = modulation.reason_against(module, source)
+    return reason or probe.difference(
+        module,
+        own=lambda twin, x: _in_layout(type(twin).forward, twin, x, source),
+        new=lambda twin, x: _in_layout(functools.partial(modulation.forward, source=source), twin, x, source),
+    )
+
+
+def _in_layout(forward: object, twin: nn.Module, x: torch.Tensor, source: str) -> torch.Tensor:
+    """``forward(twin, x)`` in the layout of ``source``, for x (B, H, W, C)."""
+    if not modulation.NAMES[source].channels_first:
+        return forward(twin, x)
+    return forward(twin, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

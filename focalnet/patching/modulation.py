@@ -1,0 +1,184 @@
+"""The focal modulation of each published code base: what its parts are called, and the forward that replaces its own.
+
+A module is known by its structure, never by where it was imported from. Names and shapes decide whether it is a
+candidate; whether it computes focal modulation is then tried out (see `probe`), since there are modules with these
+very parts that do something else with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import GELUActivation
+
+from ..backends import requested
+from ..functional import focal_modulation, gated_aggregation
+from ..modules import is_changed
+
+
+@dataclass(frozen=True)
+class ModulationNames:
+    """What a code base calls the parts of its focal modulation. ``normalize`` are flags that mean the same."""
+
+    projection_in: str = "f"
+    projection_context: str = "h"
+    projection_out: str = "proj"
+    projection_dropout: str = "proj_drop"
+    activation: str = "act"
+    layernorm: str = "ln"
+    normalize: tuple[str, ...] = ("normalize_modulator", "scaling_modulator")
+    channels_first: bool = False
+
+    @property
+    def required(self) -> set[str]:
+        return {self.projection_in, self.projection_context, self.projection_out, "focal_layers"}
+
+    @property
+    def known(self) -> set[str]:
+        return self.required | {self.projection_dropout, self.activation, self.layernorm}
+
+
+# "authors" are the classification, detection and segmentation code of microsoft/FocalNet, and what was made from it:
+# X-Decoder and SEEM (scaling_modulator), FocalNet-DINO, detrex, MaskDINO.
+NAMES = {
+    "transformers": ModulationNames(
+        projection_in="projection_in",
+        projection_context="projection_context",
+        projection_out="projection_out",
+        projection_dropout="projection_dropout",
+        activation="activation",
+        layernorm="layernorm",
+    ),
+    "authors": ModulationNames(),
+    "timm": ModulationNames(layernorm="norm", channels_first=True),
+}
+KEPT = ("gates", "modulator")  # what the authors' modules leave behind for visualisation
+
+
+def is_candidate(module: nn.Module) -> bool:
+    """Whether ``module`` may be a focal modulation at all: it has focal layers."""
+    return "focal_layers" in module._modules
+
+
+def source_of(module: nn.Module) -> str | None:
+    """The code base whose names ``module`` has."""
+    children = module._modules.keys()
+    for source, names in NAMES.items():
+        is_convolution = isinstance(module._modules.get(names.projection_in), nn.Conv2d)
+        if names.required <= children and names.channels_first == is_convolution:
+            return source
+    return None
+
+
+def reason_against(module: nn.Module, source: str) -> str | None:
+    """Why ``module``, with the part names of ``source``, is no focal modulation by its parts, or None if it may be."""
+    names = NAMES[source]
+    if unknown := sorted((module._modules.keys() - names.known) | module._parameters.keys() | module._buffers.keys()):
+        return f"it also has {', '.join(unknown)}, which is no part of a focal modulation"
+    if (reason := _reason_against_levels(module.focal_layers)) is not None:
+        return reason
+    context = module._modules[names.projection_context]
+    if not isinstance(context, nn.Conv2d) or context.kernel_size != (1, 1) or context.groups != 1:
+        return f"{names.projection_context} is {context}, not a 1x1 convolution"
+    activation = module._modules.get(names.activation)
+    if activation is not None and not is_exact_gelu(activation):
+        return f"{names.activation} is {activation}, not the exact GELU"
+    return None
+
+
+def _reason_against_levels(focal_layers: nn.Module) -> str | None:
+    if not isinstance(focal_layers, nn.ModuleList) or len(focal_layers) == 0:
+        return f"focal_layers is {type(focal_layers).__name__} of {len(list(focal_layers.children()))} levels"
+    for index, level in enumerate(focal_layers):
+        name = f"focal_layers.{index}"
+        if not isinstance(level, nn.Sequential) or len(level) != 2:
+            return (
+                f"{name} is not a convolution and a GELU, but {type(level).__name__} of {len(list(level.children()))}"
+            )
+        conv, activation = level
+        if not isinstance(conv, nn.Conv2d) or conv.bias is not None or conv.groups != conv.in_channels:
+            return f"{name}.0 is {conv}, not a depthwise convolution without bias"
+        height, width = conv.kernel_size
+        if height != width:
+            return f"{name}.0 has a rectangular kernel, {height} x {width}"
+        if height % 2 == 0 or conv.padding not in ((height // 2, height // 2), "same"):
+            return (
+                f"{name}.0 has a kernel of {height} and a padding of {conv.padding}: it does not keep the map's size"
+            )
+        if conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.padding_mode != "zeros":
+            return f"{name}.0 is {conv}, with a stride, dilation or padding mode of its own"
+        if not is_exact_gelu(activation):
+            return f"{name}.1 is {activation}, not the exact GELU"
+    return None
+
+
+def is_exact_gelu(module: nn.Module) -> bool:
+    if isinstance(module, GELUActivation):
+        return module.act is F.gelu
+    return isinstance(module, nn.GELU) and module.approximate == "none"
+
+
+def forward(
+    module: nn.Module, x: Tensor, *, source: str, backend: str | None = None, keep_modulator: bool = False
+) -> Tensor:
+    """What the ``forward`` of a patched focal modulation is; shapes as in its own."""
+    names = NAMES[source]
+    context = module._modules[names.projection_context]
+    changed = _changed_part(module.focal_layers, context, names)
+    if changed is not None:
+        return _own_forward(module, x, backend, changed)
+    projected = module._modules[names.projection_in](x)
+    if names.channels_first:
+        projected = projected.permute(0, 2, 3, 1)
+    focal_weights = [level[0].weight for level in module.focal_layers]
+    levels = len(focal_weights)
+    channels = (projected.shape[-1] - levels - 1) // 2
+    q, ctx, gates = projected.split([channels, channels, levels + 1], dim=-1)
+    normalize = any(getattr(module, name, False) for name in names.normalize)
+    if keep_modulator:
+        agg = gated_aggregation(ctx, gates, focal_weights, normalize_modulator=normalize, backend=backend)
+        module.gates = gates.permute(0, 3, 1, 2)
+        module.modulator = context(agg.permute(0, 3, 1, 2))
+        out = q * module.modulator.permute(0, 2, 3, 1)
+    else:
+        out = focal_modulation(
+            q,
+            ctx,
+            gates,
+            focal_weights,
+            context.weight,
+            context.bias,
+            normalize_modulator=normalize,
+            backend=backend,
+        )
+    if names.channels_first:
+        out = out.permute(0, 3, 1, 2)
+    for name in (names.layernorm, names.projection_out, names.projection_dropout):
+        part = module._modules.get(name)
+        out = out if part is None else part(out)
+    return out
+
+
+def _changed_part(focal_layers: nn.ModuleList, context: nn.Module, names: ModulationNames) -> str | None:
+    """The name of a convolution or activation that is not as it was when the module was patched, or None.
+
+    The operator takes weights and calls no module; what acts when a module is called would go unnoticed.
+    """
+    if type(context) is not nn.Conv2d or is_changed(context):
+        return names.projection_context
+    for index, level in enumerate(focal_layers):
+        for module in (level, *level):
+            if type(module) not in (nn.Sequential, nn.Conv2d, nn.GELU) or is_changed(module):
+                return f"focal_layers.{index}"
+    return None
+
+
+def _own_forward(module: nn.Module, x: Tensor, backend: str | None, changed: str) -> Tensor:
+    if requested(backend) not in (None, "reference"):
+        raise RuntimeError(
+            f"backend {requested(backend)!r} cannot run this {type(module).__name__}: {changed} was replaced, wrapped "
+            f"or hooked, so the module's own forward runs. Leave the backend out, or undo the change."
+        )
+    return type(module).forward(module, x)
