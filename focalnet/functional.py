@@ -65,7 +65,7 @@ def focal_modulation(
     if bias is not None:
         _check_shape("bias", bias, (channels,), f"one value for each of the {channels} channels of ctx")
     weight = weight.view(channels, channels)
-    if _under_functorch(backend):
+    if _must_be_plain(backend):
         return reference.focal_modulation(q, ctx, gates, focal_weights, weight, bias, normalize_modulator)
     return torch.ops.focalnet.focal_modulation(
         q, ctx, gates, focal_weights, weight, bias, normalize_modulator, backend
@@ -94,13 +94,15 @@ def gated_aggregation(
     tensors = {"ctx": ctx, "gates": gates, **_named_weights(focal_weights)}
     ctx, gates, focal_weights, _ = _prepare(tensors, len(focal_weights), images=("ctx", "gates"))
     _check_aggregation(ctx, gates, focal_weights)
-    if _under_functorch(backend):
+    if _must_be_plain(backend):
         return reference.gated_aggregation(ctx, gates, focal_weights, normalize_modulator)
     return torch.ops.focalnet.gated_aggregation(ctx, gates, focal_weights, normalize_modulator, backend)
 
 
-def _under_functorch(backend: str | None) -> bool:
-    """Whether torch.func (grad, vmap, jvp, ...) is transforming this call: plain PyTorch is all it can transform."""
+def _must_be_plain(backend: str | None) -> bool:
+    """Whether this call has to be plain PyTorch: ONNX has nothing else, and torch.func transforms nothing else."""
+    if torch.onnx.is_in_onnx_export():
+        return True
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         return False
     if requested(backend) not in (None, "reference"):

@@ -106,7 +106,7 @@ class FocalNetLayer(GradientCheckpointingLayer):
         return super().train(mode)
 
     def forward(self, hidden_state: Tensor) -> Tensor:
-        if fused_block.reason_against(self, hidden_state) is None:
+        if fused_block.reason_against(self, hidden_state, self.modulation.backend) is None:
             return fused_block.run(self, hidden_state)
         hidden_state = self._residual(hidden_state, self.norm1, self.modulation, self.gamma_1)
         return self._residual(hidden_state, self.norm2, self.mlp, self.gamma_2)

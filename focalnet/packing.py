@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import extension
 from .backends import requested
-from .plain import is_changed
+from .plain import is_hooked
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Packed:
     reason: str | None
     settings: tuple
     modules: list[nn.Module]
-    changed: list[bool]
+    # For each module, whether it has hooks, and its forward if that is not its class's.
+    changed: list[tuple]
     # The dictionaries in which modules and parameters hang, with their content at the time.
     registries: list[tuple[dict, list]]
     # Aliases keep the storage alive: no other tensor can take its address.
@@ -36,7 +37,7 @@ class Packed:
     def is_current(self, settings: tuple) -> bool:
         return (
             self.settings == settings
-            and list(map(is_changed, self.modules)) == self.changed
+            and list(map(_changes, self.modules)) == self.changed
             and all(_holds(registry, content) for registry, content in self.registries)
             and all(p.data_ptr() == alias.data_ptr() and _version(p) == v for p, alias, v in self.parameters)
         )
@@ -62,7 +63,7 @@ def packed_of(
             reason=why_not,
             settings=settings,
             modules=modules,
-            changed=list(map(is_changed, modules)),
+            changed=list(map(_changes, modules)),
             registries=[(registry, list(registry.values())) for registry in registries],
             parameters=[(p, p.detach(), _version(p)) for p in owner.parameters()],
         )
@@ -95,6 +96,10 @@ def reason_against_call(input: Tensor, backend: str | None) -> str | None:
     if (wanted := requested(backend)) not in (None, "cpu"):
         return f"backend {wanted!r} was asked for"
     return extension.missing()
+
+
+def _changes(module: nn.Module) -> tuple:
+    return is_hooked(module), module.__dict__.get("forward")
 
 
 def _holds(registry: dict, content: list) -> bool:

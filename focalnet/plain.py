@@ -8,10 +8,16 @@ from torch import Tensor, nn
 
 def is_changed(module: nn.Module) -> bool:
     """Whether calling ``module`` does more than its class says: hooks, or a forward of its own."""
+    return is_hooked(module) or "forward" in module.__dict__
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether hooks are called when ``module`` is."""
     # Asked for every convolution in every call: plain dictionary look-ups, no attribute protocol.
     own = module.__dict__
-    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return bool(hooked) or "forward" in own
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
 
 
 def all_are_watched() -> bool:

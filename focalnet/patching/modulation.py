@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import GELUActivation
 
 from ..backends import requested
+from ..block_parts import is_exact_gelu
 from ..functional import focal_modulation, gated_aggregation
-from ..modules import is_changed
+from ..plain import is_changed
 
 
 @dataclass(frozen=True)
@@ -112,12 +111,6 @@ def _reason_against_levels(focal_layers: nn.Module) -> str | None:
         if not is_exact_gelu(activation):
             return f"{name}.1 is {activation}, not the exact GELU"
     return None
-
-
-def is_exact_gelu(module: nn.Module) -> bool:
-    if isinstance(module, GELUActivation):
-        return module.act is F.gelu
-    return isinstance(module, nn.GELU) and module.approximate == "none"
 
 
 def forward(

@@ -23,6 +23,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def twin_of(module: nn.Module, generator: torch.Generator) -> nn.Module:
     """A copy in evaluation mode with random float32 weights on the CPU; nothing of ``module`` is written to."""
     twin = copy.copy(module)
+    twin.__dict__.pop("forward", None)  # it would be that of ``module``
     for name in _HOOKS:
         twin.__dict__[name] = OrderedDict()
     twin.__dict__["training"] = False

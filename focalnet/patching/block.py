@@ -1,0 +1,115 @@
+"""Whole blocks: in float32 inference on a CPU a patched block is one operator; everywhere else its own forward runs.
+
+Blocks are known as modulations are (see `modulation`), by structure and by a trial. That of X-Decoder and SEEM has
+convolutions of its own, so only its modulation is patched.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .. import fused_block
+from ..block_parts import BlockNames
+from . import modulation
+
+NAMES = {
+    "transformers": BlockNames(forward=modulation.forward),
+    "authors": BlockNames(
+        post_norm="use_postln",
+        projection_in="f",
+        projection_context="h",
+        projection_out="proj",
+        layernorm="ln",
+        use_layernorm=None,
+        normalize=modulation.NAMES["authors"].normalize,
+        activation="act",
+        random=r"modulation\.proj_drop|mlp\.drop|drop_path",
+        forward=modulation.forward,
+    ),
+    "timm": BlockNames(
+        post_norm=("norm1_post", "norm2_post"),
+        projection_in="f",
+        projection_context="h",
+        projection_out="proj",
+        layernorm="norm",
+        use_layernorm=None,
+        activation="act",
+        scales=("ls1", "ls2"),
+        random=r"modulation\.proj_drop|mlp\.drop[12]|drop_path[12]",
+        forward=modulation.forward,
+    ),
+}
+_IN_COMMON = {"norm1", "modulation", "norm2", "mlp"}
+_REQUIRED = {
+    "transformers": _IN_COMMON | {"drop_path"},
+    "authors": _IN_COMMON | {"drop_path"},
+    "timm": _IN_COMMON | {"norm1_post", "ls1", "drop_path1", "norm2_post", "ls2", "drop_path2"},
+}
+
+
+def is_candidate(module: nn.Module) -> bool:
+    """Whether ``module`` may be a block: it has a focal modulation, norms and an MLP."""
+    children = module._modules
+    return all(name in children for name in _IN_COMMON) and modulation.is_candidate(children["modulation"])
+
+
+def reason_against(block: nn.Module, source: str) -> str | None:
+    """Why ``block`` has other parts than the operator knows of a block of ``source``, or None if it has those."""
+    children = block._modules.keys()
+    if unknown := sorted(children - _REQUIRED[source] | block._buffers.keys()):
+        return f"it also has {', '.join(unknown)}"
+    if missing := sorted(_REQUIRED[source] - children):
+        return f"it has no {', '.join(missing)}"
+    return NAMES[source].unusual_part(block)
+
+
+def fused(block: nn.Module, x: Tensor, source: str) -> Tensor:
+    """What the operator makes of x (B, H, W, C), whatever the block says of itself; for the trial."""
+    return fused_block.compute(NAMES[source].parts_of(block), x)
+
+
+def forward_tokens(
+    block: nn.Module, hidden_state: Tensor, input_dimensions: tuple[int, int], *, backend: str | None = None
+) -> Tensor:
+    """The forward of a patched block of transformers, (B, H * W, C) -> (B, H * W, C)."""
+    grid = _grid(hidden_state, input_dimensions)
+    if grid is None or fused_block.reason_against(block, grid, backend, NAMES["transformers"]) is not None:
+        return type(block).forward(block, hidden_state, input_dimensions)
+    return fused_block.run(block, grid).flatten(1, 2)
+
+
+def forward_sized(block: nn.Module, x: Tensor, *, backend: str | None = None) -> Tensor:
+    """The forward of a patched block of the authors, which has been told H and W: (B, H * W, C) -> (B, H * W, C)."""
+    grid = _grid(x, (block.H, block.W))
+    if grid is None or fused_block.reason_against(block, grid, backend, NAMES["authors"]) is not None:
+        return type(block).forward(block, x)
+    return fused_block.run(block, grid).flatten(1, 2)
+
+
+def forward_map(block: nn.Module, x: Tensor, *, backend: str | None = None) -> Tensor:
+    """The forward of a patched block of timm, (B, C, H, W) -> (B, C, H, W), which lies channels-last in memory."""
+    if x.ndim != 4 or fused_block.reason_against(block, x, backend, NAMES["timm"]) is not None:
+        return type(block).forward(block, x)
+    return fused_block.run(block, x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
+
+
+FORWARD = {"transformers": forward_tokens, "authors": forward_sized, "timm": forward_map}
+
+
+def own_forward(block: nn.Module, x: Tensor, source: str) -> Tensor:
+    """What the class of ``block`` makes of x (B, H, W, C)."""
+    height, width = x.shape[1:3]
+    if source == "timm":
+        return type(block).forward(block, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    if source == "transformers":
+        return type(block).forward(block, x.flatten(1, 2), (height, width)).unflatten(1, (height, width))
+    block.H, block.W = height, width
+    return type(block).forward(block, x.flatten(1, 2)).unflatten(1, (height, width))
+
+
+def _grid(tokens: Tensor, size: tuple[int | None, int | None]) -> Tensor | None:
+    """Tokens (B, H * W, C) as a map (B, H, W, C); None where they do not fit, which the block itself reports."""
+    height, width = size
+    if tokens.ndim != 3 or height is None or width is None or tokens.shape[1] != height * width:
+        return None
+    return tokens.contiguous().unflatten(1, (height, width))
