@@ -271,6 +271,7 @@ setup(
         "focalnet.benchmark",
         "focalnet.checkpoints",
         "focalnet.cli",
+        "focalnet.hub",
         "focalnet.kernels",
         "focalnet.patching",
     ],

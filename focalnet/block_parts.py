@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.activations import GELUActivation
 
 from .plain import is_changed, is_hooked
 
@@ -142,7 +141,7 @@ _MLP_PARTS = {"fc1", "activation", "act", "drop", "drop1", "norm", "fc2", "drop2
 
 
 def is_exact_gelu(module: nn.Module) -> bool:
-    if type(module) is GELUActivation:
+    if type(module).__name__ == "GELUActivation":  # transformers' own, which may or may not be exact
         return module.act is F.gelu
     return type(module) is nn.GELU and module.approximate == "none"
 

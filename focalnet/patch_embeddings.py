@@ -74,7 +74,7 @@ class FocalNetPatchEmbeddings(nn.Module):
         if bottom or right:
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
         # A channels-last input makes the convolution write channels-last: the image is the smaller thing to reorder.
-        nchw = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+        nchw = x.contiguous().permute(0, 3, 1, 2)
         return self.projection(nchw).permute(0, 2, 3, 1)
 
 

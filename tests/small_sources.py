@@ -10,7 +10,14 @@ from sources import AuthorsFocalNet, TimmFocalNet
 
 import focalnet
 
-FIELDS = {"embed_dim": 8, "depths": [1, 1], "focal_levels": [2, 1], "focal_windows": [3, 5], "num_labels": 5}
+FIELDS = {
+    "embed_dim": 8,
+    "depths": [1, 1],
+    "focal_levels": [2, 1],
+    "focal_windows": [3, 5],
+    "num_labels": 5,
+    "drop_path_rate": 0.0,
+}
 SIZES = {"embed_dim": 8, "depths": [1, 1], "focal_levels": [2, 1], "focal_windows": [3, 5], "num_classes": 5}
 
 

@@ -88,10 +88,23 @@ def _entries(model: nn.Module, backend: str | None, keep_modulator: bool) -> Ite
             yield _patch_block(name, module, backend, keep_modulator)
 
 
+class Rebound(functools.partial):
+    """The forward of a patched module: one of this package's functions, given the module and the settings.
+
+    Not a bound method, since that cannot be pickled with the module that it belongs to.
+    """
+
+    @property
+    def __globals__(self) -> dict:
+        # torch.jit.script asks for these when it comes to compile a forward.
+        raise RuntimeError(
+            "torch.jit.script cannot compile a module that focalnet.patch has patched. Call focalnet.unpatch(model) "
+            "first, or use torch.jit.trace, torch.export or torch.compile, which can."
+        )
+
+
 def _is_patched(module: nn.Module) -> bool:
-    # A functools.partial, since a bound method cannot be pickled with the module that it belongs to.
-    own = module.__dict__.get("forward")
-    return isinstance(own, functools.partial) and own.func in (modulation.forward, *block.FORWARD.values())
+    return isinstance(module.__dict__.get("forward"), Rebound)
 
 
 def _patch_modulation(name: str, module: nn.Module, backend: str | None, keep_modulator: bool) -> Entry:
@@ -102,7 +115,7 @@ def _patch_modulation(name: str, module: nn.Module, backend: str | None, keep_mo
         for kept in modulation.KEPT:
             module.__dict__.pop(kept, None)
         settings = {"source": source, "backend": backend, "keep_modulator": keep_modulator}
-        module.forward = functools.partial(modulation.forward, module, **settings)
+        module.forward = Rebound(modulation.forward, module, **settings)
     return Entry(name, "modulation", source, reason)
 
 
@@ -113,7 +126,7 @@ def _patch_block(name: str, module: nn.Module, backend: str | None, keep_modulat
     else:
         reason = extension.missing() or _reason_against_rebinding(module) or _reason_against_block(module, source)
     if reason is None:
-        module.forward = functools.partial(block.FORWARD[source], module, backend=backend)
+        module.forward = Rebound(block.FORWARD[source], module, backend=backend)
     elif _is_patched(module):
         del module.__dict__["forward"]
     return Entry(name, "block", source, reason)

@@ -1,0 +1,104 @@
+"""Lays out a repository of huggingface's `kernels` from this package: build.toml, torch-ext/ and build/.
+
+    python -m focalnet.hub.generate FOLDER
+
+It is one without architecture: Triton and plain PyTorch, nothing compiled beforehand. What `layers` imports is copied
+and nothing else. A kernel is loaded from any path, beside other versions of itself and beside an installed focalnet,
+so its operators get a namespace of their own, made from the sources' hash.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+NAME = "focalnet"
+VERSION = 1  # of the layers' interface, as the hub counts
+BACKENDS = ("cpu", "cuda")
+ENTRY = "hub/layers.py"
+INIT = '''"""FocalNet's operators and layers. https://huggingface.co/docs/kernels says how to load them."""
+
+from . import layers
+from .functional import focal_modulation, gated_aggregation
+
+__all__ = ["focal_modulation", "gated_aggregation", "layers"]
+'''
+LAYERS = """from .hub.layers import FocalNetModulation
+
+__all__ = ["FocalNetModulation"]
+"""
+BUILD = f"""[general]
+name = "{NAME}"
+version = {VERSION}
+license = "MIT"
+backends = {json.dumps(BACKENDS)}
+
+[torch-noarch]
+
+[kernel]
+"""
+
+
+def needed_sources() -> dict[str, str]:
+    """What the layers import, directly or not: path in the package -> source."""
+    sources: dict[str, str] = {}
+    waiting = [ENTRY]
+    while waiting:
+        path = waiting.pop()
+        if path in sources or not (PACKAGE / path).is_file():
+            continue
+        sources[path] = (PACKAGE / path).read_text()
+        waiting += _imported_files(path, sources[path])
+    return sources
+
+
+def _imported_files(path: str, source: str) -> list[str]:
+    """The files that relative imports in ``source`` may mean."""
+    files = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            folder = Path(path).parents[node.level - 1].as_posix()
+            base = "/".join([*([] if folder == "." else [folder]), *(node.module or "").split(".")]).strip("/")
+            files += [f"{base}.py"] if node.module else []
+            files += [f"{base}/{alias.name}.py".lstrip("/") for alias in node.names]
+    return files
+
+
+def generate(folder: Path) -> Path:
+    """Writes the repository to ``folder``, in place of what an earlier run wrote there; returns it."""
+    sources = needed_sources()
+    revision = hashlib.sha256("".join(path + sources[path] for path in sorted(sources)).encode()).hexdigest()[:8]
+    _write_package(folder / "torch-ext" / NAME, sources, f"_{NAME}_{revision}")
+    for backend in BACKENDS:
+        variant, kernel_id = folder / "build" / f"torch-{backend}", f"_{NAME}_{backend}_{revision}"
+        _write_package(variant, sources, kernel_id)
+        metadata = {"id": kernel_id, "name": NAME, "version": VERSION, "license": "MIT", "python-depends": []}
+        metadata["backend"] = {"type": backend}
+        (variant / "metadata.json").write_text(json.dumps(metadata, indent=2) + "\n")
+    (folder / "build.toml").write_text(BUILD)
+    return folder
+
+
+def _write_package(folder: Path, sources: dict[str, str], namespace: str) -> None:
+    files = {"__init__.py": INIT, "layers.py": LAYERS}
+    for path, source in sources.items():
+        renamed = source.replace(f"{NAME}::", f"{namespace}::")
+        files[path] = renamed.replace(f"torch.ops.{NAME}.", f"torch.ops.{namespace}.")
+    # Packages are entered without running the __init__ that makes them focalnet's: nothing of it is needed here.
+    packages = {parent.as_posix() for path in files for parent in Path(path).parents if parent != Path(".")}
+    files |= {f"{package}/__init__.py": "" for package in packages}
+    shutil.rmtree(folder, ignore_errors=True)
+    for path, source in files.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(source)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python -m focalnet.hub.generate FOLDER")
+    print(f"wrote {generate(Path(sys.argv[1]))}")
