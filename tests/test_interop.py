@@ -1,5 +1,5 @@
 """focalnet among transformers' own: weights, configurations, outputs and losses are interchangeable, and so are the
-Auto classes, the heads for dense prediction, image processors and pipelines.
+Auto classes, image processors and pipelines.
 """
 
 import itertools
@@ -318,94 +318,7 @@ def test_registered_auto_classes_load_a_checkpoint_of_transformers(auto_class, n
         assert_equal(model(images()), saved(images()))
 
 
-# --- heads for dense prediction
-
-
-def upernet(backbone_config):
-    channels = build(focalnet, "FocalNetBackbone", backbone_config.to_dict()).channels
-    config = transformers.UperNetConfig(
-        backbone_config=backbone_config,
-        hidden_size=8,
-        pool_scales=[1, 2],
-        auxiliary_in_channels=channels[2],
-        auxiliary_channels=8,
-        num_labels=4,
-    )
-    labels = torch.randint(4, (2, 50, 70))
-    return transformers.UperNetForSemanticSegmentation(config), {"labels": labels}, (2, 4, 50, 70)
-
-
-MASKS = {
-    "mask_labels": [torch.rand(2, 50, 70).round(), torch.rand(1, 50, 70).round()],
-    "class_labels": [torch.tensor([0, 3]), torch.tensor([1])],
-}
-
-
-def maskformer(backbone_config):
-    decoder_config = transformers.DetrConfig(
-        d_model=16, decoder_layers=1, encoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=16, num_queries=6
-    )
-    config = transformers.MaskFormerConfig(
-        backbone_config=backbone_config,
-        decoder_config=decoder_config,
-        fpn_feature_size=32,
-        mask_feature_size=16,
-        num_labels=4,
-    )
-    return transformers.MaskFormerForInstanceSegmentation(config), MASKS, (2, 6, 5)
-
-
-def mask2former(backbone_config):
-    config = transformers.Mask2FormerConfig(
-        backbone_config=backbone_config,
-        feature_size=32,
-        mask_feature_size=16,
-        hidden_dim=16,
-        encoder_feedforward_dim=16,
-        encoder_layers=1,
-        decoder_layers=2,
-        dim_feedforward=16,
-        num_attention_heads=2,
-        num_queries=6,
-        train_num_points=32,
-        num_labels=4,
-    )
-    return transformers.Mask2FormerForUniversalSegmentation(config), MASKS, (2, 6, 5)
-
-
-@pytest.mark.parametrize("before_downsampling", [False, True], ids=["transformers' maps", "maps before downsampling"])
-@pytest.mark.parametrize("head", [upernet, maskformer, mask2former])
-def test_heads_of_transformers_train_on_the_backbone(head, before_downsampling, auto_classes, tmp_path):
-    config = focalnet.FocalNetConfig(
-        embed_dim=12,
-        hidden_sizes=(24, 48, 96, 96),
-        depths=[1, 1, 1, 1],
-        drop_path_rate=0.0,
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-        feature_maps_before_downsampling=before_downsampling,
-    )
-    model, targets, shape = head(config)
-    backbone = next(module for module in model.modules() if isinstance(module, focalnet.FocalNetBackbone))
-    assert backbone.channels == ([12, 24, 48, 96] if before_downsampling else [24, 48, 96, 96])
-    sizes = [(13, 18), (7, 9), (4, 5), (2, 3)] if before_downsampling else [(7, 9), (4, 5), (2, 3), (2, 3)]
-    assert [feature_map.shape[2:] for feature_map in backbone(images(50, 70)).feature_maps] == sizes
-
-    outputs = model(images(50, 70), **targets)
-    outputs.loss.backward()
-    logits = outputs.logits if head is upernet else outputs.class_queries_logits
-    assert logits.shape == shape
-    assert torch.isfinite(outputs.loss)
-    for name, parameter in backbone.named_parameters():
-        if not name.startswith("focalnet.layernorm"):  # behind the maps
-            assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
-
-    model.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path).eval()
-    assert loaded.config.backbone_config.feature_maps_before_downsampling is before_downsampling
-    with torch.no_grad():
-        actual, expected = loaded(images(50, 70)), model.eval()(images(50, 70))
-    name = "logits" if head is upernet else "class_queries_logits"
-    assert_equal(actual[name], expected[name])
+# --- backbone maps
 
 
 @pytest.mark.parametrize("embed_dim", [8, 12, 20])

@@ -50,9 +50,11 @@ def needed_sources() -> dict[str, str]:
     waiting = [ENTRY]
     while waiting:
         path = waiting.pop()
-        if path in sources or not (PACKAGE / path).is_file():
+        # In a checkout, focalnet.kernels is the folder beside the package.
+        file = next((root / path for root in (PACKAGE, PACKAGE.parent) if (root / path).is_file()), None)
+        if path in sources or file is None:
             continue
-        sources[path] = (PACKAGE / path).read_text()
+        sources[path] = file.read_text()
         waiting += _imported_files(path, sources[path])
     return sources
 
