@@ -129,7 +129,7 @@ class BlockNames:
             (r"modulation\.focal_layers\.\d+\.0", lambda module: type(module) is nn.Conv2d),
             (rf"modulation\.(focal_layers\.\d+\.1|activation|act)|mlp\.{self.activation}", is_exact_gelu),
             (r"modulation\.focal_layers(\.\d+)?", lambda module: type(module) in (nn.ModuleList, nn.Sequential)),
-            (self.random, _is_random),
+            (self.random, lambda module: type(module) is nn.Identity or is_random(module)),
             (r"ls[12]", lambda module: type(module) is nn.Identity or type(module).__name__ == "LayerScale2d"),
             (r"mlp\.norm", lambda module: type(module) is nn.Identity),
             (r"modulation", lambda module: self.modulation in (None, type(module))),
@@ -165,5 +165,6 @@ def _is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or (type(module) is nn.Conv2d and module.kernel_size == (1, 1))
 
 
-def _is_random(module: nn.Module) -> bool:
-    return type(module) in (nn.Dropout, nn.Identity) or type(module).__name__ in ("DropPath", "FocalNetDropPath")
+def is_random(module: nn.Module) -> bool:
+    """Dropout and stochastic depth: nothing in inference, so the operator leaves them out."""
+    return type(module) is nn.Dropout or type(module).__name__ in ("DropPath", "FocalNetDropPath")

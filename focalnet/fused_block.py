@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .block_parts import BlockNames, BlockParts
+from .block_parts import BlockNames, BlockParts, is_random
 from .mlp import FocalNetMlp
 from .modules import FocalModulation
 from .packing import arguments_of, packed_of, reason_against_call
@@ -27,8 +27,8 @@ def reason_against(
     # Focal weights are packed for the vectors of the instruction set.
     settings = (torch.ops.focalnet.cpu_isa(), *names.settings_of(block))
     packed = packed_of(block, settings, lambda: names.unusual_part(block), lambda: pack(names.parts_of(block)))
-    if any(module.training for module in packed.modules):
-        return "a part of the block is in training mode"
+    if any(module.training and is_random(module) for module in packed.modules):
+        return "dropout or stochastic depth is in training mode"
     return packed.reason
 
 

@@ -112,6 +112,21 @@ def timm_eager(case: Case) -> Callable:
     return stepping(timm_model(case))
 
 
+def transformers_patched(case: Case) -> Callable:
+    return stepping(_patched(theirs(case)))
+
+
+def timm_patched(case: Case) -> Callable:
+    return stepping(_patched(timm_model(case)))
+
+
+def _patched(model: torch.nn.Module) -> torch.nn.Module:
+    import focalnet
+
+    focalnet.patch(model)
+    return model
+
+
 def timm_channels_last_compile(case: Case) -> Callable:
     run = stepping(torch.compile(timm_model(case).to(memory_format=torch.channels_last)))
     return lambda images: run(images.contiguous(memory_format=torch.channels_last))
@@ -141,7 +156,9 @@ RUNTIMES: dict[str, Callable[[Case], Callable]] = {
     "focalnet, reference": focalnet_reference,
     "transformers": transformers_eager,
     "transformers, compile": transformers_compile,
+    "transformers, patched": transformers_patched,
     "timm": timm_eager,
+    "timm, patched": timm_patched,
     "timm, channels-last, compile": timm_channels_last_compile,
     "onnxruntime": onnxruntime,
     "openvino": openvino,
