@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .block_parts import BlockNames, BlockParts, is_random
 from .mlp import FocalNetMlp
 from .modules import FocalModulation
-from .packing import arguments_of, packed_of, reason_against_call
+from .packing import arguments_of, forget, packed_of, reason_against_call
 
 OURS = BlockNames(modulation=FocalModulation, mlp=FocalNetMlp)
 
@@ -21,6 +21,7 @@ def reason_against(
 ) -> str | None:
     """Why the fused operator cannot take this call of a block whose parts have ``names``, or None if it can."""
     if block.training:
+        forget(block)  # optimisers may write through .data, which nothing counts
         return "the block is in training mode"
     if reason := reason_against_call(hidden_state, backend):
         return reason

@@ -490,6 +490,25 @@ def test_what_changes_in_a_patched_block_counts_at_the_next_call():
 
 
 @needs_extension
+def test_weights_written_through_data_count_after_a_training_step_or_another_patch():
+    model = golden_model("ms_srf")
+    focalnet.patch(model)
+    with torch.no_grad():
+        before = model(images())
+    for renew in (lambda: model.train()(images()), lambda: focalnet.patch(model)):
+        for parameter in model.parameters():
+            parameter.data.mul_(1.1)
+        renew()
+        original = copy.deepcopy(model.eval())
+        focalnet.unpatch(original)
+        with torch.no_grad():
+            after = model(images())
+            assert_equal(after, original(images()))
+        assert (after - before).abs().max() > 1e-3
+        before = after
+
+
+@needs_extension
 def test_keeping_the_modulator_keeps_blocks_as_they_are():
     model = golden_model("ms_srf")
     focalnet.patch(model)

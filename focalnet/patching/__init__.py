@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .. import extension
+from .. import extension, packing
 from ..backends import requested
 from ..modules import FocalModulation
 from . import block, modulation, probe
@@ -125,6 +125,7 @@ def _patch_block(name: str, module: nn.Module, backend: str | None, keep_modulat
         reason = "keep_modulator asks for what only the modulation can give"
     else:
         reason = extension.missing() or _reason_against_rebinding(module) or _reason_against_block(module, source)
+    packing.forget(module)
     if reason is None:
         module.forward = Rebound(block.FORWARD[source], module, backend=backend)
     elif _is_patched(module):
