@@ -96,8 +96,8 @@ class Rebound(functools.partial):
 
     @property
     def __globals__(self) -> dict:
-        # torch.jit.script asks for these when it comes to compile a forward.
-        raise RuntimeError(
+        # torch.jit.script asks for these when it comes to compile a forward; whoever else does can go without.
+        raise AttributeError(
             "torch.jit.script cannot compile a module that focalnet.patch has patched. Call focalnet.unpatch(model) "
             "first, or use torch.jit.trace, torch.export or torch.compile, which can."
         )
