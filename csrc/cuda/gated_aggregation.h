@@ -1,0 +1,107 @@
+// What the operators (ops.cpp), the planner (plan.cpp) and the launchers (forward.cu, backward.cu) agree on. Plain
+// data: nothing here knows torch, so the kernels also compile, and are tested, where there is neither torch nor a GPU.
+
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace focalnet::cuda {
+
+constexpr int kMaxLevels = 8;
+constexpr int kMaxKernel = 31;  // of a focal level, either way: the smallest tile still fits every device
+
+// Of the kernels, known to the planner: the outputs of a thread, the most columns of a focal kernel that it takes at
+// once, the threads of a block of backward.
+constexpr int kRunX = 7, kRunY = 2;
+constexpr int kMostColumns = 7;
+constexpr int kThreads = 256;
+
+enum class Element : int { kFloat32, kBFloat16, kFloat16 };
+
+inline int size_of(Element e) { return e == Element::kFloat32 ? 4 : 2; }
+
+// A channels-last map (B, H, W, channels) with channel stride 1; strides count elements.
+struct Map {
+    void* data;
+    int64_t stride_b, stride_h, stride_w;
+};
+
+// A depthwise kernel (C, 1, kh, kw), contiguous.
+struct FocalWeight {
+    const void* data;
+    int kh, kw;
+};
+
+// What a device offers a block, in bytes, and how many blocks run at once.
+struct Limits {
+    int shared_per_block, shared_per_multiprocessor, multiprocessors;
+};
+
+struct Problem {
+    Element element;
+    int64_t B;
+    int H, W, C, L;
+    Map ctx, gates;
+    FocalWeight weights[kMaxLevels];
+    float scale;  // 1 / (L + 1) if the modulator is normalised, else 1
+    Limits limits;
+};
+
+struct Gradients {
+    bool want_ctx, want_gates, want_weights;
+    Map dctx, dgates;            // contiguous, of the inputs' element type
+    void* dweights[kMaxLevels];  // contiguous (C, 1, kh, kw), of the inputs' element type
+    Map agg;                     // forward's result once more, contiguous; no data: not wanted
+};
+
+// How a launch cuts the maps: a block owns one tile of one image and block_c channels of it.
+struct Tiling {
+    int block_c;         // channels, a power of two
+    int tile_h, tile_w;  // of the output
+    int tiles_y, tiles_x;
+    int rows;   // of the largest region a plane in shared memory holds: the tile and its halo, inside the map
+    int pitch;  // elements from row to row of a plane
+    int threads;
+    size_t shared_bytes;
+    double cost;  // of the launch, in bytes moved; 0: nothing fits
+};
+
+// Levels first .. last - 1 in one launch.
+struct Group {
+    int first, last;
+    Tiling tiling;
+};
+
+// Forward in one launch (all levels from shared memory) or in several; whole_map: the blocks own whole planes, so that
+// the global level needs no second pass.
+struct ForwardPlan {
+    int groups;
+    Group group[kMaxLevels];
+    bool whole_map;
+};
+
+ForwardPlan plan_forward(const Problem& p);
+bool fits(const ForwardPlan& plan);  // on the device whose limits it was made for
+// Backward in one launch, from whole planes: two for each level and one more.
+Tiling plan_backward_map(const Problem& p);
+// The levels of backward one by one: cut so that the planes of level l's input and of its gradient fit.
+Tiling plan_backward_level(const Problem& p, int level);
+
+// A launch that failed: the kernel's name and the driver's answer. No exception crosses a kernel's file.
+struct Status {
+    cudaError_t error = cudaSuccess;
+    const char* kernel = "";
+    explicit operator bool() const { return error != cudaSuccess; }
+};
+
+size_t forward_scratch_bytes(const Problem& p);
+Status gated_aggregation(const Problem& p, const Map& agg, void* scratch, cudaStream_t stream);
+
+size_t backward_scratch_bytes(const Problem& p, const Gradients& out);
+Status gated_aggregation_backward(const Problem& p, const Map& dagg, const Gradients& out, void* scratch,
+                                  cudaStream_t stream);
+
+}  // namespace focalnet::cuda

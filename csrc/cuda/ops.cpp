@@ -1,0 +1,224 @@
+// The operators focalnet::cuda_gated_aggregation and focalnet::cuda_gated_aggregation_bwd: argument checks, views
+// turned into plain pointers and strides, results and scratch from torch's allocator, the device and the stream. The
+// kernels are in forward.cu and backward.cu.
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <string>
+#include <vector>
+
+#include "gated_aggregation.h"
+#include "stream.h"
+
+namespace focalnet::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+std::string shape_text(const Tensor& t) {
+    std::string text = "(";
+    for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
+    return text + ")";
+}
+
+void check_map(const char* name, const Tensor& t, const Tensor& like) {
+    STD_TORCH_CHECK(t.dim() == 4, name, " has shape ", shape_text(t),
+                    "; expected four dimensions (B, H, W, channels)");
+    STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == like.get_device_index(), name,
+                    " is not on ctx's device; expected cuda:", like.get_device_index());
+    STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " has dtype ",
+                    torch::headeronly::toString(t.scalar_type()), "; expected ctx's dtype, ",
+                    torch::headeronly::toString(like.scalar_type()));
+    for (int64_t i = 0; i < 3; ++i)
+        STD_TORCH_CHECK(t.size(i) == like.size(i), name, " has shape ", shape_text(t),
+                        "; expected the same B, H and W as ctx, whose shape is ", shape_text(like));
+}
+
+void check_weight(size_t level, const Tensor& w, const Tensor& ctx) {
+    STD_TORCH_CHECK(w.is_cuda() && w.get_device_index() == ctx.get_device_index(), "focal_weights[", level,
+                    "] is not on ctx's device; expected cuda:", ctx.get_device_index());
+    STD_TORCH_CHECK(w.scalar_type() == ctx.scalar_type(), "focal_weights[", level, "] has dtype ",
+                    torch::headeronly::toString(w.scalar_type()), "; expected ctx's dtype, ",
+                    torch::headeronly::toString(ctx.scalar_type()));
+    STD_TORCH_CHECK(
+        w.dim() == 4 && w.size(0) == ctx.size(3) && w.size(1) == 1 && w.size(2) % 2 == 1 && w.size(3) % 2 == 1,
+        "focal_weights[", level, "] has shape ", shape_text(w), "; expected (", ctx.size(3),
+        ", 1, kh, kw) with odd kh and kw");
+    STD_TORCH_CHECK(w.size(2) <= kMaxKernel && w.size(3) <= kMaxKernel, "focal_weights[", level, "] has shape ",
+                    shape_text(w), "; expected kernels of at most ", kMaxKernel, " x ", kMaxKernel);
+}
+
+Element element_of(const Tensor& ctx) {
+    switch (ctx.scalar_type()) {
+        case ScalarType::Float:
+            return Element::kFloat32;
+        case ScalarType::BFloat16:
+            return Element::kBFloat16;
+        case ScalarType::Half:
+            return Element::kFloat16;
+        default:
+            STD_TORCH_CHECK(false, "ctx has dtype ", torch::headeronly::toString(ctx.scalar_type()),
+                            "; expected float32, bfloat16 or float16");
+    }
+    return Element::kFloat32;
+}
+
+void check(cudaError_t error, const char* what) {
+    STD_TORCH_CHECK(error == cudaSuccess, what, " failed: ", cudaGetErrorString(error), " (", cudaGetErrorName(error),
+                    ")");
+}
+
+int attribute(cudaDeviceAttr attribute, int device) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+    return value;
+}
+
+Limits limits_of(int device) {
+    return {attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+            attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+            attribute(cudaDevAttrMultiProcessorCount, device)};
+}
+
+// Views are taken as they are; only a channel stride other than 1 costs a copy.
+Tensor with_unit_channel_stride(const Tensor& t) {
+    return t.stride(3) == 1 || t.size(3) <= 1 ? t : torch::stable::contiguous(t);
+}
+
+Map map_of(const Tensor& t) { return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)}; }
+
+Map output_map_of(const Tensor& t) { return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
+
+// Owns what the pointers of `problem` point to.
+struct Arguments {
+    Tensor ctx, gates;
+    std::vector<Tensor> weights;
+    Problem problem;
+};
+
+Arguments parse(const Tensor& ctx, const Tensor& gates, const std::vector<Tensor>& focal_weights, bool normalize) {
+    const Element element = element_of(ctx);
+    check_map("ctx", ctx, ctx);
+    check_map("gates", gates, ctx);
+    STD_TORCH_CHECK(ctx.size(1) >= 1 && ctx.size(2) >= 1 && ctx.size(3) >= 1, "ctx has shape ", shape_text(ctx),
+                    "; expected H, W and C of at least 1");
+    // A position's number within its image is an int in the kernels; offsets into the tensors are not.
+    STD_TORCH_CHECK(ctx.size(1) * ctx.size(2) < (int64_t{1} << 31) && ctx.size(3) < (int64_t{1} << 31),
+                    "ctx has shape ", shape_text(ctx), "; expected fewer than 2^31 positions in an image");
+    const auto levels = static_cast<int64_t>(focal_weights.size());
+    STD_TORCH_CHECK(levels >= 1 && levels <= kMaxLevels, "focal_weights has ", levels, " levels; expected 1 to ",
+                    kMaxLevels);
+    STD_TORCH_CHECK(gates.size(3) == levels + 1, "gates has shape ", shape_text(gates), "; expected ", levels + 1,
+                    " channels, one more than the ", levels, " focal_weights");
+    Arguments args{with_unit_channel_stride(ctx), with_unit_channel_stride(gates), {}, {}};
+    Problem& p = args.problem;
+    p.element = element;
+    p.B = ctx.size(0);
+    p.H = static_cast<int>(ctx.size(1));
+    p.W = static_cast<int>(ctx.size(2));
+    p.C = static_cast<int>(ctx.size(3));
+    p.L = static_cast<int>(levels);
+    p.ctx = map_of(args.ctx);
+    p.gates = map_of(args.gates);
+    p.scale = normalize ? 1.0f / static_cast<float>(levels + 1) : 1.0f;
+    p.limits = limits_of(ctx.get_device_index());
+    for (size_t l = 0; l < focal_weights.size(); ++l) {
+        check_weight(l, focal_weights[l], ctx);
+        args.weights.push_back(torch::stable::contiguous(focal_weights[l]));
+        const Tensor& w = args.weights.back();
+        p.weights[l] = {w.const_data_ptr(), static_cast<int>(w.size(2)), static_cast<int>(w.size(3))};
+    }
+    return args;
+}
+
+Tensor empty_like_shape(const Tensor& t, bool wanted) {
+    if (!wanted) return torch::stable::new_empty(t, {0});
+    std::vector<int64_t> sizes;
+    for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
+    return torch::stable::new_empty(t, sizes);
+}
+
+Tensor scratch_of(const Tensor& like, size_t bytes) {
+    return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+}
+
+void check(const Status& status) {
+    STD_TORCH_CHECK(!status, "focalnet: the launch of ", status.kernel, " failed: ", cudaGetErrorString(status.error),
+                    " (", cudaGetErrorName(status.error), ")");
+}
+
+// Makes a device current for torch and for this module's own copy of the runtime.
+class DeviceGuard {
+  public:
+    explicit DeviceGuard(int device) : guard_(device) { check(cudaSetDevice(device), "cudaSetDevice"); }
+
+  private:
+    torch::stable::accelerator::DeviceGuard guard_;
+};
+
+Tensor cuda_gated_aggregation(const Tensor& ctx, const Tensor& gates, std::vector<Tensor> focal_weights,
+                              bool normalize_modulator) {
+    STD_TORCH_CHECK(ctx.is_cuda(), "ctx is not on a GPU; expected a CUDA tensor");
+    const DeviceGuard guard(ctx.get_device_index());
+    const Arguments args = parse(ctx, gates, focal_weights, normalize_modulator);
+    Tensor agg = empty_like_shape(ctx, true);
+    const Tensor scratch = scratch_of(ctx, forward_scratch_bytes(args.problem));
+    check(gated_aggregation(args.problem, output_map_of(agg), scratch.mutable_data_ptr(),
+                            current_stream(ctx.get_device_index())));
+    return agg;
+}
+
+// Returns dctx, dgates, agg (for the modulator's own gradients, which want it again), dfocal_weights.
+std::vector<Tensor> cuda_gated_aggregation_bwd(const Tensor& dagg, const Tensor& ctx, const Tensor& gates,
+                                               std::vector<Tensor> focal_weights, bool normalize_modulator,
+                                               std::vector<bool> output_mask) {
+    STD_TORCH_CHECK(ctx.is_cuda(), "ctx is not on a GPU; expected a CUDA tensor");
+    const DeviceGuard guard(ctx.get_device_index());
+    const Arguments args = parse(ctx, gates, focal_weights, normalize_modulator);
+    check_map("dagg", dagg, ctx);
+    STD_TORCH_CHECK(dagg.size(3) == ctx.size(3), "dagg has shape ", shape_text(dagg), "; expected ctx's shape ",
+                    shape_text(ctx));
+    STD_TORCH_CHECK(output_mask.size() == 4, "output_mask has ", output_mask.size(),
+                    " entries; expected four: ctx, gates, agg, focal_weights");
+    const Tensor dagg_view = with_unit_channel_stride(dagg);
+    std::vector<Tensor> grads{empty_like_shape(ctx, output_mask[0]), empty_like_shape(gates, output_mask[1]),
+                              empty_like_shape(ctx, output_mask[2])};
+    for (const Tensor& w : args.weights) grads.push_back(empty_like_shape(w, output_mask[3]));
+
+    Gradients out{};
+    out.want_ctx = output_mask[0];
+    out.want_gates = output_mask[1];
+    out.want_weights = output_mask[3];
+    if (out.want_ctx) out.dctx = output_map_of(grads[0]);
+    if (out.want_gates) out.dgates = output_map_of(grads[1]);
+    if (output_mask[2]) out.agg = output_map_of(grads[2]);
+    for (size_t l = 0; l < args.weights.size(); ++l) out.dweights[l] = grads[3 + l].mutable_data_ptr();
+    const Tensor scratch = scratch_of(ctx, backward_scratch_bytes(args.problem, out));
+    check(gated_aggregation_backward(args.problem, map_of(dagg_view), out, scratch.mutable_data_ptr(),
+                                     current_stream(ctx.get_device_index())));
+    return grads;
+}
+
+}  // namespace
+}  // namespace focalnet::cuda
+
+STABLE_TORCH_LIBRARY_FRAGMENT(focalnet, m) {
+    m.def(
+        "cuda_gated_aggregation(Tensor ctx, Tensor gates, Tensor[] focal_weights, bool normalize_modulator) -> "
+        "Tensor");
+    m.def(
+        "cuda_gated_aggregation_bwd(Tensor dagg, Tensor ctx, Tensor gates, Tensor[] focal_weights, "
+        "bool normalize_modulator, bool[] output_mask) -> Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(focalnet, CUDA, m) {
+    m.impl("cuda_gated_aggregation", TORCH_BOX(&focalnet::cuda::cuda_gated_aggregation));
+    m.impl("cuda_gated_aggregation_bwd", TORCH_BOX(&focalnet::cuda::cuda_gated_aggregation_bwd));
+}

@@ -1,0 +1,157 @@
+// Runs one call of csrc/cuda's launchers: `main CASE RESULT`. CASE is a list of int64 (see main), then the elements of
+// the tensors; RESULT receives the outputs' elements. Every tensor, and the scratch, is a heap block of its exact
+// size. Prints the path that forward takes. `main CASE` reads the numbers alone and prints how every launch cuts the
+// maps.
+
+#include <fstream>
+#include <iostream>
+
+#include "gated_aggregation.h"
+
+using namespace focalnet::cuda;
+
+namespace {
+
+class Case {
+  public:
+    explicit Case(const char* path) : file_(path, std::ios::binary) {}
+
+    int64_t number() {
+        int64_t value = 0;
+        if (!file_.read(reinterpret_cast<char*>(&value), sizeof value)) cuda_on_cpu::fail("the case ends early");
+        return value;
+    }
+
+    void* elements(int64_t bytes) {
+        char* data = static_cast<char*>(std::malloc(bytes));
+        if (bytes && !file_.read(data, bytes)) cuda_on_cpu::fail("the case ends early");
+        return data;
+    }
+
+  private:
+    std::ifstream file_;
+};
+
+// Never written is NaN in every element type.
+void* unwritten(int64_t bytes) {
+    void* data = std::malloc(bytes);
+    std::memset(data, 0xff, bytes);
+    return data;
+}
+
+struct Layout {
+    int64_t size, offset, stride_b, stride_h, stride_w;
+    explicit Layout(Case& c)
+        : size(c.number()), offset(c.number()), stride_b(c.number()), stride_h(c.number()), stride_w(c.number()) {}
+    Map map(void* storage, int element) const {
+        return {static_cast<char*>(storage) + offset * element, stride_b, stride_h, stride_w};
+    }
+};
+
+Map contiguous(void* data, const Problem& p, int64_t channels) {
+    return {data, p.H * p.W * channels, p.W * channels, channels};
+}
+
+void check(Status status) {
+    if (!status) return;
+    std::cerr << status.kernel << " failed with error " << status.error << "\n";
+    std::exit(4);
+}
+
+const char* path_of(const ForwardPlan& plan) {
+    return plan.whole_map ? "whole map" : plan.groups > 1 ? "levels" : "tiles";
+}
+
+const char* backward_path_of(const Problem& p) { return plan_backward_map(p).cost > 0 ? "whole map" : "levels"; }
+
+void print(const char* what, const Tiling& t) {
+    std::cout << what << " " << t.block_c << " " << t.tile_h << " " << t.tile_w << " " << t.threads << " "
+              << t.shared_bytes << " " << (t.cost > 0) << "\n";
+}
+
+int print_plans(const Problem& p) {
+    const ForwardPlan plan = plan_forward(p);
+    std::cout << path_of(plan) << "\n" << backward_path_of(p) << "\n";
+    for (int i = 0; i < plan.groups; ++i) print("forward", plan.group[i].tiling);
+    if (plan_backward_map(p).cost > 0) {
+        print("backward", plan_backward_map(p));
+    } else {
+        for (int l = 0; l < p.L; ++l) print("backward", plan_backward_level(p, l));
+    }
+    return 0;
+}
+
+}  // namespace
+
+int main(int count, char** argv) {
+    Case input(argv[1]);
+    const bool backward = input.number();
+    cuda_on_cpu::generator.seed(static_cast<unsigned>(input.number()));
+    Problem p{};
+    p.element = static_cast<Element>(input.number());
+    p.B = input.number();
+    p.H = static_cast<int>(input.number());
+    p.W = static_cast<int>(input.number());
+    p.C = static_cast<int>(input.number());
+    p.L = static_cast<int>(input.number());
+    p.scale = input.number() ? 1.0f / static_cast<float>(p.L + 1) : 1.0f;
+    p.limits.shared_per_block = static_cast<int>(input.number());
+    p.limits.shared_per_multiprocessor = static_cast<int>(input.number());
+    p.limits.multiprocessors = static_cast<int>(input.number());
+    cuda_on_cpu::device_shared_limit = p.limits.shared_per_block;
+    const int size = size_of(p.element);
+    const Layout ctx(input), gates(input);  // views of one storage
+    const Layout dagg(input);
+    int64_t taps[kMaxLevels];
+    for (int l = 0; l < p.L; ++l) {
+        p.weights[l].kh = static_cast<int>(input.number());
+        p.weights[l].kw = static_cast<int>(input.number());
+        taps[l] = p.weights[l].kh * p.weights[l].kw;
+    }
+    Gradients out{};
+    out.want_ctx = input.number();
+    out.want_gates = input.number();
+    const bool want_agg = input.number();
+    out.want_weights = input.number();
+
+    if (count == 2) return print_plans(p);
+
+    std::ofstream result(argv[2], std::ios::binary);
+    void* packed = input.elements(ctx.size * size);
+    p.ctx = ctx.map(packed, size);
+    p.gates = gates.map(packed, size);
+    for (int l = 0; l < p.L; ++l) p.weights[l].data = input.elements(taps[l] * p.C * size);
+    const int64_t positions = p.B * p.H * p.W;
+    const auto write = [&](void* data, int64_t elements) {
+        result.write(static_cast<char*>(data), elements * size);
+        std::free(data);
+    };
+
+    if (!backward) {
+        void* agg = unwritten(positions * p.C * size);
+        void* scratch = unwritten(static_cast<int64_t>(forward_scratch_bytes(p)));
+        check(gated_aggregation(p, contiguous(agg, p, p.C), scratch, nullptr));
+        write(agg, positions * p.C);
+        std::free(scratch);
+    } else {
+        void* dagg_storage = input.elements(dagg.size * size);
+        void* dctx = unwritten(out.want_ctx ? positions * p.C * size : 0);
+        void* dgates = unwritten(out.want_gates ? positions * (p.L + 1) * size : 0);
+        void* agg = unwritten(want_agg ? positions * p.C * size : 0);
+        if (want_agg) out.agg = contiguous(agg, p, p.C);
+        out.dctx = contiguous(dctx, p, p.C);
+        out.dgates = contiguous(dgates, p, p.L + 1);
+        for (int l = 0; l < p.L; ++l) out.dweights[l] = unwritten(out.want_weights ? taps[l] * p.C * size : 0);
+        void* scratch = unwritten(static_cast<int64_t>(backward_scratch_bytes(p, out)));
+        check(gated_aggregation_backward(p, dagg.map(dagg_storage, size), out, scratch, nullptr));
+        write(dctx, out.want_ctx ? positions * p.C : 0);
+        write(dgates, out.want_gates ? positions * (p.L + 1) : 0);
+        write(agg, want_agg ? positions * p.C : 0);
+        for (int l = 0; l < p.L; ++l) write(out.dweights[l], out.want_weights ? taps[l] * p.C : 0);
+        std::free(scratch);
+        std::free(dagg_storage);
+    }
+    std::free(packed);
+    for (int l = 0; l < p.L; ++l) std::free(const_cast<void*>(p.weights[l].data));
+    std::cout << (backward ? backward_path_of(p) : path_of(plan_forward(p))) << "\n";
+}

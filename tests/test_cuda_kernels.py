@@ -1,0 +1,223 @@
+"""The kernels of csrc/cuda, compiled for the CPU (cuda_on_cpu/), against a float64 reference; no GPU is needed.
+
+Every access is checked by AddressSanitizer, alignment included; the threads of a block run in shuffled order, so a
+barrier that is missing gives wrong numbers, which the last test shows. The rule is the project's: the error against
+float64 is at most twice that of the reference in the same precision, plus one unit in the last place.
+"""
+
+import shutil
+
+import pytest
+import torch
+from cuda_program import CUDA, SM_80, SM_86, SM_90, Device, call, compile_sources, plan
+from operands import SHAPES, Shape, operands
+
+from focalnet import reference
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ with AddressSanitizer"),
+]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+
+# Little shared memory, few multiprocessors: a small map is then cut as a large one is on a real device.
+SMALL = Device(48, 64, 4)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    return compile_sources(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture
+def run(program, tmp_path):
+    def run(*arguments, **options):
+        return call(program, tmp_path, *arguments, **options)
+
+    return run
+
+
+def gradient_of(ctx, dtype):
+    return torch.randn(ctx.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(dtype)
+
+
+def assert_rule(name, mine, low, exact):
+    assert mine.shape == exact.shape and mine.dtype == low.dtype, name
+    if not exact.numel():
+        return
+    ulp = torch.finfo(low.dtype).eps * exact.abs().max()
+    assert (mine - exact).abs().max() <= 2 * (low - exact).abs().max() + ulp, name
+
+
+def check_forward(run, shape, dtype, device=SM_90, seed=0):
+    """Returns the path that was taken."""
+    _, ctx, gates, focal_weights, *_ = operands(shape, dtype)
+    path, (agg,) = run(ctx, gates, focal_weights, shape.normalize, device=device, seed=seed)
+    exact = reference.gated_aggregation(
+        ctx.double(), gates.double(), [w.double() for w in focal_weights], shape.normalize
+    )
+    assert_rule("agg", agg, reference.gated_aggregation(ctx, gates, focal_weights, shape.normalize), exact)
+    return path
+
+
+def check_backward(run, shape, dtype, device=SM_90, mask=(True,) * 4, seed=0):
+    """``mask`` is of ctx, gates, agg, focal_weights. Returns the path that was taken."""
+    _, ctx, gates, focal_weights, *_ = operands(shape, dtype)
+    dagg = gradient_of(ctx, dtype)
+    path, mine = run(ctx, gates, focal_weights, shape.normalize, dagg=dagg, mask=mask, device=device, seed=seed)
+
+    def expected(dtype):
+        inputs = ctx.to(dtype), gates.to(dtype), [w.to(dtype) for w in focal_weights], shape.normalize
+        dctx, dgates, *rest = reference.gated_aggregation_bwd(dagg.to(dtype), *inputs, (*mask[:2], mask[3]))
+        return [dctx, dgates, reference.gated_aggregation(*inputs) if mask[2] else None, *rest]
+
+    low, exact = expected(dtype), expected(torch.float64)
+    names = ["dctx", "dgates", "agg"] + [f"dfocal_weights[{level}]" for level in range(len(focal_weights))]
+    for name, gradient, rounded, wanted in zip(names, mine, low, exact, strict=True):
+        if wanted is None:
+            assert gradient.numel() == 0, name
+        else:
+            assert_rule(name, gradient, rounded, wanted)
+    return path
+
+
+@each_shape
+@each_dtype
+def test_forward_obeys_the_rule(run, shape, dtype):
+    check_forward(run, shape, dtype)
+
+
+@each_shape
+@each_dtype
+def test_backward_obeys_the_rule(run, shape, dtype):
+    check_backward(run, shape, dtype)
+
+
+# Every way of cutting the map, and every unrolled kernel width; channels beyond a block, odd, and fewer than a vector.
+CUT = [
+    ("whole map", SM_90, Shape(2, 14, 14, 40, (3, 5, 7))),
+    ("whole map", SM_90, Shape(1, 28, 28, 36, (3, 5, 7, 9), normalize=True)),
+    ("whole map", SM_80, Shape(1, 19, 22, 17, (11, 13, 15))),
+    ("whole map", SM_86, Shape(1, 7, 7, 800, (5, 7))),
+    ("tiles", SMALL, Shape(1, 48, 57, 9, (3, 5), normalize=True)),
+    ("tiles", SMALL, Shape(2, 60, 43, 8, (3, 3, 3, 3))),
+    ("levels", SMALL, Shape(2, 40, 29, 12, (9, 11, 13))),
+    ("levels", SMALL, Shape(1, 23, 61, 7, (11, 13), normalize=True)),
+]
+
+
+@pytest.mark.parametrize(("path", "device", "shape"), CUT, ids=str)
+@each_dtype
+def test_every_path_obeys_the_rule(run, path, device, shape, dtype):
+    assert check_forward(run, shape, dtype, device) == path
+
+
+# Backward has two paths; what fits as whole planes in one launch goes level by level on a device with less memory.
+BACKWARD = [
+    ("whole map", SM_90, Shape(2, 14, 14, 40, (3, 5, 7))),
+    ("whole map", SM_90, Shape(1, 28, 28, 12, (3, 5, 7, 9), normalize=True)),
+    ("whole map", SM_80, Shape(1, 12, 13, 17, (11, 13, 15))),
+    ("whole map", SM_86, Shape(1, 7, 7, 100, (15, 17))),
+    ("levels", SMALL, Shape(1, 40, 37, 9, (3, 5, 7), normalize=True)),
+    ("levels", SMALL, Shape(2, 28, 31, 12, (9, 11, 13))),
+    ("levels", SMALL, Shape(1, 27, 34, 7, (15, 17))),
+    ("levels", SMALL, Shape(1, 50, 52, 24, (5,))),
+]
+
+
+@pytest.mark.parametrize(("path", "device", "shape"), BACKWARD, ids=str)
+@each_dtype
+def test_every_path_of_backward_obeys_the_rule(run, path, device, shape, dtype):
+    assert check_backward(run, shape, dtype, device) == path
+
+
+MASKS = [tuple(position == wanted for position in range(4)) for wanted in range(4)]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+@pytest.mark.parametrize(
+    ("path", "device", "shape"),
+    [("whole map", SM_90, Shape(2, 9, 10, 12, (3, 5, 7))), ("levels", SMALL, Shape(1, 40, 37, 8, (3, 5, 7)))],
+    ids=["whole map", "levels"],
+)
+def test_backward_computes_what_is_asked_for(run, path, device, shape, mask):
+    assert check_backward(run, shape, torch.float32, device, mask) == path
+
+
+# The stages of the published variants at their image sizes, and detection maps.
+STAGES = [
+    Shape(batch, size // scale, size // scale, width * scale // 4, kernels)
+    for batch in (1, 128)
+    for size, width, kernels in [
+        (224, 96, (3, 5, 7)),
+        (224, 128, (3, 5)),
+        (384, 192, (5, 7, 9)),
+        (384, 192, (3, 5, 7, 9)),
+    ]
+    for scale in (4, 8, 16, 32)
+] + [Shape(2, 200, 334, 96, kernels) for kernels in [(9, 11), (9, 11, 13), (11, 13, 15)]]
+
+
+@pytest.mark.parametrize("device", [SM_80, SM_86, SM_90], ids=["sm_80", "sm_86", "sm_90"])
+@each_dtype
+def test_every_launch_fits_the_device(program, tmp_path, device, dtype):
+    """So do the largest kernels that are taken, at any number of levels."""
+    largest = [Shape(1, 300, 300, 64, (31,) * levels) for levels in (1, 8)]
+    for shape in [*STAGES, *largest, Shape(1, 1, 1, 1, (31,) * 8)]:
+        *_, cuts = plan(program, tmp_path, shape, dtype, device)
+        for cut in cuts:
+            assert cut.fits and cut.shared_bytes <= 1024 * device.shared_per_block, (shape, cut)
+
+
+def test_the_stages_of_the_tiny_model_are_taken_as_whole_maps_on_hopper(program, tmp_path):
+    """Each block then reads ctx once and writes agg once, and the global level needs no second pass."""
+    for stage in STAGES:
+        if stage.batch == 128 and stage.kernels == (3, 5, 7):
+            forward, backward, _ = plan(program, tmp_path, stage, torch.bfloat16, SM_90)
+            assert forward == "whole map"
+            assert backward == ("levels" if stage.height == 56 else "whole map")
+
+
+def test_views_with_any_strides(run):
+    """Transposed rows, a gap between positions and an expanded batch are read where they lie."""
+    shape = Shape(3, 9, 11, 24, (3, 5))
+    _, ctx, gates, focal_weights, *_ = operands(shape)
+    storage = torch.cat([ctx, gates, ctx[..., :1]], -1).transpose(1, 2).contiguous().transpose(1, 2)[:1]
+    ctx, gates = storage[..., :24].expand(3, -1, -1, -1), storage[..., 24:27].expand(3, -1, -1, -1)
+    _, (agg,) = run(ctx, gates, focal_weights, False)
+    packed = torch.cat([ctx, gates], -1).contiguous()
+    _, (same,) = run(packed[..., :24], packed[..., 24:], focal_weights, False)
+    assert torch.equal(agg, same)
+
+
+def test_results_do_not_depend_on_the_order_of_threads_and_blocks(run):
+    _, ctx, gates, focal_weights, *_ = operands(Shape(2, 17, 20, 20, (3, 5)))
+    dagg = gradient_of(ctx, torch.float32)
+    for options in ({}, {"dagg": dagg}):
+        (_, first), (_, second) = (
+            run(ctx, gates, focal_weights, False, device=SMALL, seed=seed, **options) for seed in (1, 2)
+        )
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_nan_and_infinity_reach_the_output(run):
+    _, ctx, gates, focal_weights, *_ = operands(Shape(1, 6, 6, 8, (3,)))
+    ctx[0, 3, 3, 5] = float("nan")
+    _, (agg,) = run(ctx, gates, focal_weights, False)
+    assert agg[..., 5].isnan().any()
+    assert not agg[..., :5].isnan().any() and not agg[..., 6:].isnan().any()
+
+
+def test_a_barrier_that_is_missing_is_seen(program, tmp_path):
+    """The barrier between the levels of the chain, turned off: the numbers are wrong, the tests above would fail."""
+    text = (CUDA / "forward.cu").read_text()
+    changed = text.replace("        inside = outputs;\n        __syncthreads();\n", "        inside = outputs;\n")
+    assert changed != text
+    broken = shutil.copytree(program.parent, tmp_path / "broken")
+    (broken / "forward.cu").write_text(changed)
+    program = compile_sources(broken, [broken / "forward.cu"])
+    with pytest.raises(AssertionError):
+        check_forward(lambda *a, **o: call(program, tmp_path, *a, **o), Shape(1, 14, 14, 32, (3, 5, 7)), torch.float32)
