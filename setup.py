@@ -2,17 +2,23 @@
 
 FOCALNET_BUILD says what is wanted:
 
-    auto    (default) build the extension; if that cannot be done, install without it and record the reason
-    cpu     build the extension; if that cannot be done, fail
-    cuda    as cpu, with the CUDA sources (this version has none)
+    auto    (default) build the extension, with the CUDA kernels where torch has CUDA and nvcc is there; what cannot be
+            built is left out, and the reason recorded
+    cpu     build the extension without CUDA; if that cannot be done, fail
+    cuda    build the extension with the CUDA kernels, whatever torch is installed; if that cannot be done, fail
     none    pure Python
 
-What was built, and if nothing was, why, goes to focalnet/_build_info.json, which focalnet.extension reads.
+CUDA_HOME says where the CUDA toolkit is (else nvcc is found on PATH), NVCC_CCBIN which host compiler nvcc uses,
+TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") for which GPUs, MAX_JOBS how many compilers run at once.
+
+What was built, and of what was not, why, goes to focalnet/_build_info.json, which focalnet.extension reads.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -22,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -40,6 +47,10 @@ BUILD_INFO = "_build_info.json"
 # The oldest torch whose stable ABI the extension is compiled for; the binary then runs on every later one.
 OLDEST_TORCH = (2, 10)
 TORCH_TARGET_VERSION = f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
+
+# Compute capabilities that get machine code where the toolkit knows them; later ones run the newest one's PTX.
+CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+OLDEST_CUDA = 12  # the first whose nvcc reads C++20
 
 # Commands that only describe or pack the sources: importing torch for them would cost seconds and change nothing.
 DESCRIBING = {"sdist", "egg_info", "dist_info", "clean", "--version", "--name", "--help"}
@@ -60,7 +71,11 @@ def check_mode() -> None:
 
 
 def cuda_sources() -> list[str]:
-    return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cuda/*.cu"))
+    """What nvcc compiles: the kernels, and the host code that includes CUDA's headers."""
+    kernels = sorted(ROOT.glob("csrc/cuda/*.cu"))
+    return [
+        path.relative_to(ROOT).as_posix() for path in kernels and [*kernels, *sorted(ROOT.glob("csrc/cuda/*.cpp"))]
+    ]
 
 
 def cpu_sources() -> list[str]:
@@ -109,9 +124,109 @@ def compiler_version(compiler: str) -> str:
     return (result.stdout.splitlines() or [compiler])[0].strip()
 
 
+@dataclass(frozen=True)
+class Cuda:
+    """A toolkit that can compile the kernels: nvcc, its release, the -gencode flags, the libraries' folders."""
+
+    nvcc: str
+    release: str
+    gencode: tuple[str, ...]
+    library_dirs: tuple[str, ...]
+
+    @property
+    def architectures(self) -> list[str]:
+        return [re.sub(r".*code=", "", flag) for flag in self.gencode]
+
+
+def find_nvcc() -> str:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        found = shutil.which("nvcc", path=os.path.join(home, "bin"))
+        if found is None:
+            raise CannotBuild(
+                f"no nvcc: CUDA_HOME is {home!r}, which has no bin/nvcc; let it name a CUDA toolkit, or unset it to "
+                "use the nvcc on PATH"
+            )
+        return found
+    found = shutil.which("nvcc")
+    if found is None:
+        raise CannotBuild(
+            "no nvcc: it is not on PATH, and CUDA_HOME is not set; install the CUDA toolkit of torch's CUDA version, "
+            "or set CUDA_HOME to where it is"
+        )
+    return found
+
+
+def ask_nvcc(nvcc: str, *arguments: str) -> str:
+    """What nvcc prints, on either stream."""
+    try:
+        result = subprocess.run(
+            [nvcc, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, "output", None) or str(error)).strip().splitlines()
+        raise CannotBuild(f"{nvcc} {' '.join(arguments)} failed: {said[-1] if said else error}") from error
+    return result.stdout
+
+
+def gencode_flags(known: set[int], wanted: str | None) -> tuple[str, ...]:
+    """nvcc's flags for ``wanted`` ("8.0;9.0+PTX"), or, if it is not set, for what CUDA_ARCHITECTURES and nvcc have."""
+    if wanted:
+        pairs = re.findall(r"(\d+)\.(\d+)a?(\+PTX)?", wanted)
+        chosen = [(int(major + minor), bool(ptx)) for major, minor, ptx in pairs]
+        unknown = [number for number, _ in chosen if number not in known]
+        if not chosen or unknown:
+            raise CannotBuild(
+                f"TORCH_CUDA_ARCH_LIST is {wanted!r}; expected compute capabilities that this nvcc knows, such as "
+                f"'8.0;9.0+PTX' (it knows {', '.join(f'{n // 10}.{n % 10}' for n in sorted(known))})"
+            )
+    else:
+        chosen = [(number, False) for number in CUDA_ARCHITECTURES if number in known]
+        chosen[-1] = (chosen[-1][0], True)
+    flags = [f"-gencode=arch=compute_{number},code=sm_{number}" for number, _ in chosen]
+    return (*flags, *(f"-gencode=arch=compute_{number},code=compute_{number}" for number, ptx in chosen if ptx))
+
+
+def find_cuda(torch_cuda: str | None) -> Cuda:
+    """The toolkit that suits a torch built with ``torch_cuda`` (None: without CUDA), or raises CannotBuild."""
+    nvcc = find_nvcc()
+    match = re.search(r"release (\d+)\.(\d+)", ask_nvcc(nvcc, "--version"))
+    if match is None:
+        raise CannotBuild(f"{nvcc} --version names no release; expected the nvcc of a CUDA toolkit")
+    release, major = ".".join(match.groups()), int(match[1])
+    if major < OLDEST_CUDA:
+        raise CannotBuild(f"{nvcc} is of CUDA {release}; expected {OLDEST_CUDA}.0 or later")
+    if torch_cuda is not None and int(torch_cuda.split(".")[0]) != major:
+        raise CannotBuild(
+            f"{nvcc} is of CUDA {release}, but torch was built with CUDA {torch_cuda}; set CUDA_HOME to a toolkit of "
+            f"CUDA {torch_cuda.split('.')[0]}, or install a torch built with CUDA {major}"
+        )
+    known = {int(number) for number in re.findall(r"compute_(\d+)\b", ask_nvcc(nvcc, "--list-gpu-arch"))}
+    gencode = gencode_flags(known, os.environ.get("TORCH_CUDA_ARCH_LIST"))
+    # nvcc alone knows where its libraries are: the toolkit may come from NVIDIA, a distribution or conda.
+    libraries = re.search(r"LIBRARIES=(.*)", ask_nvcc(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull))
+    folders = tuple(re.findall(r'"-L([^"]+)"', libraries[1])) if libraries else ()
+    return Cuda(nvcc, release, gencode, folders)
+
+
+def plan_cuda() -> tuple[Cuda | None, str | None]:
+    """The toolkit to build with, or the reason why the kernels are left out. Fails if they were asked for."""
+    import torch
+
+    if MODE == "cpu":
+        return None, "built with FOCALNET_BUILD=cpu"
+    if MODE == "auto" and torch.version.cuda is None:
+        return None, f"torch {torch.__version__} was built without CUDA (FOCALNET_BUILD=cuda builds them all the same)"
+    try:
+        return find_cuda(torch.version.cuda), None
+    except CannotBuild as error:
+        return None, give_up(str(error), "the CUDA kernels")
+
+
 def plan() -> tuple[list[Extension], type[build_ext], dict[str, object]]:
     """Decides what to build: the extensions, the command that builds them and the facts to record."""
     info: dict[str, object] = {"mode": MODE, "built": False, "reason": None, "torch": None, "compiler": None}
+    info["cuda"] = {"built": False, "reason": None}
     if MODE == "none":
         return [], build_ext, info | {"reason": "built with FOCALNET_BUILD=none"}
     if DESCRIBING & set(sys.argv):
@@ -127,15 +242,58 @@ def plan() -> tuple[list[Extension], type[build_ext], dict[str, object]]:
     os.environ["CXX"] = compiler
     # pip run as .venv/bin/pip, without the environment activated, leaves the ninja beside it off PATH.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return [extension(str(info["torch"]))], build_command(), info | {"built": True}
+    cuda, reason = plan_cuda()
+    info["cuda"] = {"built": False, "reason": reason}
+    return [extension(str(info["torch"]))], build_command(cuda), info | {"built": True}
 
 
-def give_up(reason: str) -> str:
+def give_up(reason: str, what: str = "the extension") -> str:
     """An error where the extension was asked for, else a warning. Returns the reason."""
     if MODE != "auto":
-        raise SystemExit(f"focalnet: FOCALNET_BUILD={MODE}, but the extension cannot be built: {reason}")
-    print(f"focalnet: WARNING: installing without the compiled extension: {reason}", file=sys.stderr)
+        raise SystemExit(f"focalnet: FOCALNET_BUILD={MODE}, but {what} cannot be built: {reason}")
+    print(f"focalnet: WARNING: installing without {what}: {reason}", file=sys.stderr)
     return reason
+
+
+def compile_cuda(cuda: Cuda, folder: Path, torch_version: str) -> list[str]:
+    """Compiles csrc/cuda into objects in ``folder``; those that are up to date are kept. Raises CannotBuild."""
+    from torch.utils.cpp_extension import include_paths
+
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [cuda.nvcc, "-c", "-O3", "-std=c++20", f"-I{ROOT / 'csrc'}"]
+    compiler = os.environ["CXX"]
+    if os.name != "nt":
+        command += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+        if not os.environ.get("NVCC_CCBIN") and len(shlex.split(compiler)) == 1:
+            command += [f"-ccbin={compiler}"]
+    kernels = [*cuda.gencode, "-Xfatbin=-compress-all"]
+    host = [flag for path in include_paths() for flag in ("-isystem", path)]
+    host += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+    state = hashlib.sha256(f"{cuda} {torch_version}".encode())
+    for path in sorted((ROOT / "csrc" / "cuda").iterdir()):
+        state.update(path.read_bytes())
+
+    def compile_one(source: str) -> str:
+        target = folder / (Path(source).name + ".o")
+        line = [*command, *(kernels if source.endswith(".cu") else host), str(ROOT / source), "-o", str(target)]
+        key = f"{state.hexdigest()} {shlex.join(line)}"
+        record = target.with_suffix(".key")
+        if target.exists() and record.exists() and record.read_text() == key:
+            return str(target)
+        print(shlex.join(line), flush=True)
+        result = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        print(result.stdout, end="", flush=True)
+        if result.returncode != 0:
+            reason = first_error(result.stdout) or f"nvcc returned {result.returncode}"
+            if re.search(r"unsupported .*(version|compiler)", result.stdout):
+                reason += "; set NVCC_CCBIN to a host compiler that this nvcc takes, such as an older g++"
+            raise CannotBuild(reason)
+        record.write_text(key)
+        return str(target)
+
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(compile_one, cuda_sources()))
 
 
 def extension(torch_version: str) -> Extension:
@@ -169,7 +327,7 @@ def extension(torch_version: str) -> Extension:
     )
 
 
-def build_command() -> type[build_ext]:
+def build_command(cuda: Cuda | None) -> type[build_ext]:
     from torch.utils.cpp_extension import BuildExtension
 
     class Build(BuildExtension):
@@ -179,6 +337,8 @@ def build_command() -> type[build_ext]:
                 # source compiles all of them.
                 self.build_temp = str(ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
             reason = None
+            if cuda is not None:
+                self.add_cuda(cuda)
             with output_kept() as log:
                 try:
                     super().run()
@@ -188,6 +348,24 @@ def build_command() -> type[build_ext]:
                 self.leave_out(give_up(reason))
             self.get_finalized_command("build_py").write_build_info()
 
+        def add_cuda(self, cuda: Cuda) -> None:
+            (built,) = self.extensions
+            try:
+                objects = compile_cuda(cuda, Path(self.build_temp, "cuda"), str(INFO["torch"]))
+            except CannotBuild as error:
+                INFO["cuda"] = {"built": False, "reason": give_up(str(error), "the CUDA kernels")}
+                return
+            built.extra_objects += objects
+            # The runtime goes into the extension: it loads, and says what is missing, where there is no CUDA.
+            built.library_dirs += cuda.library_dirs
+            built.libraries += ["cudart_static"] if os.name == "nt" else ["cudart_static", "dl", "rt", "pthread"]
+            INFO["cuda"] = {
+                "built": True,
+                "reason": None,
+                "release": cuda.release,
+                "architectures": cuda.architectures,
+            }
+
         def leave_out(self, reason: str) -> None:
             """Makes this a build of the pure package: no binary, no platform in the wheel's name."""
             self.extensions = []
@@ -195,7 +373,7 @@ def build_command() -> type[build_ext]:
             wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
             if wheel is not None:
                 wheel.root_is_pure = True
-            INFO.update(built=False, reason=reason)
+            INFO.update(built=False, reason=reason, cuda={"built": False, "reason": reason})
 
     return Build
 
@@ -225,7 +403,7 @@ def output_kept() -> Iterator[Path]:
 def first_error(output: str) -> str | None:
     """The first line in which the compiler or the linker says what is wrong."""
     for line in output.splitlines():
-        if re.search(r"\berror\b ?[:A-Z]|undefined reference|cannot find -l", line):
+        if re.search(r"\berror\b ?[:A-Z]|^nvcc fatal|undefined reference|cannot find -l", line):
             return f"compiling failed: {line.strip().replace(str(ROOT) + os.sep, '')}"
     return None
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
-from . import cpu, reference
+from . import cpu, cuda, reference
 from .problem import Problem
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ _REGISTRY = {
     backend.name: backend
     for backend in (
         Backend("triton", {}, _not_shipped("Triton kernels"), _always),
-        Backend("cuda", {}, _not_shipped("CUDA kernels"), _always),
+        Backend("cuda", _operators_of(cuda), cuda.missing, cuda.refuses),
         Backend("cpu", _operators_of(cpu), cpu.missing, cpu.refuses),
         Backend("reference", _operators_of(reference), _always, _always),
     )

@@ -16,7 +16,7 @@ from typing import Any
 # Imported before the extension is: the extension links libtorch, which importing torch loads.
 import torch
 
-__all__ = ["build_info", "cpu_capabilities", "missing"]
+__all__ = ["build_info", "cpu_capabilities", "cuda_missing", "missing"]
 
 NAME = "focalnet._C"
 PACKAGE = Path(__file__).resolve().parent
@@ -75,6 +75,19 @@ _module, _missing = load()
 def missing() -> str | None:
     """None when the extension is loaded, else the reason, with what to do about it."""
     return _missing
+
+
+def cuda_missing() -> str | None:
+    """None when the extension is loaded and holds the CUDA kernels, else the reason, with what to do about it."""
+    if _missing is not None:
+        return _missing
+    if hasattr(torch.ops.focalnet, "cuda_gated_aggregation"):
+        return None
+    cause = recorded_build().get("cuda", {}).get("reason") or "it was built by a version that had none"
+    return (
+        f"the compiled extension {NAME} has no CUDA kernels: {cause}; to build them, "
+        f"{REBUILD.replace('FOCALNET_BUILD=cpu', 'FOCALNET_BUILD=cuda')} and the CUDA toolkit's nvcc"
+    )
 
 
 def build_info() -> dict[str, Any]:
