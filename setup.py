@@ -266,7 +266,9 @@ def compile_cuda(cuda: Cuda, folder: Path, torch_version: str) -> list[str]:
         command += ["-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
         if not os.environ.get("NVCC_CCBIN") and len(shlex.split(compiler)) == 1:
             command += [f"-ccbin={compiler}"]
-    kernels = [*cuda.gencode, "-Xfatbin=-compress-all"]
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    # Sources side by side, and the architectures of each: the longest source is half of all the work.
+    kernels = [*cuda.gencode, "-Xfatbin=-compress-all", f"--threads={jobs}"]
     host = [flag for path in include_paths() for flag in ("-isystem", path)]
     host += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     state = hashlib.sha256(f"{cuda} {torch_version}".encode())
@@ -291,7 +293,6 @@ def compile_cuda(cuda: Cuda, folder: Path, torch_version: str) -> list[str]:
         record.write_text(key)
         return str(target)
 
-    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         return list(pool.map(compile_one, cuda_sources()))
 
