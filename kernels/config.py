@@ -1,0 +1,73 @@
+"""What is launched for which sizes: one table for the levels, one for the matrix products.
+
+A thread of a level's tile holds four channels, so ``num_warps = block_w * block_c / 128``. Wide maps get few channels
+a program, since the rings of all resident programs must stay in L2; narrow ones get many, which fills the warps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class LevelConfig:
+    """Tile of the level kernels. ``whole_plane``: levels one after the other instead of streaming over rows."""
+
+    block_w: int
+    block_c: int
+    rows: int
+    whole_plane: bool = False
+    programs_per_sm: int = 2
+
+    @property
+    def num_warps(self) -> int:
+        return max(1, self.block_w * self.block_c // 128)
+
+
+@dataclass(frozen=True)
+class ProductConfig:
+    """Tile of a matrix product."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# (largest width, configuration); a map of at most 16 rows is worked level by level.
+LEVELS = (
+    (8, LevelConfig(8, 64, 8)),
+    (16, LevelConfig(16, 32, 8)),
+    (24, LevelConfig(8, 64, 8)),
+    (48, LevelConfig(16, 32, 8)),
+    (1 << 30, LevelConfig(32, 16, 8)),
+)
+WHOLE_PLANE_ROWS = 16
+
+# (bytes of an element, largest number of channels, configuration)
+PRODUCTS = (
+    (2, 64, ProductConfig(128, 64, 32, 4, 3)),
+    (2, 1 << 30, ProductConfig(128, 128, 64, 8, 3)),
+    (4, 1 << 30, ProductConfig(64, 64, 32, 4, 2)),
+)
+
+
+def level_config(height: int, width: int, channels: int) -> LevelConfig:
+    """The row of the table for a map of this size; few channels make a narrower tile."""
+    config = next(config for largest, config in LEVELS if width <= largest)
+    block_c = min(config.block_c, max(8, _power_of_two(channels)))
+    return replace(config, block_c=block_c, whole_plane=height <= WHOLE_PLANE_ROWS)
+
+
+def product_config(channels: int, dtype: torch.dtype) -> ProductConfig:
+    """The row of the table for a product of (rows, channels) by (channels, channels)."""
+    config = next(c for itemsize, largest, c in PRODUCTS if itemsize >= dtype.itemsize and channels <= largest)
+    size = max(16, _power_of_two(channels))
+    return replace(config, block_n=min(config.block_n, size), block_k=min(config.block_k, size))
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,195 @@
+"""A plan: what an operator launches for one kind of call, as plain data.
+
+A plan is a pure function of shapes, pitches, dtype and device properties. It is used three ways: run on tensors (`Plan.run`),
+compiled without a GPU (`Launch.ast`) and read by the tools that count bytes and registers. `launches` says in order
+what runs; a launch names its tensors, and the plan says how large those are that the operator makes itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret
+_TRITON_TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the configuration depends on. ``arch`` is the compute capability times ten, 90 for an H100."""
+
+    arch: int
+    sm_count: int
+    l2_bytes: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> Device:
+        if device.type != "cuda":
+            return H100  # the interpreter
+        properties = torch.cuda.get_device_properties(device)
+        return cls(
+            10 * properties.major + properties.minor, properties.multi_processor_count, properties.L2_cache_size
+        )
+
+    @property
+    def on_chip_bytes(self) -> int:
+        """Scratch that is alive at once stays below this share of the L2, which the inputs pass through too."""
+        return int(0.6 * self.l2_bytes)
+
+
+A100 = Device(80, 108, 40 * 2**20)
+H100 = Device(90, 132, 50 * 2**20)
+B200 = Device(100, 148, 126 * 2**20)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of call: all that decides what is launched.
+
+    A pitch counts elements from pixel to pixel (channels are contiguous, pixels of all images evenly spaced).
+    ``mask`` says which gradients are asked for, in the order of the operator's output_mask.
+    """
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    kernel_sizes: tuple[tuple[int, int], ...]
+    dtype: torch.dtype
+    normalize: bool = False
+    ctx_pitch: int = 0
+    gates_pitch: int = 0
+    q_pitch: int = 0
+    has_bias: bool = False
+    mask: tuple[bool, ...] = ()
+
+    @property
+    def levels(self) -> int:
+        return len(self.kernel_sizes)
+
+    @property
+    def positions(self) -> int:
+        return self.height * self.width
+
+    @property
+    def taps(self) -> int:
+        return sum(kh * kw for kh, kw in self.kernel_sizes)
+
+    @property
+    def scale(self) -> float:
+        return 1 / (self.levels + 1) if self.normalize else 1.0
+
+    @classmethod
+    def packed(
+        cls, batch: int, height: int, width: int, channels: int, kernels: tuple, dtype: torch.dtype, **rest: object
+    ) -> Case:
+        """q, ctx and gates as views of one projection of 2 C + L + 1 features, padded to a multiple of 8."""
+        pitch = -(-(2 * channels + len(kernels) + 1) // 8) * 8
+        kernel_sizes = tuple((k, k) if isinstance(k, int) else tuple(k) for k in kernels)
+        pitches = {"ctx_pitch": pitch, "gates_pitch": pitch, "q_pitch": pitch}
+        return cls(batch, height, width, channels, kernel_sizes, dtype, **(pitches | rest))
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A tensor that the operator makes: an output, or scratch that is read back while it is in L2."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_output: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        elements = 1
+        for size in self.shape:
+            elements *= size
+        return elements * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch. ``arguments`` in the kernel's order: a tensor by its name, a number as it is.
+
+    Numbers are never specialised on their value: the same compiled kernel serves every image size and batch.
+    """
+
+    kernel: Callable
+    grid: tuple[int, int, int]
+    arguments: Mapping[str, str | int]
+    constexprs: Mapping[str, object]
+    num_warps: int
+    num_stages: int = 1
+
+    def __post_init__(self) -> None:
+        # In the kernel's order, as the launcher wants them.
+        for mapping in ("arguments", "constexprs"):
+            given = getattr(self, mapping)
+            object.__setattr__(self, mapping, {name: given[name] for name in self.kernel.arg_names if name in given})
+        if [*self.arguments, *self.constexprs] != list(self.kernel.arg_names):
+            raise ValueError(f"{self.name}: arguments do not match {self.kernel.arg_names}")
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    def ast(self, dtype_of: Mapping[str, torch.dtype]) -> tuple[dict, dict, dict]:
+        """(signature, constexprs, attrs) for `triton.compiler.ASTSource`; pointers are aligned to 16 bytes."""
+        signature, attrs = {}, {}
+        for position, (parameter, value) in enumerate(self.arguments.items()):
+            if isinstance(value, str):
+                signature[parameter] = _TRITON_TYPES[dtype_of[value]]
+                attrs[(position,)] = [["tt.divisibility", 16]]
+            else:
+                signature[parameter] = "i32"
+        signature |= dict.fromkeys(self.constexprs, "constexpr")
+        return signature, dict(self.constexprs), attrs
+
+
+@dataclass
+class Plan:
+    """Launches, and the buffers they name that are not arguments of the operator."""
+
+    launches: list[Launch]
+    buffers: dict[str, Buffer]
+    operands: dict[str, torch.dtype]
+    # Scratch that is alive at once, at most; chunks and grids are chosen to keep it on chip.
+    alive_bytes: int = 0
+    _compiled: list = field(default_factory=list, repr=False)
+
+    def dtype_of(self) -> dict[str, torch.dtype]:
+        return self.operands | {name: buffer.dtype for name, buffer in self.buffers.items()}
+
+    def run(self, operands: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """Launches everything on the current stream; returns the outputs by name."""
+        tensors = dict(operands)
+        outputs = {}
+        for name, buffer in self.buffers.items():
+            tensors[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+            if buffer.is_output:
+                outputs[name] = tensors[name]
+        if not self._compiled:
+            self._launch_first(tensors)
+            return outputs
+        for run, arguments in self._compiled:
+            run(*[tensors[a] if type(a) is str else a for a in arguments])
+        return outputs
+
+    def _launch_first(self, tensors: Mapping[str, Tensor]) -> None:
+        """By Triton's own launcher, which compiles; what it gives back is kept and called directly from then on."""
+        compiled = []
+        for launch in self.launches:
+            arguments = {name: tensors[a] if isinstance(a, str) else a for name, a in launch.arguments.items()}
+            kernel = launch.kernel[launch.grid](
+                **arguments, **launch.constexprs, num_warps=launch.num_warps, num_stages=launch.num_stages
+            )
+            if not INTERPRETED:
+                compiled.append((kernel[launch.grid], (*launch.arguments.values(), *launch.constexprs.values())))
+        self._compiled = compiled
