@@ -66,7 +66,9 @@ def product_config(channels: int, dtype: torch.dtype) -> ProductConfig:
     """The row of the table for a product of (rows, channels) by (channels, channels)."""
     config = next(c for itemsize, largest, c in PRODUCTS if itemsize >= dtype.itemsize and channels <= largest)
     size = max(16, _power_of_two(channels))
-    return replace(config, block_n=min(config.block_n, size), block_k=min(config.block_k, size))
+    # The largest step that divides the channels, so that no load needs a mask; a masked one where none does.
+    step = next((k for k in (64, 32, 16) if k <= config.block_k and channels % k == 0), min(config.block_k, size))
+    return replace(config, block_n=min(config.block_n, size), block_k=step)
 
 
 def _power_of_two(number: int) -> int:

@@ -21,7 +21,7 @@ import triton.language as tl
 from . import schedule
 from .config import LevelConfig, level_config
 from .plan import Buffer, Case, Device, Launch, Plan
-from .tiles import columns_of_row, conv_tiles, gelu, pack_weights, row_pointer
+from .tiles import columns_of_row, conv_tiles, gelu, pack_weights, rounded, row_pointer
 
 
 @triton.jit
@@ -155,7 +155,7 @@ def gated_aggregation_fwd_kernel(
                                     ring_rows = RING0[level] * (height if WHOLE_PLANE else 1)
                                     ring = rings + ring_rows * width * BLOCK_C
                                     target = row_pointer(ring, row, width * BLOCK_C, RING[level]) + offsets
-                                    tl.store(target, context.to(rings.dtype.element_ty), mask=inside[:, None])
+                                    tl.store(target, rounded(context, rings.dtype.element_ty), mask=inside[:, None])
                                 else:
                                     total += tl.where(inside[:, None], context, 0.0)
                                     if STORE_AGG:
@@ -173,7 +173,7 @@ def gated_aggregation_fwd_kernel(
                                         target = agg_plane + row.to(tl.int64) * width * C
                                         target += columns[:, None] * C + channels[None, :]
                                         here = inside[:, None] & in_channels[None, :]
-                                        tl.store(target, (sum * SCALE).to(agg.dtype.element_ty), mask=here)
+                                        tl.store(target, rounded(sum * SCALE, agg.dtype.element_ty), mask=here)
                 tl.debug_barrier()
         share = tl.sum(total, axis=0) / (height * width)
         tl.store(mean + item * C + channel0 + channels, share, mask=in_channels)
@@ -207,13 +207,44 @@ def add_global(
             target = agg_plane + pixels[:, None] * C + channels[None, :]
             gate = tl.load(gates_plane + pixels * gates_pixel, mask=inside, other=0.0).to(tl.float32)
             local = tl.load(target, mask=here, other=0.0).to(tl.float32)
-            tl.store(
-                target,
-                tl.fma(gate[:, None] + tl.zeros_like(local), context[None, :] + tl.zeros_like(local), local).to(
-                    agg_plane.dtype.element_ty
-                ),
-                mask=here,
-            )
+            sum = local + gate[:, None] * context[None, :]
+            tl.store(target, rounded(sum, agg_plane.dtype.element_ty), mask=here)
+
+
+@triton.jit(do_not_specialize=["first_image", "bands", "positions", "gates_pitch"])
+def add_global_kernel(
+    agg,
+    gates,
+    mean,
+    first_image,
+    bands,
+    positions,
+    gates_pitch,
+    C: tl.constexpr,
+    LEVELS: tl.constexpr,
+    SCALE: tl.constexpr,
+    GATES_ALIGN: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """agg += gate * GELU(mean) where a plane was worked in bands: only now is its mean known.
+
+    One program owns BLOCK_P positions of an image and BLOCK_C channels.
+    """
+    image = tl.program_id(2)
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_channels = channels < C
+    whole = tl.zeros((BLOCK_C,), tl.float32)
+    for band in range(bands):
+        whole += tl.load(mean + (image * bands + band) * C + channels, mask=in_channels, other=0.0)
+    pixels = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    inside = pixels < positions
+    gate_at = (first_image + image).to(tl.int64) * positions + pixels
+    gate = tl.load(gates + gate_at * (gates_pitch * GATES_ALIGN) + LEVELS, mask=inside, other=0.0).to(tl.float32)
+    target = agg + (image.to(tl.int64) * positions + pixels)[:, None] * C + channels[None, :]
+    here = inside[:, None] & in_channels[None, :]
+    local = tl.load(target, mask=here, other=0.0).to(tl.float32)
+    tl.store(target, rounded(local + gate[:, None] * (gelu(whole) * SCALE)[None, :], agg.dtype.element_ty), mask=here)
 
 
 # ---- plans ----------------------------------------------------------------------------------------------------------
@@ -277,12 +308,40 @@ def forward_launches(
             config.num_warps,
         )
     ]
+    if store_agg and bands > 1:
+        launches.append(add_global_launch(case, first_image, images, bands))
     buffers = {
         "mean": Buffer((images, bands, case.channels), torch.float32),
         "rings": Buffer((programs, ring_elements), case.dtype),
         "packed": Buffer((programs, case.taps, config.block_c), torch.float32),
     }
     return launches, buffers, programs * own_bytes
+
+
+def add_global_launch(case: Case, first_image: int, images: int, bands: int) -> Launch:
+    block_p, block_c = 64, min(64, triton.next_power_of_2(case.channels))
+    return Launch(
+        add_global_kernel,
+        (math.ceil(case.positions / block_p), math.ceil(case.channels / block_c), images),
+        {
+            "agg": "agg",
+            "gates": "gates",
+            "mean": "mean",
+            "first_image": first_image,
+            "bands": bands,
+            "positions": case.positions,
+            "gates_pitch": aligned_pitches(case)["gates_pitch"],
+        },
+        {
+            "C": case.channels,
+            "LEVELS": case.levels,
+            "SCALE": case.scale,
+            "GATES_ALIGN": alignments(case)["GATES_ALIGN"],
+            "BLOCK_P": block_p,
+            "BLOCK_C": block_c,
+        },
+        num_warps=4,
+    )
 
 
 def operands(case: Case) -> dict[str, torch.dtype]:

@@ -9,6 +9,18 @@ tuples of tiles and not one three-dimensional tile.
 import triton
 import triton.language as tl
 
+# The interpreter runs the same code with numpy: it is slow to call a device function, and it cuts bfloat16 off.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 to ``dtype``, to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
 
 @triton.jit
 def gelu_tail(a):
@@ -81,13 +93,6 @@ def columns_of_row(columns, row, low, high, width):
 
 
 @triton.jit
-def load_tile(row_start, offsets, row, columns, height, width, in_channels):
-    """One tile in float32, zeros outside the map."""
-    inside = columns_of_row(columns, row, 0, height, width)[:, None] & in_channels[None, :]
-    return tl.load(row_start + offsets, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def conv_tiles(
     plane,
     row_pitch,
@@ -123,14 +128,18 @@ def conv_tiles(
         taps = ()
         for i in tl.static_range(ROWS + KH - 1):
             row = row0 + (i - KH // 2)
-            value = load_tile(row_pointer(plane, row, row_pitch, RING), offsets, row, x, height, width, in_channels)
+            kept_row = row % RING if RING > 0 else row
+            limit = tl.where((row >= 0) & (row < height), width, 0)
+            inside = ((x >= 0) & (x < limit))[:, None] & in_channels[None, :]
+            source = plane + kept_row.to(tl.int64) * row_pitch + offsets
+            value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
             if i < KH:
-                tap = first_tap + (KH - 1 - i if TRANSPOSED else i) * (KW * BLOCK_C)
-                taps = taps + (tl.load(tap + channels)[None, :],)
+                tap = tl.load(first_tap + (KH - 1 - i if TRANSPOSED else i) * (KW * BLOCK_C) + channels)
+                taps = taps + (tl.broadcast_to(tap[None, :], (BLOCK_W, BLOCK_C)),)
             grown = ()
             for r in tl.static_range(ROWS):
                 if i >= r and i - r < KH:
-                    grown = grown + (tl.fma(tl.broadcast_to(taps[i - r], (BLOCK_W, BLOCK_C)), value, acc[r]),)
+                    grown = grown + (tl.fma(taps[i - r], value, acc[r]),)
                 else:
                     grown = grown + (acc[r],)
             acc = grown

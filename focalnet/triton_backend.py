@@ -1,0 +1,180 @@
+"""The backend `triton`: operands as the kernels take them, and the plan of a call, made once for each kind of call.
+
+Named so that ``import triton`` inside the package cannot mean this file.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .problem import Problem
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_LEVELS, LARGEST_KERNEL = 4, 15
+OLDEST_TRITON, OLDEST_ARCH = (3, 6), (8, 0)
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why this machine cannot run the backend, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+        return f"triton {triton.__version__} is too old, 3.6 is needed: pip install --upgrade triton"
+    if triton.knobs.runtime.interpret:
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if torch.cuda.get_device_capability() < OLDEST_ARCH:
+        return "the CUDA device has a compute capability below 8.0"
+    return None
+
+
+def refuses(problem: Problem) -> str | None:
+    """Why the backend does not take this call, or None."""
+    import triton
+
+    expected = "cpu" if triton.knobs.runtime.interpret else "cuda"
+    if problem.device.type != expected:
+        return f"the tensors are on {problem.device}, not on a {expected} device"
+    if problem.dtype not in DTYPES:
+        return f"{problem.dtype} is not one of {', '.join(map(str, DTYPES))}"
+    if len(problem.kernel_sizes) > MOST_LEVELS:
+        return f"{len(problem.kernel_sizes)} levels are more than {MOST_LEVELS}"
+    if max(map(max, problem.kernel_sizes)) > LARGEST_KERNEL:
+        return f"kernel {max(map(max, problem.kernel_sizes))} is larger than {LARGEST_KERNEL}"
+    if problem.batch * problem.height * problem.width >= 2**31:
+        return "there are 2^31 positions or more"
+    return None
+
+
+def gated_aggregation(
+    ctx: Tensor, gates: Tensor, focal_weights: Sequence[Tensor], normalize_modulator: bool
+) -> Tensor:
+    if not ctx.shape[0]:
+        return ctx.new_empty(ctx.shape)
+    (ctx, gates), pitches = _rows(ctx, gates)
+    operands = _named(ctx, gates, focal_weights)
+    return _run("gated_aggregation", ctx, operands, pitches, normalize_modulator)["agg"]
+
+
+def focal_modulation(
+    q: Tensor,
+    ctx: Tensor,
+    gates: Tensor,
+    focal_weights: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    normalize_modulator: bool,
+) -> Tensor:
+    if not ctx.shape[0]:
+        return ctx.new_empty(ctx.shape)
+    (ctx, gates, q), pitches = _rows(ctx, gates, q)
+    operands = _named(ctx, gates, focal_weights) | {"q": q, "weight": weight.contiguous()}
+    if bias is not None:
+        operands["bias"] = bias.contiguous()
+    return _run("focal_modulation", ctx, operands, pitches, normalize_modulator)["out"]
+
+
+# ---- operands -------------------------------------------------------------------------------------------------------
+
+
+def _named(ctx: Tensor, gates: Tensor, focal_weights: Sequence[Tensor]) -> dict[str, Tensor]:
+    operands = {"ctx": ctx, "gates": gates}
+    for level, weight in enumerate(focal_weights):
+        operands[f"w{level}"] = weight.contiguous()
+    return operands
+
+
+def _rows(*tensors: Tensor) -> tuple[list[Tensor], tuple[int, ...]]:
+    """Tensors (B, H, W, C) as evenly spaced rows of channels, with their pitches; others are copied."""
+    rows, pitches = [], []
+    for tensor in tensors:
+        pitch = _pitch(tensor)
+        if pitch is None:
+            tensor, pitch = tensor.contiguous(), tensor.shape[3]
+        rows.append(tensor)
+        pitches.append(pitch)
+    return rows, tuple(pitches)
+
+
+def _pitch(tensor: Tensor) -> int | None:
+    """Elements from one position to the next, if that is the same everywhere and channels lie side by side."""
+    batch, height, width, channels = tensor.shape
+    to_image, to_row, to_column, to_channel = tensor.stride()
+    if to_channel != 1 and channels != 1:
+        return None
+    if width == 1:
+        to_column = to_row if height > 1 else to_image if batch > 1 else channels
+    if (height > 1 and to_row != width * to_column) or (batch > 1 and to_image != height * width * to_column):
+        return None
+    return to_column
+
+
+# ---- plans ----------------------------------------------------------------------------------------------------------
+
+_plans: dict[tuple, object] = {}
+_MOST_PLANS = 4096
+
+
+def _run(
+    operator: str,
+    ctx: Tensor,
+    operands: dict[str, Tensor],
+    pitches: tuple[int, ...],
+    normalize: bool,
+    mask: tuple[bool, ...] = (),
+) -> dict[str, Tensor]:
+    tensors = operands.values()
+    kernel_sizes = tuple(
+        operand.shape[2:] for name, operand in operands.items() if operand.ndim == 4 and name[0] == "w"
+    )
+    # What compiled code may rely on: sizes, pitches, and whether a pointer is aligned to 16 bytes.
+    aligned = tuple(not tensor.data_ptr() & 15 for tensor in tensors)
+    precise = not torch.backends.cuda.matmul.allow_tf32
+    key = (
+        operator,
+        ctx.device,
+        ctx.dtype,
+        ctx.shape,
+        kernel_sizes,
+        pitches,
+        normalize,
+        mask,
+        "bias" in operands,
+        aligned,
+        precise,
+    )
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        plan = _plans[key] = _plan(key)
+    if ctx.device.type != "cuda" or ctx.device.index == torch.cuda.current_device():
+        return plan.run(operands, ctx.device)
+    with torch.cuda.device(ctx.device):
+        return plan.run(operands, ctx.device)
+
+
+def _plan(key: tuple) -> object:
+    from .kernels import focal_modulation, gated_aggregation
+    from .kernels.plan import Case, Device
+
+    operator, device, dtype, shape, kernel_sizes, pitches, normalize, mask, has_bias, _, precise = key
+    ctx_pitch, gates_pitch, *q_pitch = pitches
+    sizes = tuple((kh, kw) for kh, kw in kernel_sizes)
+    kind = Case(*shape, sizes, dtype, normalize, ctx_pitch, gates_pitch, *(q_pitch or [0]), has_bias, mask)
+    properties, precision = Device.of(device), "ieee" if precise else "tf32"
+    match operator:
+        case "gated_aggregation":
+            return gated_aggregation.forward_plan(kind, properties)
+        case "focal_modulation":
+            return focal_modulation.forward_plan(kind, properties, precision)
+    raise AssertionError(operator)

@@ -1,0 +1,220 @@
+"""The modulator's matrix products, forward and backward.
+
+    out   = q * (agg @ W^T + b)               a tile [BLOCK_M, BLOCK_N] of out a program; q and out pass once
+    dq    = dout * (agg @ W^T + b)            the same tile; dm = dout * q and the tile's share of db ride along, so
+                                              that q and dout pass once
+    dagg  = dm @ W
+    dW    = dm^T @ agg                        a tile of dW and a range of rows a program, float32 partial sums
+
+agg, dm and dagg belong to a chunk of images and are still in L2 when the product that reads them runs; W is read by
+every program and stays there too. Sums over rows are float32 partials, added up in a fixed order by a second kernel.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .tiles import INTERPRETED, rounded
+
+
+@triton.jit
+def dot(left, right, acc, PRECISION: tl.constexpr):
+    if INTERPRETED:  # its tl.dot takes the bits of bfloat16 for integers
+        left = left.to(tl.float32)
+        right = right.to(tl.float32)
+    return tl.dot(left, right, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def product_tile(
+    a,
+    b,
+    rows,
+    columns,
+    row_count,
+    b_k_stride: tl.constexpr,
+    b_n_stride: tl.constexpr,
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """a [row_count, C] @ b [C, C] at some rows and columns, float32."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    in_rows = (rows < row_count)[:, None]
+    in_columns = (columns < C)[None, :]
+    for first in range(0, C, BLOCK_K):
+        k = first + tl.arange(0, BLOCK_K)
+        a_tile = a + rows.to(tl.int64)[:, None] * C + k[None, :]
+        b_tile = b + k[:, None] * b_k_stride + columns[None, :] * b_n_stride
+        if C % BLOCK_K == 0:
+            left = tl.load(a_tile, mask=in_rows, other=0.0)
+            right = tl.load(b_tile, mask=in_columns, other=0.0)
+        else:
+            left = tl.load(a_tile, mask=in_rows & (k < C)[None, :], other=0.0)
+            right = tl.load(b_tile, mask=in_columns & (k < C)[:, None], other=0.0)
+        acc = dot(left, right, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def add_bias(acc, bias, columns, C: tl.constexpr, HAS_BIAS: tl.constexpr):
+    if HAS_BIAS:
+        acc += tl.load(bias + columns, mask=columns < C, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit(do_not_specialize=["first_row", "row_count", "q_pitch"])
+def modulator_fwd_kernel(
+    agg,
+    weight,
+    bias,
+    q,
+    out,
+    first_row,
+    row_count,
+    q_pitch,
+    C: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    Q_ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """agg [row_count, C]; q and out from first_row on."""
+    tiles_n: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    rows = (program // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = (program % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = product_tile(agg, weight, rows, columns, row_count, 1, C, C, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    acc = add_bias(acc, bias, columns, C, HAS_BIAS)
+    inside = (rows < row_count)[:, None] & (columns < C)[None, :]
+    at = (first_row + rows).to(tl.int64)[:, None]
+    query = tl.load(q + at * (q_pitch * Q_ALIGN) + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at * C + columns[None, :], rounded(query * acc, out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["first_row", "first_tile", "row_count", "q_pitch"])
+def modulator_bwd_kernel(
+    agg,
+    weight,
+    bias,
+    q,
+    dout,
+    dq,
+    dm,
+    dbias,
+    first_row,
+    first_tile,
+    row_count,
+    q_pitch,
+    C: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    NEED_Q: tl.constexpr,
+    NEED_M: tl.constexpr,
+    NEED_BIAS: tl.constexpr,
+    Q_ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dq from first_row on; agg and dm [row_count, C] of the chunk; dbias [tiles of all chunks, C], float32."""
+    tiles_n: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    rows = (program // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = (program % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (rows < row_count)[:, None] & (columns < C)[None, :]
+    at = (first_row + rows).to(tl.int64)[:, None]
+    if NEED_Q:
+        acc = product_tile(agg, weight, rows, columns, row_count, 1, C, C, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+        acc = add_bias(acc, bias, columns, C, HAS_BIAS)
+        gradient = tl.load(dout + at * C + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        tl.store(dq + at * C + columns[None, :], rounded(gradient * acc, dq.dtype.element_ty), mask=inside)
+    if NEED_M or NEED_BIAS:
+        gradient = tl.load(dout + at * C + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        query = tl.load(q + at * (q_pitch * Q_ALIGN) + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        product = gradient * query
+        if NEED_M:
+            target = dm + rows.to(tl.int64)[:, None] * C + columns[None, :]
+            tl.store(target, rounded(product, dm.dtype.element_ty), mask=inside)
+        if NEED_BIAS:
+            tile = first_tile + program // tiles_n
+            tl.store(dbias + tile * C + columns, tl.sum(product, axis=0), mask=columns < C)
+
+
+@triton.jit(do_not_specialize=["row_count"])
+def dagg_kernel(
+    dm,
+    weight,
+    dagg,
+    row_count,
+    C: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    tiles_n: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    program = tl.program_id(0)
+    rows = (program // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = (program % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = product_tile(dm, weight, rows, columns, row_count, C, 1, C, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+    inside = (rows < row_count)[:, None] & (columns < C)[None, :]
+    target = dagg + rows.to(tl.int64)[:, None] * C + columns[None, :]
+    tl.store(target, rounded(acc, dagg.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["row_count", "rows_per_split"])
+def dweight_kernel(
+    dm,
+    agg,
+    partial,
+    row_count,
+    rows_per_split,
+    C: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """partial [splits, C, C], float32: dm^T @ agg over the rows of a split, added to what earlier chunks left."""
+    tiles_n: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    out_rows = (tl.program_id(0) // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    out_columns = (tl.program_id(0) % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    low = split * rows_per_split
+    high = tl.minimum(low + rows_per_split, row_count)
+    inside = (out_rows < C)[:, None] & (out_columns < C)[None, :]
+    target = partial + split.to(tl.int64) * (C * C) + out_rows[:, None] * C + out_columns[None, :]
+    if ACCUMULATE:
+        acc = tl.load(target, mask=inside, other=0.0)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for trip in range(tl.cdiv(high - low, BLOCK_K)):
+        rows = low + trip * BLOCK_K + tl.arange(0, BLOCK_K)
+        start = rows.to(tl.int64) * C
+        in_rows = rows < high
+        left = tl.load(
+            dm + start[None, :] + out_rows[:, None], mask=in_rows[None, :] & (out_rows < C)[:, None], other=0.0
+        )
+        right = tl.load(
+            agg + start[:, None] + out_columns[None, :], mask=in_rows[:, None] & (out_columns < C)[None, :], other=0.0
+        )
+        acc = dot(left, right, acc, PRECISION)
+    tl.store(target, acc, mask=inside)
+
+
+@triton.jit(do_not_specialize=["parts", "elements"])
+def sum_partials_kernel(partial, out, parts, elements, BLOCK: tl.constexpr):
+    """out [elements] = the sum of partial [parts, elements], float32, always in the same order."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for part in range(parts):
+        acc += tl.load(partial + at, mask=at < elements, other=0.0)
+        partial += elements
+    tl.store(out + at, rounded(acc, out.dtype.element_ty), mask=at < elements)
