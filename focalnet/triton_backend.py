@@ -83,6 +83,60 @@ def focal_modulation(
     return _run("focal_modulation", ctx, operands, pitches, normalize_modulator)["out"]
 
 
+def gated_aggregation_bwd(
+    dagg: Tensor,
+    ctx: Tensor,
+    gates: Tensor,
+    focal_weights: Sequence[Tensor],
+    normalize_modulator: bool,
+    output_mask: Sequence[bool],
+) -> list[Tensor | None]:
+    need_ctx, need_gates, need_focal = output_mask
+    wanted = [need_ctx, need_gates, *[need_focal] * len(focal_weights)]
+    if not ctx.shape[0] or not any(output_mask):
+        return _zeros([ctx, gates, *focal_weights], wanted)
+    (ctx, gates), pitches = _rows(ctx, gates)
+    operands = _named(ctx, gates, focal_weights) | {"dagg": dagg.contiguous()}
+    made = _run("gated_aggregation_bwd", ctx, operands, pitches, normalize_modulator, tuple(output_mask))
+    return [made.get(name) for name in ("dctx", "dgates", *_gradients_of(focal_weights))]
+
+
+def focal_modulation_bwd(
+    dout: Tensor,
+    q: Tensor,
+    ctx: Tensor,
+    gates: Tensor,
+    focal_weights: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    normalize_modulator: bool,
+    output_mask: Sequence[bool],
+) -> list[Tensor | None]:
+    *needs, need_focal = output_mask
+    if not ctx.shape[0] or not any(output_mask):
+        like_bias = weight[0] if bias is None else bias
+        return _zeros([q, ctx, gates, weight, like_bias, *focal_weights], [*needs, *[need_focal] * len(focal_weights)])
+    (ctx, gates, q), pitches = _rows(ctx, gates, q)
+    operands = _named(ctx, gates, focal_weights) | {
+        "q": q,
+        "weight": weight.contiguous(),
+        "dout": dout.contiguous(),
+    }
+    if bias is not None:
+        operands["bias"] = bias.contiguous()
+    made = _run("focal_modulation_bwd", ctx, operands, pitches, normalize_modulator, tuple(output_mask))
+    return [made.get(n) for n in ("dq", "dctx", "dgates", "dweight", "dbias", *_gradients_of(focal_weights))]
+
+
+def _gradients_of(focal_weights: Sequence[Tensor]) -> list[str]:
+    return [f"dw{level}" for level in range(len(focal_weights))]
+
+
+def _zeros(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients of an empty batch."""
+    return [t.new_zeros(t.shape) if want else None for t, want in zip(tensors, wanted, strict=True)]
+
+
 # ---- operands -------------------------------------------------------------------------------------------------------
 
 
@@ -164,7 +218,7 @@ def _run(
 
 
 def _plan(key: tuple) -> object:
-    from .kernels import focal_modulation, gated_aggregation
+    from .kernels import focal_modulation, gated_aggregation, gated_aggregation_bwd
     from .kernels.plan import Case, Device
 
     operator, device, dtype, shape, kernel_sizes, pitches, normalize, mask, has_bias, _, precise = key
@@ -177,4 +231,8 @@ def _plan(key: tuple) -> object:
             return gated_aggregation.forward_plan(kind, properties)
         case "focal_modulation":
             return focal_modulation.forward_plan(kind, properties, precision)
+        case "gated_aggregation_bwd":
+            return gated_aggregation_bwd.backward_plan(kind, properties)
+        case "focal_modulation_bwd":
+            return focal_modulation.backward_plan(kind, properties, precision)
     raise AssertionError(operator)

@@ -71,5 +71,12 @@ def product_config(channels: int, dtype: torch.dtype) -> ProductConfig:
     return replace(config, block_n=min(config.block_n, size), block_k=step)
 
 
+def weight_product_config(channels: int, dtype: torch.dtype) -> ProductConfig:
+    """The tile of dW, summed over rows: block_m by block_n channels, block_k rows at a time."""
+    size = max(16, _power_of_two(channels))
+    largest = 64 if dtype.itemsize == 4 or channels <= 64 else 128
+    return ProductConfig(min(largest, size), min(largest, size), 32, 4 if largest == 64 else 8, 3)
+
+
 def _power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()

@@ -11,9 +11,11 @@ import math
 import torch
 
 from . import gated_aggregation
-from .config import level_config, product_config
-from .modulator import modulator_fwd_kernel
+from .config import level_config, product_config, weight_product_config
+from .gated_aggregation_bwd import Backward
+from .modulator import dagg_kernel, dweight_kernel, modulator_bwd_kernel, modulator_fwd_kernel
 from .plan import Buffer, Case, Device, Launch, Plan
+from .sums import sum_partials_launch
 
 
 def forward_plan(case: Case, device: Device, precision: str = "ieee") -> Plan:
@@ -58,6 +60,146 @@ def modulator_launch(case: Case, first_image: int, images: int, precision: str) 
         config.num_warps,
         config.num_stages,
     )
+
+
+def backward_plan(case: Case, device: Device, precision: str = "ieee") -> Plan:
+    """The launches of the backward: operands dout and those of forward; mask (q, ctx, gates, weight, bias, focal).
+
+    Outputs are dq, dctx, dgates, dweight, dbias and dw0.., as the mask asks for.
+    """
+    need_q, need_ctx, need_gates, need_weight, need_bias, need_focal = case.mask
+    aggregation_mask = (need_ctx, need_gates, need_focal)
+    need_agg, need_dagg = need_q or need_weight, any(aggregation_mask)
+    need_m = need_weight or need_dagg
+    levels = level_config(case.height, case.width, case.channels)
+    product = product_config(case.channels, case.dtype)
+    image = (case.height, case.width, case.channels)
+    image_bytes = case.positions * case.channels * case.dtype.itemsize
+
+    def alive(images: int) -> int:
+        forward = gated_aggregation.forward_launches(case, device, levels, 0, images, need_agg)[2]
+        down = Backward(case, device, levels, aggregation_mask, images).alive(images)
+        # agg, beside its rings; agg and dm; dm and dagg, which takes agg's place; dagg, beside the rings downwards
+        return max(images * image_bytes + max(forward, need_dagg * down), 2 * images * image_bytes)
+
+    chunk = largest_chunk(case.batch, alive, device.on_chip_bytes)
+    backward = Backward(case, device, levels, aggregation_mask, chunk)
+    splits = splits_of(case, device, chunk)
+    launches: list[Launch] = []
+    buffers: dict[str, Buffer] = {"agg": Buffer((chunk, *image), case.dtype)}
+    if need_m:
+        buffers["dm"] = Buffer((chunk, *image), case.dtype)
+    if need_q:
+        buffers["dq"] = Buffer((case.batch, *image), case.dtype, is_output=True)
+    if need_weight:
+        buffers["dweight_parts"] = Buffer((splits, case.channels, case.channels), torch.float32)
+        buffers["dweight"] = Buffer((case.channels, case.channels), case.dtype, is_output=True)
+    tiles = 0
+    for first, images in chunks(case.batch, chunk):
+        if need_agg or need_dagg:
+            aggregate, scratch, _ = gated_aggregation.forward_launches(case, device, levels, first, images, need_agg)
+            buffers = scratch | buffers
+            launches += aggregate
+        launches.append(modulator_bwd_launch(case, first, images, tiles, need_m, precision))
+        tiles += math.ceil(images * case.positions / product.block_m)
+        if need_weight:
+            launches.append(dweight_launch(case, first, images, splits, precision))
+        if need_dagg:
+            launches += [dagg_launch(case, images, precision), *backward.launches(first, images, "agg")]
+    if need_dagg:
+        buffers |= backward.buffers()
+        launches += backward.last_launches()
+    if need_weight:
+        launches.append(sum_partials_launch("dweight_parts", "dweight", splits, case.channels**2))
+    if need_bias:
+        buffers["dbias_parts"] = Buffer((tiles, case.channels), torch.float32)
+        buffers["dbias"] = Buffer((case.channels,), case.dtype, is_output=True)
+        launches.append(sum_partials_launch("dbias_parts", "dbias", tiles, case.channels))
+    return Plan(launches, buffers, operands(case) | {"dout": case.dtype}, alive(chunk))
+
+
+def modulator_bwd_launch(
+    case: Case, first_image: int, images: int, first_tile: int, need_m: bool, precision: str
+) -> Launch:
+    config = product_config(case.channels, case.dtype)
+    need_q, need_bias = case.mask[0], case.mask[4]
+    rows = images * case.positions
+    return Launch(
+        modulator_bwd_kernel,
+        (math.ceil(rows / config.block_m) * math.ceil(case.channels / config.block_n), 1, 1),
+        {
+            "agg": "agg",
+            "weight": "weight",
+            "bias": "bias" if case.has_bias else "weight",
+            "q": "q",
+            "dout": "dout",
+            "dq": "dq" if need_q else "agg",
+            "dm": "dm" if need_m else "agg",
+            "dbias": "dbias_parts" if need_bias else "agg",
+            "first_row": first_image * case.positions,
+            "first_tile": first_tile,
+            "row_count": rows,
+            **q_pitch(case),
+        },
+        {
+            **product_constexprs(case, precision),
+            "HAS_BIAS": case.has_bias,
+            "NEED_Q": need_q,
+            "NEED_M": need_m,
+            "NEED_BIAS": need_bias,
+            **q_alignment(case),
+        },
+        config.num_warps,
+        config.num_stages,
+    )
+
+
+def dagg_launch(case: Case, images: int, precision: str) -> Launch:
+    """dm @ W; agg is not needed any more, dagg takes its place."""
+    config = product_config(case.channels, case.dtype)
+    rows = images * case.positions
+    return Launch(
+        dagg_kernel,
+        (math.ceil(rows / config.block_m) * math.ceil(case.channels / config.block_n), 1, 1),
+        {"dm": "dm", "weight": "weight", "dagg": "agg", "row_count": rows},
+        product_constexprs(case, precision),
+        config.num_warps,
+        config.num_stages,
+    )
+
+
+def dweight_launch(case: Case, first_image: int, images: int, splits: int, precision: str) -> Launch:
+    config = weight_product_config(case.channels, case.dtype)
+    rows = images * case.positions
+    tiles = math.ceil(case.channels / config.block_m) * math.ceil(case.channels / config.block_n)
+    return Launch(
+        dweight_kernel,
+        (tiles, splits, 1),
+        {
+            "dm": "dm",
+            "agg": "agg",
+            "partial": "dweight_parts",
+            "row_count": rows,
+            "rows_per_split": math.ceil(rows / splits),
+        },
+        {
+            "C": case.channels,
+            "ACCUMULATE": first_image > 0,
+            "PRECISION": precision,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+        },
+        config.num_warps,
+        config.num_stages,
+    )
+
+
+def splits_of(case: Case, device: Device, images: int) -> int:
+    """Ranges of rows of dW's sum: as many as fill the device, each of some length."""
+    config = weight_product_config(case.channels, case.dtype)
+    tiles = math.ceil(case.channels / config.block_m) * math.ceil(case.channels / config.block_n)
+    return max(1, min(device.sm_count // tiles, images * case.positions // (8 * config.block_k)))
 
 
 def operands(case: Case) -> dict[str, torch.dtype]:

@@ -207,14 +207,3 @@ def dweight_kernel(
         )
         acc = dot(left, right, acc, PRECISION)
     tl.store(target, acc, mask=inside)
-
-
-@triton.jit(do_not_specialize=["parts", "elements"])
-def sum_partials_kernel(partial, out, parts, elements, BLOCK: tl.constexpr):
-    """out [elements] = the sum of partial [parts, elements], float32, always in the same order."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for part in range(parts):
-        acc += tl.load(partial + at, mask=at < elements, other=0.0)
-        partial += elements
-    tl.store(out + at, rounded(acc, out.dtype.element_ty), mask=at < elements)

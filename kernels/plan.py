@@ -80,6 +80,10 @@ class Case:
         return self.height * self.width
 
     @property
+    def kernel_heights(self) -> tuple[int, ...]:
+        return tuple(kh for kh, _ in self.kernel_sizes)
+
+    @property
     def taps(self) -> int:
         return sum(kh * kw for kh, kw in self.kernel_sizes)
 

@@ -28,6 +28,12 @@ class Schedule:
     dz_lag: tuple[int, ...] = ()
     grad_ring: tuple[int, ...] = ()
     dz_ring: tuple[int, ...] = ()
+    halves: tuple[int, ...] = ()
+
+    @property
+    def down_lag(self) -> tuple[int, ...]:
+        """Where dctx_l is made of dz_l, and dz_{l-1} of that."""
+        return tuple(lag + half for lag, half in zip(self.dz_lag, self.halves, strict=True))
 
     def rows_kept(self, height: int) -> int:
         """Rows of scratch, all rings together."""
@@ -53,7 +59,7 @@ def backward(kernel_heights: tuple[int, ...], rows: int, whole_plane: bool) -> S
     levels = len(kernel_heights)
     if whole_plane:
         zeros = (0,) * levels
-        return Schedule(rows, True, zeros, zeros, zeros, zeros, zeros)
+        return Schedule(rows, True, zeros, zeros, zeros, zeros, zeros, zeros)
     halves = [height // 2 for height in kernel_heights]
     lag = _forward_lags(kernel_heights)
     # The last dz is written by the forward level itself, dz_{l-1} half a kernel behind the dz_l that it reads.
@@ -64,7 +70,7 @@ def backward(kernel_heights: tuple[int, ...], rows: int, whole_plane: bool) -> S
     ring = [rows + dz_lag[level + 1] + halves[level + 1] - lag[level] for level in range(levels - 1)]
     grad_ring = [rows + dz_lag[level] - lag[level] for level in range(levels - 1)]
     dz_ring = tuple(rows + 2 * halves[level] for level in range(levels))
-    return Schedule(rows, False, lag, (*ring, 0), tuple(dz_lag), (*grad_ring, 0), dz_ring)
+    return Schedule(rows, False, lag, (*ring, 0), tuple(dz_lag), (*grad_ring, 0), dz_ring, tuple(halves))
 
 
 def _forward_lags(kernel_heights: tuple[int, ...]) -> tuple[int, ...]:
