@@ -13,11 +13,17 @@ import torch
 
 @dataclass(frozen=True)
 class LevelConfig:
-    """Tile of the level kernels. ``whole_plane``: levels one after the other instead of streaming over rows."""
+    """Tile of the level kernels: columns, channels, and rows that a thread holds, forward and backward.
+
+    ``step``: rows that every level of the backward does between two barriers, when it streams over rows.
+    ``whole_plane``: levels one after the other instead.
+    """
 
     block_w: int
     block_c: int
-    rows: int
+    rows: int = 8
+    back_rows: int = 4
+    step: int = 8
     whole_plane: bool = False
     programs_per_sm: int = 2
 
@@ -39,11 +45,11 @@ class ProductConfig:
 
 # (largest width, configuration); a map of at most 16 rows is worked level by level.
 LEVELS = (
-    (8, LevelConfig(8, 64, 8)),
-    (16, LevelConfig(16, 32, 8)),
-    (24, LevelConfig(8, 64, 8)),
-    (48, LevelConfig(16, 32, 8)),
-    (1 << 30, LevelConfig(32, 16, 8)),
+    (8, LevelConfig(8, 64)),
+    (16, LevelConfig(16, 32)),
+    (24, LevelConfig(8, 64)),
+    (48, LevelConfig(16, 32)),
+    (1 << 30, LevelConfig(32, 16)),
 )
 WHOLE_PLANE_ROWS = 16
 

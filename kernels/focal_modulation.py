@@ -92,7 +92,7 @@ def backward_plan(case: Case, device: Device, precision: str = "ieee") -> Plan:
     if need_q:
         buffers["dq"] = Buffer((case.batch, *image), case.dtype, is_output=True)
     if need_weight:
-        buffers["dweight_parts"] = Buffer((splits, case.channels, case.channels), torch.float32)
+        buffers["dweight_parts"] = Buffer((splits, case.channels, case.channels), torch.float32, zeroed=True)
         buffers["dweight"] = Buffer((case.channels, case.channels), case.dtype, is_output=True)
     tiles = 0
     for first, images in chunks(case.batch, chunk):
@@ -103,7 +103,7 @@ def backward_plan(case: Case, device: Device, precision: str = "ieee") -> Plan:
         launches.append(modulator_bwd_launch(case, first, images, tiles, need_m, precision))
         tiles += math.ceil(images * case.positions / product.block_m)
         if need_weight:
-            launches.append(dweight_launch(case, first, images, splits, precision))
+            launches.append(dweight_launch(case, images, splits, precision))
         if need_dagg:
             launches += [dagg_launch(case, images, precision), *backward.launches(first, images, "agg")]
     if need_dagg:
@@ -168,7 +168,7 @@ def dagg_launch(case: Case, images: int, precision: str) -> Launch:
     )
 
 
-def dweight_launch(case: Case, first_image: int, images: int, splits: int, precision: str) -> Launch:
+def dweight_launch(case: Case, images: int, splits: int, precision: str) -> Launch:
     config = weight_product_config(case.channels, case.dtype)
     rows = images * case.positions
     tiles = math.ceil(case.channels / config.block_m) * math.ceil(case.channels / config.block_n)
@@ -184,7 +184,6 @@ def dweight_launch(case: Case, first_image: int, images: int, splits: int, preci
         },
         {
             "C": case.channels,
-            "ACCUMULATE": first_image > 0,
             "PRECISION": precision,
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,

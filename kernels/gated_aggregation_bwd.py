@@ -136,7 +136,6 @@ def gated_aggregation_bwd_kernel(
     DZ_LAG: tl.constexpr,
     DOWN_LAG: tl.constexpr,
     RING: tl.constexpr,
-    GRAD_RING: tl.constexpr,
     DZ_RING: tl.constexpr,
     RING0: tl.constexpr,
     WHOLE_PLANE: tl.constexpr,
@@ -144,17 +143,17 @@ def gated_aggregation_bwd_kernel(
     NEED_CTX: tl.constexpr,
     NEED_GATES: tl.constexpr,
     NEED_FOCAL: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
     CTX_ALIGN: tl.constexpr,
     GATES_ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_W: tl.constexpr,
     ROWS: tl.constexpr,
+    STEP: tl.constexpr,
 ):
     """dagg [images, H, W, C], mean [images, bands, C] and dgates [blocks, images, H, W, L + 1] of the chunk.
 
-    dfocal [programs, taps, BLOCK_C] goes on from what earlier chunks left if ACCUMULATE. RING0 lists where the rings
-    of ctx_1 .., then GELU'(z_0) .., then dz_0 .. start.
+    dfocal [programs, taps, BLOCK_C] goes on from what earlier chunks left. RING0 lists where the rings of ctx_1 .., then
+    of dz_0 .. start; until dz_l is known, its place holds GELU'(z_l).
     """
     LEVELS: tl.constexpr = len(KH)
     blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -166,9 +165,11 @@ def gated_aggregation_bwd_kernel(
     in_channels = channel0 + channels < C
     all_channels = channels < BLOCK_C
     ring_row = width * BLOCK_C
+    # Makes a tensor of every row, in the interpreter too.
+    top = program * 0
 
     rings = ring_start(
-        back_rings, 1, program.to(tl.int64) * RING0[3 * LEVELS - 2] * (height if WHOLE_PLANE else 1), width,
+        back_rings, 1, program.to(tl.int64) * RING0[2 * LEVELS - 1] * (height if WHOLE_PLANE else 1), width,
         True, BLOCK_C,
     )  # fmt: skip
     packed = back_packed + program * (TAP0[LEVELS] * BLOCK_C)
@@ -183,9 +184,6 @@ def gated_aggregation_bwd_kernel(
             16,
             BLOCK_C,
         )
-    if NEED_FOCAL and not ACCUMULATE:
-        for tap in range(TAP0[LEVELS]):
-            tl.store(partial + tap * BLOCK_C + channels, tl.zeros((BLOCK_C,), tl.float32))
     tl.debug_barrier()
 
     ctx_pixel = ctx_pitch * CTX_ALIGN
@@ -218,15 +216,15 @@ def gated_aggregation_bwd_kernel(
                 tl.store(target, tl.sum(gradient * global_context[None, :], axis=1) * SCALE, mask=inside)
         dmean = tl.sum(total, axis=0) * global_grad * (SCALE / (height * width))
 
-        steps = tl.cdiv(height + DOWN_LAG[0], ROWS)
-        tiles = 1
+        steps = tl.cdiv(height + DOWN_LAG[0], STEP)
+        tiles = tl.cdiv(STEP, ROWS)
         if WHOLE_PLANE:
-            tiles = steps
             steps = 1
+            tiles = tl.cdiv(height, ROWS)
         for step in range(steps):
             for level in tl.static_range(LEVELS):
                 for tile in range(tiles):
-                    row0 = (step + tile) * ROWS - LAG[level] + channel0 * 0
+                    row0 = top + step * STEP + tile * ROWS - LAG[level]
                     if (row0 < height) & (row0 + ROWS > 0):
                         for column0 in range(0, width, BLOCK_W):
                             columns = column0 + tl.arange(0, BLOCK_W)
@@ -262,23 +260,23 @@ def gated_aggregation_bwd_kernel(
                                         ring = ring_start(
                                             rings, RING0[LEVELS - 1 + level], height, width, WHOLE_PLANE, BLOCK_C
                                         )
-                                        target = row_pointer(ring, row, ring_row, GRAD_RING[level]) + offsets
+                                        target = row_pointer(ring, row, ring_row, DZ_RING[level]) + offsets
                                         tl.store(target, rounded(grad, rings.dtype.element_ty), mask=inside[:, None])
                                 elif NEED_CTX or NEED_FOCAL:
                                     gate_at = gates_plane + pixels * gates_pixel + level
                                     gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32) * SCALE
                                     dz = (gradient * gate[:, None] + dmean[None, :]) * grad
                                     ring = ring_start(
-                                        rings, RING0[2 * LEVELS - 2 + level], height, width, WHOLE_PLANE, BLOCK_C
+                                        rings, RING0[LEVELS - 1 + level], height, width, WHOLE_PLANE, BLOCK_C
                                     )
                                     target = row_pointer(ring, row, ring_row, DZ_RING[level]) + offsets
                                     tl.store(target, rounded(dz, rings.dtype.element_ty), mask=inside[:, None])
                 tl.debug_barrier()
             if NEED_CTX or NEED_FOCAL:
                 for level in tl.static_range(LEVELS - 1, -1, -1):
-                    dz_ring = ring_start(rings, RING0[2 * LEVELS - 2 + level], height, width, WHOLE_PLANE, BLOCK_C)
+                    dz_ring = ring_start(rings, RING0[LEVELS - 1 + level], height, width, WHOLE_PLANE, BLOCK_C)
                     if NEED_FOCAL:
-                        row0 = step * ROWS - DZ_LAG[level] + channel0 * 0
+                        row0 = top + step * STEP - DZ_LAG[level]
                         if level == 0:
                             dweight_rows(
                                 dz_ring, ctx_plane, width * ctx_pixel, ctx_pixel, partial, row0, tiles,
@@ -293,7 +291,7 @@ def gated_aggregation_bwd_kernel(
                             )  # fmt: skip
                     if level > 0 or NEED_CTX:
                         for tile in range(tiles):
-                            row0 = (step + tile) * ROWS - DOWN_LAG[level] + channel0 * 0
+                            row0 = top + step * STEP + tile * ROWS - DOWN_LAG[level]
                             if (row0 < height) & (row0 + ROWS > 0):
                                 for column0 in range(0, width, BLOCK_W):
                                     columns = column0 + tl.arange(0, BLOCK_W)
@@ -320,11 +318,11 @@ def gated_aggregation_bwd_kernel(
                                             ring = ring_start(
                                                 rings, RING0[LEVELS - 2 + level], height, width, WHOLE_PLANE, BLOCK_C
                                             )
-                                            source = row_pointer(ring, row, ring_row, GRAD_RING[level - 1]) + offsets
+                                            source = row_pointer(ring, row, ring_row, DZ_RING[level - 1]) + offsets
                                             grad = tl.load(source, mask=inside[:, None], other=0.0).to(tl.float32)
                                             dz = (down[r] + gradient * gate[:, None]) * grad
                                             ring = ring_start(
-                                                rings, RING0[2 * LEVELS - 3 + level], height, width, WHOLE_PLANE,
+                                                rings, RING0[LEVELS - 2 + level], height, width, WHOLE_PLANE,
                                                 BLOCK_C,
                                             )  # fmt: skip
                                             target = row_pointer(ring, row, ring_row, DZ_RING[level - 1]) + offsets
@@ -385,7 +383,7 @@ class Backward:
 
     @property
     def timetable(self) -> schedule.Schedule:
-        return schedule.backward(self.case.kernel_heights, self.config.rows, self.config.whole_plane)
+        return schedule.backward(self.case.kernel_heights, self.config.step, self.config.whole_plane)
 
     @property
     def blocks(self) -> int:
@@ -417,7 +415,7 @@ class Backward:
         made = {
             "back_rings": Buffer((programs, self.ring_elements), case.dtype),
             "back_packed": Buffer((programs, case.taps, self.config.block_c), torch.float32),
-            "dfocal": Buffer((programs, case.taps, self.config.block_c), torch.float32),
+            "dfocal": Buffer((programs, case.taps, self.config.block_c), torch.float32, zeroed=True),
             "dgates_parts": self.dgates_parts(self.chunk),
         }
         image = (case.batch, case.height, case.width)
@@ -432,9 +430,9 @@ class Backward:
 
     def launches(self, first_image: int, images: int, dagg: str) -> list[Launch]:
         """Of one chunk; ``dagg`` names the tensor that holds the chunk's gradient of agg."""
-        case, (need_ctx, need_gates, need_focal) = self.case, self.mask
+        case = self.case
         launches = [self.down(first_image, images, dagg)]
-        if need_gates:
+        if self.mask[1]:
             unit = case.positions * (case.levels + 1)
             launches.append(
                 sum_partials_launch("dgates_parts", "dgates", self.blocks, images * unit, first_image, unit)
@@ -444,7 +442,7 @@ class Backward:
     def down(self, first_image: int, images: int, dagg: str) -> Launch:
         case, config, timetable = self.case, self.config, self.timetable
         need_ctx, need_gates, need_focal = self.mask
-        rings = (*timetable.ring[:-1], *timetable.grad_ring[:-1], *timetable.dz_ring)
+        rings = (*timetable.ring[:-1], *timetable.dz_ring)
         return Launch(
             gated_aggregation_bwd_kernel,
             (self.workers(self.chunk) * self.blocks, 1, 1),
@@ -468,18 +466,18 @@ class Backward:
             },
             {
                 **level_constexprs(case, config),
+                "ROWS": config.back_rows,
+                "STEP": config.step,
                 "LAG": timetable.lag,
                 "DZ_LAG": timetable.dz_lag,
                 "DOWN_LAG": timetable.down_lag,
                 "RING": timetable.ring,
-                "GRAD_RING": timetable.grad_ring,
                 "DZ_RING": timetable.dz_ring,
                 "RING0": first_rows(rings, config),
                 "SCALE": case.scale,
                 "NEED_CTX": need_ctx,
                 "NEED_GATES": need_gates,
                 "NEED_FOCAL": need_focal,
-                "ACCUMULATE": first_image > 0,
                 **alignments(case),
             },
             config.num_warps,

@@ -176,7 +176,6 @@ def dweight_kernel(
     row_count,
     rows_per_split,
     C: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -191,10 +190,7 @@ def dweight_kernel(
     high = tl.minimum(low + rows_per_split, row_count)
     inside = (out_rows < C)[:, None] & (out_columns < C)[None, :]
     target = partial + split.to(tl.int64) * (C * C) + out_rows[:, None] * C + out_columns[None, :]
-    if ACCUMULATE:
-        acc = tl.load(target, mask=inside, other=0.0)
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = tl.load(target, mask=inside, other=0.0)
     for trip in range(tl.cdiv(high - low, BLOCK_K)):
         rows = low + trip * BLOCK_K + tl.arange(0, BLOCK_K)
         start = rows.to(tl.int64) * C

@@ -1,8 +1,8 @@
 """A plan: what an operator launches for one kind of call, as plain data.
 
-A plan is a pure function of shapes, pitches, dtype and device properties. It is used three ways: run on tensors (`Plan.run`),
-compiled without a GPU (`Launch.ast`) and read by the tools that count bytes and registers. `launches` says in order
-what runs; a launch names its tensors, and the plan says how large those are that the operator makes itself.
+A plan is a pure function of shapes, pitches, dtype and device properties. It is used three ways: run on tensors
+(`Plan.run`), compiled without a GPU (`Launch.ast`) and read by the tools that count bytes and registers. `launches`
+says in order what runs; a launch names its tensors, and the plan says how large those are that the operator makes.
 """
 
 from __future__ import annotations
@@ -109,6 +109,7 @@ class Buffer:
     shape: tuple[int, ...]
     dtype: torch.dtype
     is_output: bool = False
+    zeroed: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -176,7 +177,8 @@ class Plan:
         tensors = dict(operands)
         outputs = {}
         for name, buffer in self.buffers.items():
-            tensors[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+            make = torch.zeros if buffer.zeroed else torch.empty
+            tensors[name] = make(buffer.shape, dtype=buffer.dtype, device=device)
             if buffer.is_output:
                 outputs[name] = tensors[name]
         if not self._compiled:

@@ -1,8 +1,8 @@
 """When each level works on which rows: lags and ring sizes of a program that streams over a plane.
 
-A program owns BLOCK_C channels of an image and walks down its rows, ROWS at a time. In one step every level works on
-its own ROWS rows, which lag behind the rows of the level before by half its kernel, so that all it reads is there. What
-a level writes is kept in a ring of rows in global memory (in practice L1 and L2): as many as its last reader lags
+A program owns BLOCK_C channels of an image and walks down its rows, a few at a time. In one step every level works on
+as many rows, which lag behind the rows of the level before by half its kernel, so that all it reads is there. What a
+level writes is kept in a ring of rows in global memory (in practice L1 and L2): as many as its last reader lags
 behind. Between two levels stands a barrier; so a row is overwritten only after the barrier that follows its last use.
 
 Plain Python on plain numbers: tests run the schedule itself, row by row.
@@ -18,7 +18,7 @@ class Schedule:
     """Lags in rows behind the first level, ring sizes in rows. A whole plane has no rings and nothing lags.
 
     ``lag[l]``: where ctx_{l+1} is written; ``dz_lag[l]``: where dz_l is written, and dW_l summed. dctx_l lags half a
-    kernel behind dz_l. ``ring[l]`` keeps ctx_{l+1}, ``grad_ring[l]`` GELU'(z_l), ``dz_ring[l]`` dz_l.
+    kernel behind dz_l. ``ring[l]`` keeps ctx_{l+1}; ``dz_ring[l]`` GELU'(z_l), and in the same place dz_l.
     """
 
     rows: int
@@ -26,7 +26,6 @@ class Schedule:
     lag: tuple[int, ...]
     ring: tuple[int, ...]
     dz_lag: tuple[int, ...] = ()
-    grad_ring: tuple[int, ...] = ()
     dz_ring: tuple[int, ...] = ()
     halves: tuple[int, ...] = ()
 
@@ -37,7 +36,7 @@ class Schedule:
 
     def rows_kept(self, height: int) -> int:
         """Rows of scratch, all rings together."""
-        rings = (*self.ring[:-1], *self.grad_ring[:-1], *self.dz_ring)
+        rings = (*self.ring[:-1], *self.dz_ring)
         return height * len(rings) if self.whole_plane else sum(rings)
 
 
@@ -59,7 +58,7 @@ def backward(kernel_heights: tuple[int, ...], rows: int, whole_plane: bool) -> S
     levels = len(kernel_heights)
     if whole_plane:
         zeros = (0,) * levels
-        return Schedule(rows, True, zeros, zeros, zeros, zeros, zeros, zeros)
+        return Schedule(rows, True, zeros, zeros, zeros, zeros, zeros)
     halves = [height // 2 for height in kernel_heights]
     lag = _forward_lags(kernel_heights)
     # The last dz is written by the forward level itself, dz_{l-1} half a kernel behind the dz_l that it reads.
@@ -68,9 +67,8 @@ def backward(kernel_heights: tuple[int, ...], rows: int, whole_plane: bool) -> S
     for level in reversed(range(1, levels)):
         dz_lag[level - 1] = dz_lag[level] + halves[level]
     ring = [rows + dz_lag[level + 1] + halves[level + 1] - lag[level] for level in range(levels - 1)]
-    grad_ring = [rows + dz_lag[level] - lag[level] for level in range(levels - 1)]
-    dz_ring = tuple(rows + 2 * halves[level] for level in range(levels))
-    return Schedule(rows, False, lag, (*ring, 0), tuple(dz_lag), (*grad_ring, 0), dz_ring, tuple(halves))
+    dz_ring = [rows + dz_lag[level] + 2 * halves[level] - lag[level] for level in range(levels)]
+    return Schedule(rows, False, lag, (*ring, 0), tuple(dz_lag), tuple(dz_ring), tuple(halves))
 
 
 def _forward_lags(kernel_heights: tuple[int, ...]) -> tuple[int, ...]:
