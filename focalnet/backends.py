@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
-from . import cpu, cuda, reference
+from . import cpu, cuda, reference, triton_backend
 from .problem import Problem
 
 logger = logging.getLogger(__name__)
@@ -42,10 +42,6 @@ def _always(_: object = None) -> None:
     return None
 
 
-def _not_shipped(what: str) -> Callable[[], str]:
-    return lambda: f"this version of focalnet ships no {what}"
-
-
 def _operators_of(module: ModuleType) -> dict[str, Callable]:
     names = ("gated_aggregation", "gated_aggregation_bwd", "focal_modulation", "focal_modulation_bwd")
     return {name: getattr(module, name) for name in names}
@@ -54,7 +50,7 @@ def _operators_of(module: ModuleType) -> dict[str, Callable]:
 _REGISTRY = {
     backend.name: backend
     for backend in (
-        Backend("triton", {}, _not_shipped("Triton kernels"), _always),
+        Backend("triton", _operators_of(triton_backend), triton_backend.missing, triton_backend.refuses),
         Backend("cuda", _operators_of(cuda), cuda.missing, cuda.refuses),
         Backend("cpu", _operators_of(cpu), cpu.missing, cpu.refuses),
         Backend("reference", _operators_of(reference), _always, _always),

@@ -7,11 +7,12 @@ backward. Kernels of a chunk follow one another on the stream, so nothing waits 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
 from . import gated_aggregation
-from .config import level_config, product_config, weight_product_config
+from .config import LevelConfig, level_config, product_config, weight_product_config
 from .gated_aggregation_bwd import Backward
 from .modulator import dagg_kernel, dweight_kernel, modulator_bwd_kernel, modulator_fwd_kernel
 from .plan import Buffer, Case, Device, Launch, Plan
@@ -26,7 +27,7 @@ def forward_plan(case: Case, device: Device, precision: str = "ieee") -> Plan:
     def alive(images: int) -> int:
         return images * agg_bytes + gated_aggregation.forward_launches(case, device, levels, 0, images)[2]
 
-    chunk = largest_chunk(case.batch, alive, device.on_chip_bytes)
+    chunk = largest_chunk(case, device, levels, alive)
     launches: list[Launch] = []
     buffers = {
         "out": Buffer((case.batch, case.height, case.width, case.channels), case.dtype, is_output=True),
@@ -82,7 +83,7 @@ def backward_plan(case: Case, device: Device, precision: str = "ieee") -> Plan:
         # agg, beside its rings; agg and dm; dm and dagg, which takes agg's place; dagg, beside the rings downwards
         return max(images * image_bytes + max(forward, need_dagg * down), 2 * images * image_bytes)
 
-    chunk = largest_chunk(case.batch, alive, device.on_chip_bytes)
+    chunk = largest_chunk(case, device, levels, alive)
     backward = Backward(case, device, levels, aggregation_mask, chunk)
     splits = splits_of(case, device, chunk)
     launches: list[Launch] = []
@@ -225,13 +226,14 @@ def product_constexprs(case: Case, precision: str) -> dict[str, object]:
     }
 
 
-def largest_chunk(batch: int, alive: object, budget: int) -> int:
-    """The largest even share of the batch whose scratch stays within the budget; one image where none does."""
-    for parts in range(1, batch + 1):
-        images = math.ceil(batch / parts)
-        if alive(images) <= budget:
-            return images
-    return 1
+def largest_chunk(case: Case, device: Device, config: LevelConfig, alive: Callable[[int], int]) -> int:
+    """Images of a chunk: the largest even share of the batch whose scratch stays on chip.
+
+    Never so few that they busy less than a quarter of the processors: then memory is the lesser evil.
+    """
+    least = math.ceil(device.sm_count / 4 / math.ceil(case.channels / config.block_c))
+    shares = (math.ceil(case.batch / parts) for parts in range(1, case.batch + 1))
+    return next(images for images in shares if images <= least or alive(images) <= device.on_chip_bytes)
 
 
 def chunks(batch: int, chunk: int) -> list[tuple[int, int]]:

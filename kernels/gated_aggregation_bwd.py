@@ -152,8 +152,8 @@ def gated_aggregation_bwd_kernel(
 ):
     """dagg [images, H, W, C], mean [images, bands, C] and dgates [blocks, images, H, W, L + 1] of the chunk.
 
-    dfocal [programs, taps, BLOCK_C] goes on from what earlier chunks left. RING0 lists where the rings of ctx_1 .., then
-    of dz_0 .. start; until dz_l is known, its place holds GELU'(z_l).
+    dfocal [programs, taps, BLOCK_C] goes on from what earlier chunks left. RING0 lists where the rings start: of
+    ctx_1 .., then of dz_0 ..; until dz_l is known, its place holds GELU'(z_l).
     """
     LEVELS: tl.constexpr = len(KH)
     blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C

@@ -1,0 +1,117 @@
+"""The Triton kernels: run by the interpreter or on a GPU, compiled without one, and their timetable."""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import focalnet
+from focalnet import triton_backend
+from focalnet.problem import Problem
+
+TESTS = Path(__file__).parent
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+@needs_triton
+def test_the_kernels_obey_the_specification():
+    """Runs `triton_kernels.py` where triton can still be told to interpret; nothing may fail or be skipped."""
+    environment = dict(os.environ)
+    if not torch.cuda.is_available():
+        environment["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-rA", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [*command, str(TESTS / "triton_kernels.py")],
+        env=environment,
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+    )
+    summary = done.stdout.strip().splitlines()[-1]
+    print(*re.findall(r"^host time.*$", done.stdout, re.MULTILINE), summary, sep="\n")
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-5_000:]
+    assert re.fullmatch(r"\d+ passed(, \d+ warnings?)? in .*", summary), summary
+    assert int(summary.split()[0]) >= 30
+
+
+# ---- what compiled code must have, which a machine without a GPU can read --------------------------------------------
+
+
+def compiled(launch, dtypes, arch=90):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constexprs, attrs = launch.ast(dtypes)
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+@needs_triton
+@pytest.mark.parametrize("whole_plane", [False, True], ids=["streaming", "whole planes"])
+def test_a_barrier_stands_between_what_a_level_writes_and_the_next_one_reads(whole_plane):
+    from focalnet.kernels import gated_aggregation
+    from focalnet.kernels.config import LevelConfig
+    from focalnet.kernels.plan import H100, Case
+
+    case = Case.packed(128, 14, 14, 96, (3, 3), torch.bfloat16)
+    plan = gated_aggregation.forward_plan(case, H100, LevelConfig(16, 32, rows=4, whole_plane=whole_plane))
+    kernel = compiled(plan.launches[0], plan.dtype_of())
+    # In the order of the program: the loads of a level, its stores, the barrier.
+    operations = re.findall(r"tt\.load|tt\.store|gpu\.barrier|ttg\.barrier", kernel.asm["ttgir"])
+    sections = " ".join(operations).replace("gpu.barrier", "|").replace("ttg.barrier", "|").split("|")
+    packing, first, second, _ = (section.split() for section in sections)
+    for section in (packing, first, second):
+        assert section and section[0] == "tt.load" and section[-1] == "tt.store"
+    assert kernel.asm["ptx"].count("bar.sync") >= 3
+
+
+# ---- what the backend takes ------------------------------------------------------------------------------------------
+
+
+def problem(dtype=torch.bfloat16, kernel_sizes=((3, 3), (5, 5)), device="cuda", batch=2):
+    return Problem("focal_modulation", torch.device(device), dtype, batch, 14, 14, 96, kernel_sizes)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "given, reason",
+    [
+        (problem(), None),
+        (problem(torch.float32), None),
+        (problem(torch.float16), None),
+        (problem(device="cpu"), "the tensors are on cpu, not on a cuda device"),
+        (problem(torch.float64), "torch.float64 is not one of torch.float32, torch.bfloat16, torch.float16"),
+        (problem(kernel_sizes=((3, 3),) * 5), "5 levels are more than 4"),
+        (problem(kernel_sizes=((3, 17),)), "kernel 17 is larger than 15"),
+        (problem(batch=2**24), "there are 2^31 positions or more"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_predicate_says_what_the_backend_takes_and_why_not(given, reason):
+    assert triton_backend.refuses(given) == reason
+
+
+def test_without_triton_the_backend_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    triton_backend.missing.cache_clear()
+    try:
+        assert focalnet.backends()["triton"] == "triton is not installed: pip install triton"
+    finally:
+        triton_backend.missing.cache_clear()
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_backend_says_so():
+    assert focalnet.backends()["triton"] == "no CUDA device"
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run gated_aggregation here: no CUDA device"):
+        focalnet.gated_aggregation(
+            torch.ones(1, 2, 2, 8), torch.ones(1, 2, 2, 2), [torch.ones(8, 1, 3, 3)], backend="triton"
+        )
