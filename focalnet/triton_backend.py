@@ -8,11 +8,16 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .problem import Problem
+
+if TYPE_CHECKING:
+    from .kernels.config import LevelConfig
+    from .kernels.plan import Plan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_LEVELS, LARGEST_KERNEL = 4, 15
@@ -174,7 +179,7 @@ def _pitch(tensor: Tensor) -> int | None:
 
 # ---- plans ----------------------------------------------------------------------------------------------------------
 
-_plans: dict[tuple, object] = {}
+_plans: dict[tuple, Plan] = {}
 _MOST_PLANS = 4096
 
 
@@ -210,29 +215,46 @@ def _run(
     if plan is None:
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
-        plan = _plans[key] = _plan(key)
+        plan = _plans[key] = _plan(key, operands)
     if ctx.device.type != "cuda" or ctx.device.index == torch.cuda.current_device():
         return plan.run(operands, ctx.device)
     with torch.cuda.device(ctx.device):
         return plan.run(operands, ctx.device)
 
 
-def _plan(key: tuple) -> object:
-    from .kernels import focal_modulation, gated_aggregation, gated_aggregation_bwd
+def _plan(key: tuple, tensors: dict[str, Tensor]) -> Plan:
+    from .kernels import autotune, focal_modulation, gated_aggregation, gated_aggregation_bwd
     from .kernels.plan import Case, Device
 
     operator, device, dtype, shape, kernel_sizes, pitches, normalize, mask, has_bias, _, precise = key
     ctx_pitch, gates_pitch, *q_pitch = pitches
     sizes = tuple((kh, kw) for kh, kw in kernel_sizes)
-    kind = Case(*shape, sizes, dtype, normalize, ctx_pitch, gates_pitch, *(q_pitch or [0]), has_bias, mask)
-    properties, precision = Device.of(device), "ieee" if precise else "tf32"
-    match operator:
-        case "gated_aggregation":
-            return gated_aggregation.forward_plan(kind, properties)
-        case "focal_modulation":
-            return focal_modulation.forward_plan(kind, properties, precision)
-        case "gated_aggregation_bwd":
-            return gated_aggregation_bwd.backward_plan(kind, properties)
-        case "focal_modulation_bwd":
-            return focal_modulation.backward_plan(kind, properties, precision)
-    raise AssertionError(operator)
+    case = Case(*shape, sizes, dtype, normalize, ctx_pitch, gates_pitch, *(q_pitch or [0]), has_bias, mask)
+    properties = Device.of(device)
+    precision = {"precision": "ieee" if precise else "tf32"} if q_pitch else {}
+    make = {
+        "gated_aggregation": gated_aggregation.forward_plan,
+        "gated_aggregation_bwd": gated_aggregation_bwd.backward_plan,
+        "focal_modulation": focal_modulation.forward_plan,
+        "focal_modulation_bwd": focal_modulation.backward_plan,
+    }[operator]
+    config = None
+    if autotune.enabled() and device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+
+        def seconds(candidate: LevelConfig) -> float:
+            return _seconds(make(case, properties, candidate, **precision), tensors, device)
+
+        config = autotune.choose(operator, case, torch.cuda.get_device_name(device), seconds)
+    return make(case, properties, config, **precision)
+
+
+def _seconds(plan: Plan, tensors: dict[str, Tensor], device: torch.device, repeats: int = 10) -> float:
+    """Of one run, on the device, compiled beforehand."""
+    plan.run(tensors, device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        plan.run(tensors, device)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats

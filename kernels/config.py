@@ -68,6 +68,18 @@ def level_config(height: int, width: int, channels: int) -> LevelConfig:
     return replace(config, block_c=block_c, whole_plane=height <= WHOLE_PLANE_ROWS)
 
 
+def level_candidates(height: int, width: int, channels: int) -> list[LevelConfig]:
+    """What autotuning tries: the table's row first, then neighbours of it."""
+    first = level_config(height, width, channels)
+    found = [first]
+    for block_w, block_c in ((8, 64), (16, 32), (32, 16), (32, 32), (64, 16)):
+        for rows in (4, 8):
+            candidate = replace(first, block_w=block_w, block_c=min(block_c, first.block_c * 2), rows=rows)
+            if candidate not in found and block_w < 2 * max(width, 8):
+                found.append(candidate)
+    return found
+
+
 def product_config(channels: int, dtype: torch.dtype) -> ProductConfig:
     """The row of the table for a product of (rows, channels) by (channels, channels)."""
     config = next(c for itemsize, largest, c in PRODUCTS if itemsize >= dtype.itemsize and channels <= largest)

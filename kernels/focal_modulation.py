@@ -19,9 +19,9 @@ from .plan import Buffer, Case, Device, Launch, Plan
 from .sums import sum_partials_launch
 
 
-def forward_plan(case: Case, device: Device, precision: str = "ieee") -> Plan:
+def forward_plan(case: Case, device: Device, config: LevelConfig | None = None, precision: str = "ieee") -> Plan:
     """The launches of ``focal_modulation``: operands q, ctx, gates, w0.., weight, bias; output out."""
-    levels = level_config(case.height, case.width, case.channels)
+    levels = config or level_config(case.height, case.width, case.channels)
     agg_bytes = case.positions * case.channels * case.dtype.itemsize
 
     def alive(images: int) -> int:
@@ -63,7 +63,7 @@ def modulator_launch(case: Case, first_image: int, images: int, precision: str) 
     )
 
 
-def backward_plan(case: Case, device: Device, precision: str = "ieee") -> Plan:
+def backward_plan(case: Case, device: Device, config: LevelConfig | None = None, precision: str = "ieee") -> Plan:
     """The launches of the backward: operands dout and those of forward; mask (q, ctx, gates, weight, bias, focal).
 
     Outputs are dq, dctx, dgates, dweight, dbias and dw0.., as the mask asks for.
@@ -72,7 +72,7 @@ def backward_plan(case: Case, device: Device, precision: str = "ieee") -> Plan:
     aggregation_mask = (need_ctx, need_gates, need_focal)
     need_agg, need_dagg = need_q or need_weight, any(aggregation_mask)
     need_m = need_weight or need_dagg
-    levels = level_config(case.height, case.width, case.channels)
+    levels = config or level_config(case.height, case.width, case.channels)
     product = product_config(case.channels, case.dtype)
     image = (case.height, case.width, case.channels)
     image_bytes = case.positions * case.channels * case.dtype.itemsize

@@ -14,25 +14,27 @@ SUM_BLOCK = 256
 
 
 @triton.jit(do_not_specialize=["parts", "elements", "first_unit", "unit"])
-def sum_partials_kernel(partial, out, parts, elements, first_unit, unit, BLOCK: tl.constexpr):
-    """out, from unit first_unit on, = the sum over parts of partial [parts, elements]."""
+def sum_partials_kernel(partial, out, parts, elements, first_unit, unit, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """out, from unit first_unit on, = the sum over parts of partial [parts, elements], PARTS of them at a time."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < elements
-    source = partial + at
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(parts):
-        acc += tl.load(source, mask=inside, other=0.0)
-        source += elements
+    acc = tl.zeros((PARTS, BLOCK), tl.float32)
+    for first in range(0, parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        source = partial + part.to(tl.int64)[:, None] * elements + at[None, :]
+        acc += tl.load(source, mask=(part < parts)[:, None] & inside[None, :], other=0.0)
     target = out + first_unit.to(tl.int64) * unit + at
-    tl.store(target, rounded(acc, out.dtype.element_ty), mask=inside)
+    tl.store(target, rounded(tl.sum(acc, axis=0), out.dtype.element_ty), mask=inside)
 
 
 def sum_partials_launch(
     partial: str, out: str, parts: int, elements: int, first_unit: int = 0, unit: int = 0
 ) -> Launch:
+    # Many parts of few elements (db), or few of many (dgates): the same number of loads in flight.
+    together, block = (128, 32) if parts > 64 else (8, 512)
     return Launch(
         sum_partials_kernel,
-        (math.ceil(elements / SUM_BLOCK), 1, 1),
+        (math.ceil(elements / block), 1, 1),
         {
             "partial": partial,
             "out": out,
@@ -41,6 +43,6 @@ def sum_partials_launch(
             "first_unit": first_unit,
             "unit": unit,
         },
-        {"BLOCK": SUM_BLOCK},
+        {"PARTS": together, "BLOCK": block},
         num_warps=4,
     )

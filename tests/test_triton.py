@@ -39,7 +39,7 @@ def test_the_kernels_obey_the_specification():
     assert int(summary.split()[0]) >= 30
 
 
-# ---- what compiled code must have, which a machine without a GPU can read --------------------------------------------
+# ---- what compiled code must have, which a machine without a GPU can read ------------------------------------------
 
 
 def compiled(launch, dtypes, arch=90):
@@ -72,7 +72,7 @@ def test_a_barrier_stands_between_what_a_level_writes_and_the_next_one_reads(who
     assert kernel.asm["ptx"].count("bar.sync") >= 3
 
 
-# ---- what the backend takes ------------------------------------------------------------------------------------------
+# ---- what the backend takes ----------------------------------------------------------------------------------------
 
 
 def problem(dtype=torch.bfloat16, kernel_sizes=((3, 3), (5, 5)), device="cuda", batch=2):
@@ -115,3 +115,57 @@ def test_without_a_gpu_the_backend_says_so():
         focalnet.gated_aggregation(
             torch.ones(1, 2, 2, 8), torch.ones(1, 2, 2, 2), [torch.ones(8, 1, 3, 3)], backend="triton"
         )
+
+
+# ---- autotuning ----------------------------------------------------------------------------------------------------
+
+
+@needs_triton
+def test_autotuning_times_every_candidate_once_and_remembers_the_fastest(monkeypatch, tmp_path):
+    from focalnet.kernels import autotune, config
+    from focalnet.kernels.plan import Case
+
+    monkeypatch.setenv("FOCALNET_CACHE_DIR", str(tmp_path / "cache"))
+    case = Case.packed(128, 28, 28, 192, (3, 5, 7), torch.bfloat16)
+    candidates = config.level_candidates(28, 28, 192)
+    assert candidates[0] == config.level_config(28, 28, 192) and len(set(candidates)) == len(candidates) > 3
+    timed = []
+
+    def seconds(candidate):
+        timed.append(candidate)
+        return 1.0 if candidate == candidates[2] else 2.0
+
+    assert autotune.choose("focal_modulation", case, "a device", seconds) == candidates[2]
+    assert timed == candidates
+    assert autotune.choose("focal_modulation", case, "a device", seconds) == candidates[2]
+    assert timed == candidates
+    autotune.choose("focal_modulation", case, "another device", seconds)
+    assert len(timed) == 2 * len(candidates)
+
+
+@needs_triton
+def test_a_candidate_that_does_not_fit_the_device_is_passed_over(monkeypatch, tmp_path):
+    import triton
+    from focalnet.kernels import autotune, config
+    from focalnet.kernels.plan import Case
+
+    monkeypatch.setenv("FOCALNET_CACHE_DIR", str(tmp_path))
+    candidates = config.level_candidates(28, 28, 192)
+
+    def seconds(candidate):
+        if candidate != candidates[-1]:
+            raise triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
+        return 1.0
+
+    case = Case.packed(128, 28, 28, 192, (3,), torch.bfloat16)
+    assert autotune.choose("gated_aggregation", case, "a device", seconds) == candidates[-1]
+
+
+@needs_triton
+def test_nothing_is_tuned_unless_asked_for(monkeypatch):
+    from focalnet.kernels import autotune
+
+    monkeypatch.delenv("FOCALNET_AUTOTUNE", raising=False)
+    assert not autotune.enabled()
+    monkeypatch.setenv("FOCALNET_AUTOTUNE", "1")
+    assert autotune.enabled()
