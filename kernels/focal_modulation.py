@@ -7,15 +7,14 @@ backward. Kernels of a chunk follow one another on the stream, so nothing waits 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 
 from . import gated_aggregation
-from .config import LevelConfig, level_config, product_config, weight_product_config
+from .config import level_config, product_config, weight_product_config
 from .gated_aggregation_bwd import Backward
 from .modulator import dagg_kernel, dweight_kernel, modulator_bwd_kernel, modulator_fwd_kernel
-from .plan import Buffer, Case, Device, Launch, Plan
+from .plan import Buffer, Case, Device, Launch, Plan, chunks, largest_chunk, with_scratch
 from .sums import sum_partials_launch
 
 
@@ -34,8 +33,8 @@ def forward_plan(case: Case, device: Device, config: LevelConfig | None = None, 
         "agg": Buffer((chunk, case.height, case.width, case.channels), case.dtype),
     }
     for first, images in chunks(case.batch, chunk):
-        aggregate, scratch, _ = gated_aggregation.forward_launches(case, device, levels, first, images)
-        buffers = scratch | buffers if first else buffers | scratch
+        aggregate, scratch, _ = gated_aggregation.forward_launches(case, device, levels, first, images, chunk=chunk)
+        buffers = with_scratch(buffers, scratch)
         launches += [*aggregate, modulator_launch(case, first, images, precision)]
     return Plan(launches, buffers, operands(case), alive(chunk))
 
@@ -77,11 +76,16 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None,
     image = (case.height, case.width, case.channels)
     image_bytes = case.positions * case.channels * case.dtype.itemsize
 
+    # Partial sums, which live from the first chunk to the last.
+    sums = 4 * case.channels * need_bias * math.ceil(case.batch * case.positions / product.block_m)
+    sums += 4 * case.channels**2 * need_weight * splits_of(case, device, case.batch)
+
     def alive(images: int) -> int:
         forward = gated_aggregation.forward_launches(case, device, levels, 0, images, need_agg)[2]
         down = Backward(case, device, levels, aggregation_mask, images).alive(images)
         # agg, beside its rings; agg and dm; dm and dagg, which takes agg's place; dagg, beside the rings downwards
-        return max(images * image_bytes + max(forward, need_dagg * down), 2 * images * image_bytes)
+        chunk_bytes = max(images * image_bytes + max(forward, need_dagg * down), 2 * images * image_bytes)
+        return chunk_bytes + sums
 
     chunk = largest_chunk(case, device, levels, alive)
     backward = Backward(case, device, levels, aggregation_mask, chunk)
@@ -98,8 +102,10 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None,
     tiles = 0
     for first, images in chunks(case.batch, chunk):
         if need_agg or need_dagg:
-            aggregate, scratch, _ = gated_aggregation.forward_launches(case, device, levels, first, images, need_agg)
-            buffers = scratch | buffers
+            aggregate, scratch, _ = gated_aggregation.forward_launches(
+                case, device, levels, first, images, need_agg, chunk=chunk
+            )
+            buffers = with_scratch(buffers, scratch)
             launches += aggregate
         launches.append(modulator_bwd_launch(case, first, images, tiles, need_m, precision))
         tiles += math.ceil(images * case.positions / product.block_m)
@@ -224,17 +230,3 @@ def product_constexprs(case: Case, precision: str) -> dict[str, object]:
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
     }
-
-
-def largest_chunk(case: Case, device: Device, config: LevelConfig, alive: Callable[[int], int]) -> int:
-    """Images of a chunk: the largest even share of the batch whose scratch stays on chip.
-
-    Never so few that they busy less than a quarter of the processors: then memory is the lesser evil.
-    """
-    least = math.ceil(device.sm_count / 4 / math.ceil(case.channels / config.block_c))
-    shares = (math.ceil(case.batch / parts) for parts in range(1, case.batch + 1))
-    return next(images for images in shares if images <= least or alive(images) <= device.on_chip_bytes)
-
-
-def chunks(batch: int, chunk: int) -> list[tuple[int, int]]:
-    return [(first, min(chunk, batch - first)) for first in range(0, batch, max(chunk, 1))]

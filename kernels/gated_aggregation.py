@@ -257,24 +257,39 @@ def forward_plan(case: Case, device: Device, config: LevelConfig | None = None) 
     """
     config = config or level_config(case.height, case.width, case.channels)
     agg = Buffer((case.batch, case.height, case.width, case.channels), case.dtype, is_output=True)
-    launches, buffers, alive = forward_launches(case, device, config, 0, case.batch)
+    launches, buffers, alive = forward_launches(case, device, config, 0, case.batch, agg_is_counted=False)
     return Plan(launches, {"agg": agg, **buffers}, operands(case), alive)
 
 
 def forward_launches(
-    case: Case, device: Device, config: LevelConfig, first_image: int, images: int, store_agg: bool = True
+    case: Case,
+    device: Device,
+    config: LevelConfig,
+    first_image: int,
+    images: int,
+    store_agg: bool = True,
+    agg_is_counted: bool = True,
+    chunk: int = 0,
 ) -> tuple[list[Launch], dict[str, Buffer], int]:
-    """(launches, scratch, bytes alive at once) of a chunk of images; agg and mean hold the chunk alone."""
+    """(launches, scratch, bytes alive at once) of some images; agg and mean hold those alone.
+
+    ``chunk``: images of the other launches of the call, if those have more: one kernel serves all. A program reads
+    its plane of agg back for the global level, from the L2 if it fits there; who counts agg among its own scratch
+    has seen to that.
+    """
     heights = tuple(kh for kh, _ in case.kernel_sizes)
     timetable = schedule.forward(heights, config.rows, config.whole_plane)
     blocks = math.ceil(case.channels / config.block_c)
-    bands = bands_of(case, device, config, images * blocks)
+    bands = bands_of(case, device, config, max(images, chunk) * blocks)
     scratch_rows = timetable.rows_kept(case.height)
     ring_elements = scratch_rows * case.width * config.block_c
     own_bytes = ring_elements * case.dtype.itemsize + 4 * case.taps * config.block_c
-    workers = workers_of(device, config, images * bands, blocks, own_bytes)
-    programs = workers * blocks
     in_place = store_agg and bands == 1
+    if in_place and not agg_is_counted:
+        own_bytes += case.positions * config.block_c * case.dtype.itemsize
+    mean = Buffer((images, bands, case.channels), torch.float32)
+    workers = workers_of(device, config, images * bands, blocks, own_bytes, mean.nbytes)
+    programs = workers * blocks
     launches = [
         Launch(
             gated_aggregation_fwd_kernel,
@@ -311,11 +326,11 @@ def forward_launches(
     if store_agg and bands > 1:
         launches.append(add_global_launch(case, first_image, images, bands))
     buffers = {
-        "mean": Buffer((images, bands, case.channels), torch.float32),
+        "mean": mean,
         "rings": Buffer((programs, ring_elements), case.dtype),
         "packed": Buffer((programs, case.taps, config.block_c), torch.float32),
     }
-    return launches, buffers, programs * own_bytes
+    return launches, buffers, programs * own_bytes + mean.nbytes
 
 
 def add_global_launch(case: Case, first_image: int, images: int, bands: int) -> Launch:
@@ -396,10 +411,12 @@ def first_rows(rings: tuple[int, ...], config: LevelConfig) -> tuple[int, ...]:
     return tuple(starts)
 
 
-def workers_of(device: Device, config: LevelConfig, items: int, blocks: int, own_bytes: int) -> int:
+def workers_of(
+    device: Device, config: LevelConfig, items: int, blocks: int, own_bytes: int, shared_bytes: int = 0
+) -> int:
     """Programs for each block of channels: as many as are resident at once and keep their scratch on chip."""
     resident = config.programs_per_sm * device.sm_count
-    on_chip = device.on_chip_bytes // max(own_bytes, 1)
+    on_chip = (device.on_chip_bytes - shared_bytes) // max(own_bytes, 1)
     # Half the processors at least: scratch that leaves the L2 costs less than processors that idle.
     programs = max(min(resident, on_chip), device.sm_count // 2)
     return max(1, min(items, programs // blocks))

@@ -35,7 +35,7 @@ from .gated_aggregation import (
     weight_arguments,
     workers_of,
 )
-from .plan import Buffer, Case, Device, Launch, Plan
+from .plan import Buffer, Case, Device, Launch, Plan, chunks, largest_chunk, with_scratch
 from .sums import SUM_BLOCK, sum_partials_launch
 from .tiles import columns_of_row, conv_tiles, gelu_and_grad, pack_weights, rounded, row_pointer, zero_tiles
 
@@ -106,7 +106,9 @@ def dweight_rows(
             tl.store(target, tl.load(target) + tl.sum(sums[ky], axis=0))
 
 
-@triton.jit(do_not_specialize=["first_image", "images", "bands", "height", "width", "ctx_pitch", "gates_pitch"])
+@triton.jit(
+    do_not_specialize=["first_image", "first_dagg", "images", "bands", "height", "width", "ctx_pitch", "gates_pitch"]
+)
 def gated_aggregation_bwd_kernel(
     dagg,
     ctx,
@@ -122,6 +124,7 @@ def gated_aggregation_bwd_kernel(
     back_rings,
     back_packed,
     first_image,
+    first_dagg,
     images,
     bands,
     height,
@@ -150,7 +153,7 @@ def gated_aggregation_bwd_kernel(
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """dagg [images, H, W, C], mean [images, bands, C] and dgates [blocks, images, H, W, L + 1] of the chunk.
+    """mean [images, bands, C] and dgates [blocks, images, H, W, L + 1] of the chunk; dagg from its first_dagg on.
 
     dfocal [programs, taps, BLOCK_C] goes on from what earlier chunks left. RING0 lists where the rings start: of
     ctx_1 .., then of dz_0 ..; until dz_l is known, its place holds GELU'(z_l).
@@ -198,7 +201,7 @@ def gated_aggregation_bwd_kernel(
         ctx_plane = ctx + plane * ctx_pixel + channel0
         gates_plane = gates + plane * gates_pixel
         dctx_plane = dctx + plane * C + channel0
-        dagg_plane = dagg + image.to(tl.int64) * height * width * C + channel0
+        dagg_plane = dagg + (first_dagg + image).to(tl.int64) * height * width * C + channel0
         block = (program % blocks).to(tl.int64)
         dgates_plane = dgates + (block * images + image) * height * width * (LEVELS + 1)
 
@@ -364,11 +367,20 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None)
     Outputs are dctx, dgates and dw0.., as the mask asks for.
     """
     config = config or level_config(case.height, case.width, case.channels)
-    mean, mean_buffers, mean_alive = forward_launches(case, device, config, 0, case.batch, store_agg=False)
-    steps = Backward(case, device, config, case.mask, chunk=case.batch)
-    launches = [*mean, *steps.launches(0, case.batch, "dagg"), *steps.last_launches()]
-    alive = max(mean_alive, steps.alive(case.batch))
-    return Plan(launches, mean_buffers | steps.buffers(), operands(case) | {"dagg": case.dtype}, alive)
+
+    def alive(images: int) -> int:
+        mean = forward_launches(case, device, config, 0, images, store_agg=False)[2]
+        return max(mean, Backward(case, device, config, case.mask, images).alive(images))
+
+    chunk = largest_chunk(case, device, config, alive)
+    steps = Backward(case, device, config, case.mask, chunk)
+    launches, buffers = [], steps.buffers()
+    for first, images in chunks(case.batch, chunk):
+        mean, scratch, _ = forward_launches(case, device, config, first, images, store_agg=False, chunk=chunk)
+        buffers = with_scratch(buffers, scratch)
+        launches += [*mean, *steps.launches(first, images, "dagg", first_dagg=first)]
+    launches += steps.last_launches()
+    return Plan(launches, buffers, operands(case) | {"dagg": case.dtype}, alive(chunk))
 
 
 @dataclass(frozen=True)
@@ -428,10 +440,10 @@ class Backward:
                 made[f"dw{level}"] = Buffer((case.channels, 1, *size), case.dtype, is_output=True)
         return made
 
-    def launches(self, first_image: int, images: int, dagg: str) -> list[Launch]:
-        """Of one chunk; ``dagg`` names the tensor that holds the chunk's gradient of agg."""
+    def launches(self, first_image: int, images: int, dagg: str, first_dagg: int = 0) -> list[Launch]:
+        """Of one chunk; ``dagg`` names the tensor that holds the chunk's gradient of agg, from image first_dagg on."""
         case = self.case
-        launches = [self.down(first_image, images, dagg)]
+        launches = [self.down(first_image, images, dagg, first_dagg)]
         if self.mask[1]:
             unit = case.positions * (case.levels + 1)
             launches.append(
@@ -439,7 +451,7 @@ class Backward:
             )
         return launches
 
-    def down(self, first_image: int, images: int, dagg: str) -> Launch:
+    def down(self, first_image: int, images: int, dagg: str, first_dagg: int) -> Launch:
         case, config, timetable = self.case, self.config, self.timetable
         need_ctx, need_gates, need_focal = self.mask
         rings = (*timetable.ring[:-1], *timetable.dz_ring)
@@ -458,8 +470,9 @@ class Backward:
                 "back_rings": "back_rings",
                 "back_packed": "back_packed",
                 "first_image": first_image,
+                "first_dagg": first_dagg,
                 "images": images,
-                "bands": bands_of(case, self.device, config, images * self.blocks),
+                "bands": bands_of(case, self.device, config, self.chunk * self.blocks),
                 "height": case.height,
                 "width": case.width,
                 **aligned_pitches(case),

@@ -7,12 +7,15 @@ says in order what runs; a launch names its tensors, and the plan says how large
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 import triton
 from torch import Tensor
+
+from .config import LevelConfig
 
 INTERPRETED = triton.knobs.runtime.interpret
 _TRITON_TYPES = {
@@ -117,6 +120,32 @@ class Buffer:
         for size in self.shape:
             elements *= size
         return elements * self.dtype.itemsize
+
+
+def with_scratch(buffers: Mapping[str, Buffer], scratch: Mapping[str, Buffer]) -> dict[str, Buffer]:
+    """The buffers and those of one more chunk. Chunks share them, so of each name the larger: the last chunk may have
+    fewer images than the others and, cut into more bands, more programs."""
+    merged = dict(buffers)
+    for name, buffer in scratch.items():
+        if name not in merged or buffer.nbytes > merged[name].nbytes:
+            merged[name] = buffer
+    return merged
+
+
+def largest_chunk(case: Case, device: Device, config: LevelConfig, alive: Callable[[int], int]) -> int:
+    """Images of a chunk: the largest even share of the batch whose scratch stays on chip.
+
+    Never so few that they busy less than a quarter of the processors: then memory is the lesser evil.
+    """
+    least = math.ceil(device.sm_count / 4 / math.ceil(case.channels / config.block_c))
+    shares = (math.ceil(case.batch / parts) for parts in range(1, case.batch + 1))
+    fitting = (images for images in shares if images <= least or alive(images) <= device.on_chip_bytes)
+    return next(fitting, 1)
+
+
+def chunks(batch: int, chunk: int) -> list[tuple[int, int]]:
+    """(first image, images) of each chunk."""
+    return [(first, min(chunk, batch - first)) for first in range(0, batch, max(chunk, 1))]
 
 
 @dataclass(frozen=True)
