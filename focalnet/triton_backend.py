@@ -181,6 +181,7 @@ def _pitch(tensor: Tensor) -> int | None:
 
 _plans: dict[tuple, Plan] = {}
 _MOST_PLANS = 4096
+_FOCAL_WEIGHTS = tuple(f"w{level}" for level in range(MOST_LEVELS))
 
 
 def _run(
@@ -191,45 +192,48 @@ def _run(
     normalize: bool,
     mask: tuple[bool, ...] = (),
 ) -> dict[str, Tensor]:
-    tensors = operands.values()
-    kernel_sizes = tuple(
-        operand.shape[2:] for name, operand in operands.items() if operand.ndim == 4 and name[0] == "w"
-    )
-    # What compiled code may rely on: sizes, pitches, and whether a pointer is aligned to 16 bytes.
-    aligned = tuple(not tensor.data_ptr() & 15 for tensor in tensors)
+    # What a plan and its compiled code rely on: sizes, pitches, and whether a pointer is aligned to 16 bytes.
+    shapes = [tensor.shape for tensor in operands.values()]
+    aligned = [tensor.data_ptr() & 15 == 0 for tensor in operands.values()]
     precise = not torch.backends.cuda.matmul.allow_tf32
-    key = (
-        operator,
-        ctx.device,
-        ctx.dtype,
-        ctx.shape,
-        kernel_sizes,
-        pitches,
-        normalize,
-        mask,
-        "bias" in operands,
-        aligned,
-        precise,
-    )
+    key = (operator, ctx.device, ctx.dtype, *shapes, *aligned, pitches, normalize, mask, precise)
     plan = _plans.get(key)
     if plan is None:
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
-        plan = _plans[key] = _plan(key, operands)
+        plan = _plans[key] = _plan(operator, ctx, operands, pitches, normalize, mask, precise)
     if ctx.device.type != "cuda" or ctx.device.index == torch.cuda.current_device():
         return plan.run(operands, ctx.device)
     with torch.cuda.device(ctx.device):
         return plan.run(operands, ctx.device)
 
 
-def _plan(key: tuple, tensors: dict[str, Tensor]) -> Plan:
+def _plan(
+    operator: str,
+    ctx: Tensor,
+    tensors: dict[str, Tensor],
+    pitches: tuple[int, ...],
+    normalize: bool,
+    mask: tuple[bool, ...],
+    precise: bool,
+) -> Plan:
     from .kernels import autotune, focal_modulation, gated_aggregation, gated_aggregation_bwd
     from .kernels.plan import Case, Device
 
-    operator, device, dtype, shape, kernel_sizes, pitches, normalize, mask, has_bias, _, precise = key
+    device = ctx.device
     ctx_pitch, gates_pitch, *q_pitch = pitches
-    sizes = tuple((kh, kw) for kh, kw in kernel_sizes)
-    case = Case(*shape, sizes, dtype, normalize, ctx_pitch, gates_pitch, *(q_pitch or [0]), has_bias, mask)
+    kernel_sizes = tuple(tuple(tensor.shape[2:]) for name, tensor in tensors.items() if name in _FOCAL_WEIGHTS)
+    case = Case(
+        *ctx.shape,
+        kernel_sizes,
+        ctx.dtype,
+        normalize,
+        ctx_pitch,
+        gates_pitch,
+        q_pitch[0] if q_pitch else 0,
+        "bias" in tensors,
+        mask,
+    )
     properties = Device.of(device)
     precision = {"precision": "ieee" if precise else "tf32"} if q_pitch else {}
     make = {

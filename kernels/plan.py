@@ -197,34 +197,62 @@ class Plan:
     # Scratch that is alive at once, at most; chunks and grids are chosen to keep it on chip.
     alive_bytes: int = 0
     _compiled: list = field(default_factory=list, repr=False)
+    # Scratch lies in one allocation: name -> first byte, and how many bytes there are.
+    _offsets: dict[str, int] = field(default_factory=dict, repr=False)
+    _workspace_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        for name, buffer in self.buffers.items():
+            if not (buffer.is_output or buffer.zeroed):
+                self._offsets[name] = self._workspace_bytes
+                self._workspace_bytes += -(-buffer.nbytes // 256) * 256
 
     def dtype_of(self) -> dict[str, torch.dtype]:
         return self.operands | {name: buffer.dtype for name, buffer in self.buffers.items()}
 
     def run(self, operands: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """Launches everything on the current stream; returns the outputs by name."""
-        tensors = dict(operands)
-        outputs = {}
+        made = {}
         for name, buffer in self.buffers.items():
-            make = torch.zeros if buffer.zeroed else torch.empty
-            tensors[name] = make(buffer.shape, dtype=buffer.dtype, device=device)
-            if buffer.is_output:
-                outputs[name] = tensors[name]
+            if name not in self._offsets:
+                make = torch.zeros if buffer.zeroed else torch.empty
+                made[name] = make(buffer.shape, dtype=buffer.dtype, device=device)
+        workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=device)
         if not self._compiled:
-            self._launch_first(tensors)
-            return outputs
+            self._launch_first({**operands, **made, **self._views(workspace)})
+            return made
+        # Addresses, not tensors: a launcher asks the driver about each tensor it is given.
+        start = workspace.data_ptr()
+        addresses = {name: start + offset for name, offset in self._offsets.items()}
+        for name, tensor in operands.items():
+            addresses[name] = tensor.data_ptr()
+        for name, tensor in made.items():
+            addresses[name] = tensor.data_ptr()
         for run, arguments in self._compiled:
-            run(*[tensors[a] if type(a) is str else a for a in arguments])
-        return outputs
+            run(*[addresses[a] if type(a) is str else a for a in arguments])
+        return made
+
+    def _views(self, workspace: Tensor) -> dict[str, Tensor]:
+        views = {}
+        for name, offset in self._offsets.items():
+            buffer = self.buffers[name]
+            views[name] = workspace[offset : offset + buffer.nbytes].view(buffer.dtype).view(buffer.shape)
+        return views
 
     def _launch_first(self, tensors: Mapping[str, Tensor]) -> None:
         """By Triton's own launcher, which compiles; what it gives back is kept and called directly from then on."""
         compiled = []
         for launch in self.launches:
             arguments = {name: tensors[a] if isinstance(a, str) else a for name, a in launch.arguments.items()}
-            kernel = launch.kernel[launch.grid](
-                **arguments, **launch.constexprs, num_warps=launch.num_warps, num_stages=launch.num_stages
-            )
+            options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
+            kernel = launch.kernel[launch.grid](**arguments, **launch.constexprs, **options)
             if not INTERPRETED:
-                compiled.append((kernel[launch.grid], (*launch.arguments.values(), *launch.constexprs.values())))
+                compiled.append((kernel[launch.grid], self._packed_arguments(launch)))
         self._compiled = compiled
+
+    @staticmethod
+    def _packed_arguments(launch: Launch) -> tuple:
+        """Tensors by name, all else by value, in the kernel's order. A constant that is a text would pass for a name,
+        and the launcher looks at no constant."""
+        constants = (None if isinstance(value, str) else value for value in launch.constexprs.values())
+        return (*launch.arguments.values(), *constants)

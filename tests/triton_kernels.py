@@ -96,7 +96,9 @@ def assert_at_most_twice_the_references_error(mine, rounded, exact):
 
 
 @pytest.mark.parametrize("shape, dtype", CASES, ids=lambda value: str(value))
-def test_outputs_and_gradients_obey_the_rule(shape, dtype):
+def test_outputs_and_gradients_obey_the_rule(shape, dtype, monkeypatch):
+    if shape.channels > 64:
+        monkeypatch.setattr(config, "LEVELS", ((1 << 30, LevelConfig(4, 256, rows=2, back_rows=2, step=4)),))
     arguments = operands(shape, dtype)
     dout = torch.randn(arguments[0].shape).to(dtype)
     exact = results(reference, to(arguments, torch.float64), shape, dout.double())
@@ -183,7 +185,7 @@ def test_any_strides_give_the_same_bits():
         )
 
 
-SMALL_CACHE = Device(arch=90, sm_count=4, l2_bytes=4_000)
+SMALL_CACHE = Device(arch=90, sm_count=4, l2_bytes=1_000)
 
 
 def run_plan(plan, shape, arguments, dout=None):
@@ -270,7 +272,7 @@ def test_host_time_of_a_call_is_at_most_40_us(monkeypatch):
     """
 
     def leave_out(plan, tensors):
-        plan._compiled = [(lambda *arguments: None, tuple(launch.arguments.values())) for launch in plan.launches]
+        plan._compiled = [(lambda *arguments: None, plan._packed_arguments(launch)) for launch in plan.launches]
 
     monkeypatch.setattr(Plan, "_launch_first", leave_out)
     monkeypatch.setattr(triton_backend, "_plans", {})
