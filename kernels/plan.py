@@ -220,7 +220,7 @@ class Plan:
         workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=device)
         if not self._compiled:
             self._launch_first({**operands, **made, **self._views(workspace)})
-            return made
+            return self._outputs(made)
         # Addresses, not tensors: a launcher asks the driver about each tensor it is given.
         start = workspace.data_ptr()
         addresses = {name: start + offset for name, offset in self._offsets.items()}
@@ -230,7 +230,10 @@ class Plan:
             addresses[name] = tensor.data_ptr()
         for run, arguments in self._compiled:
             run(*[addresses[a] if type(a) is str else a for a in arguments])
-        return made
+        return self._outputs(made)
+
+    def _outputs(self, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in made.items() if self.buffers[name].is_output}
 
     def _views(self, workspace: Tensor) -> dict[str, Tensor]:
         views = {}
