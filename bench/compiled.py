@@ -1,0 +1,105 @@
+"""What a launch becomes on a GPU, found without one: registers, local memory, shared memory, PTX.
+
+`compile_launch` runs Triton's own path, specialisation of arguments included, up to the machine code for an
+architecture; `resources` asks cuobjdump (which comes inside the triton package) what that code uses. Compiled code is
+kept in Triton's disk cache, so a second run takes seconds. Local memory means spills: no kernel here has local arrays.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+# Shared memory that one block may have, in bytes: CUDA C++ Programming Guide, "Compute Capabilities".
+SHARED_LIMIT = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel uses. Bytes, but for ``registers`` (of 4 bytes, a thread)."""
+
+    kernel: str
+    arch: int
+    registers: int
+    local: int
+    shared: int
+    code: int
+    threads: int
+
+    def reason_against(self) -> str | None:
+        if self.local:
+            return f"it spills: {self.local} bytes of local memory a thread"
+        if self.shared > SHARED_LIMIT[self.arch]:
+            return f"it wants {self.shared} bytes of shared memory, sm_{self.arch} has {SHARED_LIMIT[self.arch]}"
+        return None
+
+
+class Pointer:
+    """Stands for a tensor of which only the dtype and the alignment of its address matter."""
+
+    def __init__(self, dtype: torch.dtype, alignment: int = 16) -> None:
+        self.dtype, self._alignment = dtype, alignment
+
+    def data_ptr(self) -> int:
+        return self._alignment
+
+
+class _Driver:
+    """What Triton's JIT asks a driver, answered for a GPU that is not there. Its device number is the architecture."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def compile_launch(kernel, arguments: dict, options: dict, arch: int):
+    """The kernel compiled as ``kernel[grid](**arguments, **options)`` would be on ``arch`` (80, 90, ...).
+
+    ``arguments`` holds `Pointer`s or tensors, numbers, and what the kernel declares constexpr; ``options`` num_warps
+    and num_stages. The returned object has ``asm["ptx"]`` and ``asm["cubin"]``.
+    """
+    # reset_active() would look for a GPU, and there may be none.
+    before, driver._active = driver._active, _Driver(arch)
+    try:
+        return kernel.warmup(**arguments, **options, grid=(1,))
+    finally:
+        driver._active = before
+
+
+def resources(compiled, arch: int) -> Resources:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        found = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    uses = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", found.stdout))
+    return Resources(
+        kernel=compiled.metadata.name,
+        arch=arch,
+        registers=int(uses["REG"]),
+        local=int(uses["STACK"]) + int(uses["LOCAL"]),
+        shared=int(uses["SHARED"]) + compiled.metadata.shared,
+        code=len(compiled.asm["cubin"]),
+        threads=32 * compiled.metadata.num_warps,
+    )
+
+
+def _tool(name: str) -> Path:
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name

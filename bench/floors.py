@@ -1,0 +1,150 @@
+"""The least that focal modulation can cost: bytes, arithmetic, and the time a GPU needs for the larger of them.
+
+`Stage` is what one block of a model works on, `Work` what an operator must at least move and compute there, `Gpu` the
+peak rates of a device. No kernel can beat ``work.seconds(gpu, dtype)``; a table states it beside every time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from focalnet.variants import VARIANTS, Variant
+
+OPERATORS = ("gated_aggregation", "gated_aggregation_bwd", "focal_modulation", "focal_modulation_bwd")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The map, channels and kernel sizes that the blocks of one stage share."""
+
+    variant: str
+    index: int
+    height: int
+    width: int
+    channels: int
+    kernels: tuple[int, ...]
+
+    @property
+    def levels(self) -> int:
+        return len(self.kernels)
+
+    @property
+    def taps(self) -> int:
+        """Weights of a channel."""
+        return sum(k * k for k in self.kernels)
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of the convolutions of one channel of one map; what would meet the zero padding needs none."""
+        return sum(_overlaps(self.height, k) * _overlaps(self.width, k) for k in self.kernels)
+
+    def __str__(self) -> str:
+        return f"{self.variant} stage {self.index + 1}: {self.height}x{self.width}x{self.channels}, {self.kernels}"
+
+
+def stages(name: str, image_size: tuple[int, int] | None = None, window: int | None = None) -> list[Stage]:
+    """The stages of a published variant, at its own image size or another (height, width)."""
+    variant = VARIANTS[name]
+    height, width = image_size or (variant.image_size, variant.image_size)
+    kernels = tuple((window or variant.window) + 2 * level for level in range(variant.levels))
+    found = []
+    for index in range(len(variant.depths)):
+        stride = variant.patch_size * 2**index
+        # Patches are padded (stem and downsampling both), so sizes round up.
+        size = (-(-height // stride), -(-width // stride))
+        found.append(Stage(name, index, *size, _channels(variant, index), kernels))
+    return found
+
+
+def _channels(variant: Variant, stage: int) -> int:
+    return variant.embed_dim * 2**stage
+
+
+def _overlaps(size: int, kernel: int) -> int:
+    """Pairs of a position and a tap that meets the map, along one axis."""
+    reach = kernel // 2
+    return sum(min(size, position + reach + 1) - max(0, position - reach) for position in range(size))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one call must do: bytes in and out once each, float32 multiply-adds, erf (or exp), matrix multiply-adds."""
+
+    bytes: int
+    fma: int
+    erf: int
+    matrix: int
+
+    def floors(self, gpu: Gpu, dtype: torch.dtype) -> dict[str, float]:
+        """Seconds that each unit needs at its peak rate."""
+        return {
+            "memory": self.bytes / gpu.bandwidth,
+            "fma": 2 * self.fma / gpu.fp32,
+            "erf": self.erf / gpu.special,
+            "matrix": 2 * self.matrix / (gpu.fp32 if dtype == torch.float32 else gpu.tensor16),
+        }
+
+    def seconds(self, gpu: Gpu, dtype: torch.dtype) -> float:
+        """The floor: every unit may work beside the others, so the slowest alone counts."""
+        return max(self.floors(gpu, dtype).values())
+
+
+def work(operator: str, stage: Stage, batch: int, dtype: torch.dtype) -> Work:
+    """Of one call, every gradient asked for.
+
+    Backward recomputes the levels (issue's design: only the packed projection is saved): the taps three times (levels,
+    gradients of their inputs, of their weights), erf and exp for GELU and its derivative, three matrix products where
+    forward has one.
+    """
+    positions, channels = batch * stage.height * stage.width, stage.channels
+    plane, gates = positions * channels, positions * (stage.levels + 1)
+    focal_weights, weight = stage.taps * channels, channels * channels + channels
+    elements = {
+        "gated_aggregation": 2 * plane + gates + focal_weights,
+        "gated_aggregation_bwd": 3 * plane + 2 * gates + 2 * focal_weights,
+        "focal_modulation": 3 * plane + gates + focal_weights + weight,
+        "focal_modulation_bwd": 5 * plane + 2 * gates + 2 * focal_weights + 2 * weight,
+    }[operator]
+    gating = plane * (stage.levels + 1)
+    backward, product = operator.endswith("_bwd"), operator.startswith("focal_modulation")
+    passes = 3 if backward else 1
+    return Work(
+        bytes=elements * dtype.itemsize,
+        fma=(batch * channels * stage.multiply_adds + gating) * passes,
+        erf=plane * stage.levels * (2 if backward else 1),
+        matrix=plane * channels * passes if product else 0,
+    )
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Peak rates: bytes and operations a second. A multiply-add is two operations, dense matrices, no sparsity.
+
+    ``special`` is what the special function units do (16 a clock and multiprocessor).
+    """
+
+    name: str
+    bandwidth: float
+    fp32: float
+    tensor16: float
+    special: float
+    l2: int
+    multiprocessors: int
+    arch: int
+
+
+# From NVIDIA's data sheets and architecture white papers (A100: GA100; H100, H200: GH100 SXM; L40S: AD102).
+GPUS = (
+    Gpu("NVIDIA A100-SXM4-80GB", 2.039e12, 19.5e12, 312e12, 16 * 108 * 1.41e9, 40 << 20, 108, 80),
+    Gpu("NVIDIA H100 80GB HBM3", 3.35e12, 66.9e12, 989e12, 16 * 132 * 1.98e9, 50 << 20, 132, 90),
+    Gpu("NVIDIA H200", 4.8e12, 66.9e12, 989e12, 16 * 132 * 1.98e9, 50 << 20, 132, 90),
+    Gpu("NVIDIA L40S", 0.864e12, 91.6e12, 362e12, 16 * 142 * 2.52e9, 96 << 20, 142, 89),
+)
+H100 = GPUS[1]
+
+
+def gpu_named(name: str) -> Gpu | None:
+    """The peaks of a device as torch.cuda.get_device_name() calls it, or None for one that the table lacks."""
+    return next((gpu for gpu in GPUS if gpu.name == name), None)
