@@ -76,9 +76,8 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None,
     image = (case.height, case.width, case.channels)
     image_bytes = case.positions * case.channels * case.dtype.itemsize
 
-    # Partial sums, which live from the first chunk to the last.
-    sums = 4 * case.channels * need_bias * math.ceil(case.batch * case.positions / product.block_m)
-    sums += 4 * case.channels**2 * need_weight * splits_of(case, device, case.batch)
+    # Partial sums of dW live from the first chunk to the last; those of db, written once, may leave the chip.
+    sums = 4 * case.channels**2 * need_weight * splits_of(case, device, case.batch)
 
     def alive(images: int) -> int:
         forward = gated_aggregation.forward_launches(case, device, levels, 0, images, need_agg)[2]
@@ -202,10 +201,15 @@ def dweight_launch(case: Case, images: int, splits: int, precision: str) -> Laun
 
 
 def splits_of(case: Case, device: Device, images: int) -> int:
-    """Ranges of rows of dW's sum: as many as fill the device, each of some length."""
+    """Ranges of rows of dW's sum: as many as fill the device, each of some length.
+
+    Their partial sums take a tenth of what stays on chip, or more where half the device would idle.
+    """
     config = weight_product_config(case.channels, case.dtype)
     tiles = math.ceil(case.channels / config.block_m) * math.ceil(case.channels / config.block_n)
-    return max(1, min(device.sm_count // tiles, images * case.positions // (8 * config.block_k)))
+    fitting = device.on_chip_bytes // 10 // (4 * case.channels**2)
+    filling = min(device.sm_count // tiles, max(fitting, math.ceil(device.sm_count / 2 / tiles)))
+    return max(1, min(filling, images * case.positions // (8 * config.block_k)))
 
 
 def operands(case: Case) -> dict[str, torch.dtype]:
