@@ -1,0 +1,124 @@
+"""Registers, local and shared memory of every configuration of the Triton kernels, compiled without a GPU.
+
+    python bench/compile_report.py --arch 80 --arch 90 --arch 100 [--minutes 15]
+
+Takes what configurations.py lists, the small kernels first, two at a time; a row that stands for the same source is
+not compiled again, so the report can be made in several sittings. Rows go to bench/results/without-gpu/compiled.json.
+A kernel spills, or wants more shared memory than there is, or a barrier moved: then it exits with an error.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from multiprocessing import get_context
+from typing import Annotated
+
+import torch
+import typer
+from barriers import moved
+from bytes_moved import NOWHERE
+from compiled import compile_launch, resources
+from configurations import DTYPES, arguments_of, launches
+from environment import versions
+from focalnet.kernels.plan import Launch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rows import key, read, write
+
+console = Console()
+# These take ten seconds and half a minute each: last, so that a short sitting gets far.
+_SLOW = ("gated_aggregation_fwd_kernel", "gated_aggregation_bwd_kernel")
+
+
+def main(
+    arch: Annotated[list[int], typer.Option(help="80, 90, 100.")] = [80, 90, 100],  # noqa: B006
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16; all.")] = None,
+    minutes: Annotated[float, typer.Option(help="Stop starting new ones after so long.")] = 1e9,
+    processes: Annotated[int, typer.Option(help="Compilers at once.")] = 2,
+) -> None:
+    """Compile what is missing, write the rows, and list what does not hold."""
+    dtypes = tuple(getattr(torch, name) for name in dtype) if dtype else DTYPES
+    have = {key(row): row for row in read("compiled", NOWHERE)}
+    wanted = [
+        (head, (one, dtypes, name))
+        for one in arch
+        for name, (launch, types) in shortest_first(launches(one, dtypes))
+        if have.get(key(head := head_of(one, launch, types)), {}).get("source") != source(launch)
+    ]
+    console.print(f"{len(wanted)} to compile")
+    end = time.monotonic() + 60 * minutes
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(compiled, *task, end): head for head, task in wanted}
+        for future in track(as_completed(futures), "compiling", len(futures), console=Console(stderr=True)):
+            if (figures := future.result()) is not None:
+                write([futures[future] | figures | versions()], "compiled", NOWHERE)
+    rows = [row for row in read("compiled", NOWHERE) if row["arch"] in arch]
+    show(rows)
+    if any(row["against"] for row in rows):
+        raise typer.Exit(1)
+
+
+def shortest_first(found: dict[tuple, tuple]) -> list[tuple]:
+    return sorted(found.items(), key=lambda one: _SLOW.index(one[0][0]) if one[0][0] in _SLOW else -1)
+
+
+def head_of(arch: int, launch: Launch, types: dict[str, torch.dtype]) -> dict:
+    constants = ", ".join(f"{name}={value}" for name, value in launch.constexprs.items())
+    dtypes = ", ".join(str(types[v]).removeprefix("torch.") for v in launch.arguments.values() if isinstance(v, str))
+    return {
+        "case": "compiled",
+        "operator": launch.name,
+        "subject": constants,
+        "x": arch,
+        "dtype": dtypes,
+        "series": f"{launch.num_warps} warps, {launch.num_stages} stages",
+    }
+
+
+def source(launch: Launch) -> str:
+    """Changes whenever the kernel, or a function that it calls, does."""
+    return launch.kernel.cache_key[:16]
+
+
+_launches = functools.cache(launches)
+
+
+def compiled(arch: int, dtypes: tuple[torch.dtype, ...], name: tuple, end: float) -> dict | None:
+    """The figures of a row; None when time is up. Runs in a process of the pool, which no kernel can be sent to."""
+    if time.monotonic() > end:
+        return None
+    warnings.simplefilter("ignore")
+    launch, types = _launches(arch, dtypes)[name]
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    made = compile_launch(launch.kernel, arguments_of(launch, types), options, arch)
+    found = resources(made, arch)
+    against = [reason for reason in (found.reason_against(), *moved(made)) if reason]
+    return {**asdict(found), "against": against, "source": source(launch)}
+
+
+def show(rows: list[dict]) -> None:
+    table = Table(title="compiled without a GPU: most of each")
+    for column in ("kernel", "sm"):
+        table.add_column(column, no_wrap=True)
+    for column in ("rows", "regs", "local", "shared", "KB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["kernel"], row["arch"]), []).append(row)
+    for (kernel, arch), of_one in sorted(groups.items()):
+        most = {name: max(row[name] for row in of_one) for name in ("registers", "local", "shared", "code")}
+        code = most.pop("code") // 1024
+        table.add_row(kernel, str(arch), str(len(of_one)), *map(str, most.values()), str(code))
+    console.print(table)
+    for row in rows:
+        for reason in row["against"]:
+            console.print(f"{row['kernel']}, sm_{row['arch']}, {row['subject']}: {reason}", style="red")
+
+
+if __name__ == "__main__":
+    typer.run(main)
