@@ -23,7 +23,6 @@ from unittest.mock import patch
 
 import torch
 import typer
-from environment import commit, versions
 from floors import OPERATORS, Stage, stages, work
 from focalnet.kernels import focal_modulation, gated_aggregation, gated_aggregation_bwd
 from focalnet.kernels.config import level_config
@@ -32,6 +31,8 @@ from rich.console import Console
 from rich.table import Table
 from rows import write
 from traffic import Counter
+
+from focalnet.benchmark.environment import commit, versions
 
 SMALL = (8, 16)  # rows and columns: whole tiles of every product
 SAMPLE = 3  # programs of a launch that cuts planes into bands, whose halos differ at the rim

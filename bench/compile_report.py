@@ -23,12 +23,13 @@ from barriers import moved
 from bytes_moved import NOWHERE
 from compiled import compile_launch, resources
 from configurations import DTYPES, arguments_of, launches
-from environment import versions
 from focalnet.kernels.plan import Launch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from rows import key, read, write
+
+from focalnet.benchmark.environment import versions
 
 console = Console()
 # These take ten seconds and half a minute each: last, so that a short sitting gets far.

@@ -1,6 +1,6 @@
 """The operators on a GPU, stage by stage: time, bytes a second and share of the floor, against the others.
 
-    python bench/kernels.py --variant tiny_lrf --variant base_lrf --batch 128
+    python bench/gpu_kernels.py --variant tiny_lrf --variant base_lrf --batch 128
 
 Compared are the operator with the reference, eager and compiled, and the whole module with transformers' and timm's,
 channels-last and not. Rows go to bench/results/<device>/kernels.json. Without a GPU the floors are printed and nothing
@@ -16,16 +16,16 @@ from typing import Annotated
 
 import torch
 import typer
-from environment import device as device_name
-from environment import facts
 from floors import H100, OPERATORS, Gpu, Stage, gpu_named, stages, work
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rows import write
-from timing import copies_past_cache, measure
 
 import focalnet
+from focalnet.benchmark.environment import device as device_name
+from focalnet.benchmark.environment import facts
+from focalnet.benchmark.timing import copies_past_cache, measure
 
 console = Console()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -129,7 +129,7 @@ def transformers_module(case: Case, wrap: Callable = lambda module: module, chan
 
 
 def timm_module(case: Case, wrap: Callable = lambda module: module, channels_last: bool = True) -> Callable:
-    from runtimes import _stub_torchvision
+    from focalnet.benchmark.runtimes import _stub_torchvision
 
     _stub_torchvision()
     from timm.models.focalnet import FocalModulation
