@@ -17,6 +17,8 @@ from focalnet.problem import Problem
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CAN_RUN = [name for name, reason in focalnet.backends().items() if reason is None]
 backends = sys.modules["focalnet.backends"]
+# Where a backend runs; the reference would on either.
+DEVICE = {"triton": "cuda", "cuda": "cuda", "cpu": "cpu", "reference": "cpu"}
 
 each_backend = pytest.mark.parametrize("backend", CAN_RUN)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -25,7 +27,7 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 def takes(backend, shape, dtype):
     """Whether the backend takes the call; that it says so in words where it does not is tested below."""
-    _, ctx, _, focal_weights, *_ = operands(shape, dtype)
+    _, ctx, _, focal_weights, *_ = operands(shape, dtype, DEVICE[backend])
     problem = Problem.of("focal_modulation", ctx, focal_weights)
     return backends._REGISTRY[backend].reason_against(problem) is None
 
@@ -33,16 +35,18 @@ def takes(backend, shape, dtype):
 def outputs_and_gradients(shape, dtype, backend, exact_of=None):
     """out, then the gradients of all arguments; the values are those that ``dtype`` can hold, in every dtype."""
     *images, focal_weights, weight, bias = operands(shape, exact_of or dtype)
-    leaves = [t.detach().to(dtype).requires_grad_() for t in (*images, *focal_weights, weight)]
+    device = DEVICE[backend]
+    leaves = [t.detach().to(device, dtype).requires_grad_() for t in (*images, *focal_weights, weight)]
     if bias is not None:
-        leaves.append(bias.detach().to(dtype).requires_grad_())
+        leaves.append(bias.detach().to(device, dtype).requires_grad_())
     q, ctx, gates, *rest = leaves
     levels = len(focal_weights)
     out = focalnet.focal_modulation(
         q, ctx, gates, rest[:levels], *rest[levels:], normalize_modulator=shape.normalize, backend=backend
     )
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    return [out, *torch.autograd.grad(out, leaves, dout.to(exact_of or dtype).to(dtype))]
+    gradients = torch.autograd.grad(out, leaves, dout.to(exact_of or dtype).to(device, dtype))
+    return [tensor.cpu() for tensor in (out, *gradients)]
 
 
 def assert_at_most_twice_the_references_error(shape, dtype, backend):
@@ -63,7 +67,7 @@ def assert_at_most_twice_the_references_error(shape, dtype, backend):
 def test_outputs_and_gradients_obey_the_rule(shape, dtype, backend):
     if not takes(backend, shape, dtype):
         with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot run focal_modulation here: .*{dtype}"):
-            focalnet.focal_modulation(*operands(shape, dtype), backend=backend)
+            focalnet.focal_modulation(*operands(shape, dtype, DEVICE[backend]), backend=backend)
         return
     assert_at_most_twice_the_references_error(shape, dtype, backend)
 
@@ -92,7 +96,7 @@ def test_opcheck(backend, requires_grad):
         [t.detach().clone().requires_grad_(requires_grad) for t in a]
         if isinstance(a, list)
         else a.detach().clone().requires_grad_(requires_grad)
-        for a in operands(Shape(channels=16))
+        for a in operands(Shape(channels=16), device=DEVICE[backend])
     )
     torch.library.opcheck(
         torch.ops.focalnet.focal_modulation, (q, ctx, gates, focal_weights, weight, bias, True, backend)
@@ -102,7 +106,7 @@ def test_opcheck(backend, requires_grad):
 
 @each_backend
 def test_inputs_are_left_as_they_were(backend):
-    arguments = operands(Shape(channels=16))
+    arguments = operands(Shape(channels=16), device=DEVICE[backend])
     before = [[t.clone() for t in a] if isinstance(a, list) else a.clone() for a in arguments]
     focalnet.focal_modulation(*arguments, backend=backend)
     for now, then in zip(arguments, before, strict=True):

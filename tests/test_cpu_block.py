@@ -11,10 +11,16 @@ import torch
 from instruction_sets import OPS, isa, require, threads  # noqa: F401
 
 from focalnet import FocalNetConfig
-from focalnet.fused_block import _pack
+from focalnet.fused_block import OURS, pack
 from focalnet.layers import FocalNetLayer
 
 require("cpu_block")
+
+
+@torch.no_grad()
+def packed(layer):
+    """The arguments of cpu_block after its first."""
+    return pack(OURS.parts_of(layer))
 
 
 def make_layer(
@@ -62,7 +68,7 @@ def ulp(exact):
 def check(shape, **options):
     layer, double = make_layer(shape[-1], **options), make_layer(shape[-1], **options, dtype=torch.float64)
     hidden_state = torch.randn(shape)
-    ours = OPS.cpu_block(hidden_state, *_pack(layer))
+    ours = OPS.cpu_block(hidden_state, *packed(layer))
     assert ours.shape == hidden_state.shape
     assert ours.is_contiguous()
     if hidden_state.numel():
@@ -120,7 +126,7 @@ def test_large_map(isa):
 )
 def test_bits_do_not_depend_on_threads(isa, shape, options):
     """Nor on the way chosen, by tokens or by columns, or on the images beside: the numbers of threads change both."""
-    arguments = _pack(make_layer(shape[-1], **options))
+    arguments = packed(make_layer(shape[-1], **options))
     hidden_state = torch.randn(shape)
     expected = OPS.cpu_block(hidden_state, *arguments)
     for n in (1, 2, 4):
@@ -130,13 +136,13 @@ def test_bits_do_not_depend_on_threads(isa, shape, options):
 
 
 def test_strided_input_gives_the_same_bits():
-    arguments = _pack(make_layer(24))
+    arguments = packed(make_layer(24))
     hidden_state = torch.randn(2, 24, 6, 5).permute(0, 2, 3, 1)
     assert torch.equal(OPS.cpu_block(hidden_state, *arguments), OPS.cpu_block(hidden_state.contiguous(), *arguments))
 
 
 def test_the_input_is_left_alone():
-    arguments = _pack(make_layer(24, post=True))
+    arguments = packed(make_layer(24, post=True))
     hidden_state = torch.randn(2, 6, 5, 24)
     before = hidden_state.clone()
     OPS.cpu_block(hidden_state, *arguments)
@@ -222,7 +228,7 @@ NAMES += [
     ],
 )
 def test_bad_arguments_are_named(name, change, message):
-    arguments = [torch.randn(2, 6, 5, 24), *_pack(make_layer(24, post=True))]
+    arguments = [torch.randn(2, 6, 5, 24), *packed(make_layer(24, post=True))]
     at = NAMES.index(name)
     arguments[at] = change(arguments[at])
     with pytest.raises(RuntimeError, match=message):
