@@ -9,6 +9,7 @@ is measured; ``--device cpu`` tries the script itself on a small batch, and writ
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from rows import write
 import focalnet
 from focalnet.benchmark.environment import device as device_name
 from focalnet.benchmark.environment import facts
+from focalnet.benchmark.operators import able_backends
 from focalnet.benchmark.timing import copies_past_cache, measure
 
 console = Console()
@@ -89,8 +91,9 @@ def backward_of(out: torch.Tensor, inputs: list[torch.Tensor]) -> Callable[[], o
     return lambda: torch.autograd.grad(out, inputs, dout, retain_graph=True)
 
 
-def ours(case: Case) -> Callable[[], object]:
-    return operator_call(case, getattr(focalnet, case.operator.removesuffix("_bwd")))
+def ours(case: Case, backend: str) -> Callable[[], object]:
+    function = getattr(focalnet, case.operator.removesuffix("_bwd"))
+    return operator_call(case, functools.partial(function, backend=backend))
 
 
 def reference(case: Case) -> Callable[[], object]:
@@ -150,7 +153,7 @@ class _Permuted(torch.nn.Module):
         return self.module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-OF_OPERATORS = {"focalnet": ours, "reference": reference, "reference, torch.compile": compiled_reference}
+OF_OPERATORS = {"reference": reference, "reference, torch.compile": compiled_reference}
 OF_MODULES = {
     "focalnet": our_module,
     "transformers": transformers_module,
@@ -160,6 +163,14 @@ OF_MODULES = {
     "timm": lambda case: timm_module(case, channels_last=False),
     "timm, torch.compile": lambda case: timm_module(case, torch.compile),
 }
+
+
+def implementations(case: Case) -> dict[str, Callable[[Case], Callable[[], object]]]:
+    """Ours by every backend that runs on the device, then what it is compared with."""
+    if case.operator not in OPERATORS:
+        return OF_MODULES
+    mine = [name for name in able_backends(case.device) if name != "reference"]
+    return {f"focalnet, {name}": functools.partial(ours, backend=name) for name in mine} | OF_OPERATORS
 
 
 def cases(names: list[str], batch: int, dtypes: list[str], device: str) -> Iterator[Case]:
@@ -177,7 +188,7 @@ def measured(case: Case, rounds: int) -> list[dict]:
     # Else a second shape would be compiled for any shape, slower than for its own.
     torch.compiler.reset()
     calls, failed = {}, {}
-    for name, make in (OF_OPERATORS if case.operator in OPERATORS else OF_MODULES).items():
+    for name, make in implementations(case).items():
         try:
             calls[name] = rotating(case, make)
             calls[name](0)

@@ -32,7 +32,7 @@ STANDARD = (
     ("tiny_lrf", 640, 1, 20),
     ("base_lrf", 224, 1, 30),
     ("base_lrf", 224, 8, 9),
-    ("large_lrf_fl3", 384, 1, 9),
+    ("large_fl3", 384, 1, 9),
 )
 STANDARD_RUNTIMES = ["focalnet", "transformers", "transformers, compile", "onnxruntime", "openvino"]
 

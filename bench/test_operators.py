@@ -13,7 +13,7 @@ from focalnet.benchmark.runtimes import Case
 CASE = Case("tiny_lrf", 224, 8, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("backend", operators.able_backends(CASE))
+@pytest.mark.parametrize("backend", operators.able_backends(CASE.device))
 @pytest.mark.parametrize("direction", operators.DIRECTIONS)
 @pytest.mark.parametrize("stage", operators.stages(CASE), ids=lambda stage: stage.name.replace(" ", ""))
 def test_focal_modulation(benchmark, stage, direction, backend):

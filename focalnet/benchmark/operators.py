@@ -41,9 +41,9 @@ def stages(case: Case) -> list[Stage]:
     return found
 
 
-def able_backends(case: Case) -> list[str]:
-    """The backends that run on the device of ``case``."""
-    wanted = ("cpu", "reference") if case.device == "cpu" else ("triton", "cuda", "reference")
+def able_backends(device: str) -> list[str]:
+    """The backends that run on a device, "cpu" or "cuda"; the reference last."""
+    wanted = ("cpu", "reference") if device == "cpu" else ("triton", "cuda", "reference")
     return [name for name in wanted if backends()[name] is None]
 
 
@@ -51,7 +51,7 @@ def compare(case: Case, rounds: int, on_step: Callable[[], object] = lambda: Non
     """A row for each stage, direction and backend; ``on_step`` is called for each round of each of them."""
     for stage in stages(case):
         for direction, make in DIRECTIONS.items():
-            calls = {name: make(stage, case, name) for name in able_backends(case)}
+            calls = {name: make(stage, case, name) for name in able_backends(case.device)}
             for name, timing in measure(calls, case.device, rounds, on_step).items():
                 yield {
                     "case": direction,
@@ -68,7 +68,7 @@ def compare(case: Case, rounds: int, on_step: Callable[[], object] = lambda: Non
 
 def steps(case: Case, rounds: int) -> int:
     """How often `compare` calls ``on_step``."""
-    return len(stages(case)) * len(DIRECTIONS) * len(able_backends(case)) * rounds
+    return len(stages(case)) * len(DIRECTIONS) * len(able_backends(case.device)) * rounds
 
 
 def _operands(stage: Stage, case: Case) -> tuple:
