@@ -50,7 +50,8 @@ def sdist(tmp_path_factory):
 def unpacked(sdist, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
+        # Early patch releases of Python 3.10 and 3.11 have no filters.
+        archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (source,) = folder.iterdir()
     return source
 
