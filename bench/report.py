@@ -94,13 +94,16 @@ def ratios() -> str:
     cases = sorted({(row["variant"], row["size"], row["batch"]) for row in measured}, key=_order)
     present = [name for name in NAMES if name != OURS and any(row["runtime"] == name for row in measured)]
     head = ["variant", "image", "batch", "focalnet, ms", "of FMA peak", *[NAMES[name] for name in present]]
+    # The best of all runs is the machine's: a run in a noisy moment measures less.
+    peak = max((row["fma_peak"] for row in measured), default=0.0)
     lines = []
     for variant, size, batch in cases:
         of_case = [row for row in measured if (row["variant"], row["size"], row["batch"]) == (variant, size, batch)]
         ours = _find(of_case, runtime=OURS)
         found = [_find(of_case, runtime=name) for name in present]
+        share = f"{ours['flops'] / ours['median_s'] / peak:.0%}"
         lines.append(
-            [variant, str(size), str(batch), f"{ours['median_s'] * 1e3:.0f}", f"{ours['share_of_fma_peak']:.0%}"]
+            [variant, str(size), str(batch), f"{ours['median_s'] * 1e3:.0f}", share]
             + [f"{row['median_s'] / ours['median_s']:.2f}" if row else "" for row in found]
         )
     return _markdown(head, lines) if lines else "Not measured yet."

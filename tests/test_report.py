@@ -27,8 +27,8 @@ def measured(tmp_path, monkeypatch):
     def row(runtime, batch, seconds):
         return {
             "case": "inference", "variant": "tiny_lrf", "size": 224, "batch": batch, "dtype": "float32",
-            "runtime": runtime, "median_s": seconds, "fastest_s": seconds / 2, "share_of_fma_peak": 0.5,
-            "peak_memory_bytes": 5e8,
+            "runtime": runtime, "median_s": seconds, "fastest_s": seconds / 2, "flops": seconds * 5e10,
+            "peak_memory_bytes": 5e8, "fma_peak": 1e11,
         }  # fmt: skip
 
     rows.write([row("focalnet", 1, 0.1), row("timm", 1, 0.25), row("focalnet", 8, 0.5)], "models", report.CPU)
