@@ -11,10 +11,9 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .plain import is_changed, is_hooked
+from .plain import is_changed, is_exact_gelu, is_hooked
 
 
 @dataclass(frozen=True)
@@ -138,12 +137,6 @@ class BlockNames:
 
 
 _MLP_PARTS = {"fc1", "activation", "act", "drop", "drop1", "norm", "fc2", "drop2"}
-
-
-def is_exact_gelu(module: nn.Module) -> bool:
-    if type(module).__name__ == "GELUActivation":  # transformers' own, which may or may not be exact
-        return module.act is F.gelu
-    return type(module) is nn.GELU and module.approximate == "none"
 
 
 def _scale(scale: object) -> Tensor | None:

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import GELUActivation
 
 from . import normed_linear as _normed_linear  # noqa: F401  (registers the operators)
 from . import normed_mlp as _normed_mlp  # noqa: F401
 from .backends import requested
-from .plain import all_are_watched, is_changed, is_plain
+from .plain import all_are_watched, is_changed, is_exact_gelu, is_plain
 
 
 def normed_linear(norm: nn.Module, linear: nn.Module, hidden_state: Tensor) -> Tensor:
@@ -37,7 +36,7 @@ def normed_mlp(norm: nn.Module | None, mlp: nn.Module, hidden_state: Tensor) -> 
         return None
     if not (is_plain(mlp.fc1, nn.Linear) and is_plain(mlp.fc2, nn.Linear)) or is_changed(mlp.activation):
         return None
-    if not _is_exact_gelu(mlp.activation) or type(mlp.drop) is not nn.Dropout or is_changed(mlp.drop):
+    if not is_exact_gelu(mlp.activation) or type(mlp.drop) is not nn.Dropout or is_changed(mlp.drop):
         return None
     operands = None
     if mlp.drop.p == 0.0 or not mlp.drop.training:
@@ -51,12 +50,6 @@ def normed_mlp(norm: nn.Module | None, mlp: nn.Module, hidden_state: Tensor) -> 
 
 def _is_norm(norm: nn.Module, hidden_state: Tensor) -> bool:
     return is_plain(norm, nn.LayerNorm) and tuple(norm.normalized_shape) == (hidden_state.shape[-1],)
-
-
-def _is_exact_gelu(activation: nn.Module) -> bool:
-    if type(activation) is GELUActivation:
-        return activation.act is nn.functional.gelu
-    return type(activation) is nn.GELU and activation.approximate == "none"
 
 
 def _operands(

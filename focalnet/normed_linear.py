@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .gradients import pack, unpack
+
 _TENSORS = "Tensor hidden_state, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight, Tensor? bias"
 _PT2 = (torch.Tag.pt2_compliant_tag,)
 torch.library.define("focalnet::normed_linear", f"({_TENSORS}) -> Tensor", tags=_PT2)
@@ -44,15 +46,6 @@ def composed_gradients(
     wanted = [alias for alias in aliases if alias is not None and alias.requires_grad]
     gradients = iter(torch.autograd.grad(function(*aliases), wanted, dout, create_graph=True))
     return [next(gradients) if alias is not None and alias.requires_grad else None for alias in aliases]
-
-
-def pack(gradients: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
-    """A schema has no list of optional tensors: what was not asked for travels as an empty one."""
-    return [like.new_empty(0) if gradient is None else gradient for gradient in gradients]
-
-
-def unpack(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    return [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
 
 
 @torch.library.impl("focalnet::normed_linear", "CompositeExplicitAutograd")

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import extension
-from .normed_linear import composed_gradients, pack, unpack
+from .gradients import pack, unpack
+from .normed_linear import composed_gradients
 
 _TENSORS = (
     "Tensor hidden_state, Tensor? norm_weight, Tensor? norm_bias, float? eps, "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import reference
 from .backends import choose, requested
+from .gradients import pack, unpack
 from .problem import Problem
 
 _TENSORS = "Tensor ctx, Tensor gates, Tensor[] focal_weights"
@@ -73,7 +74,7 @@ def _gated_aggregation_bwd(
     backend: str | None,
 ) -> list[Tensor]:
     run = choose(Problem.of("gated_aggregation_bwd", ctx, focal_weights), backend)
-    return _pack(run(dagg, ctx, gates, focal_weights, normalize_modulator, output_mask), ctx)
+    return pack(run(dagg, ctx, gates, focal_weights, normalize_modulator, output_mask), ctx)
 
 
 @torch.library.impl("focalnet::focal_modulation_bwd", "CompositeExplicitAutograd")
@@ -90,16 +91,7 @@ def _focal_modulation_bwd(
     backend: str | None,
 ) -> list[Tensor]:
     run = choose(Problem.of("focal_modulation_bwd", ctx, focal_weights), backend)
-    return _pack(run(dout, q, ctx, gates, focal_weights, weight, bias, normalize_modulator, output_mask), ctx)
-
-
-def _pack(gradients: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
-    """A schema has no list of optional tensors: what was not asked for travels as an empty one."""
-    return [like.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients]
-
-
-def _unpack(gradients: list[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    return [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
+    return pack(run(dout, q, ctx, gates, focal_weights, weight, bias, normalize_modulator, output_mask), ctx)
 
 
 # ---- shapes without data --------------------------------------------------------------------------------------------
@@ -186,7 +178,7 @@ def _gated_aggregation_autograd(ctx: object, dagg: Tensor) -> tuple:
     gradients = torch.ops.focalnet.gated_aggregation_bwd(
         dagg, context, gates, focal_weights, ctx.normalize_modulator, mask, ctx.backend
     )
-    dctx, dgates, *dfocal_weights = _unpack(gradients, [need_ctx, need_gates, *need_focal])
+    dctx, dgates, *dfocal_weights = unpack(gradients, [need_ctx, need_gates, *need_focal])
     return dctx, dgates, dfocal_weights, None, None
 
 
@@ -211,7 +203,7 @@ def _focal_modulation_autograd(ctx: object, dout: Tensor) -> tuple:
         [*needs, any(need_focal)],
         ctx.backend,
     )
-    dq, dctx, dgates, dweight, dbias, *dfocal_weights = _unpack(gradients, [*needs, *need_focal])
+    dq, dctx, dgates, dweight, dbias, *dfocal_weights = unpack(gradients, [*needs, *need_focal])
     return dq, dctx, dgates, dfocal_weights, dweight, dbias, None, None
 
 

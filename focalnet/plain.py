@@ -33,3 +33,10 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     if type(module) is not kind or is_changed(module):
         return False
     return all(p is None or type(p) in (nn.Parameter, Tensor) for p in module._parameters.values())
+
+
+def is_exact_gelu(module: nn.Module) -> bool:
+    """Whether ``module`` is the GELU by erf: torch's, or transformers', whose class may stand for another one."""
+    if type(module).__name__ == "GELUActivation":
+        return module.act is nn.functional.gelu
+    return type(module) is nn.GELU and module.approximate == "none"

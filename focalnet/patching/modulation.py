@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..backends import requested
-from ..block_parts import is_exact_gelu
 from ..functional import focal_modulation, gated_aggregation
-from ..plain import is_changed
+from ..plain import is_changed, is_exact_gelu
 
 
 @dataclass(frozen=True)
