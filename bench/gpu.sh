@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command: build, tests on the device, measurements, a short table last.
 #
-#     bench/gpu.sh            under ten minutes
-#     bench/gpu.sh --quick    under four
+#     bench/gpu.sh            meant for ten minutes; not run on a GPU yet
+#     bench/gpu.sh --quick    meant for four
 #
 # Needs torch >= 2.10 with CUDA, triton, nvcc, transformers, pytest and ninja in the environment, and no network; timm is
 # measured where it is installed. A part that fails or runs out of its time is reported, and the next one runs. The rows
