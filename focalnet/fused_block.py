@@ -44,37 +44,34 @@ def compute(parts: BlockParts, hidden_state: Tensor) -> Tensor:
 
 
 def pack(parts: BlockParts) -> tuple:
-    """The arguments of the operator after ``hidden_state``.
+    """The arguments of the operator after ``hidden_state``: parameters as they are, no copies of what is large.
 
-    The affine part of a LayerNorm that stands before a linear layer is folded into it, and so is a layer scale that
-    stands behind one; behind the branch, norm and layer scale become one affine norm.
+    A layer scale is a factor of the weights it stands behind; behind the branch, norm and layer scale are one norm.
     """
 
-    def linear(layer: nn.Module, norm: nn.LayerNorm | None = None, gamma: Tensor | None = None) -> Tensor:
-        scale, shift = (None, None) if norm is None else (norm.weight, norm.bias)
-        return torch.ops.focalnet.cpu_pack_linear(layer.weight.flatten(1), layer.bias, scale, shift, gamma)
+    def linear(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+        return layer.weight.flatten(1).contiguous(), layer.bias
 
-    def affine(norm: nn.LayerNorm, gamma: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        if not parts.post_norm:
-            return None, None
-        return (norm.weight, norm.bias) if gamma is None else (gamma * norm.weight, gamma * norm.bias)
+    def affine(norm: nn.LayerNorm, gamma: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
+        weight = torch.ones(norm.normalized_shape) if norm.weight is None else norm.weight
+        bias = torch.zeros_like(weight) if norm.bias is None else norm.bias
+        return (weight, bias, norm.eps) if gamma is None else (gamma * weight, gamma * bias, norm.eps)
 
-    before = (None, None) if parts.post_norm else (parts.norm1, parts.norm2)
-    behind = (None, None) if parts.post_norm else (parts.gamma_1, parts.gamma_2)
+    gammas = (parts.gamma_1, parts.gamma_2)
+    behind_norm, behind_layer = (gammas, (None, None)) if parts.post_norm else ((None, None), gammas)
     focal_weights = [conv.weight for conv in parts.focal_convs]
-    inner = parts.layernorm
     return (
-        linear(parts.projection_in, before[0]),
+        *linear(parts.projection_in),
         torch.ops.focalnet.cpu_pack_focal(focal_weights),
         [size for weight in focal_weights for size in weight.shape[2:]],
-        linear(parts.projection_context),
-        linear(parts.projection_out, inner, behind[0]),
-        linear(parts.fc1, before[1]),
-        linear(parts.fc2, None, behind[1]),
-        *affine(parts.norm1, parts.gamma_1),
-        *affine(parts.norm2, parts.gamma_2),
-        parts.norm1.eps,
-        parts.norm2.eps,
-        None if inner is None else inner.eps,
+        *linear(parts.projection_context),
+        *linear(parts.projection_out),
+        *linear(parts.fc1),
+        *linear(parts.fc2),
+        *affine(parts.norm1, behind_norm[0]),
+        *affine(parts.norm2, behind_norm[1]),
+        *((None, None, None) if parts.layernorm is None else affine(parts.layernorm)),
+        *behind_layer,
+        parts.post_norm,
         parts.normalize_modulator,
     )

@@ -149,18 +149,16 @@ def test_the_input_is_left_alone():
     assert torch.equal(hidden_state, before)
 
 
-def test_pack_linear():
-    weight, bias = torch.randn(21, 5), torch.randn(21)
-    columns, shift, rows = torch.randn(5), torch.randn(5), torch.randn(21)
-    packed = OPS.cpu_pack_linear(weight, bias, columns, shift, rows)
-    assert packed.shape == (2, 6, 16)
+@pytest.mark.parametrize("n, k", [(21, 5), (16, 8), (35, 18), (1, 1)])
+def test_pack_linear(isa, n, k):
+    """Panels of 16 outputs, [k][output] behind a row of the bias, zero beyond the last output."""
+    weight, bias = torch.randn(n, k), torch.randn(n)
+    packed = OPS.cpu_pack_linear(weight, bias)
+    assert packed.shape == (-(-n // 16), 1 + k, 16)
     flat = packed.permute(1, 0, 2).flatten(1)
-    assert not flat[:, 21:].any()
-    torch.testing.assert_close(flat[1:, :21].T, rows[:, None] * weight * columns)
-    torch.testing.assert_close(flat[0, :21], rows * (bias + weight @ shift))
-    plain = OPS.cpu_pack_linear(weight, None, None, None, None).permute(1, 0, 2).flatten(1)
-    assert torch.equal(plain[1:, :21].T, weight)
-    assert not plain[0].any()
+    assert torch.equal(flat[:, :n], torch.cat([bias[None], weight.T]))
+    assert not flat[:, n:].any()
+    assert not OPS.cpu_pack_linear(weight, None)[:, 0].any()
 
 
 def test_pack_focal(isa):
@@ -188,25 +186,14 @@ def test_bad_arguments_of_packing_focal_weights_are_named(weights, message):
         OPS.cpu_pack_focal(weights)
 
 
-NAMES = ["hidden_state", "projection_in", "focal_weights", "focal_sizes", "projection_context", "projection_out"]
-NAMES += [
-    "fc1",
-    "fc2",
-    "norm1_weight",
-    "norm1_bias",
-    "norm2_weight",
-    "norm2_bias",
-    "norm1_eps",
-    "norm2_eps",
-    "modulation_eps",
-]
+NAMES = [argument.name for argument in OPS.cpu_block.default._schema.arguments]
 
 
 @pytest.mark.parametrize(
     "name, change, message",
     [
         ("hidden_state", lambda t: t[0], r"hidden_state has shape \(6, 5, 24\); expected \(B, H, W, C\)"),
-        ("hidden_state", lambda t: t[..., :20], r"projection_in .* has shape \(4, 25, 16\); expected \(3, 21, 16\)"),
+        ("hidden_state", lambda t: t[..., :20], r"projection_in has shape \(52, 24\); expected \(44, 20\)"),
         ("hidden_state", lambda t: t[:, :0], "hidden_state has shape"),
         ("hidden_state", lambda t: t.double(), "hidden_state has dtype"),
         ("focal_weights", lambda t: t[1:], r"focal_weights \(packed by cpu_pack_focal\) has shape"),
@@ -216,19 +203,23 @@ NAMES += [
         ("focal_sizes", lambda t: t[:4], r"focal_weights \(packed by cpu_pack_focal\) has shape"),
         ("focal_sizes", lambda t: [3, 3, 5, 4, 7, 9], "focal_sizes has 5 x 4; expected odd"),
         ("focal_sizes", lambda t: [3, 3, 5, 5, -7, -7], "focal_sizes has -7 x -7; expected odd"),
-        ("projection_in", lambda t: t[:2], "projection_in .* has shape"),
-        ("projection_context", lambda t: t[:, 1:], "projection_context .* has shape"),
-        ("projection_out", lambda t: t.bfloat16(), "projection_out .* has dtype"),
-        ("fc1", lambda t: t[1:], "fc1 .* has shape"),
-        ("fc2", lambda t: t[:, :, 0], "fc2 .* has shape"),
-        ("fc2", lambda t: t[:, :17], "fc1 .* has shape"),
-        ("norm1_weight", lambda t: None, "norm1_weight and norm1_bias: expected all four"),
-        ("norm2_bias", lambda t: None, "norm2_weight and norm2_bias: expected all four"),
+        ("projection_in", lambda t: t[:2], "projection_in has shape"),
+        ("projection_context", lambda t: t[:, 1:], "projection_context has shape"),
+        ("projection_out", lambda t: t.bfloat16(), "projection_out has dtype"),
+        ("projection_context_bias", lambda t: t[1:], "projection_context_bias has shape"),
+        ("fc1", lambda t: t[0], r"fc1 has shape \(24,\); expected \(hidden units, 24\)"),
+        ("fc1", lambda t: t[:, 1:], "fc1 has shape"),
+        ("fc1", lambda t: t[:17], "fc1_bias has shape"),
+        ("fc2", lambda t: t[:, :17], "fc2 has shape"),
+        ("norm1_bias", lambda t: t[1:], "norm1_bias has shape"),
         ("norm2_weight", lambda t: t[:3], "norm2_weight has shape"),
+        ("modulation_norm_bias", lambda t: None, "modulation_norm_weight, .* expected all three"),
+        ("modulation_norm_weight", lambda t: t[:3], "modulation_norm_weight has shape"),
+        ("scale_2", lambda t: t[:3], "scale_2 has shape"),
     ],
 )
 def test_bad_arguments_are_named(name, change, message):
-    arguments = [torch.randn(2, 6, 5, 24), *packed(make_layer(24, post=True))]
+    arguments = [torch.randn(2, 6, 5, 24), *packed(make_layer(24, inner=True, scale=True))]
     at = NAMES.index(name)
     arguments[at] = change(arguments[at])
     with pytest.raises(RuntimeError, match=message):
@@ -241,19 +232,10 @@ def test_bad_arguments_are_named(name, change, message):
         ({"weight": torch.zeros(3)}, "weight has shape"),
         ({"weight": torch.zeros(4, 3).double()}, "weight has dtype"),
         ({"bias": torch.zeros(3)}, "bias has shape"),
-        ({"column_scale": torch.zeros(4)}, "column_scale has shape"),
-        ({"column_shift": torch.zeros(4)}, "column_shift has shape"),
-        ({"row_scale": torch.zeros(3)}, "row_scale has shape"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
 def test_bad_arguments_of_packing_are_named(change, message):
-    arguments = {
-        "weight": torch.zeros(4, 3),
-        "bias": None,
-        "column_scale": None,
-        "column_shift": None,
-        "row_scale": None,
-    }
+    arguments = {"weight": torch.zeros(4, 3), "bias": None}
     with pytest.raises(RuntimeError, match=message):
         OPS.cpu_pack_linear(*(arguments | change).values())

@@ -19,6 +19,9 @@
 // channels), the same steps run over all tokens, one after the other, each product split by columns: every thread then
 // streams its part of the weights once, and tokens pass through L3 instead.
 //
+// Weights are read where the module has them, and no packed copy outlives a call: by columns, a thread packs the slice
+// it is about to use; by blocks, which all read every weight, all are packed before, one layer's worth of memory.
+//
 // Both ways, and any cut into groups and blocks, give the same bits: an element of a product is summed in blocks of k
 // that depend on K alone (gemm.inc), and chunks of hidden units are whole blocks of k.
 
@@ -39,6 +42,7 @@ namespace {
 
 constexpr int64_t kScratchBytes = 352 * 1024;     // of a thread, in a 512 KB L2 beside weights and streams
 constexpr int64_t kGroupBytes = 8 * 1024 * 1024;  // of projection and agg, for each thread: its share of the L3
+constexpr int64_t kWideRows = 96;                 // of a block of tokens at most, where weights outweigh tokens
 constexpr int64_t kMostTogether = 512;            // tokens; beyond, what passes through L3 outweighs the weights
 
 // Tokens whose x, y and chunk of hidden units fit into a thread's scratch.
@@ -46,9 +50,15 @@ int64_t rows_in_scratch(const Block& b) {
     return kScratchBytes / 4 / (2 * pitch_of(b.C) + pitch_of(k_block(b.fc2.K)));
 }
 
-bool is_wide(const Block& b) { return rows_in_scratch(b) < kLeastRows; }
+bool is_wide(const Block& b) { return rows_in_scratch(b) < kWideRows; }
 
-thread_local Memory shared_memory, own_memory;
+// Whether all threads share the products of a group of so many tokens, instead of each taking blocks of tokens.
+bool by_columns(const Block& b, int64_t tokens) {
+    const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+    return tokens < kLeastRows * threads || (is_wide(b) && tokens <= kMostTogether);
+}
+
+thread_local Memory shared_memory, own_memory, packed_memory;
 
 // Where a block of tokens keeps what is between the steps.
 struct Scratch {
@@ -75,26 +85,22 @@ class Group {
           hidden_state_(block.hidden_state + first_image * block.H * block.W * block.C),
           result_(block.result + first_image * block.H * block.W * block.C) {}
 
-    void run() {
+    void run_by_columns() {
+        const int64_t hidden_pitch = pitch_of(b_.fc2.K);
+        float* x = allocate(tokens_ * (2 * pitch_ + hidden_pitch));
+        const Scratch scratch{x,      x + tokens_ * pitch_, x + 2 * tokens_ * pitch_,
+                              pitch_, hidden_pitch,         round_up(b_.fc2.K, kPanel)};
+        const Together together{kernels_};
+        project(together, 0, tokens_, scratch.y);
+        aggregate();
+        modulate(together, 0, tokens_, scratch);
+    }
+
+    void run_by_blocks() {
         const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
         const int64_t chunk = k_block(b_.fc2.K), hidden_pitch = pitch_of(chunk);
         const int64_t floats = 2 * pitch_ + hidden_pitch;
-        const bool few = tokens_ < kLeastRows * threads || (is_wide(b_) && tokens_ <= kMostTogether);
-        const int64_t whole_pitch = pitch_of(b_.fc2.K);
-        float* memory = shared_memory.get(tokens_ * (projection_pitch_ + pitch_) +
-                                          (few ? tokens_ * (2 * pitch_ + whole_pitch) : 0));
-        projection_ = memory;
-        agg_ = projection_ + tokens_ * projection_pitch_;
-        if (few) {
-            const Together together{kernels_};
-            float* x = agg_ + tokens_ * pitch_;
-            const Scratch scratch{x,      x + tokens_ * pitch_, x + 2 * tokens_ * pitch_,
-                                  pitch_, whole_pitch,          round_up(b_.fc2.K, kPanel)};
-            project(together, 0, tokens_, scratch.y);
-            aggregate();
-            modulate(together, 0, tokens_, scratch);
-            return;
-        }
+        allocate(0);
         // As many blocks for one thread as for another.
         const int64_t blocks =
             std::min(tokens_, round_up(ceil_div(tokens_, std::max(kLeastRows, rows_in_scratch(b_))), threads));
@@ -116,11 +122,18 @@ class Group {
     }
 
   private:
+    // For projection, agg and as many floats more, which it returns.
+    float* allocate(int64_t more) {
+        projection_ = shared_memory.get(tokens_ * (projection_pitch_ + pitch_) + more);
+        agg_ = projection_ + tokens_ * projection_pitch_;
+        return agg_ + tokens_ * pitch_;
+    }
+
     Rows hidden_state(int64_t row) const { return {hidden_state_ + row * b_.C, b_.C}; }
 
     static GemmTask product(const Linear& w, Rows a, int64_t rows, float* c, int64_t c_pitch) {
-        return {a.data, a.pitch, rows,  w.packed,        w.K,     0, w.K, k_block(w.K), 0, round_up(w.N, kPanel),
-                c,      c_pitch, false, After::kNothing, nullptr, 0};
+        return {a.data, a.pitch,         rows,    w, 0, w.K, k_block(w.K), 0, round_up(w.N, kPanel), c, c_pitch,
+                false,  After::kNothing, nullptr, 0};
     }
 
     RowsTask rows_task(Rows in, int64_t rows, Rows residual, float* out, int64_t out_pitch) const {
@@ -172,8 +185,7 @@ class Group {
         context.factor_pitch = projection_pitch_;
         by.gemm(context);
         const Rows x{s.x, pitch_}, y{s.y, pitch_};
-        if (b_.norm_in_modulation)
-            by.rows(normed(rows_task(y, rows, {}, s.y, pitch_), {nullptr, nullptr, b_.modulation_eps}));
+        if (b_.norm_in_modulation) by.rows(normed(rows_task(y, rows, {}, s.y, pitch_), b_.modulation_norm));
         by.gemm(product(b_.projection_out, y, rows, s.x, pitch_));
         const RowsTask branch = rows_task(x, rows, hidden_state(row), s.x, pitch_);
         by.rows(b_.post_norm ? normed(branch, b_.norm1) : branch);
@@ -210,6 +222,19 @@ class Group {
     float *projection_ = nullptr, *agg_ = nullptr;
 };
 
+Block packed(const Block& block) {
+    Block b = block;
+    Linear* const layers[] = {&b.projection_in, &b.projection_context, &b.projection_out, &b.fc1, &b.fc2};
+    int64_t floats = 0;
+    for (const Linear* layer : layers) floats += packed_floats(*layer);
+    float* memory = packed_memory.get(floats);
+    for (Linear* layer : layers) {
+        pack(current_kernels(), *layer, memory);
+        memory += packed_floats(*layer);
+    }
+    return b;
+}
+
 }  // namespace
 
 void block(const Block& block) {
@@ -219,10 +244,15 @@ void block(const Block& block) {
     int64_t most = threads * kGroupBytes / bytes;
     if (is_wide(block)) most = std::min(most, kMostTogether / tokens);
     const int64_t groups = ceil_div(block.B, std::max<int64_t>(1, most));
-    for (int64_t i = 0; i < groups; ++i) {
-        const int64_t first = i * block.B / groups, last = (i + 1) * block.B / groups;
-        Group(block, first, last - first).run();
-    }
+    if (groups == 0) return;
+    const auto each = [&](const Block& b, auto run) {
+        for (int64_t i = 0; i < groups; ++i) {
+            const int64_t first = i * b.B / groups, last = (i + 1) * b.B / groups;
+            (Group(b, first, last - first).*run)();
+        }
+    };
+    by_columns(block, block.B / groups * tokens) ? each(block, &Group::run_by_columns)
+                                                 : each(packed(block), &Group::run_by_blocks);
 }
 
 }  // namespace focalnet::cpu

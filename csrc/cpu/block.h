@@ -10,6 +10,19 @@ namespace focalnet::cpu {
 // packed weights outlive a change of it.
 constexpr int64_t kPanel = 16;
 
+constexpr int64_t kDepth = 256;  // k of a panel's slice at most: 16 KB of L1, beside the rows of a tile
+
+// A linear layer, K -> N: weights and bias as a module has them, or packed.
+struct Linear {
+    const float* weight;  // (N, K)
+    const float* bias;    // (N), or null
+    const float* scale;   // (N), of weights and bias, or null
+    // [panels][1 + K][kPanel], the bias first, zero beyond the last column; the three above are not read then. Null:
+    // every product packs slice by slice what it reads.
+    const float* packed;
+    int64_t K, N;
+};
+
 // What happens to a tile of the product while it is in L1.
 enum class After : int { kNothing, kGelu, kMultiply };
 
@@ -19,8 +32,8 @@ enum class After : int { kNothing, kGelu, kMultiply };
 struct GemmTask {
     const float* a;
     int64_t a_pitch, rows;
-    const float* packed;  // [panels][1 + K][kPanel], the bias first, zero beyond the last column
-    int64_t K, k_begin, k_end, k_block;
+    Linear w;
+    int64_t k_begin, k_end, k_block;   // k_block: at most kDepth
     int64_t column_begin, column_end;  // multiples of kPanel
     float* c;
     int64_t c_pitch;
@@ -45,16 +58,9 @@ struct RowsTask {
     const float *weight, *bias;  // of the norm, or null
 };
 
-// LayerNorm's parameters; null where they are folded into the weights of the next product.
 struct Norm {
     const float *weight, *bias;
     float eps;
-};
-
-// Packed weights of a linear layer, K -> N.
-struct Linear {
-    const float* packed;
-    int64_t K, N;
 };
 
 struct FocalWeight;
@@ -70,7 +76,7 @@ struct Block {
     bool post_norm;  // norm1 and norm2 behind their branch, not before it
     Norm norm1, norm2;
     bool norm_in_modulation;
-    float modulation_eps;
+    Norm modulation_norm;
 };
 
 void block(const Block& block);

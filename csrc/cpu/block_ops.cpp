@@ -14,19 +14,27 @@
 #include "gated_aggregation.h"
 #include "isa.h"
 #include "memory.h"
+#include "product.h"
 
 namespace focalnet::cpu {
 namespace {
 
-Norm norm(Kept& kept, const std::string& name, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-          double eps, bool post_norm, int64_t C) {
-    STD_TORCH_CHECK(weight.has_value() == post_norm && bias.has_value() == post_norm, name, "_weight and ", name,
-                    "_bias: expected all four of norm1's and norm2's (norms behind their branch) or none (norms "
-                    "before it, folded into the next weights), got some");
-    if (!post_norm) return {nullptr, nullptr, static_cast<float>(eps)};
-    check_shape(name + "_weight", *weight, {C});
-    check_shape(name + "_bias", *bias, {C});
-    return {kept(*weight), kept(*bias), static_cast<float>(eps)};
+Norm norm(Kept& kept, const std::string& name, const Tensor& weight, const Tensor& bias, double eps, int64_t C) {
+    check_shape(name + "_weight", weight, {C});
+    check_shape(name + "_bias", bias, {C});
+    return {kept(weight), kept(bias), static_cast<float>(eps)};
+}
+
+const float* vector(Kept& kept, const std::string& name, const std::optional<Tensor>& t, int64_t n) {
+    if (!t.has_value()) return nullptr;
+    check_shape(name, *t, {n});
+    return kept(*t);
+}
+
+Linear linear(Kept& kept, const std::string& name, const Tensor& weight, const std::optional<Tensor>& bias, int64_t K,
+              int64_t N, const std::string& scale_name = "", const std::optional<Tensor>& scale = {}) {
+    check_shape(name, weight, {N, K});
+    return {kept(weight), vector(kept, name + "_bias", bias, N), vector(kept, scale_name, scale, N), nullptr, K, N};
 }
 
 // Sizes (kh, kw) of the levels, one after the other.
@@ -48,12 +56,16 @@ Shape packed_focal_shape(int64_t C, const std::vector<FocalWeight>& levels, int6
     return {(C + kBlock - 1) / kBlock * (kBlock / lanes), taps, lanes};
 }
 
-Tensor cpu_block(const Tensor& hidden_state, const Tensor& projection_in, const Tensor& focal_weights,
-                 std::vector<int64_t> focal_sizes, const Tensor& projection_context, const Tensor& projection_out,
-                 const Tensor& fc1, const Tensor& fc2, std::optional<Tensor> norm1_weight,
-                 std::optional<Tensor> norm1_bias, std::optional<Tensor> norm2_weight,
-                 std::optional<Tensor> norm2_bias, double norm1_eps, double norm2_eps,
-                 std::optional<double> modulation_eps, bool normalize_modulator) {
+Tensor cpu_block(const Tensor& hidden_state, const Tensor& projection_in, std::optional<Tensor> projection_in_bias,
+                 const Tensor& focal_weights, std::vector<int64_t> focal_sizes, const Tensor& projection_context,
+                 std::optional<Tensor> projection_context_bias, const Tensor& projection_out,
+                 std::optional<Tensor> projection_out_bias, const Tensor& fc1, std::optional<Tensor> fc1_bias,
+                 const Tensor& fc2, std::optional<Tensor> fc2_bias, const Tensor& norm1_weight,
+                 const Tensor& norm1_bias, double norm1_eps, const Tensor& norm2_weight, const Tensor& norm2_bias,
+                 double norm2_eps, std::optional<Tensor> modulation_norm_weight,
+                 std::optional<Tensor> modulation_norm_bias, std::optional<double> modulation_norm_eps,
+                 std::optional<Tensor> scale_1, std::optional<Tensor> scale_2, bool post_norm,
+                 bool normalize_modulator) {
     check_float("hidden_state", hidden_state);
     STD_TORCH_CHECK(
         hidden_state.dim() == 4 && hidden_state.size(1) >= 1 && hidden_state.size(2) >= 1 && hidden_state.size(3) >= 1,
@@ -74,19 +86,26 @@ Tensor cpu_block(const Tensor& hidden_state, const Tensor& projection_in, const 
                 packed_focal_shape(b.C, levels, current_kernels().lanes));
     b.packed_focal_weights = kept(focal_weights);
 
-    b.projection_in = linear(kept, "projection_in", projection_in, b.C, 2 * b.C + b.L + 1);
-    b.projection_context = linear(kept, "projection_context", projection_context, b.C, b.C);
-    b.projection_out = linear(kept, "projection_out", projection_out, b.C, b.C);
-    STD_TORCH_CHECK(fc2.dim() == 3 && fc2.size(1) >= 2, "fc2 (packed by cpu_pack_linear) has shape ",
-                    text(shape_of(fc2)), "; expected three dimensions, the second 1 + hidden units");
-    const int64_t hidden = fc2.size(1) - 1;
-    b.fc1 = linear(kept, "fc1", fc1, b.C, hidden);
-    b.fc2 = linear(kept, "fc2", fc2, hidden, b.C);
-    b.post_norm = norm1_weight.has_value();
-    b.norm1 = norm(kept, "norm1", norm1_weight, norm1_bias, norm1_eps, b.post_norm, b.C);
-    b.norm2 = norm(kept, "norm2", norm2_weight, norm2_bias, norm2_eps, b.post_norm, b.C);
-    b.norm_in_modulation = modulation_eps.has_value();
-    b.modulation_eps = static_cast<float>(modulation_eps.value_or(0.0));
+    STD_TORCH_CHECK(fc1.dim() == 2 && fc1.size(0) >= 1, "fc1 has shape ", text(shape_of(fc1)),
+                    "; expected (hidden units, ", b.C, ")");
+    const int64_t hidden = fc1.size(0);
+    b.projection_in = linear(kept, "projection_in", projection_in, projection_in_bias, b.C, 2 * b.C + b.L + 1);
+    b.projection_context = linear(kept, "projection_context", projection_context, projection_context_bias, b.C, b.C);
+    b.projection_out =
+        linear(kept, "projection_out", projection_out, projection_out_bias, b.C, b.C, "scale_1", scale_1);
+    b.fc1 = linear(kept, "fc1", fc1, fc1_bias, b.C, hidden);
+    b.fc2 = linear(kept, "fc2", fc2, fc2_bias, hidden, b.C, "scale_2", scale_2);
+    b.post_norm = post_norm;
+    b.norm1 = norm(kept, "norm1", norm1_weight, norm1_bias, norm1_eps, b.C);
+    b.norm2 = norm(kept, "norm2", norm2_weight, norm2_bias, norm2_eps, b.C);
+    b.norm_in_modulation = modulation_norm_eps.has_value();
+    STD_TORCH_CHECK(modulation_norm_weight.has_value() == b.norm_in_modulation &&
+                        modulation_norm_bias.has_value() == b.norm_in_modulation,
+                    "modulation_norm_weight, modulation_norm_bias, modulation_norm_eps: expected all three (a "
+                    "LayerNorm) or none, got some");
+    if (b.norm_in_modulation)
+        b.modulation_norm =
+            norm(kept, "modulation_norm", *modulation_norm_weight, *modulation_norm_bias, *modulation_norm_eps, b.C);
     b.normalize_modulator = normalize_modulator;
 
     Tensor result = torch::stable::new_empty(hidden_state, shape_of(hidden_state));
@@ -95,50 +114,19 @@ Tensor cpu_block(const Tensor& hidden_state, const Tensor& projection_in, const 
     return result;
 }
 
-// One panel: the bias, then for every k the weights of kPanel outputs. Sums and products in double: folding rounds
-// once.
-void pack_panel(const float* weight, const float* bias, const float* column_scale, const float* column_shift,
-                const float* row_scale, int64_t N, int64_t K, int64_t panel, float* packed) {
-    std::fill(packed, packed + (K + 1) * kPanel, 0.0f);
-    for (int64_t lane = 0; lane < std::min(kPanel, N - panel * kPanel); ++lane) {
-        const int64_t n = panel * kPanel + lane;
-        const double scale = row_scale == nullptr ? 1.0 : row_scale[n];
-        double shift = bias == nullptr ? 0.0 : bias[n];
-        for (int64_t k = 0; k < K; ++k) {
-            const double w = weight[n * K + k];
-            if (column_shift != nullptr) shift += w * column_shift[k];
-            packed[(k + 1) * kPanel + lane] =
-                static_cast<float>(scale * w * (column_scale == nullptr ? 1.0 : column_scale[k]));
-        }
-        packed[lane] = static_cast<float>(scale * shift);
-    }
-}
-
-Tensor cpu_pack_linear(const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> column_scale,
-                       std::optional<Tensor> column_shift, std::optional<Tensor> row_scale) {
+Tensor cpu_pack_linear(const Tensor& weight, std::optional<Tensor> bias) {
     check_float("weight", weight);
     STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) >= 1 && weight.size(1) >= 1, "weight has shape ",
                     text(shape_of(weight)), "; expected (N, K) with N and K of at least 1");
-    const int64_t N = weight.size(0), K = weight.size(1), panels = (N + kPanel - 1) / kPanel;
+    const int64_t N = weight.size(0), K = weight.size(1);
     Kept kept;
-    const auto vector = [&](const char* name, const std::optional<Tensor>& t, int64_t n) -> const float* {
-        if (!t.has_value()) return nullptr;
-        check_shape(name, *t, {n});
-        return kept(*t);
-    };
-    const float* weights = kept(weight);
-    const float* biases = vector("bias", bias, N);
-    const float* column_scales = vector("column_scale", column_scale, K);
-    const float* column_shifts = vector("column_shift", column_shift, K);
-    const float* row_scales = vector("row_scale", row_scale, N);
-    Tensor packed = torch::stable::new_empty(weight, Shape{panels, K + 1, kPanel});
+    Linear layer = linear(kept, "weight", weight, {}, K, N);
+    layer.bias = vector(kept, "bias", bias, N);
+    Tensor packed = torch::stable::new_empty(weight, Shape{ceil_div(N, kPanel), K + 1, kPanel});
     auto* to = static_cast<float*>(packed.mutable_data_ptr());
     // Weights stream through once a call: a page walk for every 4 KB would be in the way.
-    prefer_huge_pages(to, panels * (K + 1) * kPanel * sizeof(float));
-    torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t p = begin; p < end; ++p)
-            pack_panel(weights, biases, column_scales, column_shifts, row_scales, N, K, p, to + p * (K + 1) * kPanel);
-    });
+    prefer_huge_pages(to, packed_floats(layer) * sizeof(float));
+    pack(current_kernels(), layer, to);
     return packed;
 }
 
@@ -171,14 +159,13 @@ Tensor cpu_pack_focal(std::vector<Tensor> focal_weights) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(focalnet, m) {
     m.def(
-        "cpu_block(Tensor hidden_state, Tensor projection_in, Tensor focal_weights, int[] focal_sizes, "
-        "Tensor projection_context, Tensor projection_out, Tensor fc1, Tensor fc2, Tensor? norm1_weight, Tensor? "
-        "norm1_bias, "
-        "Tensor? norm2_weight, Tensor? norm2_bias, float norm1_eps, float norm2_eps, float? modulation_eps, "
-        "bool normalize_modulator) -> Tensor");
-    m.def(
-        "cpu_pack_linear(Tensor weight, Tensor? bias, Tensor? column_scale, Tensor? column_shift, "
-        "Tensor? row_scale) -> Tensor");
+        "cpu_block(Tensor hidden_state, Tensor projection_in, Tensor? projection_in_bias, Tensor focal_weights, "
+        "int[] focal_sizes, Tensor projection_context, Tensor? projection_context_bias, Tensor projection_out, "
+        "Tensor? projection_out_bias, Tensor fc1, Tensor? fc1_bias, Tensor fc2, Tensor? fc2_bias, "
+        "Tensor norm1_weight, Tensor norm1_bias, float norm1_eps, Tensor norm2_weight, Tensor norm2_bias, "
+        "float norm2_eps, Tensor? modulation_norm_weight, Tensor? modulation_norm_bias, float? modulation_norm_eps, "
+        "Tensor? scale_1, Tensor? scale_2, bool post_norm, bool normalize_modulator) -> Tensor");
+    m.def("cpu_pack_linear(Tensor weight, Tensor? bias) -> Tensor");
     m.def("cpu_pack_focal(Tensor[] focal_weights) -> Tensor");
 }
 

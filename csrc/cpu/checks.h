@@ -55,9 +55,9 @@ class Kept {
     std::vector<Tensor> tensors_;
 };
 
-inline Linear linear(Kept& kept, const std::string& name, const Tensor& packed, int64_t K, int64_t N) {
+inline Linear packed_linear(Kept& kept, const std::string& name, const Tensor& packed, int64_t K, int64_t N) {
     check_shape(name + " (packed by cpu_pack_linear)", packed, {(N + kPanel - 1) / kPanel, K + 1, kPanel});
-    return {kept(packed), K, N};
+    return {nullptr, nullptr, nullptr, kept(packed), K, N};
 }
 
 }  // namespace focalnet::cpu

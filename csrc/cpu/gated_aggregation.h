@@ -104,6 +104,7 @@ struct BackwardTask {
 };
 
 // Of the fused block: see block.h.
+struct Linear;
 struct GemmTask;
 struct RowsTask;
 
@@ -116,6 +117,7 @@ struct Kernels {
     void (*forward)(const ForwardTask&);
     void (*forward_global)(const ForwardTask&);
     void (*backward)(const BackwardTask&);
+    void (*pack)(const Linear&, int64_t column, float* panel);
     void (*gemm)(const GemmTask&);
     void (*normalize_and_add)(const RowsTask&);
     void (*bias_gelu)(const GeluTask&);

@@ -39,8 +39,9 @@ namespace {
 #endif
 
 namespace focalnet::cpu {
-const Kernels kAvx2Kernels = {avx2::kLanes, avx2::forward,           avx2::forward_global, avx2::backward,
-                              avx2::gemm,   avx2::normalize_and_add, avx2::bias_gelu,      avx2::gelu_backward};
+const Kernels kAvx2Kernels = {avx2::kLanes,       avx2::forward, avx2::forward_global,    avx2::backward,
+                              avx2::pack,         avx2::gemm,    avx2::normalize_and_add, avx2::bias_gelu,
+                              avx2::gelu_backward};
 }
 
 #endif

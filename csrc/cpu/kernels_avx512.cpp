@@ -41,9 +41,9 @@ namespace {
 #endif
 
 namespace focalnet::cpu {
-const Kernels kAvx512Kernels = {avx512::kLanes,    avx512::forward,      avx512::forward_global,
-                                avx512::backward,  avx512::gemm,         avx512::normalize_and_add,
-                                avx512::bias_gelu, avx512::gelu_backward};
+const Kernels kAvx512Kernels = {avx512::kLanes,       avx512::forward, avx512::forward_global,    avx512::backward,
+                                avx512::pack,         avx512::gemm,    avx512::normalize_and_add, avx512::bias_gelu,
+                                avx512::gelu_backward};
 }
 
 #endif

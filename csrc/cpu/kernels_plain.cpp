@@ -26,6 +26,7 @@ namespace {
 }  // namespace focalnet::cpu::plain
 
 namespace focalnet::cpu {
-const Kernels kPlainKernels = {plain::kLanes, plain::forward,           plain::forward_global, plain::backward,
-                               plain::gemm,   plain::normalize_and_add, plain::bias_gelu,      plain::gelu_backward};
+const Kernels kPlainKernels = {plain::kLanes,       plain::forward, plain::forward_global,    plain::backward,
+                               plain::pack,         plain::gemm,    plain::normalize_and_add, plain::bias_gelu,
+                               plain::gelu_backward};
 }

@@ -91,8 +91,8 @@ struct Embedding {
     template <typename By>
     void embed(const By& by, int64_t token, int64_t rows, const float* patches, float* out) const {
         const Linear& w = projection;
-        by.gemm({patches, pitch(), rows, w.packed, w.K, 0, w.K, k_block(w.K), 0, round_up(w.N, kPanel), out,
-                 out_pitch(), false, After::kNothing, nullptr, 0});
+        by.gemm({patches, pitch(), rows, w, 0, w.K, k_block(w.K), 0, round_up(w.N, kPanel), out, out_pitch(), false,
+                 After::kNothing, nullptr, 0});
         by.rows({out, out_pitch(), nullptr, 0, result + token * w.N, w.N, rows, w.N, normed, norm.eps, norm.weight,
                  norm.bias});
     }
@@ -148,7 +148,7 @@ Tensor cpu_patch_embed(const Tensor& input, const Tensor& weight, std::vector<in
     const Input in{data(input),     input.size(0),   input.size(1),   input.size(2),  input.size(3),
                    input.stride(0), input.stride(1), input.stride(2), input.stride(3)};
     Kept kept;
-    const Linear projection = linear(kept, "weight", weight, kernel_size[0] * kernel_size[1] * in.C, channels);
+    const Linear projection = packed_linear(kept, "weight", weight, kernel_size[0] * kernel_size[1] * in.C, channels);
     Norm norm{};
     if (eps.has_value()) {
         check_shape("norm_weight", *norm_weight, {channels});

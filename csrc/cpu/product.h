@@ -1,4 +1,4 @@
-// How a packed product is laid out in memory, cut along k, and shared among threads. For drivers only: kernels must
+// How a product is laid out in memory, cut along k, and shared among threads. For drivers only: kernels must
 // not include it, see gated_aggregation.h.
 
 #pragma once
@@ -14,7 +14,6 @@
 
 namespace focalnet::cpu {
 
-constexpr int64_t kDepth = 256;     // k of a panel's slice at most: 16 KB of L1, beside the rows of a tile
 constexpr int64_t kSlices = 6;      // of a shared product for each thread
 constexpr int64_t kLeastRows = 64;  // that a block of tokens needs to pay for streaming the weights
 
@@ -26,6 +25,16 @@ inline int64_t pitch_of(int64_t columns) { return (ceil_div(columns, kPanel) | 1
 
 // k of the blocks a product is summed in: nearly equal ones, whole panels of the layer before.
 inline int64_t k_block(int64_t K) { return round_up(ceil_div(K, ceil_div(K, kDepth)), kPanel); }
+
+inline int64_t packed_floats(const Linear& w) { return ceil_div(w.N, kPanel) * (1 + w.K) * kPanel; }
+
+// Packs all panels of `w` into `to`, which is then w.packed.
+inline void pack(const Kernels& kernels, Linear& w, float* to) {
+    torch::stable::parallel_for(0, ceil_div(w.N, kPanel), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t p = begin; p < end; ++p) kernels.pack(w, p * kPanel, to + p * (1 + w.K) * kPanel);
+    });
+    w.packed = to;
+}
 
 // One thread does a step, for its block of tokens.
 struct Alone {
