@@ -1,4 +1,5 @@
-"""The block in inference on a CPU: one operator instead of some twenty, with its weights packed once.
+"""The block in inference on a CPU: one operator instead of some twenty. Narrow blocks have their weights packed once;
+those of wide ones, nearly all of a model's, are read where they are, so that no copy stands beside them.
 
 `reason_against` says whether a call can go there.
 """
@@ -12,6 +13,10 @@ from .block_parts import BlockNames, BlockParts, is_random
 from .mlp import FocalNetMlp
 from .modules import FocalModulation
 from .packing import arguments_of, forget, packed_of, reason_against_call
+
+# Channels of a block whose weights (up to 3 MB, 12 C^2 floats) are packed once. Beyond, packing slice by slice costs
+# some per cent of the time, and saves the memory of the model's weights.
+WIDEST_PACKED = 256
 
 OURS = BlockNames(modulation=FocalModulation, mlp=FocalNetMlp)
 
@@ -44,13 +49,18 @@ def compute(parts: BlockParts, hidden_state: Tensor) -> Tensor:
 
 
 def pack(parts: BlockParts) -> tuple:
-    """The arguments of the operator after ``hidden_state``: parameters as they are, no copies of what is large.
+    """The arguments of the operator after ``hidden_state``.
 
     A layer scale is a factor of the weights it stands behind; behind the branch, norm and layer scale are one norm.
     """
 
-    def linear(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-        return layer.weight.flatten(1).contiguous(), layer.bias
+    narrow = parts.fc1.weight.shape[1] <= WIDEST_PACKED
+
+    def linear(layer: nn.Module, gamma: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        weight = layer.weight.flatten(1).contiguous()
+        return (
+            (torch.ops.focalnet.cpu_pack_linear(weight, layer.bias, gamma), None) if narrow else (weight, layer.bias)
+        )
 
     def affine(norm: nn.LayerNorm, gamma: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
         weight = torch.ones(norm.normalized_shape) if norm.weight is None else norm.weight
@@ -65,9 +75,9 @@ def pack(parts: BlockParts) -> tuple:
         torch.ops.focalnet.cpu_pack_focal(focal_weights),
         [size for weight in focal_weights for size in weight.shape[2:]],
         *linear(parts.projection_context),
-        *linear(parts.projection_out),
+        *linear(parts.projection_out, behind_layer[0]),
         *linear(parts.fc1),
-        *linear(parts.fc2),
+        *linear(parts.fc2, behind_layer[1]),
         *affine(parts.norm1, behind_norm[0]),
         *affine(parts.norm2, behind_norm[1]),
         *((None, None, None) if parts.layernorm is None else affine(parts.layernorm)),

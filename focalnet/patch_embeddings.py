@@ -123,5 +123,5 @@ def _unusual_part(conv: nn.Conv2d, norm: nn.Module) -> str | None:
 def _pack(conv: nn.Conv2d, norm: nn.LayerNorm) -> tuple:
     """The arguments of the operator after the input, without the output's size; a patch is flattened as (y, x, c)."""
     columns = conv.weight.permute(0, 2, 3, 1).flatten(1)
-    weight = torch.ops.focalnet.cpu_pack_linear(columns, conv.bias)
+    weight = torch.ops.focalnet.cpu_pack_linear(columns, conv.bias, None)
     return weight, conv.kernel_size, conv.stride, conv.padding, conv.out_channels, norm.weight, norm.bias, norm.eps

@@ -10,7 +10,7 @@ import pytest
 import torch
 from instruction_sets import OPS, isa, require, threads  # noqa: F401
 
-from focalnet import FocalNetConfig
+from focalnet import FocalNetConfig, fused_block
 from focalnet.fused_block import OURS, pack
 from focalnet.layers import FocalNetLayer
 
@@ -21,6 +21,13 @@ require("cpu_block")
 def packed(layer):
     """The arguments of cpu_block after its first."""
     return pack(OURS.parts_of(layer))
+
+
+def unpacked(layer):
+    """The same, with the weights of linear layers as the layer has them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_block, "WIDEST_PACKED", 0)
+        return packed(layer)
 
 
 def make_layer(
@@ -135,6 +142,20 @@ def test_bits_do_not_depend_on_threads(isa, shape, options):
             assert torch.equal(OPS.cpu_block(hidden_state[:1], *arguments), expected[:1]), n
 
 
+@pytest.mark.parametrize("options", [{}, {"post": True, "inner": True, "scale": True}, {"scale": True}], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 5, 7, 17), (1, 7, 7, 300), (3, 14, 14, 96), (1, 23, 23, 392), (2, 40, 30, 48)], ids=str
+)
+def test_weights_that_are_not_packed_give_the_same_bits(isa, shape, options):
+    """By columns, where each thread packs the slice it uses, and by blocks, for which all are packed before."""
+    layer, hidden_state = make_layer(shape[-1], **options), torch.randn(shape)
+    arguments, expected = unpacked(layer), OPS.cpu_block(hidden_state, *packed(layer))
+    assert arguments[0] is layer.modulation.projection_in.weight
+    for n in (1, 4):
+        with threads(n):
+            assert torch.equal(OPS.cpu_block(hidden_state, *arguments), expected), n
+
+
 def test_strided_input_gives_the_same_bits():
     arguments = packed(make_layer(24))
     hidden_state = torch.randn(2, 24, 6, 5).permute(0, 2, 3, 1)
@@ -153,12 +174,14 @@ def test_the_input_is_left_alone():
 def test_pack_linear(isa, n, k):
     """Panels of 16 outputs, [k][output] behind a row of the bias, zero beyond the last output."""
     weight, bias = torch.randn(n, k), torch.randn(n)
-    packed = OPS.cpu_pack_linear(weight, bias)
+    packed = OPS.cpu_pack_linear(weight, bias, None)
     assert packed.shape == (-(-n // 16), 1 + k, 16)
     flat = packed.permute(1, 0, 2).flatten(1)
     assert torch.equal(flat[:, :n], torch.cat([bias[None], weight.T]))
     assert not flat[:, n:].any()
-    assert not OPS.cpu_pack_linear(weight, None)[:, 0].any()
+    assert not OPS.cpu_pack_linear(weight, None, None)[:, 0].any()
+    scaled = OPS.cpu_pack_linear(weight, bias, scale := torch.randn(n)).permute(1, 0, 2).flatten(1)
+    assert torch.equal(scaled[:, :n], torch.cat([bias[None], weight.T]) * scale)
 
 
 def test_pack_focal(isa):
@@ -207,10 +230,12 @@ NAMES = [argument.name for argument in OPS.cpu_block.default._schema.arguments]
         ("projection_context", lambda t: t[:, 1:], "projection_context has shape"),
         ("projection_out", lambda t: t.bfloat16(), "projection_out has dtype"),
         ("projection_context_bias", lambda t: t[1:], "projection_context_bias has shape"),
-        ("fc1", lambda t: t[0], r"fc1 has shape \(24,\); expected \(hidden units, 24\)"),
+        ("fc2", lambda t: t[0], r"fc2 has shape \(96,\); expected \(C, hidden units\)"),
         ("fc1", lambda t: t[:, 1:], "fc1 has shape"),
-        ("fc1", lambda t: t[:17], "fc1_bias has shape"),
-        ("fc2", lambda t: t[:, :17], "fc2 has shape"),
+        ("fc1", lambda t: t[:17], "fc1 has shape"),
+        ("fc1", lambda t: OPS.cpu_pack_linear(t, None, None)[:2], r"fc1 \(packed by cpu_pack_linear\) has shape"),
+        ("fc2", lambda t: t[:, :17], "fc1 has shape"),
+        ("fc2", lambda t: OPS.cpu_pack_linear(t, None, None)[:, :1], "fc2 has shape"),
         ("norm1_bias", lambda t: t[1:], "norm1_bias has shape"),
         ("norm2_weight", lambda t: t[:3], "norm2_weight has shape"),
         ("modulation_norm_bias", lambda t: None, "modulation_norm_weight, .* expected all three"),
@@ -219,7 +244,7 @@ NAMES = [argument.name for argument in OPS.cpu_block.default._schema.arguments]
     ],
 )
 def test_bad_arguments_are_named(name, change, message):
-    arguments = [torch.randn(2, 6, 5, 24), *packed(make_layer(24, inner=True, scale=True))]
+    arguments = [torch.randn(2, 6, 5, 24), *unpacked(make_layer(24, inner=True, scale=True))]
     at = NAMES.index(name)
     arguments[at] = change(arguments[at])
     with pytest.raises(RuntimeError, match=message):
@@ -232,10 +257,11 @@ def test_bad_arguments_are_named(name, change, message):
         ({"weight": torch.zeros(3)}, "weight has shape"),
         ({"weight": torch.zeros(4, 3).double()}, "weight has dtype"),
         ({"bias": torch.zeros(3)}, "bias has shape"),
+        ({"scale": torch.zeros(3)}, "scale has shape"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
 def test_bad_arguments_of_packing_are_named(change, message):
-    arguments = {"weight": torch.zeros(4, 3), "bias": None}
+    arguments = {"weight": torch.zeros(4, 3), "bias": None, "scale": None}
     with pytest.raises(RuntimeError, match=message):
         OPS.cpu_pack_linear(*(arguments | change).values())

@@ -19,8 +19,9 @@
 // channels), the same steps run over all tokens, one after the other, each product split by columns: every thread then
 // streams its part of the weights once, and tokens pass through L3 instead.
 //
-// Weights are read where the module has them, and no packed copy outlives a call: by columns, a thread packs the slice
-// it is about to use; by blocks, which all read every weight, all are packed before, one layer's worth of memory.
+// Weights that do not come packed are read where the module has them, and no packed copy outlives the call: by
+// columns, a thread packs the slice it is about to use; by blocks, which all read every weight, all are packed before,
+// into memory of one block's worth. The bits are those of packed weights.
 //
 // Both ways, and any cut into groups and blocks, give the same bits: an element of a product is summed in blocks of k
 // that depend on K alone (gemm.inc), and chunks of hidden units are whole blocks of k.
@@ -42,7 +43,7 @@ namespace {
 
 constexpr int64_t kScratchBytes = 352 * 1024;     // of a thread, in a 512 KB L2 beside weights and streams
 constexpr int64_t kGroupBytes = 8 * 1024 * 1024;  // of projection and agg, for each thread: its share of the L3
-constexpr int64_t kWideRows = 96;                 // of a block of tokens at most, where weights outweigh tokens
+constexpr int64_t kWideRows = 96;                 // a block of fewer hardly pays for streaming the weights
 constexpr int64_t kMostTogether = 512;            // tokens; beyond, what passes through L3 outweighs the weights
 
 // Tokens whose x, y and chunk of hidden units fit into a thread's scratch.
@@ -50,12 +51,13 @@ int64_t rows_in_scratch(const Block& b) {
     return kScratchBytes / 4 / (2 * pitch_of(b.C) + pitch_of(k_block(b.fc2.K)));
 }
 
-bool is_wide(const Block& b) { return rows_in_scratch(b) < kWideRows; }
+// No block of tokens pays for streaming the weights: images go in groups that by_columns takes, where they fit.
+bool is_wide(const Block& b) { return rows_in_scratch(b) < kLeastRows; }
 
 // Whether all threads share the products of a group of so many tokens, instead of each taking blocks of tokens.
 bool by_columns(const Block& b, int64_t tokens) {
     const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-    return tokens < kLeastRows * threads || (is_wide(b) && tokens <= kMostTogether);
+    return tokens < kLeastRows * threads || (rows_in_scratch(b) < kWideRows && tokens <= kMostTogether);
 }
 
 thread_local Memory shared_memory, own_memory, packed_memory;
@@ -226,10 +228,12 @@ Block packed(const Block& block) {
     Block b = block;
     Linear* const layers[] = {&b.projection_in, &b.projection_context, &b.projection_out, &b.fc1, &b.fc2};
     int64_t floats = 0;
-    for (const Linear* layer : layers) floats += packed_floats(*layer);
+    for (const Linear* layer : layers) floats += layer->packed == nullptr ? packed_floats(*layer) : 0;
     float* memory = packed_memory.get(floats);
     for (Linear* layer : layers) {
+        if (layer->packed != nullptr) continue;
         pack(current_kernels(), *layer, memory);
+        layer->packed = memory;
         memory += packed_floats(*layer);
     }
     return b;

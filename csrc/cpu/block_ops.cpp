@@ -31,10 +31,19 @@ const float* vector(Kept& kept, const std::string& name, const std::optional<Ten
     return kept(*t);
 }
 
+// Packed (three dimensions, with bias and scale inside), or as the module has it.
 Linear linear(Kept& kept, const std::string& name, const Tensor& weight, const std::optional<Tensor>& bias, int64_t K,
               int64_t N, const std::string& scale_name = "", const std::optional<Tensor>& scale = {}) {
+    if (weight.dim() == 3) return packed_linear(kept, name, weight, K, N);
     check_shape(name, weight, {N, K});
     return {kept(weight), vector(kept, name + "_bias", bias, N), vector(kept, scale_name, scale, N), nullptr, K, N};
+}
+
+int64_t hidden_units(const Tensor& fc2) {
+    const bool packed = fc2.dim() == 3;
+    STD_TORCH_CHECK((packed || fc2.dim() == 2) && fc2.size(1) >= 1 + packed, "fc2 has shape ", text(shape_of(fc2)),
+                    "; expected (C, hidden units), or what cpu_pack_linear makes of it");
+    return fc2.size(1) - packed;
 }
 
 // Sizes (kh, kw) of the levels, one after the other.
@@ -86,9 +95,7 @@ Tensor cpu_block(const Tensor& hidden_state, const Tensor& projection_in, std::o
                 packed_focal_shape(b.C, levels, current_kernels().lanes));
     b.packed_focal_weights = kept(focal_weights);
 
-    STD_TORCH_CHECK(fc1.dim() == 2 && fc1.size(0) >= 1, "fc1 has shape ", text(shape_of(fc1)),
-                    "; expected (hidden units, ", b.C, ")");
-    const int64_t hidden = fc1.size(0);
+    const int64_t hidden = hidden_units(fc2);
     b.projection_in = linear(kept, "projection_in", projection_in, projection_in_bias, b.C, 2 * b.C + b.L + 1);
     b.projection_context = linear(kept, "projection_context", projection_context, projection_context_bias, b.C, b.C);
     b.projection_out =
@@ -114,14 +121,13 @@ Tensor cpu_block(const Tensor& hidden_state, const Tensor& projection_in, std::o
     return result;
 }
 
-Tensor cpu_pack_linear(const Tensor& weight, std::optional<Tensor> bias) {
+Tensor cpu_pack_linear(const Tensor& weight, std::optional<Tensor> bias, std::optional<Tensor> scale) {
     check_float("weight", weight);
     STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) >= 1 && weight.size(1) >= 1, "weight has shape ",
                     text(shape_of(weight)), "; expected (N, K) with N and K of at least 1");
     const int64_t N = weight.size(0), K = weight.size(1);
     Kept kept;
-    Linear layer = linear(kept, "weight", weight, {}, K, N);
-    layer.bias = vector(kept, "bias", bias, N);
+    const Linear layer{kept(weight), vector(kept, "bias", bias, N), vector(kept, "scale", scale, N), nullptr, K, N};
     Tensor packed = torch::stable::new_empty(weight, Shape{ceil_div(N, kPanel), K + 1, kPanel});
     auto* to = static_cast<float*>(packed.mutable_data_ptr());
     // Weights stream through once a call: a page walk for every 4 KB would be in the way.
@@ -165,7 +171,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(focalnet, m) {
         "Tensor norm1_weight, Tensor norm1_bias, float norm1_eps, Tensor norm2_weight, Tensor norm2_bias, "
         "float norm2_eps, Tensor? modulation_norm_weight, Tensor? modulation_norm_bias, float? modulation_norm_eps, "
         "Tensor? scale_1, Tensor? scale_2, bool post_norm, bool normalize_modulator) -> Tensor");
-    m.def("cpu_pack_linear(Tensor weight, Tensor? bias) -> Tensor");
+    m.def("cpu_pack_linear(Tensor weight, Tensor? bias, Tensor? scale) -> Tensor");
     m.def("cpu_pack_focal(Tensor[] focal_weights) -> Tensor");
 }
 

@@ -28,12 +28,11 @@ inline int64_t k_block(int64_t K) { return round_up(ceil_div(K, ceil_div(K, kDep
 
 inline int64_t packed_floats(const Linear& w) { return ceil_div(w.N, kPanel) * (1 + w.K) * kPanel; }
 
-// Packs all panels of `w` into `to`, which is then w.packed.
-inline void pack(const Kernels& kernels, Linear& w, float* to) {
+// Packs all panels of `w` into `to`.
+inline void pack(const Kernels& kernels, const Linear& w, float* to) {
     torch::stable::parallel_for(0, ceil_div(w.N, kPanel), 1, [&](int64_t begin, int64_t end) {
         for (int64_t p = begin; p < end; ++p) kernels.pack(w, p * kPanel, to + p * (1 + w.K) * kPanel);
     });
-    w.packed = to;
 }
 
 // One thread does a step, for its block of tokens.
