@@ -230,7 +230,7 @@ NAMES = [argument.name for argument in OPS.cpu_block.default._schema.arguments]
         ("projection_context", lambda t: t[:, 1:], "projection_context has shape"),
         ("projection_out", lambda t: t.bfloat16(), "projection_out has dtype"),
         ("projection_context_bias", lambda t: t[1:], "projection_context_bias has shape"),
-        ("fc2", lambda t: t[0], r"fc2 has shape \(96,\); expected \(C, hidden units\)"),
+        ("fc2", lambda t: t[0], r"fc2 has shape \(96\); expected \(C, hidden units\)"),
         ("fc1", lambda t: t[:, 1:], "fc1 has shape"),
         ("fc1", lambda t: t[:17], "fc1 has shape"),
         ("fc1", lambda t: OPS.cpu_pack_linear(t, None, None)[:2], r"fc1 \(packed by cpu_pack_linear\) has shape"),

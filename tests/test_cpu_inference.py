@@ -61,8 +61,8 @@ reads_resident = pytest.mark.skipif(
 
 @reads_resident
 def test_the_first_call_needs_no_copy_of_the_weights():
-    """What it adds to FocalNet-T LRF's 114 MB: packed patch embeddings (6 MB), one map's projection and aggregate
-    (4 MB), the maps themselves (1 MB each), a layer's packed weights (2 MB), code that was not touched before."""
+    """What it adds to FocalNet-T LRF's 114 MB: packed patch embeddings (6 MB) and narrow blocks (4 MB), projection
+    and aggregate of the largest map (4 MB), maps (1 MB each), threads' scratch, code that was not touched before."""
     model = focalnet.FocalNetForImageClassification(focalnet.FocalNetConfig.from_variant("tiny_lrf")).eval()
     weights = sum(parameter.nbytes for parameter in model.parameters())
     x = torch.randn(1, 3, 224, 224)
