@@ -29,14 +29,13 @@ from focalnet.kernels.config import level_config
 from focalnet.kernels.plan import H100, Case, Device, Launch, Plan
 from rich.console import Console
 from rich.table import Table
-from rows import write
+from rows import NOWHERE, write
 from traffic import Counter
 
 from focalnet.benchmark.environment import commit, versions
 
 SMALL = (8, 16)  # rows and columns: whole tiles of every product
 SAMPLE = 3  # programs of a launch that cuts planes into bands, whose halos differ at the rim
-NOWHERE = "without-gpu"
 
 console = Console()
 

@@ -20,14 +20,13 @@ from typing import Annotated
 import torch
 import typer
 from barriers import moved
-from bytes_moved import NOWHERE
 from compiled import compile_launch, resources
 from configurations import DTYPES, arguments_of, launches
 from focalnet.kernels.plan import Launch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from rows import key, read, write
+from rows import NOWHERE, key, read, write
 
 from focalnet.benchmark.environment import versions
 

@@ -28,6 +28,7 @@ from focalnet.benchmark.environment import device as device_name
 from focalnet.benchmark.environment import facts
 from focalnet.benchmark.operators import able_backends
 from focalnet.benchmark.timing import copies_past_cache, measure
+from focalnet.benchmark.torchvision_stub import stubbed_torchvision
 
 console = Console()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -132,10 +133,8 @@ def transformers_module(case: Case, wrap: Callable = lambda module: module, chan
 
 
 def timm_module(case: Case, wrap: Callable = lambda module: module, channels_last: bool = True) -> Callable:
-    from focalnet.benchmark.runtimes import _stub_torchvision
-
-    _stub_torchvision()
-    from timm.models.focalnet import FocalModulation
+    with stubbed_torchvision():
+        from timm.models.focalnet import FocalModulation
 
     stage = case.stage
     inner = FocalModulation(stage.channels, stage.kernels[0], stage.levels)

@@ -1,85 +1,111 @@
 """A FocalNet on this machine: focalnet against every runtime that is installed, in one run.
 
     python bench/models.py --variant tiny_lrf --size 224 --batch 1 --batch 8
-    python bench/models.py --standard        the cases of the README's table, on a CPU
+    python bench/models.py --runtime focalnet --runtime "transformers, max-autotune"
+    python bench/models.py --standard            the README's table, on a CPU: 10 to 12 minutes on two cores
+    python bench/models.py --standard --train    its table of training steps: 1 to 2 minutes
 
-Each runtime has a process of its own, and all take turns, so that a machine that drifts drifts for all. The rows go
-to bench/results/<device>/models.json (training.json with --train), one for each case and runtime; the tables show
-medians, fastest runs and ratios.
+Each runtime has a process of its own, and all take turns (`focalnet.benchmark.turns`). Runtimes that take minutes to
+start (max-autotune) are measured where they are named. The rows go to bench/results/<device>/models.json
+(training.json with --train), one for each case and runtime.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from compare import agree
 from rich.console import Console
 from rich.progress import Progress
 from rows import write
 
 from focalnet.benchmark import tables, turns
-from focalnet.benchmark.environment import facts, fma_peak
-from focalnet.benchmark.runtimes import Case, able, flops_per_image
+from focalnet.benchmark.environment import facts
+from focalnet.benchmark.peaks import Peaks
+from focalnet.benchmark.runtimes import RUNTIMES, Case, able, flops_per_image, unasked
 
 console = Console()
 
-# Variant, image size, batch, rounds: many where a run is short, so that medians of two measurements agree.
+TORCH = ["focalnet", "transformers"]
+EVERYTHING = [*TORCH, "transformers, compile", "onnxruntime", "openvino"]
+PATCHED = [*EVERYTHING, "transformers, patched", "timm", "timm, patched"]
+# Variant, image size, batch, rounds, runtimes. torch.compile and an ONNX export cost up to a minute for each case, so
+# only some have them; long runs get few rounds.
 STANDARD = (
-    ("tiny_lrf", 224, 1, 60),
-    ("tiny_lrf", 224, 8, 20),
-    ("tiny_lrf", 224, 32, 7),
-    ("tiny_lrf", 384, 8, 9),
-    ("tiny_lrf", 640, 1, 20),
-    ("base_lrf", 224, 1, 30),
-    ("base_lrf", 224, 8, 9),
-    ("large_fl3", 384, 1, 9),
+    ("tiny_lrf", 224, 1, 20, PATCHED),
+    ("tiny_lrf", 224, 8, 11, EVERYTHING),
+    ("tiny_lrf", 224, 32, 5, TORCH),
+    ("tiny_lrf", 384, 8, 5, TORCH),
+    ("tiny_lrf", 640, 1, 11, EVERYTHING),
+    ("base_lrf", 224, 1, 15, [*TORCH, "onnxruntime", "openvino"]),
+    ("base_lrf", 224, 8, 5, TORCH),
+    ("large_fl3", 384, 1, 5, TORCH),
 )
-STANDARD_RUNTIMES = ["focalnet", "transformers", "transformers, compile", "onnxruntime", "openvino"]
+STANDARD_TRAINING = (("tiny_lrf", 224, 8, 7, TORCH),)
 
 
 def main(
     variant: Annotated[list[str], typer.Option(help="Published variants.")] = ["tiny_lrf"],  # noqa: B006
     size: Annotated[list[int], typer.Option(help="Image sizes.")] = [224],  # noqa: B006
     batch: Annotated[list[int], typer.Option(help="Batch sizes.")] = [1, 8],  # noqa: B006
-    runtime: Annotated[list[str] | None, typer.Option(help="Which of the runtimes; all that are installed.")] = None,
-    rounds: Annotated[int, typer.Option(help="Runs of each runtime.")] = 15,
+    runtime: Annotated[
+        list[str] | None, typer.Option(help=f"Which of: {'; '.join(RUNTIMES)}. Else all that are installed.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Turns of each runtime; more on a noisy machine.")] = 11,
     train: Annotated[bool, typer.Option(help="A training step instead of inference.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     standard: Annotated[bool, typer.Option("--standard", help="A fixed set of cases, not those named.")] = False,
+    compare_with: Annotated[
+        Path | None, typer.Option(help="Rows of an earlier run: exit with 1 if a ratio differs by over 10 percent.")
+    ] = None,
 ) -> None:
     """Compare runtimes, print a table for each case, and write the rows."""
-    environment = facts(device)
-    if device == "cpu":
-        environment["fma_peak"] = fma_peak(int(environment["threads"]))
-        console.print(f"{environment['device']}, FMA peak {environment['fma_peak'] / 1e9:.0f} GFLOP/s")
-    cases = [(Case(v, s, b, train, device, dtype), rounds) for v in variant for s in size for b in batch]
+    if unknown := set(runtime or ()) - set(RUNTIMES):
+        raise typer.BadParameter(f"--runtime: expected some of {', '.join(map(repr, RUNTIMES))}, got {unknown}")
+    before = json.loads(compare_with.read_text()) if compare_with else []
+    cases = [(Case(v, s, b, train, device, dtype), rounds, runtime) for v in variant for s in size for b in batch]
     if standard:
-        cases = [(Case(v, s, b, train, device, dtype), n) for v, s, b, n in STANDARD]
-        runtime = runtime or STANDARD_RUNTIMES
-    for number, (case, turns_each) in enumerate(cases, 1):
+        fixed = STANDARD_TRAINING if train else STANDARD
+        cases = [(Case(v, s, b, train, device, dtype), n, runtime or names) for v, s, b, n, names in fixed]
+    found = measured(cases, device, "training" if train else "models")
+    if compare_with and not agree(before, found):
+        raise typer.Exit(1)
+
+
+def measured(cases: list[tuple[Case, int, list[str] | None]], device: str, kind: str) -> list[dict]:
+    """The rows of all cases, each case written and shown as soon as it is there."""
+    environment = facts(device)
+    peaks = Peaks() if device == "cpu" else None
+    every = []
+    for number, (case, rounds, wanted) in enumerate(cases, 1):
         console.print(f"case {number} of {len(cases)}: {case.variant}, {case.size}, batch {case.batch}")
-        rows = compared(case, [name for name in able(case) if not runtime or name in runtime], turns_each)
+        # Before each case, and the best so far: a peak that was measured in a noisy moment is none.
+        best = peaks.measure() if peaks else {}
+        names = [name for name in wanted if name in able(case)] if wanted else unasked(case)
+        rows = compared(case, names, rounds)
         if not rows:
             continue
-        flops = case.batch * flops_per_image(case) * (3 if train else 1)
-        for row in rows:
-            row |= {"flops": flops, **environment}
-            if device == "cpu":
-                row["share_of_fma_peak"] = flops / row["median_s"] / environment["fma_peak"]
+        flops = case.batch * flops_per_image(case) * (3 if case.training else 1)
+        rows = [row | {"flops": flops, **best, **environment} for row in rows]
         console.print(tables.of_runtimes(case, rows))
-        if noisy := turns.noisy(rows):
-            console.print(f"noisy machine: the median of {', '.join(noisy)} is far from the fastest", style="yellow")
-        write(rows, "training" if train else "models", environment["device"])
+        write(rows, kind, environment["device"])
+        every += rows
+    return every
 
 
 def compared(case: Case, names: list[str], rounds: int) -> list[dict]:
-    """The rows of what is installed; what is not is said."""
+    """The rows of what is installed; what is not is said, and so is what a noisy machine left open."""
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"{case.variant} {case.size} x{case.batch}", total=len(names) * (rounds + 1))
+        task = progress.add_task(f"{case.variant} {case.size} x{case.batch}", total=turns.steps(names, rounds))
         rows, absent = turns.compare(case, names, rounds, lambda: progress.advance(task))
     for name, reason in absent.items():
         console.print(f"left out: {name}: {reason}", style="yellow")
+    for line in turns.warnings(rows):
+        console.print(line, style="yellow")
     return rows
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from focalnet.benchmark.environment import ROOT
 
 RESULTS = ROOT / "bench" / "results"
+NOWHERE = "without-gpu"  # in the place of a device, for what no machine changes
 # What tells one case from another; everything else in a row is a figure or a fact about the machine.
 CASE = (
     "case",

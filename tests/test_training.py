@@ -185,31 +185,7 @@ def test_gradient_checkpointing_can_be_disabled_again():
     assert len(calls) == len(blocks(model))
 
 
-# --- what is kept for backward
-
-
-def saved_for_backward(model, pixel_values):
-    """Bytes that autograd keeps, parameters aside: distinct storages, as often as they are saved."""
-    parameters = {StorageWeakRef(p.untyped_storage()).cdata for p in model.parameters()}
-    storages = {}
-
-    def remember(tensor):
-        storage = tensor.untyped_storage()
-        if StorageWeakRef(storage).cdata not in parameters:
-            storages[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        outputs = model(pixel_values)
-    del outputs
-    return sum(storage.nbytes() for storage in storages.values())
-
-
-def test_a_training_step_of_tiny_keeps_at_most_60_megabytes_an_image():
-    """FocalNet-T LRF, 224 x 224, float32 (transformers and timm: 137 MB)."""
-    config = focalnet.FocalNetConfig.from_variant("tiny_lrf")
-    model = focalnet.FocalNetForImageClassification(config).train()
-    assert saved_for_backward(model, images(224, 224)) / 2 <= 60e6
+# --- some parameters frozen
 
 
 @pytest.mark.parametrize("trained", ["mlp.fc2.bias", "norm1", "mlp.fc1", "projection_in", "embeddings", "classifier"])

@@ -1,48 +1,40 @@
-"""Networks of FocalNet-T's size that people choose between: each as a runtime, as transformers ships it.
+"""Networks of FocalNet-T's size that people choose between, as transformers ships them.
 
 The paper's claim (section 4.1) is a better result at about the cost of Swin and ViT; this compares the cost.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-from .runtimes import Case, stepping
+from .runtimes import Case, MakeModel, Start, eager
 
 
-def swin_tiny(case: Case) -> Callable:
-    """28 M parameters, 4.5 GFLOP an image of 224."""
+def swin_tiny(case: Case) -> torch.nn.Module:
     import transformers
 
     config = transformers.SwinConfig(image_size=case.size, num_labels=1000)
-    return _run(transformers.SwinForImageClassification, config, case)
+    return _built(transformers.SwinForImageClassification, config, case)
 
 
-def convnext_tiny(case: Case) -> Callable:
-    """29 M parameters, 4.5 GFLOP."""
+def convnext_tiny(case: Case) -> torch.nn.Module:
     import transformers
 
-    return _run(transformers.ConvNextForImageClassification, transformers.ConvNextConfig(num_labels=1000), case)
+    return _built(transformers.ConvNextForImageClassification, transformers.ConvNextConfig(num_labels=1000), case)
 
 
-def vit_small(case: Case) -> Callable:
-    """22 M parameters, 4.6 GFLOP."""
+def vit_small(case: Case) -> torch.nn.Module:
     import transformers
 
     sizes = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "intermediate_size": 1536}
     config = transformers.ViTConfig(**sizes, image_size=case.size, num_labels=1000)
-    return _run(transformers.ViTForImageClassification, config, case)
+    return _built(transformers.ViTForImageClassification, config, case)
 
 
-def _run(model_class: type, config: object, case: Case) -> Callable:
+def _built(model_class: type, config: object, case: Case) -> torch.nn.Module:
     torch.manual_seed(0)
-    return stepping(case.placed(model_class(config).train(case.training)))
+    return case.placed(model_class(config).train(case.training))
 
 
-ARCHITECTURES: dict[str, Callable[[Case], Callable]] = {
-    "Swin-T": swin_tiny,
-    "ConvNeXt-T": convnext_tiny,
-    "ViT-S": vit_small,
-}
+MODELS: dict[str, MakeModel] = {"Swin-T": swin_tiny, "ConvNeXt-T": convnext_tiny, "ViT-S": vit_small}
+ARCHITECTURES: dict[str, Start] = {name: eager(make) for name, make in MODELS.items()}

@@ -1,6 +1,6 @@
-"""What a call moves between operators: how many of them run, and the bytes that they are given and give back.
+"""What needs no clock: operators that run, bytes that they are given and give back, bytes that are kept for backward.
 
->>> with OperatorCounter() as counter, torch.inference_mode():
+>>> with OperatorCounter() as counter, torch.no_grad():
 ...     model(images)
 >>> counter.operators, counter.bytes
 """
@@ -8,11 +8,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from .runtimes import Case, ours, theirs, timm_model
 
 
 class OperatorCounter(TorchDispatchMode):
@@ -48,3 +51,49 @@ def _is_view(func: torch._ops.OpOverload, result: object) -> bool:
 
 def _tensor_bytes(tree: object) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in tree_iter(tree) if isinstance(leaf, Tensor))
+
+
+def saved_bytes(model: torch.nn.Module, images: Tensor) -> int:
+    """Bytes of the storages that a forward pass keeps for backward, parameters aside, each storage once."""
+    parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in parameters:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(images)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def counted(name: str, case: Case) -> dict[str, float]:
+    """Operators of an inference pass, bytes moved and bytes saved for backward per image, of one of `COUNTED`.
+
+    Without autograd, but not in inference mode, which would show composite operators beside those they are made of.
+    """
+    make, device = COUNTED[name]
+    with torch.device(device):
+        model = make(Case(case.variant, case.size, case.batch, device=device))
+        images = torch.zeros(case.batch, 3, case.size, case.size)
+    with torch.no_grad():
+        model(images)  # the first pass also packs weights
+        with OperatorCounter() as counter:
+            model(images)
+    return {
+        "operators": counter.operators,
+        "bytes_per_image": counter.bytes / case.batch,
+        "saved_bytes_per_image": saved_bytes(model.train(), images) / case.batch,
+    }
+
+
+# How each is made and where it runs. On meta tensors nothing is computed, and plain PyTorch dispatches as anywhere
+# else; ours calls on the CPU what no other device has, and on meta tensors what a GPU would be given.
+COUNTED: dict[str, tuple[Callable[[Case], torch.nn.Module], str]] = {
+    "focalnet": (ours, "cpu"),
+    "focalnet, without CPU kernels": (ours, "meta"),
+    "transformers": (theirs, "meta"),
+    "timm": (timm_model, "meta"),
+}

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
 import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 from .._version import __version__
@@ -69,47 +67,3 @@ def commit() -> str | None:
         [*git, "status", "--porcelain", "--", ":!bench/results"], capture_output=True, check=False
     )
     return head.stdout.strip() + ("+" if changed.stdout else "")
-
-
-_FMA_LOOP = r"""
-#include <pthread.h>
-#include <time.h>
-typedef float vec __attribute__((vector_size(VECTOR_BYTES)));
-#define EACH(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
-#define START(i) vec a##i = (vec){} + (float)(i + 1);
-/* The empty statement hides from the compiler that the chains are alike. */
-#define STEP(i) a##i = a##i * b + c; asm volatile("" : "+x"(a##i));
-#define ADD(i) sink += a##i[0];
-static void* loop(void* argument) {
-    long steps = *(long*)argument;
-    volatile float factor = 0.999f, sink = 0;
-    const vec b = (vec){} + factor, c = (vec){} + 0.001f;
-    EACH(START)
-    for (long s = 0; s < steps; ++s) { EACH(STEP) }
-    EACH(ADD)
-    return 0;
-}
-double fma_rate(int threads, long steps) {
-    pthread_t ids[256];
-    struct timespec t0, t1;
-    clock_gettime(CLOCK_MONOTONIC, &t0);
-    for (int i = 0; i < threads; ++i) pthread_create(&ids[i], 0, loop, &steps);
-    for (int i = 0; i < threads; ++i) pthread_join(ids[i], 0);
-    clock_gettime(CLOCK_MONOTONIC, &t1);
-    double seconds = (t1.tv_sec - t0.tv_sec) + 1e-9 * (t1.tv_nsec - t0.tv_nsec);
-    return 2.0 * 12 * (VECTOR_BYTES / 4) * steps * threads / seconds;
-}
-"""
-
-
-def fma_peak(threads: int) -> float:
-    """Float32 multiply-adds this machine can do at best, in FLOP/s: a loop on registers alone, best of several."""
-    vector_bytes = 64 if "avx512f" in Path("/proc/cpuinfo").read_text() else 32
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder, "fma.c"), Path(folder, "fma.so")
-        source.write_text(_FMA_LOOP)
-        flags = ["-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread"]
-        subprocess.run(["cc", *flags, f"-DVECTOR_BYTES={vector_bytes}", source, "-o", library], check=True)
-        rate = ctypes.CDLL(str(library)).fma_rate
-        rate.restype, rate.argtypes = ctypes.c_double, [ctypes.c_int, ctypes.c_long]
-        return max(rate(threads, 20_000_000) for _ in range(5))

@@ -5,17 +5,17 @@ Every runtime gets the same seeded weights, as transformers initialises them. `w
 
 from __future__ import annotations
 
-import importlib.machinery
+import functools
 import os
-import sys
 import tempfile
-import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+
+from .torchvision_stub import stubbed_torchvision
 
 Placed = TypeVar("Placed", torch.Tensor, torch.nn.Module)
 
@@ -38,6 +38,10 @@ class Case:
     def placed(self, what: Placed) -> Placed:
         """A tensor or a model on the device and in the dtype of the case."""
         return what.to(self.device, getattr(torch, self.dtype))
+
+
+MakeModel = Callable[[Case], torch.nn.Module]
+Start = Callable[[Case], Callable]  # the call it returns takes images
 
 
 def config_fields(case: Case) -> dict:
@@ -79,57 +83,46 @@ def stepping(model: torch.nn.Module) -> Callable:
     return step
 
 
-def focalnet_eager(case: Case) -> Callable:
-    return stepping(ours(case))
-
-
-def focalnet_reference(case: Case) -> Callable:
-    os.environ["FOCALNET_BACKEND"] = "reference"
-    return stepping(ours(case))
-
-
-def focalnet_compile(case: Case) -> Callable:
-    return stepping(torch.compile(ours(case)))
-
-
-def transformers_eager(case: Case) -> Callable:
-    return stepping(theirs(case))
-
-
-def transformers_compile(case: Case) -> Callable:
-    return stepping(torch.compile(theirs(case)))
-
-
 def timm_model(case: Case) -> torch.nn.Module:
-    _stub_torchvision()
-    import timm
+    with stubbed_torchvision():
+        import timm
 
     torch.manual_seed(0)
     return case.placed(timm.create_model(f"focalnet_{case.variant}").train(case.training))
 
 
-def timm_eager(case: Case) -> Callable:
-    return stepping(timm_model(case))
+def _patched(make: MakeModel) -> MakeModel:
+    def patched(case: Case) -> torch.nn.Module:
+        import focalnet
+
+        model = make(case)
+        focalnet.patch(model)
+        return model
+
+    return patched
 
 
-def transformers_patched(case: Case) -> Callable:
-    return stepping(_patched(theirs(case)))
+def _reference(case: Case) -> torch.nn.Module:
+    os.environ["FOCALNET_BACKEND"] = "reference"
+    return ours(case)
 
 
-def timm_patched(case: Case) -> Callable:
-    return stepping(_patched(timm_model(case)))
+def eager(make: MakeModel) -> Start:
+    return lambda case: stepping(make(case))
 
 
-def _patched(model: torch.nn.Module) -> torch.nn.Module:
-    import focalnet
-
-    focalnet.patch(model)
-    return model
+def compiled(make: MakeModel, mode: str = "default") -> Start:
+    return lambda case: stepping(torch.compile(make(case), mode=mode))
 
 
-def timm_channels_last_compile(case: Case) -> Callable:
-    run = stepping(torch.compile(timm_model(case).to(memory_format=torch.channels_last)))
-    return lambda images: run(images.contiguous(memory_format=torch.channels_last))
+def channels_last(how: Callable[[MakeModel], Start], make: MakeModel) -> Start:
+    """``how(make)`` with weights and images of NCHW shape that lie in memory as NHWC."""
+
+    def start(case: Case) -> Callable:
+        run = how(lambda case: make(case).to(memory_format=torch.channels_last))(case)
+        return lambda images: run(images.contiguous(memory_format=torch.channels_last))
+
+    return start
 
 
 def onnxruntime(case: Case) -> Callable:
@@ -150,16 +143,26 @@ def openvino(case: Case) -> Callable:
     return lambda images: request.infer({"images": images.numpy()})
 
 
-RUNTIMES: dict[str, Callable[[Case], Callable]] = {
-    "focalnet": focalnet_eager,
-    "focalnet, compile": focalnet_compile,
-    "focalnet, reference": focalnet_reference,
-    "transformers": transformers_eager,
-    "transformers, compile": transformers_compile,
-    "transformers, patched": transformers_patched,
-    "timm": timm_eager,
-    "timm, patched": timm_patched,
-    "timm, channels-last, compile": timm_channels_last_compile,
+max_autotuned = functools.partial(compiled, mode="max-autotune")
+
+RUNTIMES: dict[str, Start] = {
+    "focalnet": eager(ours),
+    "focalnet, compile": compiled(ours),
+    "focalnet, max-autotune": max_autotuned(ours),
+    "focalnet, reference": eager(_reference),
+    "focalnet, reference, compile": compiled(_reference),
+    "focalnet, reference, max-autotune": max_autotuned(_reference),
+    "transformers": eager(theirs),
+    "transformers, compile": compiled(theirs),
+    "transformers, max-autotune": max_autotuned(theirs),
+    "transformers, patched": eager(_patched(theirs)),
+    "timm": eager(timm_model),
+    "timm, compile": compiled(timm_model),
+    "timm, max-autotune": max_autotuned(timm_model),
+    "timm, channels-last": channels_last(eager, timm_model),
+    "timm, channels-last, compile": channels_last(compiled, timm_model),
+    "timm, channels-last, max-autotune": channels_last(max_autotuned, timm_model),
+    "timm, patched": eager(_patched(timm_model)),
     "onnxruntime": onnxruntime,
     "openvino": openvino,
 }
@@ -172,13 +175,20 @@ def able(case: Case) -> list[str]:
     return [name for name in RUNTIMES if everything or name not in FLOAT32_INFERENCE_ON_A_CPU]
 
 
-def flops_per_image(case: Case) -> int:
-    """Of convolutions and matrix products in a forward pass, counted on transformers' model."""
+def unasked(case: Case) -> list[str]:
+    """Those of `able` that are measured unless others are named: max-autotune takes minutes to start."""
+    return [name for name in able(case) if not name.endswith("max-autotune")]
+
+
+def flops_per_image(case: Case, make: MakeModel = theirs) -> int:
+    """Of convolutions and matrix products (a multiply-add is two) in a forward pass; on meta tensors, in a moment."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    one = Case(case.variant, case.size, 1)
+    one = replace(case, batch=1, training=False, device="meta", dtype="float32")
+    with torch.device("meta"):
+        model = make(one)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        theirs(one)(one.images(0))
+        model(torch.empty(1, 3, case.size, case.size, device="meta"))
     return counter.get_total_flops()
 
 
@@ -202,39 +212,3 @@ def _onnx(case: Case) -> str:
         program.save(unfinished, external_data=False)
         unfinished.rename(path)
     return str(path)
-
-
-def _stub_torchvision() -> None:
-    """timm imports torchvision for its data pipelines, and there is no CPU build to install: an empty one does."""
-    if importlib.util.find_spec("torchvision") is not None:
-        return
-
-    class Named(type):
-        """A class whose attributes are their own names, as an enumeration's would do."""
-
-        def __getattr__(cls, name: str) -> str:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return name
-
-    class Anything(types.ModuleType):
-        __path__: list[str] = []  # noqa: RUF012
-
-        def __getattr__(self, name: str) -> object:
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return Named(name, (), {"__init__": lambda self, *a, **k: None})
-
-    class Finder:
-        def find_spec(self, name: str, path: object = None, target: object = None) -> object:
-            if name.partition(".")[0] == "torchvision":
-                return importlib.machinery.ModuleSpec(name, self, is_package=True)
-            return None
-
-        def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-            return Anything(spec.name)
-
-        def exec_module(self, module: types.ModuleType) -> None:
-            pass
-
-    sys.meta_path.append(Finder())

@@ -8,28 +8,25 @@ from rich.table import Table
 
 from .runtimes import Case
 
-OURS = "focalnet"
-
 
 def of_runtimes(case: Case, rows: list[dict]) -> Table:
-    """Runtimes below each other: times, and each time over ours."""
-    ours = next((row for row in rows if row["runtime"] == OURS), rows[0])
+    """Runtimes below each other: median times, and the ratios of times in the same round with their standard error."""
     what = f"{case.variant}, {case.size} x {case.size}, batch {case.batch}, {case.dtype}, {rows[0]['case']}"
     table = Table(title=what, title_justify="left", title_style="bold")
     table.add_column("runtime", no_wrap=True)
-    columns = ["median ms", "fastest", f"over {ours['runtime']}'s", "images/s", "memory MB"]
-    has_share = "share_of_fma_peak" in ours
-    for name in [*columns, *(["of FMA peak"] if has_share else [])]:
+    columns = ["ms", "fastest", f"over {rows[0]['ratio_to']}", "images/s", "memory MB"]
+    has_peak = "fma_peak" in rows[0]
+    for name in [*columns, *(["of FMA peak"] if has_peak else [])]:
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
             row["runtime"],
             _ms(row["median_s"]),
             _ms(row["fastest_s"]),
-            f"{row['median_s'] / ours['median_s']:.2f}",
+            f"{row['ratio']:.2f} ± {row['ratio'] * row['ratio_error']:.2f}",
             f"{row['batch'] / row['median_s']:.1f}",
             f"{row['peak_memory_bytes'] / 1e6:.0f}",
-            *([f"{row['share_of_fma_peak']:.0%}"] if has_share else []),
+            *([f"{row['flops'] / row['median_s'] / row['fma_peak']:.0%}"] if has_peak else []),
         )
     return table
 

@@ -1,12 +1,16 @@
 """Runtimes taking turns, each in a process of its own: a machine that drifts drifts for all.
 
-In one process the runtimes' thread pools would slow each other down.
+In one process the runtimes' thread pools would slow each other down. What is compared are the times of one round,
+seconds apart: a ratio is the median over the rounds of theirs / ours. Each round has another order, so that nobody
+always follows the same one, and rounds are added while a ratio is not yet known to `STEADY`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -15,7 +19,13 @@ from dataclasses import asdict
 
 from .runtimes import Case
 
-NOISY = 1.25  # median over fastest, from which the machine is said to be too noisy to trust
+OURS = "focalnet"
+WARM_UP_ROUNDS = 1  # after all processes have started, and not counted
+TURN_S = 0.25  # a turn has as many runs as fit, at least one and at most MOST_RUNS; their median is its time
+MOST_RUNS = 16
+STEADY = 0.02  # standard error of a ratio, over the ratio, below which no more rounds are needed
+MORE = 0.5  # of the rounds asked for, how many are added at most
+NOISY = 1.25  # median over fastest, from which times (not ratios) are said to be unlike those of an idle machine
 
 
 class Runtime:
@@ -23,8 +33,10 @@ class Runtime:
 
     def __init__(self, name: str, case: Case) -> None:
         self.name = name
-        self.seconds: list[float] = []
+        self.runs: list[float] = []
+        self.turns: list[float] = []
         self.peak_bytes: int | None = None
+        self._runs_a_turn = 1
         log = subprocess.DEVNULL if "FOCALNET_DEBUG" not in os.environ else None
         self.process = subprocess.Popen(
             [sys.executable, "-m", "focalnet.benchmark.worker", name, json.dumps(asdict(case))],
@@ -36,9 +48,15 @@ class Runtime:
         answer = self._read()
         self.absent = None if answer[0] == "ready" else str(answer[1])
 
-    def run(self) -> None:
-        self._write("run")
-        self.seconds.append(float(self._read()[1]))
+    def warm_up(self) -> None:
+        """A turn that is not counted; it says how many runs fit into one."""
+        self._runs_a_turn = min(MOST_RUNS, max(1, round(TURN_S / self._run())))
+
+    def turn(self) -> None:
+        """Runs for about `TURN_S`."""
+        runs = [self._run() for _ in range(self._runs_a_turn)]
+        self.runs += runs
+        self.turns.append(statistics.median(runs))
 
     def end(self) -> None:
         if self.absent is None:
@@ -46,13 +64,20 @@ class Runtime:
             self.peak_bytes = int(self._read()[1])
         self.process.wait()
 
+    def _run(self) -> float:
+        self._write("run")
+        what, value = self._read()
+        if what != "seconds":
+            raise RuntimeError(f"{self.name}: {value}")
+        return float(value)
+
     def _write(self, command: str) -> None:
         self.process.stdin.write(command + "\n")
         self.process.stdin.flush()
 
     def _read(self) -> list:
         line = self.process.stdout.readline()
-        return json.loads(line) if line else ["absent", "failed to start; FOCALNET_DEBUG=1 shows what it says"]
+        return json.loads(line) if line else ["absent", "its process ended; FOCALNET_DEBUG=1 shows what it says"]
 
 
 def compare(
@@ -60,25 +85,71 @@ def compare(
 ) -> tuple[list[dict], dict[str, str]]:
     """The rows of the runtimes that are there, and why each of the others is not.
 
-    ``on_step`` is called ``len(names) * (rounds + 1)`` times at most: for each process started and each run.
+    ``rounds`` is at least 2. ``on_step`` is called ``steps(names, rounds)`` times.
     """
     runtimes = []
     for name in names:
         runtimes.append(Runtime(name, case))
         on_step()
     present = [runtime for runtime in runtimes if runtime.absent is None]
-    for _ in range(rounds):
-        for runtime in present:
-            runtime.run()
-            on_step()
+    _take_turns(present, rounds, on_step)
     for runtime in runtimes:
         runtime.end()
+        if runtime.absent is not None:
+            for _ in range(WARM_UP_ROUNDS + rounds):
+                on_step()
     absent = {runtime.name: runtime.absent for runtime in runtimes if runtime.absent is not None}
-    return [_row(case, runtime) for runtime in present], absent
+    return [_row(case, runtime, _base(present)) for runtime in present], absent
 
 
-def _row(case: Case, runtime: Runtime) -> dict:
-    low, median, high = statistics.quantiles(runtime.seconds, n=4, method="inclusive")
+def steps(names: list[str], rounds: int) -> int:
+    """Of a progress bar: processes started and turns; rounds that are added are none of them."""
+    return len(names) * (1 + WARM_UP_ROUNDS + rounds)
+
+
+def _take_turns(runtimes: list[Runtime], rounds: int, on_step: Callable[[], object]) -> None:
+    for _ in range(WARM_UP_ROUNDS):
+        for runtime in runtimes:
+            runtime.warm_up()
+            on_step()
+    for number in range(rounds + math.floor(MORE * rounds)):
+        if number >= rounds and _steady(runtimes):
+            return
+        for runtime in order(runtimes, number):
+            runtime.turn()
+            if number < rounds:
+                on_step()
+
+
+def order(runtimes: list, number: int) -> list:
+    """The order of a round, the same in every session: rotation alone would keep everybody's predecessor."""
+    return random.Random(number).sample(runtimes, len(runtimes))
+
+
+def _steady(runtimes: list[Runtime]) -> bool:
+    return all(ratio(runtime.turns, _base(runtimes).turns)["ratio_error"] <= STEADY for runtime in runtimes)
+
+
+def _base(runtimes: list[Runtime]) -> Runtime:
+    """What the others are compared with: ours, or without it the first."""
+    return next((runtime for runtime in runtimes if runtime.name == OURS), runtimes[0])
+
+
+def ratio(theirs: list[float], ours: list[float]) -> dict[str, object]:
+    """Of times in the same rounds: the median quotient, its quartiles, its relative standard error.
+
+    The error is a median's under a normal distribution, 1.2533 s / sqrt(n), with s from the quartiles (1.349 s apart),
+    so that a few disturbed rounds count for little.
+    """
+    low, median, high = statistics.quantiles(
+        [t / o for t, o in zip(theirs, ours, strict=True)], n=4, method="inclusive"
+    )
+    error = 1.2533 * (high - low) / 1.349 / math.sqrt(len(theirs)) / median
+    return {"ratio": median, "ratio_quartiles": [low, high], "ratio_error": error}
+
+
+def _row(case: Case, runtime: Runtime, base: Runtime) -> dict:
+    low, median, high = statistics.quantiles(runtime.turns, n=4, method="inclusive")
     return {
         "case": "training step" if case.training else "inference",
         "variant": case.variant,
@@ -88,12 +159,26 @@ def _row(case: Case, runtime: Runtime) -> dict:
         "runtime": runtime.name,
         "median_s": median,
         "quartiles_s": [low, high],
-        "fastest_s": min(runtime.seconds),
-        "runs": len(runtime.seconds),
+        "fastest_s": min(runtime.runs),
+        "rounds": len(runtime.turns),
+        "runs": len(runtime.runs),
+        "ratio_to": base.name,
+        **ratio(runtime.turns, base.turns),
         "peak_memory_bytes": runtime.peak_bytes,
     }
 
 
-def noisy(rows: list[dict]) -> list[str]:
-    """The runtimes whose median is so far from their fastest run that the machine was busy with something else."""
-    return [row["runtime"] for row in rows if row["median_s"] > NOISY * row["fastest_s"]]
+def warnings(rows: list[dict]) -> list[str]:
+    """A line for each figure that the machine was too busy with something else to settle."""
+    unsteady = [
+        f"{row['runtime']} {row['ratio']:.2f} (standard error {row['ratio_error']:.0%})"
+        for row in rows
+        if row["ratio_error"] > STEADY
+    ]
+    busy = [row["runtime"] for row in rows if row["median_s"] > NOISY * row["fastest_s"]]
+    lines = []
+    if unsteady:
+        lines.append(f"noisy machine: these ratios may differ next time: {', '.join(unsteady)}")
+    if busy:
+        lines.append(f"noisy machine: the median time is far from the fastest run: {', '.join(busy)}")
+    return lines

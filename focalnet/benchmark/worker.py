@@ -2,8 +2,8 @@
 
     python -m focalnet.benchmark.worker RUNTIME CASE        (CASE: the fields of `Case` as JSON)
 
-The first line written is "ready", or "absent" and the reason; after "end" comes the peak memory in bytes: of the
-process on a CPU, of torch's tensors on a GPU.
+The first line written is "ready", or "absent" and the reason (a library that is missing, what the runtime raised);
+after "end" comes the peak memory in bytes: of the process on a CPU, of torch's tensors on a GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import resource
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from typing import IO
@@ -22,27 +23,40 @@ from .architectures import ARCHITECTURES
 from .runtimes import RUNTIMES, Case
 
 INPUTS = 4  # taken in turn, so that no run finds its images in the cache
-WARM_UP = 3
+WARM_UP_RUNS, WARM_UP_S = 3, 2.0  # whichever is reached first
 
 
 def main(out: IO[str]) -> None:
     name, fields = sys.argv[1:]
     warnings.simplefilter("ignore")
     case = Case(**json.loads(fields))
+    images = [case.images(seed) for seed in range(INPUTS)]
     try:
         run = (RUNTIMES | ARCHITECTURES)[name](case)
+        warm_up(run, images)
     except ModuleNotFoundError as error:
         say(out, "absent", f"{error.name} is not installed")
         return
-    images = [case.images(seed) for seed in range(INPUTS)]
-    for index in range(WARM_UP):
-        run(images[index % INPUTS])
+    except Exception as error:
+        # A peer that cannot compile or run the case is left out with its own words.
+        say(out, "absent", f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+        traceback.print_exc()
+        return
     say(out, "ready", torch.get_num_threads())
     for count, line in enumerate(sys.stdin):
         if line.strip() != "run":
             break
         say(out, "seconds", seconds_of(run, images[count % INPUTS]))
     say(out, "peak", peak_bytes(case))
+
+
+def warm_up(run: Callable, images: list[torch.Tensor]) -> None:
+    """The first run compiles, and counts for nothing in the time."""
+    run(images[0])
+    start = time.perf_counter()
+    for index in range(1, WARM_UP_RUNS):
+        if time.perf_counter() - start < WARM_UP_S:
+            run(images[index % INPUTS])
 
 
 def seconds_of(run: Callable, image: torch.Tensor) -> float:

@@ -33,7 +33,7 @@ def bench(
     runtimes: Annotated[
         list[str] | None, typer.Option("--runtime", metavar="NAME", help="Which runtimes; all that are installed.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=2, help="Runs of each.")] = 9,
+    rounds: Annotated[int, typer.Option(min=2, help="Turns of each; more on a noisy machine.")] = 9,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
 ) -> None:
     """Time a FocalNet here: against transformers, timm, ONNX Runtime and OpenVINO, and the operator by each backend.
@@ -54,7 +54,7 @@ def bench(
     if not names:
         raise UserError(f"--runtime: {', '.join(runtimes or ())} cannot run {case.dtype} on {case.device} here")
 
-    steps = len(names) * (rounds + 1) + operators.steps(case, rounds)
+    steps = turns.steps(names, rounds) + operators.steps(case, rounds)
     with Bar("measuring", steps, wanted=not as_json) as bar:
         models, absent = turns.compare(case, names, rounds, lambda: bar.advance(1))
         stages = list(operators.compare(case, rounds, lambda: bar.advance(1)))
@@ -79,5 +79,5 @@ def _print(case: object, facts: dict, models: list[dict], stages: list[dict], ab
     console.print(tables.of_operators(stages))
     for name, reason in absent.items():
         console.print(f"left out: {name}: {reason}", style="yellow")
-    if noisy := turns.noisy(models):
-        console.print(f"noisy machine: the median of {', '.join(noisy)} is far from the fastest run", style="yellow")
+    for line in turns.warnings(models):
+        console.print(line, style="yellow")

@@ -1,0 +1,93 @@
+"""Whether two runs of a table agree: every ratio of one against the same ratio of the other.
+
+    python bench/models.py --standard && cp bench/results/amd-epyc/models.json first.json
+    python bench/models.py --standard --compare-with first.json
+    python bench/compare.py first.json bench/results/amd-epyc/models.json
+
+Exits with 1 where a ratio differs by more than 10 percent.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rows import key
+
+ALLOWED = 0.10
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One ratio as each of two runs found it."""
+
+    case: str
+    before: float
+    after: float
+
+    @property
+    def difference(self) -> float:
+        """Of the larger over the smaller."""
+        return max(self.before, self.after) / min(self.before, self.after) - 1
+
+
+def main(
+    before: Annotated[Path, typer.Argument(help="Rows of a run.")],
+    after: Annotated[Path, typer.Argument(help="Rows of another.")],
+    allowed: Annotated[float, typer.Option(help="The largest difference that passes.")] = ALLOWED,
+) -> None:
+    """Print every ratio of both, the largest difference, and exit with 1 if it is too large."""
+    if not agree(json.loads(before.read_text()), json.loads(after.read_text()), allowed):
+        raise typer.Exit(1)
+
+
+def agree(before: list[dict], after: list[dict], allowed: float = ALLOWED) -> bool:
+    """Prints the comparison; two runs without a ratio in common do not agree."""
+    found = pairs(before, after)
+    if not found:
+        console.print("no ratio is in both", style="red")
+        return False
+    console.print(table(found))
+    largest = max(found, key=lambda pair: pair.difference)
+    fine = largest.difference <= allowed
+    console.print(
+        f"{len(found)} ratios; the largest difference is {largest.difference:.1%} ({largest.case}), "
+        f"{'within' if fine else 'beyond'} {allowed:.0%}",
+        style="green" if fine else "red",
+    )
+    return fine
+
+
+def pairs(before: list[dict], after: list[dict]) -> list[Pair]:
+    """The ratios that both have, of runtimes that were compared with the same one."""
+    earlier = {(key(row), row["ratio_to"]): row["ratio"] for row in before if "ratio" in row}
+    return [
+        Pair(name_of(row), earlier[key(row), row["ratio_to"]], row["ratio"])
+        for row in after
+        if row.get("ratio_to") != row["runtime"] and (key(row), row.get("ratio_to")) in earlier
+    ]
+
+
+def name_of(row: dict) -> str:
+    return f"{row['variant']} {row['size']} batch {row['batch']}: {row['runtime']}"
+
+
+def table(found: list[Pair]) -> Table:
+    shown = Table()
+    shown.add_column("ratio", no_wrap=True)
+    for name in ("before", "after", "difference"):
+        shown.add_column(name, justify="right")
+    for pair in found:
+        shown.add_row(pair.case, f"{pair.before:.2f}", f"{pair.after:.2f}", f"{pair.difference:.1%}")
+    return shown
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,64 @@
+"""Figures that no machine changes: operators launched, bytes moved, bytes saved for backward, per image.
+
+    python bench/counters.py [--variant tiny_lrf --size 224 --batch 8]
+
+FocalNet in float32, eager, for ours, transformers and timm where it is installed. "Moved" is what operators are given
+and give back, weights included; the rows go to bench/results/without-gpu/counters.json. Takes seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rows import NOWHERE, write
+
+from focalnet.benchmark.counters import COUNTED, counted
+from focalnet.benchmark.environment import commit, versions
+from focalnet.benchmark.runtimes import Case
+
+console = Console()
+
+
+def main(
+    variant: Annotated[str, typer.Option(help="A published variant.")] = "tiny_lrf",
+    size: Annotated[int, typer.Option(help="Image size.")] = 224,
+    batch: Annotated[int, typer.Option(help="Images in one pass.")] = 8,
+) -> None:
+    """Count, print the table, and write the rows."""
+    rows = counted_rows(Case(variant, size, batch))
+    console.print(table(rows))
+    facts = {"commit": commit(), **versions()}
+    write([row | facts for row in rows], "counters", NOWHERE)
+
+
+def counted_rows(case: Case) -> list[dict]:
+    """A row for each of `COUNTED` that is installed; what is not is said."""
+    rows = []
+    for name in COUNTED:
+        try:
+            figures = counted(name, case)
+        except ModuleNotFoundError as error:
+            console.print(f"left out: {name}: {error.name} is not installed", style="yellow")
+            continue
+        which = {"variant": case.variant, "size": case.size, "batch": case.batch, "dtype": case.dtype}
+        rows.append({"case": "counters", **which, "runtime": name, **figures})
+    return rows
+
+
+def table(rows: list[dict]) -> Table:
+    first = rows[0]
+    shown = Table(title=f"{first['variant']}, {first['size']} x {first['size']}, batch {first['batch']}, per image")
+    shown.add_column("runtime", no_wrap=True)
+    for name in ("operators", "MB moved", "MB saved for backward"):
+        shown.add_column(name, justify="right")
+    for row in rows:
+        moved, saved = row["bytes_per_image"] / 1e6, row["saved_bytes_per_image"] / 1e6
+        shown.add_row(row["runtime"], str(row["operators"]), f"{moved:.1f}", f"{saved:.1f}")
+    return shown
+
+
+if __name__ == "__main__":
+    typer.run(main)

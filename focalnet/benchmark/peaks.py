@@ -1,0 +1,105 @@
+"""What the processor can do at best, measured: float32 multiply-adds on registers alone, bytes read from memory.
+
+Both are loops in C, compiled where they run; every thread has registers, or a buffer, of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+_LOOPS = r"""
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+typedef float vec __attribute__((vector_size(VECTOR_BYTES)));
+#define EACH(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
+#define START(i) vec a##i = (vec){} + (float)(i + 1);
+/* The empty statement hides from the compiler that the chains are alike. */
+#define STEP(i) a##i = a##i * b + c; asm volatile("" : "+x"(a##i));
+#define ADD(i) sink += a##i[0];
+static void* multiply_add(void* argument) {
+    long steps = *(long*)argument;
+    volatile float factor = 0.999f, sink = 0;
+    const vec b = (vec){} + factor, c = (vec){} + 0.001f;
+    EACH(START)
+    for (long s = 0; s < steps; ++s) { EACH(STEP) }
+    EACH(ADD)
+    return 0;
+}
+typedef struct { vec* data; long count; } span;
+#define LOAD(i) a##i += data[at + i];
+static void* read(void* argument) {
+    const vec* data = ((span*)argument)->data;
+    long count = ((span*)argument)->count / 12 * 12;
+    volatile float sink = 0;
+    EACH(START)
+    for (long at = 0; at < count; at += 12) { EACH(LOAD) }
+    EACH(ADD)
+    return 0;
+}
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec + 1e-9 * t.tv_nsec;
+}
+static double seconds(int threads, void* (*loop)(void*), void* arguments, long stride) {
+    pthread_t ids[256];
+    double start = now();
+    for (int i = 0; i < threads; ++i) pthread_create(&ids[i], 0, loop, (char*)arguments + i * stride);
+    for (int i = 0; i < threads; ++i) pthread_join(ids[i], 0);
+    return now() - start;
+}
+double fma_rate(int threads, long steps) {
+    return 2.0 * 12 * (VECTOR_BYTES / 4) * steps * threads / seconds(threads, multiply_add, &steps, 0);
+}
+double read_rate(int threads, long bytes) {
+    span spans[256];
+    double best = 0;
+    for (int i = 0; i < threads; ++i) {
+        spans[i].data = aligned_alloc(VECTOR_BYTES, bytes);
+        spans[i].count = bytes / VECTOR_BYTES;
+        memset(spans[i].data, 0, bytes);
+    }
+    for (int run = 0; run < 5; ++run) {
+        double rate = (double)bytes * threads / seconds(threads, read, spans, sizeof(span));
+        if (rate > best) best = rate;
+    }
+    for (int i = 0; i < threads; ++i) free(spans[i].data);
+    return best;
+}
+"""
+
+
+class Peaks:
+    """FLOP/s and bytes/s of this processor, the best that any `measure` saw: noise only ever lowers them."""
+
+    def __init__(self, threads: int | None = None) -> None:
+        self._threads = min(256, threads or len(os.sched_getaffinity(0)))
+        self._loops = _compiled()
+        self.fma = self.bandwidth = 0.0
+
+    def measure(self) -> dict[str, float]:
+        """Half a second; returns what rows have: ``fma_peak`` in FLOP/s (a multiply-add is two), ``bandwidth``."""
+        self.fma = max(self.fma, *(self._loops.fma_rate(self._threads, 20_000_000) for _ in range(5)))
+        # 256 MB between the threads: more than any cache holds of them.
+        per_thread = (256 << 20) // self._threads // 64 * 64
+        self.bandwidth = max(self.bandwidth, self._loops.read_rate(self._threads, per_thread))
+        return {"fma_peak": self.fma, "bandwidth": self.bandwidth}
+
+
+def _compiled() -> ctypes.CDLL:
+    vector_bytes = 64 if "avx512f" in Path("/proc/cpuinfo").read_text() else 32
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "loops.c"), Path(folder, "loops.so")
+        source.write_text(_LOOPS)
+        flags = ["-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread"]
+        subprocess.run(["cc", *flags, f"-DVECTOR_BYTES={vector_bytes}", source, "-o", library], check=True)
+        loops = ctypes.CDLL(str(library))
+    for rate in (loops.fma_rate, loops.read_rate):
+        rate.restype, rate.argtypes = ctypes.c_double, [ctypes.c_int, ctypes.c_long]
+    return loops
