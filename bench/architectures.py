@@ -1,6 +1,6 @@
 """FocalNet-T beside Swin-T, ConvNeXt-T and ViT-S, which have about its size: what an image costs.
 
-    python bench/architectures.py [--batch 8] [--train] [--device cuda --dtype bfloat16]
+    python bench/architectures.py [--batch 8] [--train] [--device cuda --dtype bfloat16]     2 minutes on two cores
 
 The others run as transformers ships them, FocalNet by focalnet and by transformers. The rows go to
 bench/results/<device>/architectures.json.
@@ -10,30 +10,42 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import torch
 import typer
 from models import compared, console
 from rows import write
 
 from focalnet.benchmark import tables
-from focalnet.benchmark.architectures import ARCHITECTURES
+from focalnet.benchmark.architectures import MODELS
 from focalnet.benchmark.environment import facts
-from focalnet.benchmark.runtimes import Case
+from focalnet.benchmark.runtimes import Case, MakeModel, flops_per_image, theirs
 
 
 def main(
     batch: Annotated[list[int], typer.Option(help="Batch sizes.")] = [1, 8],  # noqa: B006
     size: Annotated[int, typer.Option(help="Image size.")] = 224,
-    rounds: Annotated[int, typer.Option(help="Runs of each.")] = 9,
+    rounds: Annotated[int, typer.Option(min=2, help="Turns of each; more on a noisy machine.")] = 7,
     train: Annotated[bool, typer.Option(help="A training step instead of inference.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:
     """Compare the networks, print a table for each batch, and write the rows."""
     environment = facts(device)
+    makes = {"focalnet": theirs, "transformers": theirs, **MODELS}
     for case in (Case("tiny_lrf", size, b, train, device, dtype) for b in batch):
-        rows = [row | environment for row in compared(case, ["focalnet", "transformers", *ARCHITECTURES], rounds)]
-        console.print(tables.of_runtimes(case, rows))
-        write(rows, "architectures", environment["device"])
+        sizes = {name: size_of(case, make) for name, make in makes.items()}
+        rows = [row | sizes[row["runtime"]] | environment for row in compared(case, list(makes), rounds)]
+        if rows:
+            console.print(tables.of_runtimes(case, rows))
+            write(rows, "architectures", environment["device"])
+
+
+def size_of(case: Case, make: MakeModel) -> dict[str, int]:
+    """Parameters and FLOPs (a multiply-add is two) of a network; of a training step thrice those of inference."""
+    with torch.device("meta"):
+        model = make(Case(case.variant, case.size, 1, device="meta"))
+    flops = case.batch * flops_per_image(case, make) * (3 if case.training else 1)
+    return {"parameters": sum(parameter.numel() for parameter in model.parameters()), "flops": flops}
 
 
 if __name__ == "__main__":

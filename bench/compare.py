@@ -76,7 +76,7 @@ def pairs(before: list[dict], after: list[dict]) -> list[Pair]:
 
 
 def name_of(row: dict) -> str:
-    return f"{row['variant']} {row['size']} batch {row['batch']}: {row['runtime']}"
+    return ", ".join(str(value) for value in key(row) if value is not None)
 
 
 def table(found: list[Pair]) -> Table:

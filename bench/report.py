@@ -3,43 +3,68 @@
     python bench/report.py
 
 Each part of the README between <!-- report: NAME --> and <!-- end --> is written anew from bench/results/; plots go to
-docs/plots/. A part whose rows are missing says so. Nothing here measures anything.
+docs/plots/, and one whose rows are gone goes with them. A part whose rows are missing says so. Nothing here measures
+anything.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from itertools import groupby
 
+import plots
 import rows
+from plots import OURS, order, ratio_of
 from scaling import fitted
 
 from focalnet.benchmark.environment import ROOT
 
 README = ROOT / "README.md"
-PLOTS = ROOT / "docs" / "plots"
 CPU = "AMD EPYC"
+MISSING = "Not measured yet."
+MISSING_GPU = "Not measured on a GPU yet."
 
-OURS = "focalnet"
 HEADLINE = ("tiny_lrf", 224)
 NAMES = {
     "focalnet": "focalnet",
+    "focalnet, compile": "focalnet, `torch.compile`",
+    "focalnet, max-autotune": "focalnet, `torch.compile`, max-autotune",
+    "focalnet, reference": "focalnet, plain PyTorch",
+    "focalnet, reference, compile": "focalnet, plain PyTorch, `torch.compile`",
+    "focalnet, reference, max-autotune": "focalnet, plain PyTorch, `torch.compile`, max-autotune",
+    "focalnet, without CPU kernels": "focalnet, where there are no CPU kernels (as on a GPU)",
     "transformers": "transformers",
     "transformers, compile": "transformers, `torch.compile`",
+    "transformers, max-autotune": "transformers, `torch.compile`, max-autotune",
     "transformers, patched": "transformers, `focalnet.patch`",
     "timm": "timm",
-    "timm, patched": "timm, `focalnet.patch`",
+    "timm, compile": "timm, `torch.compile`",
+    "timm, max-autotune": "timm, `torch.compile`, max-autotune",
+    "timm, channels-last": "timm, channels-last",
     "timm, channels-last, compile": "timm, channels-last, `torch.compile`",
+    "timm, channels-last, max-autotune": "timm, channels-last, `torch.compile`, max-autotune",
+    "timm, patched": "timm, `focalnet.patch`",
     "onnxruntime": "ONNX Runtime",
     "openvino": "OpenVINO",
+}
+ARCHITECTURES = {
+    "focalnet": "FocalNet-T LRF, focalnet",
+    "transformers": "FocalNet-T LRF, transformers",
+    "Swin-T": "Swin-T, transformers",
+    "ConvNeXt-T": "ConvNeXt-T, transformers",
+    "ViT-S": "ViT-S, transformers",
 }
 
 
 def main() -> None:
     README.write_text(filled(README.read_text()))
-    for path in (speedup_plot(), *scaling_plots()):
+    devices = {device for kind in ("models", "operators", "kernels", "scaling") for device in rows.devices(kind)}
+    drawn = [path for device in sorted(devices) for path in plots.all_of(device)]
+    for path in drawn:
         print(path.relative_to(ROOT))
+    for path in set(plots.PLOTS.glob("*.svg")) - set(drawn):
+        path.unlink()
 
 
 def filled(text: str) -> str:
@@ -51,13 +76,12 @@ def filled(text: str) -> str:
     return re.sub(r"(<!-- report: ([\w-]+) -->)\n(.*?)\n?(<!-- end -->)", part, text, flags=re.S)
 
 
-# ---- tables ---------------------------------------------------------------------------------------------------------
+# ---- time and memory of models --------------------------------------------------------------------------------------
 
 
 def headline() -> str:
     """The runtimes at the headline's image size, batch by batch."""
-    chosen = [row for row in rows.read("models", CPU) if (row["variant"], row["size"]) == HEADLINE]
-    return _runtime_table(chosen)
+    return _runtime_table([row for row in rows.read("models", CPU) if (row["variant"], row["size"]) == HEADLINE])
 
 
 def training() -> str:
@@ -65,18 +89,44 @@ def training() -> str:
     return _runtime_table(rows.read("training", CPU))
 
 
-def _runtime_table(chosen: list[dict]) -> str:
+def architectures() -> str:
+    """Other networks of this size, with what they hold and compute."""
+    measured = [row for row in rows.read("architectures", CPU) if row["case"] == "inference"]
+    return _runtime_table(measured, ARCHITECTURES, _size)
+
+
+def _size(row: dict) -> dict[str, str]:
+    return {"M parameters": f"{row['parameters'] / 1e6:.1f}", "GFLOP": f"{row['flops'] / row['batch'] / 1e9:.1f}"}
+
+
+def gpu() -> str:
+    """Models and training steps on every device whose peaks are known from a data sheet, or that has a driver."""
+    parts = []
+    for kind, title in (("models", "inference"), ("training", "a training step")):
+        for device in rows.devices(kind):
+            measured = [row for row in rows.read(kind, device) if "driver" in row]
+            for (variant, size, dtype), of_case in groupby(measured, lambda row: _of(row, "variant", "size", "dtype")):
+                parts.append(
+                    f"{device}, {variant}, {size} x {size}, {dtype}, {title}:\n\n{_runtime_table(list(of_case))}"
+                )
+    return "\n\n".join(parts) or MISSING_GPU
+
+
+def _runtime_table(
+    chosen: list[dict], names: dict[str, str] = NAMES, facts: Callable[[dict], dict[str, str]] = lambda row: {}
+) -> str:
+    """A line for each runtime; time, ratio and memory for each batch."""
     if not chosen:
-        return "Not measured yet."
+        return MISSING
     batches = sorted({row["batch"] for row in chosen})
-    head = ["runtime", *[f for batch in batches for f in (f"batch {batch}, ms", "time over focalnet's", "memory, MB")]]
+    per_batch = [f for batch in batches for f in (f"batch {batch}, ms", "time over focalnet's", "memory, MB")]
+    head = ["runtime" if names is NAMES else "network", *facts(chosen[0]), *per_batch]
     lines = []
-    for name, title in NAMES.items():
+    for name, title in names.items():
         found = [_find(chosen, runtime=name, batch=batch) for batch in batches]
         if any(found):
-            lines.append(
-                [title, *[f for batch, row in zip(batches, found, strict=True) for f in _cells(chosen, batch, row)]]
-            )
+            cells = [cell for batch, row in zip(batches, found, strict=True) for cell in _cells(chosen, batch, row)]
+            lines.append([title, *facts(next(filter(None, found))).values(), *cells])
     return _markdown(head, lines)
 
 
@@ -85,61 +135,103 @@ def _cells(chosen: list[dict], batch: int, row: dict | None) -> list[str]:
         return ["", "", ""]
     ours = _find(chosen, runtime=OURS, batch=batch)
     times = f"{row['median_s'] * 1e3:.0f} / {row['fastest_s'] * 1e3:.0f}"
-    return [times, f"{row['median_s'] / ours['median_s']:.2f}", f"{row['peak_memory_bytes'] / 1e6:.0f}"]
+    return [times, f"{ratio_of(row, ours):.2f}", f"{row['peak_memory_bytes'] / 1e6:.0f}"]
 
 
 def ratios() -> str:
     """Every measured case: each runtime's time over focalnet's, and focalnet's share of the FMA peak."""
     measured = rows.read("models", CPU)
-    cases = sorted({(row["variant"], row["size"], row["batch"]) for row in measured}, key=_order)
+    if not measured:
+        return MISSING
+    cases = sorted({_of(row, "variant", "size", "batch") for row in measured}, key=order)
     present = [name for name in NAMES if name != OURS and any(row["runtime"] == name for row in measured)]
     head = ["variant", "image", "batch", "focalnet, ms", "of FMA peak", *[NAMES[name] for name in present]]
     # The best of all runs is the machine's: a run in a noisy moment measures less.
-    peak = max((row["fma_peak"] for row in measured), default=0.0)
+    peak = max(row["fma_peak"] for row in measured)
     lines = []
     for variant, size, batch in cases:
-        of_case = [row for row in measured if (row["variant"], row["size"], row["batch"]) == (variant, size, batch)]
-        ours = _find(of_case, runtime=OURS)
-        found = [_find(of_case, runtime=name) for name in present]
+        case = {"variant": variant, "size": size, "batch": batch}
+        ours = _find(measured, runtime=OURS, **case)
+        found = [_find(measured, runtime=name, **case) for name in present]
         share = f"{ours['flops'] / ours['median_s'] / peak:.0%}"
         lines.append(
             [variant, str(size), str(batch), f"{ours['median_s'] * 1e3:.0f}", share]
-            + [f"{row['median_s'] / ours['median_s']:.2f}" if row else "" for row in found]
+            + [f"{ratio_of(row, ours):.2f}" if row else "" for row in found]
         )
-    return _markdown(head, lines) if lines else "Not measured yet."
+    return _markdown(head, lines) + _image(f"Bars: the time of other runtimes over focalnet's, {CPU}", "inference")
+
+
+# ---- the operator, growth, counters ---------------------------------------------------------------------------------
+
+
+def operators() -> str:
+    """The operator stage by stage, with its floor."""
+    measured = rows.read("operators", CPU)
+    if not measured:
+        return MISSING
+    names = list(dict.fromkeys(row["backend"] for row in measured))
+    ours, reference = names[0], names[-1]
+    head = ["H x W x C", "", "floor, ms", *[f"{name}, ms" for name in names], f"{reference} over {ours}"]
+    lines = []
+    for (stage, case), of_stage in groupby(measured, key=lambda row: _of(row, "stage", "case")):
+        by_backend = {row["backend"]: row for row in of_stage}
+        times = [f"{by_backend[name]['median_s'] * 1e3:.1f}" for name in names]
+        floor, ratio = by_backend[ours]["floor_s"], by_backend[reference]["ratio"]
+        lines.append([stage, case, f"{floor * 1e3:.1f}", *times, f"{ratio:.2f}"])
+    return _markdown(head, lines) + _image(f"Roofline of the operator's stages, {CPU}", "roofline")
 
 
 def growth() -> str:
-    """The fitted exponents."""
+    """The fitted exponents, and plots of time and memory."""
+    grown = plots.lines_of(CPU)
+    if not grown:
+        return MISSING
+    lines = []
+    for line in grown:
+        first, last = line[0], line[-1]
+        memory = ""
+        if "peak_memory_bytes" in first:
+            memory = f"{first['peak_memory_bytes'] / 1e6:.0f} to {last['peak_memory_bytes'] / 1e6:.0f}"
+        of = _of(first, "series", "subject", "runtime")
+        lines.append([*of, f"{first['x']} to {last['x']}", f"{fitted(line):.2f}", memory])
+    head = ["what grows", "of", "runtime", "range", "time grows with its power", "peak memory, MB"]
+    series = dict.fromkeys(line[0]["series"] for line in grown)
+    images = [_image(f"Cost against {name}, {CPU}", f"growth {name}") for name in series]
+    return _markdown(head, lines) + "".join(images)
+
+
+def counters() -> str:
+    """What no machine changes: operators, bytes moved, bytes kept for backward."""
+    counted = rows.read("counters", rows.NOWHERE)
+    if not counted:
+        return MISSING
+    head = ["runtime", "operators", "MB moved per image", "MB saved for backward per image"]
     lines = [
-        [
-            of_series[0]["series"],
-            of_series[0]["subject"],
-            f"{of_series[0]['x']} to {of_series[-1]['x']}",
-            f"{fitted(of_series):.2f}",
-        ]
-        for of_series in _series(rows.read("scaling", CPU))
+        [NAMES[row["runtime"]], str(row["operators"])]
+        + [f"{row[name] / 1e6:.1f}" for name in ("bytes_per_image", "saved_bytes_per_image")]
+        for row in counted
     ]
-    return (
-        _markdown(["what grows", "of", "range", "time grows with its power"], lines) if lines else "Not measured yet."
-    )
+    return _markdown(head, lines)
 
 
-PARTS: dict[str, Callable[[], str]] = {"headline": headline, "ratios": ratios, "training": training, "growth": growth}
+PARTS: dict[str, Callable[[], str]] = {
+    "headline": headline,
+    "ratios": ratios,
+    "training": training,
+    "architectures": architectures,
+    "operators": operators,
+    "growth": growth,
+    "counters": counters,
+    "gpu": gpu,
+}
 
 
-def _order(case: tuple[str, int, int]) -> tuple:
-    variant, size, batch = case
-    return (["tiny", "small", "base", "large"].index(variant.split("_")[0]), variant, size, batch)
+def _of(row: dict, *names: str) -> tuple:
+    return tuple(row[name] for name in names)
 
 
 def _find(among: Iterable[dict], **wanted: object) -> dict | None:
     return next((row for row in among if all(row[name] == value for name, value in wanted.items())), None)
-
-
-def _series(measured: list[dict]) -> list[list[dict]]:
-    names = dict.fromkeys(row["series"] for row in measured)
-    return [sorted((row for row in measured if row["series"] == name), key=lambda row: row["x"]) for name in names]
 
 
 def _markdown(head: list[str], lines: list[list[str]]) -> str:
@@ -147,64 +239,8 @@ def _markdown(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *lines])
 
 
-# ---- plots ----------------------------------------------------------------------------------------------------------
-
-
-def speedup_plot() -> Path:
-    """Bars: how many times faster focalnet is than each runtime, case by case."""
-    measured = rows.read("models", CPU)
-    cases = sorted({(row["variant"], row["size"], row["batch"]) for row in measured}, key=_order)
-    present = [name for name in NAMES if name != OURS and any(row["runtime"] == name for row in measured)]
-    figure, axes = _figure(width=1.5 + 1.3 * len(cases))
-    for place, name in enumerate(present):
-        for position, (variant, size, batch) in enumerate(cases):
-            case = {"variant": variant, "size": size, "batch": batch}
-            ours, row = _find(measured, runtime=OURS, **case), _find(measured, runtime=name, **case)
-            if row:
-                x = position + (place - (len(present) - 1) / 2) * 0.8 / len(present)
-                axes.bar(x, row["median_s"] / ours["median_s"], 0.8 / len(present), color=f"C{place}")
-        axes.bar([0], [0], color=f"C{place}", label=NAMES[name].replace("`", ""))
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(cases)), [f"{variant}\n{size}, batch {batch}" for variant, size, batch in cases])
-    axes.set_ylabel("time over focalnet's (higher: focalnet is faster)")
-    axes.set_title(f"CPU inference, float32, {CPU}, 2 cores")
-    figure.legend(loc="outside lower center", ncols=3)
-    return _save(figure, "cpu-inference")
-
-
-def scaling_plots() -> list[Path]:
-    """Time against what grows, both axes logarithmic."""
-    paths = []
-    for of_series in _series(rows.read("scaling", CPU)):
-        first = of_series[0]
-        figure, axes = _figure(width=5)
-        xs, ys = [row["x"] for row in of_series], [row["median_s"] * 1e3 for row in of_series]
-        axes.loglog(xs, ys, "o-", label=f"{first['subject']}: power {fitted(of_series):.2f}")
-        axes.set_xticks(xs, list(map(str, xs)))
-        axes.minorticks_off()
-        axes.set_xlabel(first["series"])
-        axes.set_ylabel("ms")
-        axes.legend()
-        paths.append(_save(figure, f"scaling-{first['series'].replace(' ', '-')}"))
-    return paths
-
-
-def _figure(width: float) -> tuple:
-    import matplotlib
-
-    # The same rows give the same file, byte for byte.
-    matplotlib.rcParams["svg.hashsalt"] = "focalnet"
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, 4.5), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _save(figure, name: str) -> Path:
-    PLOTS.mkdir(parents=True, exist_ok=True)
-    path = PLOTS / f"{name}.svg"
-    figure.savefig(path, metadata={"Date": None})
-    return path
+def _image(text: str, what: str) -> str:
+    return f"\n\n![{text}](docs/plots/{plots.name_of(what, CPU)})"
 
 
 if __name__ == "__main__":

@@ -41,6 +41,11 @@ def read(kind: str, device: str) -> list[dict]:
     return json.loads(path.read_text()) if path.exists() else []
 
 
+def devices(kind: str) -> list[str]:
+    """The devices that rows of a kind were measured on."""
+    return sorted({row["device"] for path in RESULTS.glob(f"*/{kind}.json") for row in json.loads(path.read_text())})
+
+
 def write(rows: list[dict], kind: str, device: str) -> Path:
     """Puts ``rows`` among those that are there; returns the file."""
     merged = {key(row): row for row in [*read(kind, device), *rows]}

@@ -1,31 +1,31 @@
 """How the cost of a FocalNet grows: with the image, the batch, the levels and the kernels.
 
-    python bench/scaling.py [--device cuda --dtype bfloat16]
+    python bench/scaling.py [--device cuda --dtype bfloat16]        about 4 minutes on two cores
 
-The model at 224 to 1024 pixels and at batch 1 to 64; the operator with 1 to 4 levels, and with one kernel of 3 to 15.
-For each, the exponent p of time ~ x ** p, fitted over the larger half of the points, where fixed costs weigh least.
-Focal modulation is linear in the pixels: 2 for the side of the image, 1 for the batch; an attention over all pixels
-tends to 4 in the side. The rows go to bench/results/<device>/scaling.json.
+The model at 224 to 1024 pixels and at batch 1 to 64, ours and transformers': a process for each point and runtime, so
+that its peak memory is the point's own, the two taking turns. The operator with 1 to 4 levels, and with one kernel of
+3 to 15, all points taking turns in one process. For each, the exponent p of time ~ x ** p, fitted over the larger half
+of the points, where fixed costs weigh least. Focal modulation is linear in the pixels: 2 for the side of the image, 1
+for the batch; an attention over all pixels tends to 4 in the side.
+
+The rows go to bench/results/<device>/scaling.json, those of a point as soon as it is measured.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import Progress
+from models import compared, console
 from rich.table import Table
 from rows import write
 
-from focalnet.benchmark.environment import device as device_name
 from focalnet.benchmark.environment import facts
-from focalnet.benchmark.runtimes import Case, ours
+from focalnet.benchmark.runtimes import Case
 from focalnet.benchmark.timing import measure
 
 SIZES = (224, 288, 384, 512, 640, 800, 1024)
@@ -33,72 +33,102 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64)
 LEVELS = (1, 2, 3, 4)
 KERNELS = (3, 5, 7, 9, 11, 13, 15)
 OPERATOR_SHAPE = (8, 28, 28, 192)  # the second stage of the tiny models at 224
-
-console = Console()
-
-
-@dataclass(frozen=True)
-class Series:
-    """Calls that differ in one number."""
-
-    name: str
-    subject: str
-    values: tuple[int, ...]
-    make: Callable[[int], Callable[[int], object]]
+OPERATOR_ROUNDS = 11
 
 
 def main(
     variant: Annotated[str, typer.Option(help="A published variant.")] = "tiny_lrf",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    rounds: Annotated[int, typer.Option(help="Runs of each point.")] = 5,
+    runtime: Annotated[list[str], typer.Option(help="Whose models.")] = ["focalnet", "transformers"],  # noqa: B006
+    size: Annotated[list[int], typer.Option(help="Image sizes, at batch 1.")] = list(SIZES),  # noqa: B006
+    batch: Annotated[list[int], typer.Option(help="Batch sizes, at 224 pixels.")] = list(BATCHES),  # noqa: B006
+    rounds: Annotated[int, typer.Option(min=2, help="Turns of each at each point.")] = 3,
 ) -> None:
     """Measure each series, print a table with the fitted exponents, and write the rows."""
-    every = series(variant, torch.device(device), getattr(torch, dtype))
     environment = facts(device)
-    rows = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        for one in every:
-            task = progress.add_task(one.name, total=len(one.values) * rounds)
-            calls = {str(value): one.make(value) for value in one.values}
-            # The points take turns: a machine that drifts does not bend the curve.
-            timings = measure(calls, device, rounds, lambda task=task: progress.advance(task))
-            for value in one.values:
-                case = {"case": "scaling", "subject": one.subject, "series": one.name, "x": value, "dtype": dtype}
-                rows.append({**case, **timings[str(value)].row(), **environment})
-    for one in every:
-        show([row for row in rows if row["series"] == one.name])
-    write(rows, "scaling", device_name(device))
+    every = []
+    for rows in (
+        *of_operators(device, dtype),
+        *of_models(Case(variant, 224, 1, device=device, dtype=dtype), size, batch, runtime, rounds),
+    ):
+        rows = [row | environment for row in rows]
+        write(rows, "scaling", environment["device"])
+        every += rows
+    for of_series in grouped(every):
+        show(of_series)
 
 
-def series(variant: str, device: torch.device, dtype: torch.dtype) -> list[Series]:
-    model = ours(Case(variant, 224, 1)).to(device, dtype)
-
-    def images(batch: int, size: int) -> Callable[[int], object]:
-        pixels = torch.randn(batch, 3, size, size, device=device, dtype=dtype)
-        return torch.inference_mode()(lambda number: model(pixels))
-
-    def modulation(kernels: list[int]) -> Callable[[int], object]:
-        return _modulation(kernels, device, dtype)
-
-    return [
-        Series("image side", variant, SIZES, lambda size: images(1, size)),
-        Series("batch", variant, BATCHES, lambda batch: images(batch, 224)),
-        Series("levels", "focal_modulation", LEVELS, lambda levels: modulation([3 + 2 * k for k in range(levels)])),
-        Series("kernel", "focal_modulation", KERNELS, lambda size: modulation([size])),
-    ]
+# ---- the operator ---------------------------------------------------------------------------------------------------
 
 
-def _modulation(kernels: list[int], device: torch.device, dtype: torch.dtype) -> Callable[[int], object]:
+def of_operators(device: str, dtype: str) -> Iterator[list[dict]]:
+    """The rows of a series, for each."""
+    chains = {
+        "levels": {n: [3 + 2 * level for level in range(n)] for n in LEVELS},
+        "kernel": {k: [k] for k in KERNELS},
+    }
+    for name, chain in chains.items():
+        console.print(f"focal_modulation, {name}: {', '.join(map(str, chain))}")
+        # The points take turns: a machine that drifts does not bend the curve.
+        timings = measure(
+            {x: modulation(kernels, device, dtype) for x, kernels in chain.items()}, device, OPERATOR_ROUNDS
+        )
+        shared = {
+            "case": "scaling",
+            "series": name,
+            "subject": "focal_modulation",
+            "dtype": dtype,
+            "runtime": "focalnet",
+        }
+        yield [shared | {"x": x, **timing.row()} for x, timing in timings.items()]
+
+
+def modulation(kernels: list[int], device: str, dtype: str) -> Callable[[int], object]:
     import focalnet
 
     *positions, channels = OPERATOR_SHAPE
-    tensor = {"device": device, "dtype": dtype}
+    tensor = {"device": device, "dtype": getattr(torch, dtype)}
     projected = torch.randn(*positions, 2 * channels + len(kernels) + 1, **tensor)
     q, ctx, gates = projected.split([channels, channels, len(kernels) + 1], dim=-1)
     focal_weights = [torch.randn(channels, 1, k, k, **tensor) / k for k in kernels]
     weight = torch.randn(channels, channels, **tensor) / math.sqrt(channels)
     return torch.inference_mode()(lambda number: focalnet.focal_modulation(q, ctx, gates, focal_weights, weight))
+
+
+# ---- models ---------------------------------------------------------------------------------------------------------
+
+
+def of_models(
+    smallest: Case, sizes: list[int], batches: list[int], runtimes: list[str], rounds: int
+) -> Iterator[list[dict]]:
+    """The rows of a point, for each; one that both series share is measured once."""
+    cases = dict.fromkeys([(size, smallest.batch) for size in sizes] + [(smallest.size, batch) for batch in batches])
+    for size, batch in cases:
+        console.print(f"{smallest.variant}, {size} x {size}, batch {batch}")
+        case = Case(smallest.variant, size, batch, device=smallest.device, dtype=smallest.dtype)
+        found = compared(case, runtimes, rounds)
+        if batch == smallest.batch and size in sizes:
+            yield [as_point(row, "image side", size) for row in found]
+        if size == smallest.size and batch in batches:
+            yield [as_point(row, "batch", batch) for row in found]
+
+
+def as_point(row: dict, series: str, x: int) -> dict:
+    return row | {"case": "scaling", "series": series, "subject": row["variant"], "x": x}
+
+
+# ---- what they say --------------------------------------------------------------------------------------------------
+
+
+def grouped(rows: list[dict]) -> list[list[dict]]:
+    """The rows of each series, subject and runtime, by what grows."""
+    names = dict.fromkeys(name_of(row) for row in rows)
+    return [sorted((row for row in rows if name_of(row) == name), key=lambda row: row["x"]) for name in names]
+
+
+def name_of(row: dict) -> tuple:
+    return row["series"], row["subject"], row["runtime"], row["dtype"]
 
 
 def exponent(points: list[tuple[float, float]]) -> float:
@@ -115,13 +145,15 @@ def fitted(rows: list[dict]) -> float:
 
 def show(rows: list[dict]) -> None:
     first = rows[0]
-    console.print(f"\n{first['subject']}, {first['dtype']}: time ~ {first['series']} ^ {fitted(rows):.2f}")
+    growth = f"time ~ {first['series']} ^ {fitted(rows):.2f}" if len(rows) > 1 else "one point"
+    console.print(f"\n{first['subject']}, {first['runtime']}, {first['dtype']}: {growth}")
     table = Table()
-    for name in (first["series"], "median ms", "fastest", f"over {first['x']}"):
+    for name in (first["series"], "median ms", "fastest", f"over {first['x']}", "memory MB"):
         table.add_column(name, justify="right")
     for row in rows:
-        ratio = row["median_s"] / first["median_s"]
-        table.add_row(str(row["x"]), f"{row['median_s'] * 1e3:.2f}", f"{row['fastest_s'] * 1e3:.2f}", f"{ratio:.2f}")
+        times = (f"{row['median_s'] * 1e3:.2f}", f"{row['fastest_s'] * 1e3:.2f}")
+        memory = f"{row['peak_memory_bytes'] / 1e6:.0f}" if "peak_memory_bytes" in row else ""
+        table.add_row(str(row["x"]), *times, f"{row['median_s'] / first['median_s']:.2f}", memory)
     console.print(table)
 
 

@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import gpu_summary
+import plots
 import pytest
 import report
 import rows
@@ -19,35 +21,101 @@ def test_every_table_of_the_readme_is_what_the_committed_rows_say():
     assert report.filled(text) == text, "`make report` writes the tables anew"
 
 
+def test_every_plot_of_the_readme_is_there():
+    shown = re.findall(r"\]\((docs/plots/[^)]+)\)", report.README.read_text())
+    assert shown
+    assert [path for path in shown if not (report.ROOT / path).is_file()] == [], "`make report` draws them"
+
+
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
+    """Rows of every kind, of a device that is not there."""
     monkeypatch.setattr(rows, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(report, "PLOTS", tmp_path / "plots")
+    monkeypatch.setattr(plots, "PLOTS", tmp_path / "plots")
+    machine = {"device": report.CPU, "fma_peak": 1e11, "bandwidth": 2e10, "dtype": "float32", "variant": "tiny_lrf"}
 
-    def row(runtime, batch, seconds):
-        return {
-            "case": "inference", "variant": "tiny_lrf", "size": 224, "batch": batch, "dtype": "float32",
-            "runtime": runtime, "median_s": seconds, "fastest_s": seconds / 2, "flops": seconds * 5e10,
-            "peak_memory_bytes": 5e8, "fma_peak": 1e11,
+    def row(runtime, batch, seconds, **more):
+        return machine | {
+            "case": "inference", "size": 224, "batch": batch, "runtime": runtime, "median_s": seconds,
+            "fastest_s": seconds / 2, "flops": seconds * 5e10, "peak_memory_bytes": 5e8, **more,
         }  # fmt: skip
 
-    rows.write([row("focalnet", 1, 0.1), row("timm", 1, 0.25), row("focalnet", 8, 0.5)], "models", report.CPU)
-    scaling = [{"case": "scaling", "series": "batch", "subject": "tiny_lrf", "x": x, "median_s": x} for x in (1, 2, 4)]
+    def compared(runtime, batch, seconds, ratio, **more):
+        return row(runtime, batch, seconds, ratio_to="focalnet", ratio=ratio, **more)
+
+    # The last has a ratio of rounds, 2.4, which is not that of the medians.
+    models = [row("focalnet", 1, 0.1), row("timm", 1, 0.25), row("focalnet", 8, 0.5), compared("timm", 8, 1.0, 2.4)]
+    rows.write(models, "models", report.CPU)
+    of_networks = [compared("focalnet", 1, 0.1, 1.0), compared("Swin-T", 1, 0.12, 1.25)]
+    rows.write([one | {"parameters": 28.2e6} for one in of_networks], "architectures", report.CPU)
+    scaling = [
+        row(
+            runtime, x, x * seconds, case="scaling", series="batch", subject="tiny_lrf", x=x, peak_memory_bytes=x * 1e9
+        )
+        for runtime, seconds in (("focalnet", 1), ("transformers", 2))
+        for x in (1, 2, 4)
+    ]
+    levels = {"case": "scaling", "series": "levels", "subject": "focal_modulation", "runtime": "focalnet"}
+    scaling += [machine | levels | {"x": x, "median_s": x**0.5} for x in (1, 2, 3, 4)]
     rows.write(scaling, "scaling", report.CPU)
+    work = {"least_bytes": 1e8, "fma": 1e9, "matrix": 1e9, "floor_s": 0.02, "ratio_to": "cpu"}
+    stage = machine | {"operator": "focal_modulation", "stage": "7 x 7 x 96", "case": "forward", "batch": 8, **work}
+    of_operator = [stage | {"backend": "cpu", "median_s": 0.05, "ratio": 1}]
+    of_operator.append(stage | {"backend": "reference", "median_s": 0.2, "ratio": 4.1})
+    rows.write(of_operator, "operators", report.CPU)
     return tmp_path
 
 
 def test_tables_have_times_ratios_and_gaps(measured):
     assert report.headline().splitlines()[2:] == [
         "| focalnet | 100 / 50 | 1.00 | 500 | 500 / 250 | 1.00 | 500 |",
-        "| timm | 250 / 125 | 2.50 | 500 |  |  |  |",
+        "| timm | 250 / 125 | 2.50 | 500 | 1000 / 500 | 2.40 | 500 |",
     ]
-    assert report.ratios().splitlines()[2:] == [
+    assert report.ratios().splitlines()[2:4] == [
         "| tiny_lrf | 224 | 1 | 100 | 50% | 2.50 |",
-        "| tiny_lrf | 224 | 8 | 500 | 50% |  |",
+        "| tiny_lrf | 224 | 8 | 500 | 50% | 2.40 |",
     ]
-    assert report.growth().splitlines()[2:] == ["| batch | tiny_lrf | 1 to 4 | 1.00 |"]
-    assert report.training() == "Not measured yet."
+    assert report.architectures().splitlines() == [
+        "| network | M parameters | GFLOP | batch 1, ms | time over focalnet's | memory, MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| FocalNet-T LRF, focalnet | 28.2 | 5.0 | 100 / 50 | 1.00 | 500 |",
+        "| Swin-T, transformers | 28.2 | 6.0 | 120 / 60 | 1.25 | 500 |",
+    ]
+    assert report.operators().splitlines()[:3] == [
+        "| H x W x C |  | floor, ms | cpu, ms | reference, ms | reference over cpu |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| 7 x 7 x 96 | forward | 20.0 | 50.0 | 200.0 | 4.10 |",
+    ]
+    assert report.growth().splitlines()[2:5] == [
+        "| batch | tiny_lrf | focalnet | 1 to 4 | 1.00 | 1000 to 4000 |",
+        "| batch | tiny_lrf | transformers | 1 to 4 | 1.00 | 1000 to 4000 |",
+        "| levels | focal_modulation | focalnet | 1 to 4 | 0.50 |  |",
+    ]
+
+
+def test_rows_of_a_gpu_have_tables_of_their_own(measured):
+    of_gpu = [
+        {
+            "device": "Some GPU", "driver": "1.2", "case": "inference", "variant": "tiny_lrf", "size": 224,
+            "batch": 128, "dtype": "bfloat16", "runtime": runtime, "median_s": ms / 1e3, "fastest_s": ms / 1e3,
+            "peak_memory_bytes": 1e9, "ratio_to": "focalnet", "ratio": ms / 20,
+        }
+        for runtime, ms in (("focalnet", 20), ("transformers", 50))
+    ]  # fmt: skip
+    rows.write(of_gpu, "models", "Some GPU")
+    title, _, *table = report.gpu().splitlines()
+    assert title == "Some GPU, tiny_lrf, 224 x 224, bfloat16, inference:"
+    assert table[2:] == ["| focalnet | 20 / 20 | 1.00 | 1000 |", "| transformers | 50 / 50 | 2.50 | 1000 |"]
+    assert "Some GPU" not in report.headline()
+
+
+def test_what_has_no_rows_says_so_and_is_not_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    monkeypatch.setattr(plots, "PLOTS", tmp_path / "plots")
+    expected = dict.fromkeys(report.PARTS, "Not measured yet.") | {"gpu": "Not measured on a GPU yet."}
+    assert {name: part() for name, part in report.PARTS.items()} == expected
+    assert plots.all_of(report.CPU) == []
+    assert not plots.PLOTS.exists()
 
 
 def test_marked_parts_are_replaced_and_the_rest_is_kept(measured):
@@ -57,14 +125,22 @@ def test_marked_parts_are_replaced_and_the_rest_is_kept(measured):
     assert report.filled(expected) == expected
 
 
-def test_plots_are_the_same_bytes_for_the_same_rows(measured):
-    paths = [report.speedup_plot(), *report.scaling_plots()]
-    first = [path.read_bytes() for path in paths]
-    assert [path.name for path in paths] == ["cpu-inference.svg", "scaling-batch.svg"]
-    assert all(b"</svg>" in content for content in first)
-    report.speedup_plot()
-    report.scaling_plots()
-    assert [path.read_bytes() for path in paths] == first
+def test_plots_are_the_same_bytes_for_the_same_rows_and_the_tables_show_them(measured):
+    paths = plots.all_of(report.CPU)
+    first = {path.name: path.read_bytes() for path in paths}
+    assert all(b"</svg>" in content for content in first.values())
+    shown = set(re.findall(r"docs/plots/(\S+)\)", "".join(part() for part in report.PARTS.values())))
+    expected = {"inference", "roofline", "growth-batch", "growth-levels"}
+    assert first.keys() == shown == {f"{name}-amd-epyc.svg" for name in expected}
+    assert {path.name: path.read_bytes() for path in plots.all_of(report.CPU)} == first
+
+
+def test_the_roof_is_the_data_sheets_on_a_gpu_and_as_measured_on_a_processor():
+    cpu = [{"fma_peak": 1e11, "bandwidth": 1e10}, {"fma_peak": 9e10, "bandwidth": 2e10}]
+    assert plots._peaks(report.CPU, cpu) == (2e10, {"FMA": 1e11})
+    bandwidth, rates = plots._peaks("NVIDIA H200", [{}])
+    assert (bandwidth, rates["FMA"]) == (4.8e12, 66.9e12)
+    assert plots._peaks("Some GPU", [{"median_s": 1}]) is None
 
 
 def test_summary_of_a_gpu_run_has_every_part_and_row_and_fails_with_them(measured, tmp_path):

@@ -13,7 +13,7 @@ from ..backends import backends
 from ..functional import focal_modulation
 from ..variants import VARIANTS
 from .runtimes import Case
-from .timing import measure
+from .timing import measure, ratio
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ def compare(case: Case, rounds: int, on_step: Callable[[], object] = lambda: Non
     for stage in stages(case):
         for direction, make in DIRECTIONS.items():
             calls = {name: make(stage, case, name) for name in able_backends(case.device)}
-            for name, timing in measure(calls, case.device, rounds, on_step).items():
+            timings = measure(calls, case.device, rounds, on_step)
+            base = next(iter(timings))
+            for name, timing in timings.items():
                 yield {
                     "case": direction,
                     "operator": "focal_modulation",
@@ -63,6 +65,8 @@ def compare(case: Case, rounds: int, on_step: Callable[[], object] = lambda: Non
                     "dtype": case.dtype,
                     "backend": name,
                     **timing.row(),
+                    "ratio_to": base,
+                    **ratio(timing.seconds, timings[base].seconds),
                 }
 
 

@@ -44,10 +44,14 @@ def of_operators(rows: list[dict]) -> Table:
         table.add_column(name, justify="right")
     if len(names) > 1:
         table.add_column(f"{names[-1]} over {names[0]}", justify="right")
+    if "floor_s" in first:
+        table.add_column(f"floor over {names[0]}", justify="right")
     for (stage, direction), group in groupby(rows, key=lambda row: (row["stage"], row["case"])):
-        times = {row["backend"]: row["median_s"] for row in group}
-        ratio = [f"{times[names[-1]] / times[names[0]]:.2f}"] if len(names) > 1 else []
-        table.add_row(stage, direction, *(_ms(times[name]) for name in names), *ratio)
+        of_stage = list(group)
+        ours, last = of_stage[0], of_stage[-1]
+        ratio = [f"{last['ratio']:.2f}"] if len(names) > 1 else []
+        floor = [f"{ours['floor_s'] / ours['median_s']:.0%}"] if "floor_s" in ours else []
+        table.add_row(stage, direction, *(_ms(row["median_s"]) for row in of_stage), *ratio, *floor)
     return table
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from .runtimes import Case
+from .timing import ratio
 
 OURS = "focalnet"
 WARM_UP_ROUNDS = 1  # after all processes have started, and not counted
@@ -133,19 +134,6 @@ def _steady(runtimes: list[Runtime]) -> bool:
 def _base(runtimes: list[Runtime]) -> Runtime:
     """What the others are compared with: ours, or without it the first."""
     return next((runtime for runtime in runtimes if runtime.name == OURS), runtimes[0])
-
-
-def ratio(theirs: list[float], ours: list[float]) -> dict[str, object]:
-    """Of times in the same rounds: the median quotient, its quartiles, its relative standard error.
-
-    The error is a median's under a normal distribution, 1.2533 s / sqrt(n), with s from the quartiles (1.349 s apart),
-    so that a few disturbed rounds count for little.
-    """
-    low, median, high = statistics.quantiles(
-        [t / o for t, o in zip(theirs, ours, strict=True)], n=4, method="inclusive"
-    )
-    error = 1.2533 * (high - low) / 1.349 / math.sqrt(len(theirs)) / median
-    return {"ratio": median, "ratio_quartiles": [low, high], "ratio_error": error}
 
 
 def _row(case: Case, runtime: Runtime, base: Runtime) -> dict:
