@@ -1,18 +1,11 @@
 """The README's figures are those of the committed rows; plots are drawn from them."""
 
-import json
-import os
 import re
-import subprocess
-import sys
 
-import gpu_summary
 import plots
 import pytest
 import report
 import rows
-import torch
-import typer
 
 
 def test_every_table_of_the_readme_is_what_the_committed_rows_say():
@@ -141,33 +134,3 @@ def test_the_roof_is_the_data_sheets_on_a_gpu_and_as_measured_on_a_processor():
     bandwidth, rates = plots._peaks("NVIDIA H200", [{}])
     assert (bandwidth, rates["FMA"]) == (4.8e12, 66.9e12)
     assert plots._peaks("Some GPU", [{"median_s": 1}]) is None
-
-
-def test_summary_of_a_gpu_run_has_every_part_and_row_and_fails_with_them(measured, tmp_path):
-    (tmp_path / "parts.tsv").write_text("build\t0\t80\ntests-cuda\t1\t30\nmodels\t124\t120\n")
-    with pytest.raises(typer.Exit):
-        gpu_summary.main(tmp_path / "parts.tsv", device="cpu")
-    (path,) = tmp_path.glob("results/*.json")
-    document = json.loads(path.read_text())
-    assert [(part["part"], part["status"]) for part in document["parts"]] == [
-        ("build", "passed"),
-        ("tests-cuda", "failed (1)"),
-        ("models", "out of time"),
-    ]
-    assert document["rows"]["kernels"] == []
-    assert {"device", "torch", "commit"} <= document["environment"].keys()
-
-
-def test_gpu_script_says_where_there_is_no_gpu(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    script = report.ROOT / "bench" / "gpu.sh"
-    ended = subprocess.run(
-        ["bash", script],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path)},
-    )
-    assert ended.returncode == 2
-    assert "no CUDA device" in ended.stderr
-    assert subprocess.run(["bash", "-n", script]).returncode == 0
