@@ -122,8 +122,8 @@ def main() -> int:
     os.chdir(ROOT)
     parts = quick() if mode == "quick" else full()
     ended = run_all(parts, deadline, SUMMARY_S, folder, environment)
-    summarize(ended, deadline, TOTAL_S[mode], folder)
-    return int(any(one.status != "passed" for one in ended))
+    whole = summarize(ended, deadline, TOTAL_S[mode], folder)
+    return int(not whole or any(one.status != "passed" for one in ended))
 
 
 def architecture() -> str | None:
@@ -136,8 +136,8 @@ def architecture() -> str | None:
     return asked.stdout.strip() if asked.returncode == 0 else None
 
 
-def summarize(ended: list[Ended], deadline: float, total: float, folder: Path) -> None:
-    """The table, last: by gpu_summary.py, which also writes the JSON, or plainly where that does not work."""
+def summarize(ended: list[Ended], deadline: float, total: float, folder: Path) -> bool:
+    """The table, last: by gpu_summary.py, which also writes the JSON, or plainly where that does not work (False)."""
     parts = folder / "parts.json"
     parts.write_text(json.dumps([one.row() for one in ended], indent=1))
     seconds = total - (deadline - time.monotonic())
@@ -145,12 +145,13 @@ def summarize(ended: list[Ended], deadline: float, total: float, folder: Path) -
     sys.stdout.flush()
     try:
         if subprocess.run(command, timeout=max(1.0, deadline - time.monotonic()), check=False).returncode == 0:
-            return
+            return True
         print("bench/gpu_summary.py failed")
     except subprocess.TimeoutExpired:
         print("bench/gpu_summary.py took too long")
     for one in ended:
         print(f"{one.part:20} {one.status:24} {one.seconds:6.0f} s of {one.allowed:.0f}")
+    return False
 
 
 if __name__ == "__main__":
