@@ -47,7 +47,7 @@ bench: install $(VENV)/.peers
 report: install
 	@$(BIN)/python bench/report.py
 
-# timm wants torchvision, which has no CPU build to install beside torch's; bench/runtimes.py does without.
+# timm wants torchvision, which has no CPU build to install beside torch's; focalnet.benchmark does without.
 $(VENV)/.peers: $(VENV)/.requirements
 	@echo "installing what to compare with: ONNX Runtime, OpenVINO, timm ... (minutes, once)"
 	@$(PIP) install onnx onnxruntime onnxscript openvino pyyaml

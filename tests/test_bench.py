@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 import compare
 import models
+import operators
 import pytest
 import report
 import rows
@@ -333,6 +334,21 @@ def test_a_point_of_two_series_is_measured_once(monkeypatch):
     assert asked == [(224, 1), (640, 1), (224, 64)]
     points = [(row["series"], row["x"]) for row in every]
     assert points == [("image side", 224), ("batch", 1), ("image side", 640), ("batch", 64)]
+
+
+def test_the_floor_of_an_operator_is_the_larger_of_its_bytes_and_its_arithmetic():
+    """7 x 7 x 768 with kernels 3, 5, 7, batch 8: by hand."""
+    row = {"stage": "7 x 7 x 768", "case": "forward"}
+    case, positions = Case("tiny_lrf", 224, 8), 8 * 7 * 7
+    moved = 4 * (3 * positions * 768 + 4 * positions + 83 * 768 + 768 * 769)
+    taps = sum(sum(min(7, i + k // 2 + 1) - max(0, i - k // 2) for i in range(7)) ** 2 for k in (3, 5, 7))
+    flops = 2 * (8 * 768 * taps + 4 * positions * 768 + positions * 768 * 768)
+    for bandwidth, peak, floor in ((1e6, 1e12, moved / 1e6), (1e12, 1e6, flops / 1e6)):
+        found = operators.least(row, case, {"bandwidth": bandwidth, "fma_peak": peak})
+        assert found["floor_s"] == pytest.approx(floor)
+    both = operators.least({**row, "case": "forward and backward"}, case, {"bandwidth": 1e12, "fma_peak": 1e6})
+    # Backward does everything thrice.
+    assert both["floor_s"] == pytest.approx(4 * found["floor_s"])
 
 
 def test_peaks_are_the_best_that_was_seen():
