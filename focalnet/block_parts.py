@@ -96,20 +96,6 @@ class BlockNames:
             return f"{' and '.join(self.scales)} are numbers other than 1"
         return None
 
-    def settings_of(self, block: nn.Module) -> tuple:
-        """What is neither module nor parameter, and yet decides what the block computes."""
-        modulation = block.modulation
-        flags = [getattr(modulation, name, None) for name in self.normalize]
-        norms = [block.norm1, block.norm2]
-        if isinstance(self.post_norm, str):
-            flags.append(getattr(block, self.post_norm, None))
-        else:
-            norms += [getattr(block, name, None) for name in self.post_norm]
-        if self.use_layernorm is not None:
-            flags.append(getattr(modulation, self.use_layernorm, None))
-        norms.append(getattr(modulation, self.layernorm, None))
-        return *flags, *(getattr(norm, "eps", None) for norm in norms), *self._plain_scales(block)
-
     def _plain_scales(self, block: nn.Module) -> list[float]:
         scales = (getattr(block, name, None) for name in self.scales)
         return [scale for scale in scales if isinstance(scale, (int, float))]

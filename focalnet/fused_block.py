@@ -31,11 +31,14 @@ def reason_against(
     if reason := reason_against_call(hidden_state, backend):
         return reason
     # Focal weights are packed for the vectors of the instruction set.
-    settings = (torch.ops.focalnet.cpu_isa(), *names.settings_of(block))
-    packed = packed_of(block, settings, lambda: names.unusual_part(block), lambda: pack(names.parts_of(block)))
-    if any(module.training and is_random(module) for module in packed.modules):
+    settings = (torch.ops.focalnet.cpu_isa(),)
+    return packed_of(block, settings, lambda: _unusual(block, names), lambda: pack(names.parts_of(block))).reason
+
+
+def _unusual(block: nn.Module, names: BlockNames) -> str | None:
+    if any(module.training and is_random(module) for module in block.modules()):
         return "dropout or stochastic depth is in training mode"
-    return packed.reason
+    return names.unusual_part(block)
 
 
 def run(block: nn.Module, hidden_state: Tensor) -> Tensor:

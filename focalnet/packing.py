@@ -10,37 +10,84 @@ import operator
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from . import extension
 from .backends import requested
-from .plain import is_hooked
+from .plain import HOOKS
+
+_SETTINGS = (bool, int, float, str, tuple, type(None))
 
 
 @dataclass(frozen=True)
 class Packed:
-    """The arguments made of a module, or the reason why there are none, and what tells that this still holds."""
+    """The arguments made of a module, or the reason why there are none, and what tells that this still holds.
+
+    Asked for every block in every call, when the weights of the block before have left little else in the caches: so
+    everything is compared in a few passes over flat lists.
+    """
 
     arguments: tuple | None
     reason: str | None
     settings: tuple
-    modules: list[nn.Module]
-    # For each module, whether it has hooks, and its forward if that is not its class's.
-    changed: list[tuple]
-    # The dictionaries in which modules and parameters hang, with their content at the time.
-    registries: list[tuple[dict, list]]
+    # The module's own settings. Not all its attributes: what is bound to it would keep it alive.
+    own: dict[str, object]
+    # Where modules hang, and the attributes of those in it, and what hung there; the same of parameters.
+    attributes: list[dict]
+    values: list
+    registries: list[dict]
+    registered: list[Tensor | None]
+    # The hooks of all modules in it, and which there were.
+    hooks: list[dict]
+    hooked: list[bool]
+    parameters: list[Tensor]
     # Aliases keep the storage alive: no other tensor can take its address.
-    parameters: list[tuple[Tensor, Tensor, int]]
+    aliases: list[Tensor]
+    addresses: list[int]
+    versions: list[int]
 
-    def is_current(self, settings: tuple) -> bool:
-        return (
-            self.settings == settings
-            and list(map(_changes, self.modules)) == self.changed
-            and all(_holds(registry, content) for registry, content in self.registries)
-            and all(p.data_ptr() == alias.data_ptr() and _version(p) == v for p, alias, v in self.parameters)
+    @classmethod
+    def of(cls, owner: nn.Module, settings: tuple, reason: str | None, arguments: tuple | None) -> Packed:
+        modules = list(owner.modules())[1:]
+        attributes = [owner._modules, *(d for module in modules for d in (module.__dict__, module._modules) if d)]
+        registries = [owner._parameters, *(module._parameters for module in modules if module._parameters)]
+        hooks = [module.__dict__[name] for module in modules for name in HOOKS]
+        parameters = list(owner.parameters())
+        return cls(
+            arguments=arguments,
+            reason=reason,
+            settings=settings,
+            own={name: value for name, value in owner.__dict__.items() if isinstance(value, _SETTINGS)},
+            attributes=attributes,
+            values=_values(attributes),
+            registries=registries,
+            registered=_values(registries),
+            hooks=hooks,
+            hooked=list(map(bool, hooks)),
+            parameters=parameters,
+            aliases=[parameter.detach() for parameter in parameters],
+            addresses=[parameter.data_ptr() for parameter in parameters],
+            versions=list(map(_version, parameters)),
         )
+
+    def is_current(self, owner: nn.Module, settings: tuple) -> bool:
+        registered = _values(self.registries)
+        try:
+            return (
+                self.settings == settings
+                and list(map(owner.__dict__.get, self.own)) == list(self.own.values())
+                and _values(self.attributes) == self.values
+                and len(registered) == len(self.registered)
+                and all(map(operator.is_, registered, self.registered))
+                and list(map(bool, self.hooks)) == self.hooked
+                and [parameter.data_ptr() for parameter in self.parameters] == self.addresses
+                and [parameter._version for parameter in self.parameters] == self.versions
+            )
+        except (RuntimeError, ValueError):  # an attribute is another tensor or array now: no single answer
+            return False
 
 
 _packed: weakref.WeakKeyDictionary[nn.Module, Packed] = weakref.WeakKeyDictionary()
@@ -51,23 +98,12 @@ def packed_of(
 ) -> Packed:
     """What is packed of ``owner``; where it is missing or stale, ``pack()``, unless ``reason()`` speaks against it.
 
-    ``settings`` is what is neither module nor parameter and yet decides the result.
+    ``settings`` is what hangs neither in ``owner`` nor in a module in it and yet decides the result.
     """
     packed = _packed.get(owner)
-    if packed is None or not packed.is_current(settings):
-        modules = list(owner.modules())[1:]
-        registries = [r for m in (owner, *modules) for r in (m._modules, m._parameters) if r]
+    if packed is None or not packed.is_current(owner, settings):
         why_not = reason() or _unusual_parameter(owner)
-        packed = Packed(
-            arguments=None if why_not else pack(),
-            reason=why_not,
-            settings=settings,
-            modules=modules,
-            changed=list(map(_changes, modules)),
-            registries=[(registry, list(registry.values())) for registry in registries],
-            parameters=[(p, p.detach(), _version(p)) for p in owner.parameters()],
-        )
-        _packed[owner] = packed
+        packed = _packed[owner] = Packed.of(owner, settings, why_not, None if why_not else pack())
     return packed
 
 
@@ -98,12 +134,8 @@ def reason_against_call(input: Tensor, backend: str | None) -> str | None:
     return extension.missing()
 
 
-def _changes(module: nn.Module) -> tuple:
-    return is_hooked(module), module.__dict__.get("forward")
-
-
-def _holds(registry: dict, content: list) -> bool:
-    return len(registry) == len(content) and all(map(operator.is_, registry.values(), content))
+def _values(dictionaries: list[dict]) -> list:
+    return [*chain.from_iterable(map(dict.values, dictionaries))]
 
 
 def _version(parameter: Tensor) -> int:

@@ -99,13 +99,7 @@ def reason_against(owner: nn.Module, embeddings: nn.Module, norm: nn.Module, x: 
     def reason() -> str | None:
         return "the embeddings were wrapped or hooked" if hooked else _unusual_part(embeddings.projection, norm)
 
-    return packed_of(owner, _settings(embeddings, norm), reason, lambda: _pack(embeddings.projection, norm)).reason
-
-
-def _settings(embeddings: FocalNetPatchEmbeddings, norm: nn.Module) -> tuple:
-    conv = embeddings.projection
-    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
-    return (*geometry, embeddings.patch_size, getattr(norm, "eps", None))
+    return packed_of(owner, (), reason, lambda: _pack(embeddings.projection, norm)).reason
 
 
 def _unusual_part(conv: nn.Conv2d, norm: nn.Module) -> str | None:

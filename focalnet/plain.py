@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 def is_changed(module: nn.Module) -> bool:
     """Whether calling ``module`` does more than its class says: hooks, or a forward of its own."""

@@ -1,8 +1,11 @@
 """The block as one operator in inference: the same numbers as its modules, and never from stale weights."""
 
 import copy
+import functools
+import gc
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -97,8 +100,16 @@ def by_a_setting(layer):
     layer.modulation.normalize_modulator = True
 
 
+def by_a_setting_of_the_block(layer):
+    layer.use_post_layernorm = True
+
+
+def by_a_first_layer_scale(layer):
+    layer.gamma_1 = torch.nn.Parameter(torch.full((16,), 3.0))
+
+
 CHANGES = [in_place, by_optimizer, by_loading, by_assigning, by_replacing_a_parameter, by_replacing_a_module]
-CHANGES += [by_rounding, by_data_while_training, by_a_setting]
+CHANGES += [by_rounding, by_data_while_training, by_a_setting, by_a_setting_of_the_block, by_a_first_layer_scale]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -201,3 +212,15 @@ def test_one_call_after_the_other_needs_no_more_memory():
     assert len(packing._packed) == before
     del model
     assert len(packing._packed) < before
+
+
+def test_what_is_bound_to_a_block_does_not_keep_it_alive():
+    layer = a_block()
+    layer.forward = functools.partial(type(layer).forward, layer)  # as focalnet.patch does
+    with torch.inference_mode():
+        layer(torch.randn(1, 5, 6, 16))
+    assert layer in packing._packed
+    alive = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert alive() is None
