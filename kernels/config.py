@@ -53,6 +53,9 @@ LEVELS = (
 )
 WHOLE_PLANE_ROWS = 16
 
+# (largest kernel of any level, rows, back_rows): a column of taps and the rows it meets have to fit into registers.
+ROWS = ((9, 8, 4), (15, 4, 2))
+
 # (bytes of an element, largest number of channels, configuration)
 PRODUCTS = (
     (2, 64, ProductConfig(128, 64, 32, 4, 3)),
@@ -61,16 +64,22 @@ PRODUCTS = (
 )
 
 
-def level_config(height: int, width: int, channels: int) -> LevelConfig:
-    """The row of the table for a map of this size; few channels make a narrower tile."""
+def level_config(height: int, width: int, channels: int, kernel_heights: tuple[int, ...]) -> LevelConfig:
+    """The rows of the tables for a map of this size and these kernels; few channels make a narrower tile."""
     config = next(config for largest, config in LEVELS if width <= largest)
-    block_c = min(config.block_c, max(8, _power_of_two(channels)))
-    return replace(config, block_c=block_c, whole_plane=height <= WHOLE_PLANE_ROWS)
+    rows, back_rows = next(found for largest, *found in ROWS if max(kernel_heights) <= largest)
+    return replace(
+        config,
+        block_c=min(config.block_c, max(8, _power_of_two(channels))),
+        rows=min(rows, config.rows),
+        back_rows=min(back_rows, config.back_rows),
+        whole_plane=height <= WHOLE_PLANE_ROWS,
+    )
 
 
-def level_candidates(height: int, width: int, channels: int) -> list[LevelConfig]:
+def level_candidates(height: int, width: int, channels: int, kernel_heights: tuple[int, ...]) -> list[LevelConfig]:
     """What autotuning tries: the table's row first, then neighbours of it."""
-    first = level_config(height, width, channels)
+    first = level_config(height, width, channels, kernel_heights)
     found = [first]
     for block_w, block_c in ((8, 64), (16, 32), (32, 16), (32, 32), (64, 16)):
         for rows in (4, 8):

@@ -21,7 +21,18 @@ import triton.language as tl
 from . import schedule
 from .config import LevelConfig, level_config
 from .plan import Buffer, Case, Device, Launch, Plan
-from .tiles import columns_of_row, conv_tiles, gelu, pack_weights, rounded, row_pointer
+from .tiles import (
+    channels_of,
+    columns_from,
+    conv_tiles,
+    gelu,
+    load_gates,
+    pack_weights,
+    rounded,
+    row_pointer,
+    rows_from,
+    rows_of,
+)
 
 
 @triton.jit
@@ -36,9 +47,18 @@ def pick(level: tl.constexpr, w0, w1, w2, w3):
         return w3
 
 
+@triton.jit
+def ring_start(rings, FIRST: tl.constexpr, height, ring_row, WHOLE_PLANE: tl.constexpr):
+    """A ring that starts at row FIRST of the program's scratch, or the plane of that number."""
+    return rings + FIRST * (height if WHOLE_PLANE else 1) * ring_row
+
+
 @triton.jit(
-    do_not_specialize=["first_image", "images", "bands", "band_rows", "height", "width", "ctx_pitch", "gates_pitch"]
-)
+    do_not_specialize=[
+        "first_image", "images", "bands", "band_rows", "height", "width", "channel_units", "ctx_pitch", "gates_pitch",
+        "store_agg",
+    ]
+)  # fmt: skip
 def gated_aggregation_fwd_kernel(
     ctx,
     gates,
@@ -56,9 +76,10 @@ def gated_aggregation_fwd_kernel(
     band_rows,
     height,
     width,
+    channel_units,
     ctx_pitch,
     gates_pitch,
-    C: tl.constexpr,
+    store_agg,
     KH: tl.constexpr,
     KW: tl.constexpr,
     TAP0: tl.constexpr,
@@ -67,8 +88,7 @@ def gated_aggregation_fwd_kernel(
     RING0: tl.constexpr,
     WHOLE_PLANE: tl.constexpr,
     SCALE: tl.constexpr,
-    STORE_AGG: tl.constexpr,
-    GLOBAL_IN_PLACE: tl.constexpr,
+    CHANNELS_ALIGN: tl.constexpr,
     CTX_ALIGN: tl.constexpr,
     GATES_ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -81,16 +101,21 @@ def gated_aggregation_fwd_kernel(
     program's scratch (in whole planes: its number). mean holds the band's share of the mean of ctx_L.
     """
     LEVELS: tl.constexpr = len(KH)
-    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    # As many rows at once as a load of their gates takes less than one element a thread, and fit into registers.
+    GATED_ROWS: tl.constexpr = min(ROWS, BLOCK_C // 8, 4)
+    C = channel_units * CHANNELS_ALIGN
+    blocks = tl.cdiv(C, BLOCK_C)
     program = tl.program_id(0)
     workers = tl.num_programs(0) // blocks
     worker = program // blocks
     channel0 = (program % blocks) * BLOCK_C
-    channels = tl.arange(0, BLOCK_C)
+    channels = channels_of(BLOCK_C)
     in_channels = channel0 + channels < C
+    own = channel0 + tl.arange(0, BLOCK_C)
 
+    ring_row = width * BLOCK_C
     scratch_rows = RING0[LEVELS - 1] * (height if WHOLE_PLANE else 1)
-    rings += program.to(tl.int64) * scratch_rows * width * BLOCK_C
+    rings += program.to(tl.int64) * scratch_rows * ring_row
     packed += program * (TAP0[LEVELS] * BLOCK_C)
     for level in tl.static_range(LEVELS):
         pack_weights(
@@ -132,55 +157,56 @@ def gated_aggregation_fwd_kernel(
                     row0 = start + (step + tile) * ROWS - LAG[level]
                     if (row0 < level_high) & (row0 + ROWS > level_low):
                         for column0 in range(0, width, BLOCK_W):
-                            columns = column0 + tl.arange(0, BLOCK_W)
-                            offsets = columns[:, None] * BLOCK_C + channels[None, :]
+                            columns = columns_from(column0, BLOCK_W)
+                            offsets = columns * BLOCK_C + channels
                             if level == 0:
                                 z = conv_tiles(
-                                    ctx_plane, width * ctx_pixel, ctx_pixel, packed, row0, column0, height, width,
+                                    ctx_plane, width * ctx_pixel, ctx_pixel, packed, row0, columns, height, width,
                                     in_channels, 0, KH[0], KW[0], False, ROWS, BLOCK_W, BLOCK_C,
                                 )  # fmt: skip
                             else:
-                                ring_rows = RING0[level - 1] * (height if WHOLE_PLANE else 1)
                                 z = conv_tiles(
-                                    rings + ring_rows * width * BLOCK_C, width * BLOCK_C, BLOCK_C,
-                                    packed + TAP0[level] * BLOCK_C, row0, column0, height, width,
+                                    ring_start(rings, RING0[level - 1], height, ring_row, WHOLE_PLANE), ring_row,
+                                    BLOCK_C, packed + TAP0[level] * BLOCK_C, row0, columns, height, width,
                                     channels < BLOCK_C, RING[level - 1], KH[level], KW[level], False,
                                     ROWS, BLOCK_W, BLOCK_C,
                                 )  # fmt: skip
-                            for r in tl.static_range(ROWS):
-                                row = row0 + r
-                                inside = columns_of_row(columns, row, level_low, level_high, width)
-                                context = gelu(z[r])
-                                if level < LEVELS - 1:
-                                    ring_rows = RING0[level] * (height if WHOLE_PLANE else 1)
-                                    ring = rings + ring_rows * width * BLOCK_C
-                                    target = row_pointer(ring, row, width * BLOCK_C, RING[level]) + offsets
-                                    tl.store(target, rounded(context, rings.dtype.element_ty), mask=inside[:, None])
-                                else:
-                                    total += tl.where(inside[:, None], context, 0.0)
-                                    if STORE_AGG:
-                                        gate_row = gates_plane + row.to(tl.int64) * width * gates_pixel
-                                        gate_at = gate_row + columns * gates_pixel
-                                        gate = tl.load(gate_at + level, mask=inside, other=0.0).to(tl.float32)
-                                        sum = gate[:, None] * context
+                            if level < LEVELS - 1:
+                                rows = rows_from(row0, ROWS)
+                                inside = (rows >= level_low) & (rows < level_high) & (columns < width)
+                                ring = ring_start(rings, RING0[level], height, ring_row, WHOLE_PLANE)
+                                target = row_pointer(ring, rows, ring_row, RING[level]) + offsets
+                                context = gelu(rows_of(z, 0, ROWS))
+                                tl.store(target, rounded(context, rings.dtype.element_ty), mask=inside)
+                            else:
+                                for part in tl.static_range(0, ROWS, GATED_ROWS):
+                                    rows = rows_from(row0 + part, GATED_ROWS)
+                                    inside = (rows >= level_low) & (rows < level_high) & (columns < width)
+                                    context = gelu(rows_of(z, part, GATED_ROWS))
+                                    total += tl.sum(tl.where(inside, context, 0.0), axis=0)
+                                    if store_agg:
+                                        gate = load_gates(
+                                            gates_plane + level, rows, columns, width, gates_pixel, inside
+                                        )
+                                        sum = gate * context
                                         for earlier in tl.static_range(LEVELS - 1):
-                                            ring_rows = RING0[earlier] * (height if WHOLE_PLANE else 1)
-                                            ring = rings + ring_rows * width * BLOCK_C
-                                            source = row_pointer(ring, row, width * BLOCK_C, RING[earlier]) + offsets
-                                            context = tl.load(source, mask=inside[:, None], other=0.0).to(tl.float32)
-                                            gate = tl.load(gate_at + earlier, mask=inside, other=0.0).to(tl.float32)
-                                            sum += gate[:, None] * context
-                                        target = agg_plane + row.to(tl.int64) * width * C
-                                        target += columns[:, None] * C + channels[None, :]
-                                        here = inside[:, None] & in_channels[None, :]
+                                            ring = ring_start(rings, RING0[earlier], height, ring_row, WHOLE_PLANE)
+                                            source = row_pointer(ring, rows, ring_row, RING[earlier]) + offsets
+                                            kept = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+                                            gate = load_gates(
+                                                gates_plane + earlier, rows, columns, width, gates_pixel, inside
+                                            )
+                                            sum += gate * kept
+                                        target = row_pointer(agg_plane, rows, width * C, 0) + (columns * C + channels)
+                                        here = inside & in_channels
                                         tl.store(target, rounded(sum * SCALE, agg.dtype.element_ty), mask=here)
                 tl.debug_barrier()
         share = tl.sum(total, axis=0) / (height * width)
-        tl.store(mean + item * C + channel0 + channels, share, mask=in_channels)
-        if GLOBAL_IN_PLACE:
+        tl.store(mean + item * C + own, share, mask=own < C)
+        if store_agg & (bands == 1):
             add_global(
-                agg_plane, gates_plane + LEVELS, gelu(share) * SCALE, height, width, gates_pixel, in_channels,
-                C, BLOCK_C, BLOCK_W,
+                agg_plane, gates_plane + LEVELS, gelu(share) * SCALE, height, width, C, gates_pixel, own < C,
+                BLOCK_C, GATED_ROWS * BLOCK_W,
             )  # fmt: skip
 
 
@@ -191,17 +217,17 @@ def add_global(
     context,
     height,
     width,
+    C,
     gates_pixel,
     in_channels,
-    C: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     """agg += gate * context of the global level, over a plane whose agg was just written by the same program."""
-    channels = tl.arange(0, BLOCK_C)
-    for first in range(0, height * width, 4 * BLOCK_W):
-        for part in tl.static_range(4):
-            pixels = (first + part * BLOCK_W + tl.arange(0, BLOCK_W)).to(tl.int64)
+    channels = tl.max_contiguous(tl.arange(0, BLOCK_C), 4)
+    for first in range(0, height * width, 2 * BLOCK_P):
+        for part in tl.static_range(2):
+            pixels = (first + part * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
             inside = pixels < height * width
             here = inside[:, None] & in_channels[None, :]
             target = agg_plane + pixels[:, None] * C + channels[None, :]
@@ -255,7 +281,7 @@ def forward_plan(case: Case, device: Device, config: LevelConfig | None = None) 
 
     ``Plan.launches`` lists them in order; `Launch.ast` gives what a compiler needs, `Plan.run` runs them.
     """
-    config = config or level_config(case.height, case.width, case.channels)
+    config = config or level_config(case.height, case.width, case.channels, case.kernel_heights)
     agg = Buffer((case.batch, case.height, case.width, case.channels), case.dtype, is_output=True)
     launches, buffers, alive = forward_launches(case, device, config, 0, case.batch, agg_is_counted=False)
     return Plan(launches, {"agg": agg, **buffers}, operands(case), alive)
@@ -298,7 +324,7 @@ def forward_launches(
                 "ctx": "ctx",
                 "gates": "gates",
                 **weight_arguments(case),
-                "agg": "agg" if store_agg else "mean",
+                "agg": "agg" if store_agg else "rings",
                 "mean": "mean",
                 "rings": "rings",
                 "packed": "packed",
@@ -308,6 +334,7 @@ def forward_launches(
                 "band_rows": math.ceil(case.height / bands),
                 "height": case.height,
                 "width": case.width,
+                "store_agg": int(store_agg),
                 **aligned_pitches(case),
             },
             {
@@ -316,8 +343,6 @@ def forward_launches(
                 "RING": timetable.ring,
                 "RING0": first_rows(timetable.ring[:-1], config),
                 "SCALE": case.scale,
-                "STORE_AGG": store_agg,
-                "GLOBAL_IN_PLACE": in_place,
                 **alignments(case),
             },
             config.num_warps,
@@ -375,6 +400,7 @@ def alignment(pitch: int, dtype: torch.dtype) -> int:
 
 def aligned_pitches(case: Case) -> dict[str, int]:
     return {
+        "channel_units": case.channels // alignment(case.channels, case.dtype),
         "ctx_pitch": case.ctx_pitch // alignment(case.ctx_pitch, case.dtype),
         "gates_pitch": case.gates_pitch // alignment(case.gates_pitch, case.dtype),
     }
@@ -382,6 +408,7 @@ def aligned_pitches(case: Case) -> dict[str, int]:
 
 def alignments(case: Case) -> dict[str, int]:
     return {
+        "CHANNELS_ALIGN": alignment(case.channels, case.dtype),
         "CTX_ALIGN": alignment(case.ctx_pitch, case.dtype),
         "GATES_ALIGN": alignment(case.gates_pitch, case.dtype),
     }
@@ -392,7 +419,6 @@ def level_constexprs(case: Case, config: LevelConfig) -> dict[str, object]:
     for kh, kw in case.kernel_sizes:
         first_taps.append(first_taps[-1] + kh * kw)
     return {
-        "C": case.channels,
         "KH": tuple(kh for kh, _ in case.kernel_sizes),
         "KW": tuple(kw for _, kw in case.kernel_sizes),
         "TAP0": tuple(first_taps),

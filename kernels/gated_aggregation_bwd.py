@@ -32,18 +32,28 @@ from .gated_aggregation import (
     level_constexprs,
     operands,
     pick,
+    ring_start,
     weight_arguments,
     workers_of,
 )
 from .plan import Buffer, Case, Device, Launch, Plan, chunks, largest_chunk, with_scratch
 from .sums import SUM_BLOCK, sum_partials_launch
-from .tiles import columns_of_row, conv_tiles, gelu_and_grad, pack_weights, rounded, row_pointer, zero_tiles
-
-
-@triton.jit
-def ring_start(rings, first_row: tl.constexpr, height, width, WHOLE_PLANE: tl.constexpr, BLOCK_C: tl.constexpr):
-    rows = first_row * (height if WHOLE_PLANE else 1)
-    return rings + rows * width * BLOCK_C
+from .tiles import (
+    channels_of,
+    columns_from,
+    conv_tiles,
+    gelu_and_grad,
+    load_gates,
+    load_rows,
+    pack_weights,
+    part_size,
+    rounded,
+    row_pointer,
+    rows_from,
+    rows_of,
+    starts_part,
+    zero_tiles,
+)
 
 
 @triton.jit
@@ -71,44 +81,55 @@ def dweight_rows(
     One column of the kernel at a time: its KH sums stay in registers, tile after tile, and are summed over columns of
     the map only then.
     """
-    channels = tl.arange(0, BLOCK_C)
+    channels = channels_of(BLOCK_C)
+    ROWS_READ: tl.constexpr = ROWS + KH - 1
     for kx in range(KW):
         sums = zero_tiles(KH, BLOCK_W, BLOCK_C)
         for tile in range(tiles):
             for column0 in range(0, width, BLOCK_W):
-                columns = column0 + tl.arange(0, BLOCK_W)
+                columns = columns_from(column0, BLOCK_W)
+                first_row = row0 + tile * ROWS
+                at, inside = columns * BLOCK_C + channels, (columns < width) & in_channels
+                gradients = load_rows(dz, width * BLOCK_C, at, inside, first_row, height, DZ_RING, ROWS)
                 x = columns + (kx - KW // 2)
-                offsets = x[:, None] * pixel_pitch + channels[None, :]
-                gradients = ()
-                for r in tl.static_range(ROWS):
-                    row = row0 + tile * ROWS + r
-                    kept_row = row % DZ_RING if DZ_RING > 0 else row
-                    limit = tl.where((row >= 0) & (row < height), width, 0)
-                    at = kept_row.to(tl.int64) * (width * BLOCK_C) + columns[:, None] * BLOCK_C + channels[None, :]
-                    gradient = tl.load(dz + at, mask=(columns < limit)[:, None] & in_channels[None, :], other=0.0)
-                    gradients = gradients + (gradient.to(tl.float32),)
-                for i in tl.static_range(ROWS + KH - 1):
-                    row = row0 + tile * ROWS + (i - KH // 2)
-                    kept_row = row % RING if RING > 0 else row
-                    limit = tl.where((row >= 0) & (row < height), width, 0)
-                    inside = ((x >= 0) & (x < limit))[:, None] & in_channels[None, :]
-                    source = plane + kept_row.to(tl.int64) * row_pitch + offsets
-                    value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+                offsets, inside = x * pixel_pitch + channels, (x >= 0) & (x < width) & in_channels
+                values = ()
+                for i in tl.static_range(ROWS_READ):
+                    if starts_part(i, ROWS_READ):
+                        values = values + load_rows(
+                            plane, row_pitch, offsets, inside, first_row + (i - KH // 2), height, RING,
+                            part_size(i, ROWS_READ),
+                        )  # fmt: skip
                     grown = ()
                     for ky in tl.static_range(KH):
                         if i >= ky and i - ky < ROWS:
-                            grown = grown + (tl.fma(gradients[i - ky], value, sums[ky]),)
+                            grown = grown + (tl.fma(gradients[i - ky], values[i], sums[ky]),)
                         else:
                             grown = grown + (sums[ky],)
                     sums = grown
         for ky in tl.static_range(KH):
-            target = partial + (ky * KW + kx) * BLOCK_C + channels
-            tl.store(target, tl.load(target) + tl.sum(sums[ky], axis=0))
+            if starts_part(ky, KH):
+                add_sums(
+                    partial + (ky * KW + kx) * BLOCK_C,
+                    KW * BLOCK_C,
+                    rows_of(sums, ky, part_size(ky, KH)),
+                    part_size(ky, KH),
+                )
+
+
+@triton.jit
+def add_sums(partial, pitch, sums, TAPS: tl.constexpr):
+    """partial [TAPS, C], whose rows lie ``pitch`` apart, += the sums (TAPS, W, C) over W."""
+    found = tl.sum(sums, axis=1)
+    target = partial + (tl.arange(0, TAPS) * pitch)[:, None] + tl.arange(0, found.shape[1])[None, :]
+    tl.store(target, tl.load(target) + found)
 
 
 @triton.jit(
-    do_not_specialize=["first_image", "first_dagg", "images", "bands", "height", "width", "ctx_pitch", "gates_pitch"]
-)
+    do_not_specialize=[
+        "first_image", "first_dagg", "images", "bands", "height", "width", "channel_units", "ctx_pitch", "gates_pitch",
+    ]
+)  # fmt: skip
 def gated_aggregation_bwd_kernel(
     dagg,
     ctx,
@@ -129,9 +150,9 @@ def gated_aggregation_bwd_kernel(
     bands,
     height,
     width,
+    channel_units,
     ctx_pitch,
     gates_pitch,
-    C: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
     TAP0: tl.constexpr,
@@ -146,6 +167,7 @@ def gated_aggregation_bwd_kernel(
     NEED_CTX: tl.constexpr,
     NEED_GATES: tl.constexpr,
     NEED_FOCAL: tl.constexpr,
+    CHANNELS_ALIGN: tl.constexpr,
     CTX_ALIGN: tl.constexpr,
     GATES_ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -159,22 +181,23 @@ def gated_aggregation_bwd_kernel(
     ctx_1 .., then of dz_0 ..; until dz_l is known, its place holds GELU'(z_l).
     """
     LEVELS: tl.constexpr = len(KH)
-    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    # As many rows at once as a load of their gates takes less than one element a thread, and fit into registers.
+    GATED_ROWS: tl.constexpr = min(ROWS, BLOCK_C // 8, 4)
+    BLOCK_P: tl.constexpr = GATED_ROWS * BLOCK_W
+    C = channel_units * CHANNELS_ALIGN
+    blocks = tl.cdiv(C, BLOCK_C)
     program = tl.program_id(0)
     workers = tl.num_programs(0) // blocks
     worker = program // blocks
     channel0 = (program % blocks) * BLOCK_C
-    channels = tl.arange(0, BLOCK_C)
+    channels = channels_of(BLOCK_C)
     in_channels = channel0 + channels < C
     all_channels = channels < BLOCK_C
+    own = channel0 + tl.arange(0, BLOCK_C)
     ring_row = width * BLOCK_C
-    # Makes a tensor of every row, in the interpreter too.
-    top = program * 0
 
-    rings = ring_start(
-        back_rings, 1, program.to(tl.int64) * RING0[2 * LEVELS - 1] * (height if WHOLE_PLANE else 1), width,
-        True, BLOCK_C,
-    )  # fmt: skip
+    scratch_rows = RING0[2 * LEVELS - 1] * (height if WHOLE_PLANE else 1)
+    rings = back_rings + program.to(tl.int64) * scratch_rows * ring_row
     packed = back_packed + program * (TAP0[LEVELS] * BLOCK_C)
     partial = dfocal + program * (TAP0[LEVELS] * BLOCK_C)
     for level in tl.static_range(LEVELS):
@@ -195,7 +218,7 @@ def gated_aggregation_bwd_kernel(
         image = worker + trip * workers
         whole = tl.zeros((BLOCK_C,), tl.float32)
         for band in range(bands):
-            whole += tl.load(mean + (image * bands + band) * C + channel0 + channels, mask=in_channels, other=0.0)
+            whole += tl.load(mean + (image * bands + band) * C + own, mask=own < C, other=0.0)
         global_context, global_grad = gelu_and_grad(whole)
         plane = (first_image + image).to(tl.int64) * height * width
         ctx_plane = ctx + plane * ctx_pixel + channel0
@@ -205,17 +228,16 @@ def gated_aggregation_bwd_kernel(
         block = (program % blocks).to(tl.int64)
         dgates_plane = dgates + (block * images + image) * height * width * (LEVELS + 1)
 
-        total = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
-        for first in range(0, height * width, BLOCK_W):
-            pixels = first + tl.arange(0, BLOCK_W)
+        total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+        for first in range(0, height * width, BLOCK_P):
+            pixels = (first + tl.arange(0, BLOCK_P)).to(tl.int64)
             inside = pixels < height * width
-            here = inside[:, None] & in_channels[None, :]
-            source = dagg_plane + pixels.to(tl.int64)[:, None] * C + channels[None, :]
-            gradient = tl.load(source, mask=here, other=0.0).to(tl.float32)
-            gate_at = gates_plane + pixels.to(tl.int64) * gates_pixel + LEVELS
-            total += gradient * tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)[:, None]
+            source = dagg_plane + pixels[:, None] * C + tl.max_contiguous(tl.arange(0, BLOCK_C), 4)[None, :]
+            gradient = tl.load(source, mask=inside[:, None] & (own < C)[None, :], other=0.0).to(tl.float32)
+            gate = tl.load(gates_plane + pixels * gates_pixel + LEVELS, mask=inside, other=0.0).to(tl.float32)
+            total += gradient * gate[:, None]
             if NEED_GATES:
-                target = dgates_plane + pixels.to(tl.int64) * (LEVELS + 1) + LEVELS
+                target = dgates_plane + pixels * (LEVELS + 1) + LEVELS
                 tl.store(target, tl.sum(gradient * global_context[None, :], axis=1) * SCALE, mask=inside)
         dmean = tl.sum(total, axis=0) * global_grad * (SCALE / (height * width))
 
@@ -227,59 +249,52 @@ def gated_aggregation_bwd_kernel(
         for step in range(steps):
             for level in tl.static_range(LEVELS):
                 for tile in range(tiles):
-                    row0 = top + step * STEP + tile * ROWS - LAG[level]
+                    row0 = step * STEP + tile * ROWS - LAG[level]
                     if (row0 < height) & (row0 + ROWS > 0):
                         for column0 in range(0, width, BLOCK_W):
-                            columns = column0 + tl.arange(0, BLOCK_W)
-                            offsets = columns[:, None] * BLOCK_C + channels[None, :]
+                            columns = columns_from(column0, BLOCK_W)
+                            offsets = columns * BLOCK_C + channels
                             if level == 0:
                                 z = conv_tiles(
-                                    ctx_plane, width * ctx_pixel, ctx_pixel, packed, row0, column0, height, width,
+                                    ctx_plane, width * ctx_pixel, ctx_pixel, packed, row0, columns, height, width,
                                     in_channels, 0, KH[0], KW[0], False, ROWS, BLOCK_W, BLOCK_C,
                                 )  # fmt: skip
                             else:
                                 z = conv_tiles(
-                                    ring_start(rings, RING0[level - 1], height, width, WHOLE_PLANE, BLOCK_C), ring_row,
-                                    BLOCK_C, packed + TAP0[level] * BLOCK_C, row0, column0, height, width,
+                                    ring_start(rings, RING0[level - 1], height, ring_row, WHOLE_PLANE), ring_row,
+                                    BLOCK_C, packed + TAP0[level] * BLOCK_C, row0, columns, height, width,
                                     all_channels, RING[level - 1], KH[level], KW[level], False, ROWS, BLOCK_W, BLOCK_C,
                                 )  # fmt: skip
-                            for r in tl.static_range(ROWS):
-                                row = row0 + r
-                                inside = columns_of_row(columns, row, 0, height, width)
-                                here = inside[:, None] & in_channels[None, :]
-                                context, grad = gelu_and_grad(z[r])
-                                pixels = row.to(tl.int64) * width + columns
+                            for part in tl.static_range(0, ROWS, GATED_ROWS):
+                                rows = rows_from(row0 + part, GATED_ROWS)
+                                inside = (rows >= 0) & (rows < height) & (columns < width)
+                                context, grad = gelu_and_grad(rows_of(z, part, GATED_ROWS))
                                 if NEED_GATES or level == LEVELS - 1:
-                                    source = dagg_plane + pixels[:, None] * C + channels[None, :]
-                                    gradient = tl.load(source, mask=here, other=0.0).to(tl.float32)
+                                    source = row_pointer(dagg_plane, rows, width * C, 0) + (columns * C + channels)
+                                    gradient = tl.load(source, mask=inside & in_channels, other=0.0).to(tl.float32)
                                 if NEED_GATES:
-                                    target = dgates_plane + pixels * (LEVELS + 1) + level
-                                    tl.store(target, tl.sum(gradient * context, axis=1) * SCALE, mask=inside)
+                                    target = row_pointer(dgates_plane, rows, width * (LEVELS + 1), 0)
+                                    target += columns * (LEVELS + 1) + level
+                                    sent = tl.sum(gradient * context, axis=2, keep_dims=True) * SCALE
+                                    tl.store(target, sent, mask=inside)
+                                slopes = ring_start(rings, RING0[LEVELS - 1 + level], height, ring_row, WHOLE_PLANE)
+                                slope_at = row_pointer(slopes, rows, ring_row, DZ_RING[level]) + offsets
                                 if level < LEVELS - 1:
-                                    ring = ring_start(rings, RING0[level], height, width, WHOLE_PLANE, BLOCK_C)
-                                    target = row_pointer(ring, row, ring_row, RING[level]) + offsets
-                                    tl.store(target, rounded(context, rings.dtype.element_ty), mask=inside[:, None])
+                                    ring = ring_start(rings, RING0[level], height, ring_row, WHOLE_PLANE)
+                                    target = row_pointer(ring, rows, ring_row, RING[level]) + offsets
+                                    tl.store(target, rounded(context, rings.dtype.element_ty), mask=inside)
                                     if NEED_CTX or NEED_FOCAL:
-                                        ring = ring_start(
-                                            rings, RING0[LEVELS - 1 + level], height, width, WHOLE_PLANE, BLOCK_C
-                                        )
-                                        target = row_pointer(ring, row, ring_row, DZ_RING[level]) + offsets
-                                        tl.store(target, rounded(grad, rings.dtype.element_ty), mask=inside[:, None])
+                                        tl.store(slope_at, rounded(grad, rings.dtype.element_ty), mask=inside)
                                 elif NEED_CTX or NEED_FOCAL:
-                                    gate_at = gates_plane + pixels * gates_pixel + level
-                                    gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32) * SCALE
-                                    dz = (gradient * gate[:, None] + dmean[None, :]) * grad
-                                    ring = ring_start(
-                                        rings, RING0[LEVELS - 1 + level], height, width, WHOLE_PLANE, BLOCK_C
-                                    )
-                                    target = row_pointer(ring, row, ring_row, DZ_RING[level]) + offsets
-                                    tl.store(target, rounded(dz, rings.dtype.element_ty), mask=inside[:, None])
+                                    gate = load_gates(gates_plane + level, rows, columns, width, gates_pixel, inside)
+                                    dz = (gradient * (gate * SCALE) + dmean[None, None, :]) * grad
+                                    tl.store(slope_at, rounded(dz, rings.dtype.element_ty), mask=inside)
                 tl.debug_barrier()
             if NEED_CTX or NEED_FOCAL:
                 for level in tl.static_range(LEVELS - 1, -1, -1):
-                    dz_ring = ring_start(rings, RING0[LEVELS - 1 + level], height, width, WHOLE_PLANE, BLOCK_C)
+                    dz_ring = ring_start(rings, RING0[LEVELS - 1 + level], height, ring_row, WHOLE_PLANE)
                     if NEED_FOCAL:
-                        row0 = top + step * STEP - DZ_LAG[level]
+                        row0 = step * STEP - DZ_LAG[level]
                         if level == 0:
                             dweight_rows(
                                 dz_ring, ctx_plane, width * ctx_pixel, ctx_pixel, partial, row0, tiles,
@@ -287,75 +302,69 @@ def gated_aggregation_bwd_kernel(
                             )  # fmt: skip
                         else:
                             dweight_rows(
-                                dz_ring, ring_start(rings, RING0[level - 1], height, width, WHOLE_PLANE, BLOCK_C),
+                                dz_ring, ring_start(rings, RING0[level - 1], height, ring_row, WHOLE_PLANE),
                                 ring_row, BLOCK_C, partial + TAP0[level] * BLOCK_C, row0, tiles, height, width,
                                 all_channels, DZ_RING[level], RING[level - 1], KH[level], KW[level],
                                 ROWS, BLOCK_W, BLOCK_C,
                             )  # fmt: skip
                     if level > 0 or NEED_CTX:
                         for tile in range(tiles):
-                            row0 = top + step * STEP + tile * ROWS - DOWN_LAG[level]
+                            row0 = step * STEP + tile * ROWS - DOWN_LAG[level]
                             if (row0 < height) & (row0 + ROWS > 0):
                                 for column0 in range(0, width, BLOCK_W):
-                                    columns = column0 + tl.arange(0, BLOCK_W)
-                                    offsets = columns[:, None] * BLOCK_C + channels[None, :]
+                                    columns = columns_from(column0, BLOCK_W)
                                     down = conv_tiles(
-                                        dz_ring, ring_row, BLOCK_C, packed + TAP0[level] * BLOCK_C, row0, column0,
+                                        dz_ring, ring_row, BLOCK_C, packed + TAP0[level] * BLOCK_C, row0, columns,
                                         height, width, all_channels, DZ_RING[level], KH[level], KW[level], True,
                                         ROWS, BLOCK_W, BLOCK_C,
                                     )  # fmt: skip
-                                    for r in tl.static_range(ROWS):
-                                        row = row0 + r
-                                        inside = columns_of_row(columns, row, 0, height, width)
-                                        here = inside[:, None] & in_channels[None, :]
-                                        pixels = row.to(tl.int64) * width + columns
-                                        at = pixels[:, None] * C + channels[None, :]
+                                    for part in tl.static_range(0, ROWS, GATED_ROWS):
+                                        rows = rows_from(row0 + part, GATED_ROWS)
+                                        inside = (rows >= 0) & (rows < height) & (columns < width)
+                                        here, pixels = inside & in_channels, columns * C + channels
+                                        sent = rows_of(down, part, GATED_ROWS)
                                         if level == 0:
-                                            tl.store(
-                                                dctx_plane + at, rounded(down[r], dctx.dtype.element_ty), mask=here
-                                            )
+                                            target = row_pointer(dctx_plane, rows, width * C, 0) + pixels
+                                            tl.store(target, rounded(sent, dctx.dtype.element_ty), mask=here)
                                         else:
-                                            gate_at = gates_plane + pixels * gates_pixel + (level - 1)
-                                            gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32) * SCALE
-                                            gradient = tl.load(dagg_plane + at, mask=here, other=0.0).to(tl.float32)
-                                            ring = ring_start(
-                                                rings, RING0[LEVELS - 2 + level], height, width, WHOLE_PLANE, BLOCK_C
+                                            gate = load_gates(
+                                                gates_plane + (level - 1), rows, columns, width, gates_pixel, inside
                                             )
-                                            source = row_pointer(ring, row, ring_row, DZ_RING[level - 1]) + offsets
-                                            grad = tl.load(source, mask=inside[:, None], other=0.0).to(tl.float32)
-                                            dz = (down[r] + gradient * gate[:, None]) * grad
-                                            ring = ring_start(
-                                                rings, RING0[LEVELS - 2 + level], height, width, WHOLE_PLANE,
-                                                BLOCK_C,
-                                            )  # fmt: skip
-                                            target = row_pointer(ring, row, ring_row, DZ_RING[level - 1]) + offsets
-                                            tl.store(target, rounded(dz, rings.dtype.element_ty), mask=inside[:, None])
+                                            source = row_pointer(dagg_plane, rows, width * C, 0) + pixels
+                                            gradient = tl.load(source, mask=here, other=0.0).to(tl.float32)
+                                            slopes = ring_start(
+                                                rings, RING0[LEVELS - 2 + level], height, ring_row, WHOLE_PLANE
+                                            )
+                                            slope_at = row_pointer(slopes, rows, ring_row, DZ_RING[level - 1])
+                                            slope_at += columns * BLOCK_C + channels
+                                            grad = tl.load(slope_at, mask=inside, other=0.0).to(tl.float32)
+                                            dz = (sent + gradient * (gate * SCALE)) * grad
+                                            tl.store(slope_at, rounded(dz, rings.dtype.element_ty), mask=inside)
                     tl.debug_barrier()
         tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["workers"])
+@triton.jit(do_not_specialize=["workers", "channels", "taps", "tap0", "all_taps", "block_c"])
 def sum_focal_weights_kernel(
     dfocal,
     out,
     workers,
-    C: tl.constexpr,
-    TAPS: tl.constexpr,
-    TAP0: tl.constexpr,
-    ALL_TAPS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    channels,
+    taps,
+    tap0,
+    all_taps,
+    block_c,
     BLOCK: tl.constexpr,
 ):
-    """out (C, 1, kh, kw) of one level = the sum of dfocal [workers, blocks, ALL_TAPS, BLOCK_C] over the workers."""
-    blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    """out (C, 1, kh, kw) of one level = the sum of dfocal [workers, blocks, all_taps, block_c] over the workers."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    channel, tap = at // TAPS, at % TAPS
-    source = dfocal + ((channel // BLOCK_C) * ALL_TAPS + TAP0 + tap) * BLOCK_C + channel % BLOCK_C
+    channel, tap = at // taps, at % taps
+    source = dfocal + ((channel // block_c) * all_taps + tap0 + tap) * block_c + channel % block_c
     acc = tl.zeros((BLOCK,), tl.float32)
     for _ in range(workers):
-        acc += tl.load(source, mask=at < C * TAPS, other=0.0)
-        source += blocks * ALL_TAPS * BLOCK_C
-    tl.store(out + at, rounded(acc, out.dtype.element_ty), mask=at < C * TAPS)
+        acc += tl.load(source, mask=at < channels * taps, other=0.0)
+        source += tl.cdiv(channels, block_c) * all_taps * block_c
+    tl.store(out + at, rounded(acc, out.dtype.element_ty), mask=at < channels * taps)
 
 
 # ---- plans ----------------------------------------------------------------------------------------------------------
@@ -366,7 +375,7 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None)
 
     Outputs are dctx, dgates and dw0.., as the mask asks for.
     """
-    config = config or level_config(case.height, case.width, case.channels)
+    config = config or level_config(case.height, case.width, case.channels, case.kernel_heights)
 
     def alive(images: int) -> int:
         mean = forward_launches(case, device, config, 0, images, store_agg=False)[2]
@@ -507,15 +516,17 @@ class Backward:
                 Launch(
                     sum_focal_weights_kernel,
                     (math.ceil(case.channels * kh * kw / SUM_BLOCK), 1, 1),
-                    {"dfocal": "dfocal", "out": f"dw{level}", "workers": self.workers(self.chunk)},
                     {
-                        "C": case.channels,
-                        "TAPS": kh * kw,
-                        "TAP0": tap0,
-                        "ALL_TAPS": case.taps,
-                        "BLOCK_C": self.config.block_c,
-                        "BLOCK": SUM_BLOCK,
+                        "dfocal": "dfocal",
+                        "out": f"dw{level}",
+                        "workers": self.workers(self.chunk),
+                        "channels": case.channels,
+                        "taps": kh * kw,
+                        "tap0": tap0,
+                        "all_taps": case.taps,
+                        "block_c": self.config.block_c,
                     },
+                    {"BLOCK": SUM_BLOCK},
                     num_warps=4,
                 )
             )

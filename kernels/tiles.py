@@ -70,11 +70,36 @@ def gelu_and_grad(z):
 
 
 @triton.jit
+def rows_from(row0, ROWS: tl.constexpr):
+    """Numbers of the rows row0 .. as (ROWS, 1, 1)."""
+    return row0 + tl.arange(0, ROWS)[:, None, None]
+
+
+@triton.jit
+def columns_from(column0, BLOCK_W: tl.constexpr):
+    """Numbers of the columns column0 .. as (1, BLOCK_W, 1)."""
+    return column0 + tl.arange(0, BLOCK_W)[None, :, None]
+
+
+@triton.jit
+def channels_of(BLOCK_C: tl.constexpr):
+    """0 .. BLOCK_C - 1 as (1, 1, BLOCK_C), four to a thread: without the hint, loads of 16 bits would take eight."""
+    return tl.max_contiguous(tl.arange(0, BLOCK_C), 4)[None, None, :]
+
+
+@triton.jit
 def row_pointer(plane, row, row_pitch, RING: tl.constexpr):
     """First element of a row: of a whole plane (RING 0), or of a ring that keeps the last RING rows."""
     if RING > 0:
         row = row % RING
     return plane + row.to(tl.int64) * row_pitch
+
+
+@triton.jit
+def load_gates(gates_plane, rows, columns, width, pixel_pitch, inside):
+    """Gates (ROWS, W, 1) of one level in float32."""
+    at = row_pointer(gates_plane, rows, width * pixel_pitch, 0) + columns * pixel_pitch
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -86,10 +111,84 @@ def zero_tiles(ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr)
 
 
 @triton.jit
-def columns_of_row(columns, row, low, high, width):
-    """Which columns lie inside the map, none where the row is not in low .. high - 1."""
-    limit = tl.where((row >= low) & (row < high), width, 0)
-    return (columns >= 0) & (columns < limit)
+def inside_of(rows, low, high, columns, width):
+    """(ROWS, W): which places lie in the rows low .. high - 1 and inside the map."""
+    return ((rows >= low) & (rows < high))[:, None] & (columns < width)[None, :]
+
+
+@triton.constexpr_function
+def part_size(first, count):
+    """Size of the part at ``first`` of ``count`` rows, cut into parts of 8 and, at the end, of 4, 2 and 1."""
+    size = 8
+    while size > count - first:
+        size //= 2
+    return size
+
+
+@triton.constexpr_function
+def starts_part(row, count):
+    first = 0
+    while first < min(row, count):
+        first += part_size(first, count)
+    return first == row and row < count
+
+
+@triton.jit
+def tiles_of(rows, ROWS: tl.constexpr):
+    """(ROWS, W, C) -> a tuple of ROWS tiles (W, C)."""
+    BLOCK_W: tl.constexpr = rows.shape[1]
+    BLOCK_C: tl.constexpr = rows.shape[2]
+    if ROWS == 1:
+        rows = tl.reshape(rows, (BLOCK_W, BLOCK_C))
+    elif ROWS == 2:
+        rows = tl.permute(rows, (1, 2, 0))
+    elif ROWS == 4:
+        rows = tl.reshape(tl.permute(rows, (1, 2, 0)), (BLOCK_W, BLOCK_C, 2, 2))
+    else:
+        rows = tl.reshape(tl.permute(rows, (1, 2, 0)), (BLOCK_W, BLOCK_C, 2, 2, 2))
+    tiles = (rows,)
+    for level in tl.static_range(3):
+        if (1 << level) < ROWS:
+            even, odd = (), ()
+            for i in tl.static_range(1 << level):
+                first, second = tl.split(tiles[i])
+                even = even + (first,)
+                odd = odd + (second,)
+            tiles = even + odd
+    return tiles
+
+
+@triton.jit
+def rows_of(tiles, FIRST: tl.constexpr, ROWS: tl.constexpr):
+    """ROWS of the tiles (W, C), from FIRST on -> (ROWS, W, C)."""
+    BLOCK_W: tl.constexpr = tiles[0].shape[0]
+    BLOCK_C: tl.constexpr = tiles[0].shape[1]
+    joined = ()
+    for i in tl.static_range(ROWS):
+        joined = joined + (tiles[FIRST + i],)
+    for level in tl.static_range(3):
+        if (1 << level) < ROWS:
+            pairs = ()
+            for i in tl.static_range(ROWS >> (level + 1)):
+                pairs = pairs + (tl.join(joined[i], joined[i + (ROWS >> (level + 1))]),)
+            joined = pairs
+    return tl.permute(tl.reshape(joined[0], (BLOCK_W, BLOCK_C, ROWS)), (2, 0, 1))
+
+
+@triton.jit
+def load_rows(plane, row_pitch, offsets, inside, row0, height, RING: tl.constexpr, ROWS: tl.constexpr):
+    """ROWS rows from row0 on, of a plane or of a ring of its rows: a tuple of tiles (W, C), zero outside the map."""
+    rows = rows_from(row0, ROWS)
+    source = row_pointer(plane, rows, row_pitch, RING) + offsets
+    values = tl.load(source, mask=(rows >= 0) & (rows < height) & inside, other=0.0)
+    return tiles_of(values.to(tl.float32), ROWS)
+
+
+@triton.jit
+def load_taps(first_tap, PITCH: tl.constexpr, TAPS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr):
+    """TAPS taps that lie PITCH apart: a tuple of tiles (W, C), the same for all columns."""
+    source = first_tap + (tl.arange(0, TAPS)[:, None, None] * PITCH + channels_of(BLOCK_C))
+    return tiles_of(tl.load(tl.broadcast_to(source, (TAPS, BLOCK_W, BLOCK_C))), TAPS)
 
 
 @triton.jit
@@ -99,7 +198,7 @@ def conv_tiles(
     pixel_pitch,
     weights,
     row0,
-    column0,
+    columns,
     height,
     width,
     in_channels,
@@ -111,35 +210,33 @@ def conv_tiles(
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """ROWS rows of a depthwise convolution, from row0 and column0. ``weights`` is [KH * KW, BLOCK_C], float32.
+    """ROWS rows of a depthwise convolution, from row0 on. ``weights`` is [KH * KW, BLOCK_C], float32.
 
     The loop over the columns of the kernel stays a loop: unrolled, a 15 x 15 kernel would not fit the instruction
     cache. The transposed convolution is the same walk with the taps taken from the other end.
     """
-    channels = tl.arange(0, BLOCK_C)
-    columns = column0 + tl.arange(0, BLOCK_W)
     acc = zero_tiles(ROWS, BLOCK_W, BLOCK_C)
+    TAP_PITCH: tl.constexpr = -KW * BLOCK_C if TRANSPOSED else KW * BLOCK_C
+    ROWS_READ: tl.constexpr = ROWS + KH - 1
     for kx in range(KW):
         x = columns + (kx - KW // 2)
-        offsets = x[:, None] * pixel_pitch + channels[None, :]
+        offsets = x * pixel_pitch + channels_of(BLOCK_C)
+        inside = (x >= 0) & (x < width) & in_channels
         first_tap = weights + kx * BLOCK_C
         if TRANSPOSED:
-            first_tap = weights + (KW - 1 - kx) * BLOCK_C
-        taps = ()
-        for i in tl.static_range(ROWS + KH - 1):
-            row = row0 + (i - KH // 2)
-            kept_row = row % RING if RING > 0 else row
-            limit = tl.where((row >= 0) & (row < height), width, 0)
-            inside = ((x >= 0) & (x < limit))[:, None] & in_channels[None, :]
-            source = plane + kept_row.to(tl.int64) * row_pitch + offsets
-            value = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-            if i < KH:
-                tap = tl.load(first_tap + (KH - 1 - i if TRANSPOSED else i) * (KW * BLOCK_C) + channels)
-                taps = taps + (tl.broadcast_to(tap[None, :], (BLOCK_W, BLOCK_C)),)
+            first_tap = weights + (KH * KW - 1 - kx) * BLOCK_C
+        values, taps = (), ()
+        for i in tl.static_range(ROWS_READ):
+            if starts_part(i, ROWS_READ):
+                values = values + load_rows(
+                    plane, row_pitch, offsets, inside, row0 + (i - KH // 2), height, RING, part_size(i, ROWS_READ)
+                )
+            if starts_part(i, KH):
+                taps = taps + load_taps(first_tap + i * TAP_PITCH, TAP_PITCH, part_size(i, KH), BLOCK_W, BLOCK_C)
             grown = ()
             for r in tl.static_range(ROWS):
                 if i >= r and i - r < KH:
-                    grown = grown + (tl.fma(taps[i - r], value, acc[r]),)
+                    grown = grown + (tl.fma(taps[i - r], values[i], acc[r]),)
                 else:
                     grown = grown + (acc[r],)
             acc = grown
