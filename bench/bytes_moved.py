@@ -150,7 +150,7 @@ class Touched:
 
 def small_plan(operator: str, case: Case, device: Device) -> tuple[Case, Plan]:
     """The plan of one image of a small map, in the tiles of the large one."""
-    config = level_config(case.height, case.width, case.channels, case.kernel_heights)
+    config = level_config(case.height, case.width, case.channels, case.kernel_heights, case.dtype)
     with contextlib.ExitStack() as patches:
         for module in (gated_aggregation, gated_aggregation_bwd, focal_modulation):
             patches.enter_context(patch.object(module, "level_config", lambda *_: config))

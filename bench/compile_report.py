@@ -2,7 +2,7 @@
 
     python bench/compile_report.py --arch 80 --arch 90 --arch 100 [--minutes 15]
 
-Takes what configurations.py lists, the small kernels first, two at a time; a row that stands for the same source is
+Takes what configurations.py lists, two at a time, kernels that compile fast first (``--kernel`` names some); a row that stands for the same source is
 not compiled again, so the report can be made in several sittings. Rows go to bench/results/without-gpu/compiled.json.
 A kernel spills, or wants more shared memory than there is, or a barrier moved: then it exits with an error.
 """
@@ -31,13 +31,12 @@ from rows import NOWHERE, key, read, write
 from focalnet.benchmark.environment import versions
 
 console = Console()
-# These take ten seconds and half a minute each: last, so that a short sitting gets far.
-_SLOW = ("gated_aggregation_fwd_kernel", "gated_aggregation_bwd_kernel")
 
 
 def main(
     arch: Annotated[list[int], typer.Option(help="80, 90, 100.")] = [80, 90, 100],  # noqa: B006
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16; all.")] = None,
+    kernel: Annotated[list[str] | None, typer.Option(help="Names of kernels; all.")] = None,
     minutes: Annotated[float, typer.Option(help="Stop starting new ones after so long.")] = 1e9,
     processes: Annotated[int, typer.Option(help="Compilers at once.")] = 2,
 ) -> None:
@@ -48,7 +47,8 @@ def main(
         (head, (one, dtypes, name))
         for one in arch
         for name, (launch, types) in shortest_first(launches(one, dtypes))
-        if have.get(key(head := head_of(one, launch, types)), {}).get("source") != source(launch)
+        if (not kernel or launch.name in kernel)
+        and have.get(key(head := head_of(one, launch, types)), {}).get("source") != source(launch)
     ]
     console.print(f"{len(wanted)} to compile")
     end = time.monotonic() + 60 * minutes
@@ -64,7 +64,8 @@ def main(
 
 
 def shortest_first(found: dict[tuple, tuple]) -> list[tuple]:
-    return sorted(found.items(), key=lambda one: _SLOW.index(one[0][0]) if one[0][0] in _SLOW else -1)
+    """By what is unrolled, rows of all kernels: what a sitting cannot finish are the largest kernels."""
+    return sorted(found.items(), key=lambda one: sum(one[1][0].constexprs.get("KH", ())))
 
 
 def head_of(arch: int, launch: Launch, types: dict[str, torch.dtype]) -> dict:

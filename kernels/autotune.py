@@ -41,7 +41,7 @@ def choose(operator: str, case: Case, device_name: str, seconds: Callable[[Level
     key = f"{operator} {case} {device_name} triton {triton.__version__} torch {torch.__version__}"
     known = _read()
     if key not in known:
-        candidates = level_candidates(case.height, case.width, case.channels, case.kernel_heights)
+        candidates = level_candidates(case.height, case.width, case.channels, case.kernel_heights, case.dtype)
         best = min(candidates, key=lambda config: _seconds_or_never(seconds, config))
         # Read again: another process may have written meanwhile.
         known = _read() | {key: asdict(best)}

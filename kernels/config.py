@@ -53,8 +53,13 @@ LEVELS = (
 )
 WHOLE_PLANE_ROWS = 16
 
-# (largest kernel of any level, rows, back_rows): a column of taps and the rows it meets have to fit into registers.
-ROWS = ((9, 8, 4), (15, 4, 2))
+# (largest kernel of any level, bytes of an element, rows, back_rows): fewer where a column of taps, the rows that it
+# meets and what else lives through a level would not fit into registers.
+ROWS = (
+    (9, 4, 8, 4),
+    (15, 2, 8, 4),
+    (15, 4, 4, 2),
+)
 
 # (bytes of an element, largest number of channels, configuration)
 PRODUCTS = (
@@ -64,10 +69,14 @@ PRODUCTS = (
 )
 
 
-def level_config(height: int, width: int, channels: int, kernel_heights: tuple[int, ...]) -> LevelConfig:
-    """The rows of the tables for a map of this size and these kernels; few channels make a narrower tile."""
+def level_config(
+    height: int, width: int, channels: int, kernel_heights: tuple[int, ...], dtype: torch.dtype
+) -> LevelConfig:
+    """The rows of the tables for such a map and such kernels; few channels make a narrower tile."""
     config = next(config for largest, config in LEVELS if width <= largest)
-    rows, back_rows = next(found for largest, *found in ROWS if max(kernel_heights) <= largest)
+    rows, back_rows = next(
+        found for largest, size, *found in ROWS if max(kernel_heights) <= largest and dtype.itemsize <= size
+    )
     return replace(
         config,
         block_c=min(config.block_c, max(8, _power_of_two(channels))),
@@ -77,9 +86,11 @@ def level_config(height: int, width: int, channels: int, kernel_heights: tuple[i
     )
 
 
-def level_candidates(height: int, width: int, channels: int, kernel_heights: tuple[int, ...]) -> list[LevelConfig]:
-    """What autotuning tries: the table's row first, then neighbours of it."""
-    first = level_config(height, width, channels, kernel_heights)
+def level_candidates(
+    height: int, width: int, channels: int, kernel_heights: tuple[int, ...], dtype: torch.dtype
+) -> list[LevelConfig]:
+    """What autotuning tries: what the tables say first, then neighbours of it."""
+    first = level_config(height, width, channels, kernel_heights, dtype)
     found = [first]
     for block_w, block_c in ((8, 64), (16, 32), (32, 16), (32, 32), (64, 16)):
         for rows in (4, 8):

@@ -20,7 +20,7 @@ from .sums import sum_partials_launch
 
 def forward_plan(case: Case, device: Device, config: LevelConfig | None = None, precision: str = "ieee") -> Plan:
     """The launches of ``focal_modulation``: operands q, ctx, gates, w0.., weight, bias; output out."""
-    levels = config or level_config(case.height, case.width, case.channels, case.kernel_heights)
+    levels = config or level_config(case.height, case.width, case.channels, case.kernel_heights, case.dtype)
     agg_bytes = case.positions * case.channels * case.dtype.itemsize
 
     def alive(images: int) -> int:
@@ -71,7 +71,7 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None,
     aggregation_mask = (need_ctx, need_gates, need_focal)
     need_agg, need_dagg = need_q or need_weight, any(aggregation_mask)
     need_m = need_weight or need_dagg
-    levels = config or level_config(case.height, case.width, case.channels, case.kernel_heights)
+    levels = config or level_config(case.height, case.width, case.channels, case.kernel_heights, case.dtype)
     product = product_config(case.channels, case.dtype)
     image = (case.height, case.width, case.channels)
     image_bytes = case.positions * case.channels * case.dtype.itemsize

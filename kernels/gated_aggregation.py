@@ -281,7 +281,7 @@ def forward_plan(case: Case, device: Device, config: LevelConfig | None = None) 
 
     ``Plan.launches`` lists them in order; `Launch.ast` gives what a compiler needs, `Plan.run` runs them.
     """
-    config = config or level_config(case.height, case.width, case.channels, case.kernel_heights)
+    config = config or level_config(case.height, case.width, case.channels, case.kernel_heights, case.dtype)
     agg = Buffer((case.batch, case.height, case.width, case.channels), case.dtype, is_output=True)
     launches, buffers, alive = forward_launches(case, device, config, 0, case.batch, agg_is_counted=False)
     return Plan(launches, {"agg": agg, **buffers}, operands(case), alive)

@@ -78,43 +78,70 @@ def dweight_rows(
 ):
     """partial [KH * KW, BLOCK_C] += the correlation of dz with the level below, over ``tiles`` tiles of rows.
 
-    One column of the kernel at a time: its KH sums stay in registers, tile after tile, and are summed over columns of
-    the map only then.
+    One column of the kernel at a time: its sums stay in registers, tile after tile, and are summed over columns of the
+    map only then. Half of a tall column at a time: 15 sums and the rows that they meet do not fit.
     """
-    channels = channels_of(BLOCK_C)
-    ROWS_READ: tl.constexpr = ROWS + KH - 1
+    TAPS: tl.constexpr = KH if KH <= 9 else (KH + 1) // 2
     for kx in range(KW):
-        sums = zero_tiles(KH, BLOCK_W, BLOCK_C)
-        for tile in range(tiles):
-            for column0 in range(0, width, BLOCK_W):
-                columns = columns_from(column0, BLOCK_W)
-                first_row = row0 + tile * ROWS
-                at, inside = columns * BLOCK_C + channels, (columns < width) & in_channels
-                gradients = load_rows(dz, width * BLOCK_C, at, inside, first_row, height, DZ_RING, ROWS)
-                x = columns + (kx - KW // 2)
-                offsets, inside = x * pixel_pitch + channels, (x >= 0) & (x < width) & in_channels
-                values = ()
-                for i in tl.static_range(ROWS_READ):
-                    if starts_part(i, ROWS_READ):
-                        values = values + load_rows(
-                            plane, row_pitch, offsets, inside, first_row + (i - KH // 2), height, RING,
-                            part_size(i, ROWS_READ),
-                        )  # fmt: skip
-                    grown = ()
-                    for ky in tl.static_range(KH):
-                        if i >= ky and i - ky < ROWS:
-                            grown = grown + (tl.fma(gradients[i - ky], values[i], sums[ky]),)
-                        else:
-                            grown = grown + (sums[ky],)
-                    sums = grown
-        for ky in tl.static_range(KH):
-            if starts_part(ky, KH):
-                add_sums(
-                    partial + (ky * KW + kx) * BLOCK_C,
-                    KW * BLOCK_C,
-                    rows_of(sums, ky, part_size(ky, KH)),
-                    part_size(ky, KH),
-                )
+        for first in tl.static_range(0, KH, TAPS):
+            dweight_column(
+                dz, plane, row_pitch, pixel_pitch, partial + (first * KW + kx) * BLOCK_C, row0, first - KH // 2,
+                kx - KW // 2, tiles, height, width, in_channels, DZ_RING, RING, min(TAPS, KH - first), KW,
+                ROWS, BLOCK_W, BLOCK_C,
+            )  # fmt: skip
+
+
+@triton.jit
+def dweight_column(
+    dz,
+    plane,
+    row_pitch,
+    pixel_pitch,
+    partial,
+    row0,
+    down,
+    right,
+    tiles,
+    height,
+    width,
+    in_channels,
+    DZ_RING: tl.constexpr,
+    RING: tl.constexpr,
+    TAPS: tl.constexpr,
+    KW: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """TAPS taps below one another, of which the first looks ``down`` rows below and ``right`` columns to the right."""
+    channels = channels_of(BLOCK_C)
+    sums = zero_tiles(TAPS, BLOCK_W, BLOCK_C)
+    for tile in range(tiles):
+        for column0 in range(0, width, BLOCK_W):
+            columns = columns_from(column0, BLOCK_W)
+            first_row = row0 + tile * ROWS
+            at, inside = columns * BLOCK_C + channels, (columns < width) & in_channels
+            gradients = load_rows(dz, width * BLOCK_C, at, inside, first_row, height, DZ_RING, ROWS)
+            x = columns + right
+            offsets, inside = x * pixel_pitch + channels, (x >= 0) & (x < width) & in_channels
+            values = ()
+            for i in tl.static_range(ROWS + TAPS - 1):
+                if starts_part(i, ROWS + TAPS - 1):
+                    values = values + load_rows(
+                        plane, row_pitch, offsets, inside, first_row + down + i, height, RING,
+                        part_size(i, ROWS + TAPS - 1),
+                    )  # fmt: skip
+                grown = ()
+                for tap in tl.static_range(TAPS):
+                    if i >= tap and i - tap < ROWS:
+                        grown = grown + (tl.fma(gradients[i - tap], values[i], sums[tap]),)
+                    else:
+                        grown = grown + (sums[tap],)
+                sums = grown
+    for tap in tl.static_range(TAPS):
+        if starts_part(tap, TAPS):
+            found = rows_of(sums, tap, part_size(tap, TAPS))
+            add_sums(partial + tap * (KW * BLOCK_C), KW * BLOCK_C, found, part_size(tap, TAPS))
 
 
 @triton.jit
@@ -375,7 +402,7 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None)
 
     Outputs are dctx, dgates and dw0.., as the mask asks for.
     """
-    config = config or level_config(case.height, case.width, case.channels, case.kernel_heights)
+    config = config or level_config(case.height, case.width, case.channels, case.kernel_heights, case.dtype)
 
     def alive(images: int) -> int:
         mean = forward_launches(case, device, config, 0, images, store_agg=False)[2]

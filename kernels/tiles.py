@@ -3,7 +3,8 @@
 A thread holds four neighbouring channels of a column (8 bytes of a 16-bit type, 16 of float32) and, in a tuple, the
 same place of ROWS rows below one another. So one load of a row feeds every output row whose window covers it:
 ``k * (ROWS + k - 1) / ROWS`` loads an output instead of ``k * k``. Triton cannot index a tensor in registers, hence
-tuples of tiles and not one three-dimensional tile.
+tuples of tiles. Where rows are loaded, stored and gated they are one tensor ``(ROWS, W, C)``: the same registers and
+instructions, and far fewer operations for a compiler some of whose passes take the square of their number.
 """
 
 import triton
@@ -110,15 +111,9 @@ def zero_tiles(ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr)
     return tiles
 
 
-@triton.jit
-def inside_of(rows, low, high, columns, width):
-    """(ROWS, W): which places lie in the rows low .. high - 1 and inside the map."""
-    return ((rows >= low) & (rows < high))[:, None] & (columns < width)[None, :]
-
-
 @triton.constexpr_function
 def part_size(first, count):
-    """Size of the part at ``first`` of ``count`` rows, cut into parts of 8 and, at the end, of 4, 2 and 1."""
+    """Size of the part at ``first`` of ``count`` rows: 8 as often as that goes, then 4, 2 and 1, as shapes must be."""
     size = 8
     while size > count - first:
         size //= 2
@@ -127,6 +122,7 @@ def part_size(first, count):
 
 @triton.constexpr_function
 def starts_part(row, count):
+    """Whether a part begins at this row of ``count``."""
     first = 0
     while first < min(row, count):
         first += part_size(first, count)
@@ -248,7 +244,7 @@ def pack_weights(
     packed,
     weight,
     channel0,
-    C: tl.constexpr,
+    C,
     TAPS: tl.constexpr,
     BLOCK_TAPS: tl.constexpr,
     BLOCK_C: tl.constexpr,

@@ -53,7 +53,7 @@ def test_what_a_program_touches_grows_as_the_scaling_says():
     once = count(launch, small, small_case)
     taller_case = replace(small_case, height=2 * small_case.height)
     taller = bytes_moved.gated_aggregation.forward_plan(
-        taller_case, H100, bytes_moved.level_config(7, 7, stage.channels, stage.kernels)
+        taller_case, H100, bytes_moved.level_config(7, 7, stage.channels, stage.kernels, torch.bfloat16)
     ).launches[0]
     images_case = replace(small_case, batch=2)
     images = replace(launch, arguments=launch.arguments | {"images": 2})

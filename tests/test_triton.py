@@ -127,8 +127,11 @@ def test_autotuning_times_every_candidate_once_and_remembers_the_fastest(monkeyp
 
     monkeypatch.setenv("FOCALNET_CACHE_DIR", str(tmp_path / "cache"))
     case = Case.packed(128, 28, 28, 192, (3, 5, 7), torch.bfloat16)
-    candidates = config.level_candidates(28, 28, 192, (3, 5, 7))
-    assert candidates[0] == config.level_config(28, 28, 192, (3, 5, 7)) and len(set(candidates)) == len(candidates) > 3
+    candidates = config.level_candidates(28, 28, 192, (3, 5, 7), torch.bfloat16)
+    assert (
+        candidates[0] == config.level_config(28, 28, 192, (3, 5, 7), torch.bfloat16)
+        and len(set(candidates)) == len(candidates) > 3
+    )
     timed = []
 
     def seconds(candidate):
@@ -150,7 +153,7 @@ def test_a_candidate_that_does_not_fit_the_device_is_passed_over(monkeypatch, tm
     from focalnet.kernels.plan import Case
 
     monkeypatch.setenv("FOCALNET_CACHE_DIR", str(tmp_path))
-    candidates = config.level_candidates(28, 28, 192, (3, 5, 7))
+    candidates = config.level_candidates(28, 28, 192, (3, 5, 7), torch.bfloat16)
 
     def seconds(candidate):
         if candidate != candidates[-1]:
