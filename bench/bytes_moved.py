@@ -127,12 +127,17 @@ def alive_bytes(plan: Plan, case: Case) -> int:
     def of(launch: Launch) -> int:
         made = {name: plan.buffers[name] for name in launch.arguments.values() if name in plan.buffers}
         scratch = sum(b.nbytes for name, b in made.items() if not b.is_output and name != "dbias_parts")
-        if launch.constexprs.get("GLOBAL_IN_PLACE") and plan.buffers["agg"].is_output:
+        if adds_global_itself(launch) and plan.buffers["agg"].is_output:
             plane = case.positions * launch.constexprs["BLOCK_C"] * case.dtype.itemsize
             scratch += math.prod(launch.grid) * plane
         return scratch
 
     return max(plan.alive_bytes, *map(of, plan.launches))
+
+
+def adds_global_itself(launch: Launch) -> bool:
+    """Whether a program reads back the plane of agg that it wrote: it has all of it, and so its mean."""
+    return bool(launch.arguments.get("store_agg")) and launch.arguments["bands"] == 1
 
 
 # ---- one program of each kind of launch -----------------------------------------------------------------------------
@@ -159,7 +164,9 @@ def small_plan(operator: str, case: Case, device: Device) -> tuple[Case, Plan]:
 
 
 # Neither changes which addresses of its channels a program of the levels touches: so one count serves many stages.
-_IMMATERIAL = {"C", "SCALE", "ACCUMULATE", "CTX_ALIGN", "GATES_ALIGN", "Q_ALIGN"}
+_IMMATERIAL = {"C", "SCALE", "ACCUMULATE", "CHANNELS_ALIGN", "CTX_ALIGN", "GATES_ALIGN", "Q_ALIGN"}
+# Numbers that do change it.
+_MATERIAL = ("channels", "taps", "tap0", "all_taps", "block_c")
 
 
 def kind_of(launch: Launch) -> tuple:
@@ -168,7 +175,8 @@ def kind_of(launch: Launch) -> tuple:
     constexprs = tuple((name, value) for name, value in launch.constexprs.items() if name not in immaterial)
     # One tensor may stand for another that is not wanted.
     given = [name for name in launch.arguments.values() if isinstance(name, str)]
-    return launch.name, tuple(given.index(name) for name in given), constexprs
+    numbers = tuple(launch.arguments.get(name) for name in _MATERIAL)
+    return launch.name, tuple(given.index(name) for name in given), constexprs, numbers, adds_global_itself(launch)
 
 
 _counted: dict[tuple, dict[str, Touched]] = {}

@@ -55,5 +55,11 @@ def write(rows: list[dict], kind: str, device: str) -> Path:
     return path
 
 
+def keep_only(keys: set[tuple], kind: str, device: str) -> None:
+    """Drops the rows of cases that no longer exist."""
+    rows = [row for row in read(kind, device) if key(row) in keys]
+    (folder(device) / f"{kind}.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
 def key(row: dict) -> tuple:
     return tuple(row.get(name) for name in CASE)
