@@ -157,33 +157,36 @@ def gated_aggregation_fwd_kernel(
                     row0 = start + (step + tile) * ROWS - LAG[level]
                     if (row0 < level_high) & (row0 + ROWS > level_low):
                         for column0 in range(0, width, BLOCK_W):
-                            columns = columns_from(column0, BLOCK_W)
-                            offsets = columns * BLOCK_C + channels
                             if level == 0:
                                 z = conv_tiles(
-                                    ctx_plane, width * ctx_pixel, ctx_pixel, packed, row0, columns, height, width,
+                                    ctx_plane, width * ctx_pixel, ctx_pixel, packed, row0, column0, height, width,
                                     in_channels, 0, KH[0], KW[0], False, ROWS, BLOCK_W, BLOCK_C,
                                 )  # fmt: skip
                             else:
                                 z = conv_tiles(
                                     ring_start(rings, RING0[level - 1], height, ring_row, WHOLE_PLANE), ring_row,
-                                    BLOCK_C, packed + TAP0[level] * BLOCK_C, row0, columns, height, width,
+                                    BLOCK_C, packed + TAP0[level] * BLOCK_C, row0, column0, height, width,
                                     channels < BLOCK_C, RING[level - 1], KH[level], KW[level], False,
                                     ROWS, BLOCK_W, BLOCK_C,
                                 )  # fmt: skip
                             if level < LEVELS - 1:
-                                rows = rows_from(row0, ROWS)
+                                rows = rows_from(row0, ROWS, BLOCK_W)
+                                columns = columns_from(column0, ROWS, BLOCK_W)
                                 inside = (rows >= level_low) & (rows < level_high) & (columns < width)
                                 ring = ring_start(rings, RING0[level], height, ring_row, WHOLE_PLANE)
-                                target = row_pointer(ring, rows, ring_row, RING[level]) + offsets
+                                target = row_pointer(ring, rows, ring_row, RING[level]) + (
+                                    columns * BLOCK_C + channels
+                                )
                                 context = gelu(rows_of(z, 0, ROWS))
                                 tl.store(target, rounded(context, rings.dtype.element_ty), mask=inside)
                             else:
                                 for part in tl.static_range(0, ROWS, GATED_ROWS):
-                                    rows = rows_from(row0 + part, GATED_ROWS)
+                                    rows = rows_from(row0 + part, GATED_ROWS, BLOCK_W)
+                                    columns = columns_from(column0, GATED_ROWS, BLOCK_W)
                                     inside = (rows >= level_low) & (rows < level_high) & (columns < width)
                                     context = gelu(rows_of(z, part, GATED_ROWS))
-                                    total += tl.sum(tl.where(inside, context, 0.0), axis=0)
+                                    counted = tl.where(inside, context, 0.0)
+                                    total += tl.sum(tl.reshape(counted, (GATED_ROWS, BLOCK_W, BLOCK_C)), axis=0)
                                     if store_agg:
                                         gate = load_gates(
                                             gates_plane + level, rows, columns, width, gates_pixel, inside
@@ -191,7 +194,8 @@ def gated_aggregation_fwd_kernel(
                                         sum = gate * context
                                         for earlier in tl.static_range(LEVELS - 1):
                                             ring = ring_start(rings, RING0[earlier], height, ring_row, WHOLE_PLANE)
-                                            source = row_pointer(ring, rows, ring_row, RING[earlier]) + offsets
+                                            source = row_pointer(ring, rows, ring_row, RING[earlier])
+                                            source += columns * BLOCK_C + channels
                                             kept = tl.load(source, mask=inside, other=0.0).to(tl.float32)
                                             gate = load_gates(
                                                 gates_plane + earlier, rows, columns, width, gates_pixel, inside

@@ -114,22 +114,20 @@ def dweight_column(
     BLOCK_C: tl.constexpr,
 ):
     """TAPS taps below one another, of which the first looks ``down`` rows below and ``right`` columns to the right."""
-    channels = channels_of(BLOCK_C)
     sums = zero_tiles(TAPS, BLOCK_W, BLOCK_C)
     for tile in range(tiles):
         for column0 in range(0, width, BLOCK_W):
-            columns = columns_from(column0, BLOCK_W)
             first_row = row0 + tile * ROWS
-            at, inside = columns * BLOCK_C + channels, (columns < width) & in_channels
-            gradients = load_rows(dz, width * BLOCK_C, at, inside, first_row, height, DZ_RING, ROWS)
-            x = columns + right
-            offsets, inside = x * pixel_pitch + channels, (x >= 0) & (x < width) & in_channels
+            gradients = load_rows(
+                dz, width * BLOCK_C, BLOCK_C, first_row, column0, height, width, in_channels,
+                DZ_RING, ROWS, BLOCK_W, BLOCK_C,
+            )  # fmt: skip
             values = ()
             for i in tl.static_range(ROWS + TAPS - 1):
                 if starts_part(i, ROWS + TAPS - 1):
                     values = values + load_rows(
-                        plane, row_pitch, offsets, inside, first_row + down + i, height, RING,
-                        part_size(i, ROWS + TAPS - 1),
+                        plane, row_pitch, pixel_pitch, first_row + down + i, column0 + right, height, width,
+                        in_channels, RING, part_size(i, ROWS + TAPS - 1), BLOCK_W, BLOCK_C,
                     )  # fmt: skip
                 grown = ()
                 for tap in tl.static_range(TAPS):
@@ -141,6 +139,7 @@ def dweight_column(
     for tap in tl.static_range(TAPS):
         if starts_part(tap, TAPS):
             found = rows_of(sums, tap, part_size(tap, TAPS))
+            found = tl.reshape(found, (part_size(tap, TAPS), BLOCK_W, BLOCK_C))
             add_sums(partial + tap * (KW * BLOCK_C), KW * BLOCK_C, found, part_size(tap, TAPS))
 
 
@@ -279,21 +278,21 @@ def gated_aggregation_bwd_kernel(
                     row0 = step * STEP + tile * ROWS - LAG[level]
                     if (row0 < height) & (row0 + ROWS > 0):
                         for column0 in range(0, width, BLOCK_W):
-                            columns = columns_from(column0, BLOCK_W)
-                            offsets = columns * BLOCK_C + channels
                             if level == 0:
                                 z = conv_tiles(
-                                    ctx_plane, width * ctx_pixel, ctx_pixel, packed, row0, columns, height, width,
+                                    ctx_plane, width * ctx_pixel, ctx_pixel, packed, row0, column0, height, width,
                                     in_channels, 0, KH[0], KW[0], False, ROWS, BLOCK_W, BLOCK_C,
                                 )  # fmt: skip
                             else:
                                 z = conv_tiles(
                                     ring_start(rings, RING0[level - 1], height, ring_row, WHOLE_PLANE), ring_row,
-                                    BLOCK_C, packed + TAP0[level] * BLOCK_C, row0, columns, height, width,
+                                    BLOCK_C, packed + TAP0[level] * BLOCK_C, row0, column0, height, width,
                                     all_channels, RING[level - 1], KH[level], KW[level], False, ROWS, BLOCK_W, BLOCK_C,
                                 )  # fmt: skip
                             for part in tl.static_range(0, ROWS, GATED_ROWS):
-                                rows = rows_from(row0 + part, GATED_ROWS)
+                                rows = rows_from(row0 + part, GATED_ROWS, BLOCK_W)
+                                columns = columns_from(column0, GATED_ROWS, BLOCK_W)
+                                offsets = columns * BLOCK_C + channels
                                 inside = (rows >= 0) & (rows < height) & (columns < width)
                                 context, grad = gelu_and_grad(rows_of(z, part, GATED_ROWS))
                                 if NEED_GATES or level == LEVELS - 1:
@@ -302,7 +301,7 @@ def gated_aggregation_bwd_kernel(
                                 if NEED_GATES:
                                     target = row_pointer(dgates_plane, rows, width * (LEVELS + 1), 0)
                                     target += columns * (LEVELS + 1) + level
-                                    sent = tl.sum(gradient * context, axis=2, keep_dims=True) * SCALE
+                                    sent = tl.sum(gradient * context, axis=1, keep_dims=True) * SCALE
                                     tl.store(target, sent, mask=inside)
                                 slopes = ring_start(rings, RING0[LEVELS - 1 + level], height, ring_row, WHOLE_PLANE)
                                 slope_at = row_pointer(slopes, rows, ring_row, DZ_RING[level]) + offsets
@@ -314,7 +313,7 @@ def gated_aggregation_bwd_kernel(
                                         tl.store(slope_at, rounded(grad, rings.dtype.element_ty), mask=inside)
                                 elif NEED_CTX or NEED_FOCAL:
                                     gate = load_gates(gates_plane + level, rows, columns, width, gates_pixel, inside)
-                                    dz = (gradient * (gate * SCALE) + dmean[None, None, :]) * grad
+                                    dz = (gradient * (gate * SCALE) + dmean[None, :]) * grad
                                     tl.store(slope_at, rounded(dz, rings.dtype.element_ty), mask=inside)
                 tl.debug_barrier()
             if NEED_CTX or NEED_FOCAL:
@@ -339,14 +338,14 @@ def gated_aggregation_bwd_kernel(
                             row0 = step * STEP + tile * ROWS - DOWN_LAG[level]
                             if (row0 < height) & (row0 + ROWS > 0):
                                 for column0 in range(0, width, BLOCK_W):
-                                    columns = columns_from(column0, BLOCK_W)
                                     down = conv_tiles(
-                                        dz_ring, ring_row, BLOCK_C, packed + TAP0[level] * BLOCK_C, row0, columns,
+                                        dz_ring, ring_row, BLOCK_C, packed + TAP0[level] * BLOCK_C, row0, column0,
                                         height, width, all_channels, DZ_RING[level], KH[level], KW[level], True,
                                         ROWS, BLOCK_W, BLOCK_C,
                                     )  # fmt: skip
                                     for part in tl.static_range(0, ROWS, GATED_ROWS):
-                                        rows = rows_from(row0 + part, GATED_ROWS)
+                                        rows = rows_from(row0 + part, GATED_ROWS, BLOCK_W)
+                                        columns = columns_from(column0, GATED_ROWS, BLOCK_W)
                                         inside = (rows >= 0) & (rows < height) & (columns < width)
                                         here, pixels = inside & in_channels, columns * C + channels
                                         sent = rows_of(down, part, GATED_ROWS)

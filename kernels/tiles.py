@@ -3,8 +3,9 @@
 A thread holds four neighbouring channels of a column (8 bytes of a 16-bit type, 16 of float32) and, in a tuple, the
 same place of ROWS rows below one another. So one load of a row feeds every output row whose window covers it:
 ``k * (ROWS + k - 1) / ROWS`` loads an output instead of ``k * k``. Triton cannot index a tensor in registers, hence
-tuples of tiles. Where rows are loaded, stored and gated they are one tensor ``(ROWS, W, C)``: the same registers and
-instructions, and far fewer operations for a compiler some of whose passes take the square of their number.
+tuples of tiles. Where rows are loaded, stored and gated they are one tensor ``(ROWS * W, C)``, row after row: the same
+registers and instructions, and far fewer operations for a compiler some of whose passes take the square of their
+number. Two dimensions and not three, since versions of Triton differ in which of three the threads walk along first.
 """
 
 import triton
@@ -71,21 +72,21 @@ def gelu_and_grad(z):
 
 
 @triton.jit
-def rows_from(row0, ROWS: tl.constexpr):
-    """Numbers of the rows row0 .. as (ROWS, 1, 1)."""
-    return row0 + tl.arange(0, ROWS)[:, None, None]
+def rows_from(row0, ROWS: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Numbers of the rows row0 .., (ROWS * W, 1)."""
+    return row0 + tl.arange(0, ROWS * BLOCK_W)[:, None] // BLOCK_W
 
 
 @triton.jit
-def columns_from(column0, BLOCK_W: tl.constexpr):
-    """Numbers of the columns column0 .. as (1, BLOCK_W, 1)."""
-    return column0 + tl.arange(0, BLOCK_W)[None, :, None]
+def columns_from(column0, ROWS: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Numbers of the columns column0 .. in each of some rows, (ROWS * W, 1)."""
+    return column0 + tl.arange(0, ROWS * BLOCK_W)[:, None] % BLOCK_W
 
 
 @triton.jit
 def channels_of(BLOCK_C: tl.constexpr):
-    """0 .. BLOCK_C - 1 as (1, 1, BLOCK_C), four to a thread: without the hint, loads of 16 bits would take eight."""
-    return tl.max_contiguous(tl.arange(0, BLOCK_C), 4)[None, None, :]
+    """0 .. BLOCK_C - 1 as (1, C), four to a thread: without the hint, loads of 16-bit types would take eight."""
+    return tl.max_contiguous(tl.arange(0, BLOCK_C), 4)[None, :]
 
 
 @triton.jit
@@ -98,7 +99,7 @@ def row_pointer(plane, row, row_pitch, RING: tl.constexpr):
 
 @triton.jit
 def load_gates(gates_plane, rows, columns, width, pixel_pitch, inside):
-    """Gates (ROWS, W, 1) of one level in float32."""
+    """Gates of one level in float32, in the shape of rows and columns."""
     at = row_pointer(gates_plane, rows, width * pixel_pitch, 0) + columns * pixel_pitch
     return tl.load(at, mask=inside, other=0.0).to(tl.float32)
 
@@ -131,17 +132,15 @@ def starts_part(row, count):
 
 @triton.jit
 def tiles_of(rows, ROWS: tl.constexpr):
-    """(ROWS, W, C) -> a tuple of ROWS tiles (W, C)."""
-    BLOCK_W: tl.constexpr = rows.shape[1]
-    BLOCK_C: tl.constexpr = rows.shape[2]
-    if ROWS == 1:
-        rows = tl.reshape(rows, (BLOCK_W, BLOCK_C))
-    elif ROWS == 2:
-        rows = tl.permute(rows, (1, 2, 0))
+    """(ROWS * W, C) -> a tuple of ROWS tiles (W, C)."""
+    BLOCK_W: tl.constexpr = rows.shape[0] // ROWS
+    BLOCK_C: tl.constexpr = rows.shape[1]
+    if ROWS == 2:
+        rows = tl.permute(tl.reshape(rows, (2, BLOCK_W, BLOCK_C)), (1, 2, 0))
     elif ROWS == 4:
-        rows = tl.reshape(tl.permute(rows, (1, 2, 0)), (BLOCK_W, BLOCK_C, 2, 2))
-    else:
-        rows = tl.reshape(tl.permute(rows, (1, 2, 0)), (BLOCK_W, BLOCK_C, 2, 2, 2))
+        rows = tl.permute(tl.reshape(rows, (2, 2, BLOCK_W, BLOCK_C)), (2, 3, 0, 1))
+    elif ROWS == 8:
+        rows = tl.permute(tl.reshape(rows, (2, 2, 2, BLOCK_W, BLOCK_C)), (3, 4, 0, 1, 2))
     tiles = (rows,)
     for level in tl.static_range(3):
         if (1 << level) < ROWS:
@@ -156,7 +155,7 @@ def tiles_of(rows, ROWS: tl.constexpr):
 
 @triton.jit
 def rows_of(tiles, FIRST: tl.constexpr, ROWS: tl.constexpr):
-    """ROWS of the tiles (W, C), from FIRST on -> (ROWS, W, C)."""
+    """ROWS of the tiles (W, C), from FIRST on -> (ROWS * W, C)."""
     BLOCK_W: tl.constexpr = tiles[0].shape[0]
     BLOCK_C: tl.constexpr = tiles[0].shape[1]
     joined = ()
@@ -168,23 +167,37 @@ def rows_of(tiles, FIRST: tl.constexpr, ROWS: tl.constexpr):
             for i in tl.static_range(ROWS >> (level + 1)):
                 pairs = pairs + (tl.join(joined[i], joined[i + (ROWS >> (level + 1))]),)
             joined = pairs
-    return tl.permute(tl.reshape(joined[0], (BLOCK_W, BLOCK_C, ROWS)), (2, 0, 1))
+    rows = tl.reshape(joined[0], (BLOCK_W, BLOCK_C, ROWS))
+    return tl.reshape(tl.permute(rows, (2, 0, 1)), (ROWS * BLOCK_W, BLOCK_C))
 
 
 @triton.jit
-def load_rows(plane, row_pitch, offsets, inside, row0, height, RING: tl.constexpr, ROWS: tl.constexpr):
+def load_rows(
+    plane,
+    row_pitch,
+    pixel_pitch,
+    row0,
+    column0,
+    height,
+    width,
+    in_channels,
+    RING: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
     """ROWS rows from row0 on, of a plane or of a ring of its rows: a tuple of tiles (W, C), zero outside the map."""
-    rows = rows_from(row0, ROWS)
-    source = row_pointer(plane, rows, row_pitch, RING) + offsets
-    values = tl.load(source, mask=(rows >= 0) & (rows < height) & inside, other=0.0)
-    return tiles_of(values.to(tl.float32), ROWS)
+    rows, columns = rows_from(row0, ROWS, BLOCK_W), columns_from(column0, ROWS, BLOCK_W)
+    # In this order: what rows say holds for all columns of a kernel, and what columns say for all rows.
+    inside = ((rows >= 0) & (rows < height)) & ((columns >= 0) & (columns < width) & in_channels)
+    source = row_pointer(plane, rows, row_pitch, RING) + (columns * pixel_pitch + channels_of(BLOCK_C))
+    return tiles_of(tl.load(source, mask=inside, other=0.0).to(tl.float32), ROWS)
 
 
 @triton.jit
 def load_taps(first_tap, PITCH: tl.constexpr, TAPS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr):
     """TAPS taps that lie PITCH apart: a tuple of tiles (W, C), the same for all columns."""
-    source = first_tap + (tl.arange(0, TAPS)[:, None, None] * PITCH + channels_of(BLOCK_C))
-    return tiles_of(tl.load(tl.broadcast_to(source, (TAPS, BLOCK_W, BLOCK_C))), TAPS)
+    return tiles_of(tl.load(first_tap + (rows_from(0, TAPS, BLOCK_W) * PITCH + channels_of(BLOCK_C))), TAPS)
 
 
 @triton.jit
@@ -194,7 +207,7 @@ def conv_tiles(
     pixel_pitch,
     weights,
     row0,
-    columns,
+    column0,
     height,
     width,
     in_channels,
@@ -215,9 +228,6 @@ def conv_tiles(
     TAP_PITCH: tl.constexpr = -KW * BLOCK_C if TRANSPOSED else KW * BLOCK_C
     ROWS_READ: tl.constexpr = ROWS + KH - 1
     for kx in range(KW):
-        x = columns + (kx - KW // 2)
-        offsets = x * pixel_pitch + channels_of(BLOCK_C)
-        inside = (x >= 0) & (x < width) & in_channels
         first_tap = weights + kx * BLOCK_C
         if TRANSPOSED:
             first_tap = weights + (KH * KW - 1 - kx) * BLOCK_C
@@ -225,8 +235,9 @@ def conv_tiles(
         for i in tl.static_range(ROWS_READ):
             if starts_part(i, ROWS_READ):
                 values = values + load_rows(
-                    plane, row_pitch, offsets, inside, row0 + (i - KH // 2), height, RING, part_size(i, ROWS_READ)
-                )
+                    plane, row_pitch, pixel_pitch, row0 + (i - KH // 2), column0 + (kx - KW // 2), height, width,
+                    in_channels, RING, part_size(i, ROWS_READ), BLOCK_W, BLOCK_C,
+                )  # fmt: skip
             if starts_part(i, KH):
                 taps = taps + load_taps(first_tap + i * TAP_PITCH, TAP_PITCH, part_size(i, KH), BLOCK_W, BLOCK_C)
             grown = ()
