@@ -6,6 +6,7 @@ a program, since the rings of all resident programs must stay in L2; narrow ones
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,13 +35,23 @@ class LevelConfig:
 
 @dataclass(frozen=True)
 class ProductConfig:
-    """Tile of a matrix product."""
+    """Tile of a matrix product, and how many programs walk over its rows: what is resident, in one wave.
+
+    Fewer, so that what they read of W is at most ``weight_share`` of the bytes of the plane that they read or write;
+    but never so few that not ``least_busy`` of the processors work.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    weight_share: float = math.inf
+    least_busy: float = 0.0
+
+    @property
+    def programs_per_sm(self) -> int:
+        return max(1, 8 // self.num_warps)
 
 
 # (largest width, configuration); a map of at most 16 rows is worked level by level.
@@ -61,12 +72,26 @@ ROWS = (
     (15, 4, 4, 2),
 )
 
-# (bytes of an element, largest number of channels, configuration)
-PRODUCTS = (
-    (2, 64, ProductConfig(128, 64, 32, 4, 3)),
-    (2, 1 << 30, ProductConfig(128, 128, 64, 8, 3)),
-    (4, 1 << 30, ProductConfig(64, 64, 32, 4, 2)),
-)
+FORWARD, BACKWARD = "forward", "backward"
+# (bytes of an element, largest number of channels, configuration). What binds in 16 bit is the bytes of W, most of all
+# where maps are small and channels many: at 128 x 7 x 7 x 1024 W is a sixth of a plane, and five groups of 16 slabs
+# (80 programs) read it five times forward, three groups (48) in either product backward. Narrow slabs make more
+# programs of as few bytes. In float32 the arithmetic binds, so the device is filled.
+PRODUCTS = {
+    FORWARD: (
+        (2, 64, ProductConfig(128, 64, 32, 4, 3, 0.66, 1 / 2)),
+        (2, 448, ProductConfig(128, 128, 64, 8, 3, 0.66, 1 / 2)),
+        (2, 1 << 30, ProductConfig(256, 64, 64, 8, 3, 0.66, 1 / 2)),
+        (4, 1 << 30, ProductConfig(64, 64, 32, 4, 2)),
+    ),
+    # Two products a chunk, of which there are more: half the share each.
+    BACKWARD: (
+        (2, 64, ProductConfig(128, 64, 32, 4, 3, 0.45, 1 / 4)),
+        (2, 128, ProductConfig(128, 128, 64, 8, 3, 0.45, 1 / 4)),
+        (2, 1 << 30, ProductConfig(256, 64, 64, 8, 3, 0.45, 1 / 4)),
+        (4, 1 << 30, ProductConfig(64, 64, 32, 4, 2)),
+    ),
+}
 
 
 def level_config(
@@ -100,9 +125,10 @@ def level_candidates(
     return found
 
 
-def product_config(channels: int, dtype: torch.dtype) -> ProductConfig:
-    """The row of the table for a product of (rows, channels) by (channels, channels)."""
-    config = next(c for itemsize, largest, c in PRODUCTS if itemsize >= dtype.itemsize and channels <= largest)
+def product_config(direction: str, channels: int, dtype: torch.dtype) -> ProductConfig:
+    """The row of the table for a product of (rows, channels) by (channels, channels), FORWARD or BACKWARD."""
+    rows = PRODUCTS[direction]
+    config = next(c for itemsize, largest, c in rows if itemsize >= dtype.itemsize and channels <= largest)
     size = max(16, _power_of_two(channels))
     # The largest step that divides the channels, so that no load needs a mask; a masked one where none does.
     step = next((k for k in (64, 32, 16) if k <= config.block_k and channels % k == 0), min(config.block_k, size))

@@ -11,7 +11,15 @@ import math
 import torch
 
 from . import gated_aggregation
-from .config import LevelConfig, level_config, product_config, weight_product_config
+from .config import (
+    BACKWARD,
+    FORWARD,
+    LevelConfig,
+    ProductConfig,
+    level_config,
+    product_config,
+    weight_product_config,
+)
 from .gated_aggregation_bwd import Backward
 from .modulator import dagg_kernel, dweight_kernel, modulator_bwd_kernel, modulator_fwd_kernel
 from .plan import Buffer, Case, Device, Launch, Plan, chunks, largest_chunk, with_scratch
@@ -35,17 +43,16 @@ def forward_plan(case: Case, device: Device, config: LevelConfig | None = None, 
     for first, images in chunks(case.batch, chunk):
         aggregate, scratch, _ = gated_aggregation.forward_launches(case, device, levels, first, images, chunk=chunk)
         buffers = with_scratch(buffers, scratch)
-        launches += [*aggregate, modulator_launch(case, first, images, precision)]
+        launches += [*aggregate, modulator_launch(case, device, first, images, precision)]
     return Plan(launches, buffers, operands(case), alive(chunk))
 
 
-def modulator_launch(case: Case, first_image: int, images: int, precision: str) -> Launch:
-    config = product_config(case.channels, case.dtype)
+def modulator_launch(case: Case, device: Device, first_image: int, images: int, precision: str) -> Launch:
+    config = product_config(FORWARD, case.channels, case.dtype)
     rows = images * case.positions
-    grid = math.ceil(rows / config.block_m) * math.ceil(case.channels / config.block_n)
     return Launch(
         modulator_fwd_kernel,
-        (grid, 1, 1),
+        (slabs_of(case, config) * groups_of(case, device, config, rows), 1, 1),
         {
             "agg": "agg",
             "weight": "weight",
@@ -56,7 +63,7 @@ def modulator_launch(case: Case, first_image: int, images: int, precision: str) 
             "row_count": rows,
             **q_pitch(case),
         },
-        {**product_constexprs(case, precision), "HAS_BIAS": case.has_bias, **q_alignment(case)},
+        {**product_constexprs(case, config, precision), "HAS_BIAS": case.has_bias, **q_alignment(case)},
         config.num_warps,
         config.num_stages,
     )
@@ -72,14 +79,15 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None,
     need_agg, need_dagg = need_q or need_weight, any(aggregation_mask)
     need_m = need_weight or need_dagg
     levels = config or level_config(case.height, case.width, case.channels, case.kernel_heights, case.dtype)
-    product = product_config(case.channels, case.dtype)
     image = (case.height, case.width, case.channels)
     image_bytes = case.positions * case.channels * case.dtype.itemsize
 
-    # Partial sums of dW live from the first chunk to the last; those of db, written once, may leave the chip.
-    sums = 4 * case.channels**2 * need_weight * splits_of(case, device, case.batch)
+    product = product_config(BACKWARD, case.channels, case.dtype)
 
     def alive(images: int) -> int:
+        # Partial sums live from the first chunk to the last; those of dW are added to, those of db lie side by side.
+        groups = math.ceil(case.batch / images) * groups_of(case, device, product, images * case.positions)
+        sums = 4 * case.channels * (need_bias * groups + need_weight * splits_of(case, device, images) * case.channels)
         forward = gated_aggregation.forward_launches(case, device, levels, 0, images, need_agg)[2]
         down = Backward(case, device, levels, aggregation_mask, images).alive(images)
         # agg, beside its rings; agg and dm; dm and dagg, which takes agg's place; dagg, beside the rings downwards
@@ -98,7 +106,7 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None,
     if need_weight:
         buffers["dweight_parts"] = Buffer((splits, case.channels, case.channels), torch.float32, zeroed=True)
         buffers["dweight"] = Buffer((case.channels, case.channels), case.dtype, is_output=True)
-    tiles = 0
+    parts = 0
     for first, images in chunks(case.batch, chunk):
         if need_agg or need_dagg:
             aggregate, scratch, _ = gated_aggregation.forward_launches(
@@ -106,33 +114,33 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None,
             )
             buffers = with_scratch(buffers, scratch)
             launches += aggregate
-        launches.append(modulator_bwd_launch(case, first, images, tiles, need_m, precision))
-        tiles += math.ceil(images * case.positions / product.block_m)
+        launches.append(modulator_bwd_launch(case, device, first, images, parts, need_m, precision))
+        parts += groups_of(case, device, product, images * case.positions)
         if need_weight:
             launches.append(dweight_launch(case, images, splits, precision))
         if need_dagg:
-            launches += [dagg_launch(case, images, precision), *backward.launches(first, images, "agg")]
+            launches += [dagg_launch(case, device, images, precision), *backward.launches(first, images, "agg")]
     if need_dagg:
         buffers |= backward.buffers()
         launches += backward.last_launches()
     if need_weight:
         launches.append(sum_partials_launch("dweight_parts", "dweight", splits, case.channels**2))
     if need_bias:
-        buffers["dbias_parts"] = Buffer((tiles, case.channels), torch.float32)
+        buffers["dbias_parts"] = Buffer((parts, case.channels), torch.float32)
         buffers["dbias"] = Buffer((case.channels,), case.dtype, is_output=True)
-        launches.append(sum_partials_launch("dbias_parts", "dbias", tiles, case.channels))
+        launches.append(sum_partials_launch("dbias_parts", "dbias", parts, case.channels))
     return Plan(launches, buffers, operands(case) | {"dout": case.dtype}, alive(chunk))
 
 
 def modulator_bwd_launch(
-    case: Case, first_image: int, images: int, first_tile: int, need_m: bool, precision: str
+    case: Case, device: Device, first_image: int, images: int, first_part: int, need_m: bool, precision: str
 ) -> Launch:
-    config = product_config(case.channels, case.dtype)
+    config = product_config(BACKWARD, case.channels, case.dtype)
     need_q, need_bias = case.mask[0], case.mask[4]
     rows = images * case.positions
     return Launch(
         modulator_bwd_kernel,
-        (math.ceil(rows / config.block_m) * math.ceil(case.channels / config.block_n), 1, 1),
+        (slabs_of(case, config) * groups_of(case, device, config, rows), 1, 1),
         {
             "agg": "agg",
             "weight": "weight",
@@ -143,12 +151,12 @@ def modulator_bwd_launch(
             "dm": "dm" if need_m else "agg",
             "dbias": "dbias_parts" if need_bias else "agg",
             "first_row": first_image * case.positions,
-            "first_tile": first_tile,
+            "first_part": first_part,
             "row_count": rows,
             **q_pitch(case),
         },
         {
-            **product_constexprs(case, precision),
+            **product_constexprs(case, config, precision),
             "HAS_BIAS": case.has_bias,
             "NEED_Q": need_q,
             "NEED_M": need_m,
@@ -160,15 +168,15 @@ def modulator_bwd_launch(
     )
 
 
-def dagg_launch(case: Case, images: int, precision: str) -> Launch:
+def dagg_launch(case: Case, device: Device, images: int, precision: str) -> Launch:
     """dm @ W; agg is not needed any more, dagg takes its place."""
-    config = product_config(case.channels, case.dtype)
+    config = product_config(BACKWARD, case.channels, case.dtype)
     rows = images * case.positions
     return Launch(
         dagg_kernel,
-        (math.ceil(rows / config.block_m) * math.ceil(case.channels / config.block_n), 1, 1),
+        (slabs_of(case, config) * groups_of(case, device, config, rows), 1, 1),
         {"dm": "dm", "weight": "weight", "dagg": "agg", "row_count": rows},
-        product_constexprs(case, precision),
+        product_constexprs(case, config, precision),
         config.num_warps,
         config.num_stages,
     )
@@ -188,27 +196,37 @@ def dweight_launch(case: Case, images: int, splits: int, precision: str) -> Laun
             "row_count": rows,
             "rows_per_split": math.ceil(rows / splits),
         },
-        {
-            "C": case.channels,
-            "PRECISION": precision,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_K": config.block_k,
-        },
+        product_constexprs(case, config, precision),
         config.num_warps,
         config.num_stages,
     )
 
 
+def slabs_of(case: Case, config: ProductConfig) -> int:
+    return math.ceil(case.channels / config.block_n)
+
+
+def groups_of(case: Case, device: Device, config: ProductConfig, rows: int) -> int:
+    """Programs for each slab of a product; together they read W once a group.
+
+    As many as fill the device while W's bytes stay below their share; and no more than make the longest walk shorter.
+    """
+    slabs, tiles = slabs_of(case, config), math.ceil(rows / config.block_m)
+    worth = max(config.weight_share * rows / case.channels, config.least_busy * device.sm_count / slabs)
+    groups = max(1, math.ceil(min(worth, config.programs_per_sm * device.sm_count // slabs)))
+    walk = math.ceil(tiles / groups)
+    return math.ceil(tiles / walk)
+
+
 def splits_of(case: Case, device: Device, images: int) -> int:
     """Ranges of rows of dW's sum: as many as fill the device, each of some length.
 
-    Their partial sums take a tenth of what stays on chip, or more where half the device would idle.
+    Their partial sums take a tenth of what stays on chip, or more where two thirds of the device would idle.
     """
     config = weight_product_config(case.channels, case.dtype)
     tiles = math.ceil(case.channels / config.block_m) * math.ceil(case.channels / config.block_n)
     fitting = device.on_chip_bytes // 10 // (4 * case.channels**2)
-    filling = min(device.sm_count // tiles, max(fitting, math.ceil(device.sm_count / 2 / tiles)))
+    filling = min(device.sm_count // tiles, max(fitting, math.ceil(device.sm_count / 3 / tiles)))
     return max(1, min(filling, images * case.positions // (8 * config.block_k)))
 
 
@@ -225,8 +243,7 @@ def q_alignment(case: Case) -> dict[str, int]:
     return {"Q_ALIGN": gated_aggregation.alignment(case.q_pitch, case.dtype)}
 
 
-def product_constexprs(case: Case, precision: str) -> dict[str, object]:
-    config = product_config(case.channels, case.dtype)
+def product_constexprs(case: Case, config: ProductConfig, precision: str) -> dict[str, object]:
     return {
         "C": case.channels,
         "PRECISION": precision,

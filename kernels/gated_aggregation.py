@@ -318,7 +318,8 @@ def forward_launches(
     if in_place and not agg_is_counted:
         own_bytes += case.positions * config.block_c * case.dtype.itemsize
     mean = Buffer((images, bands, case.channels), torch.float32)
-    workers = workers_of(device, config, images * bands, blocks, own_bytes, mean.nbytes)
+    items = min(images * bands, workers_worth_their_weights(case, device, images, blocks))
+    workers = workers_of(device, config, items, blocks, own_bytes, mean.nbytes)
     programs = workers * blocks
     launches = [
         Launch(
@@ -450,6 +451,11 @@ def workers_of(
     # Half the processors at least: scratch that leaves the L2 costs less than processors that idle.
     programs = max(min(resident, on_chip), device.sm_count // 2)
     return max(1, min(items, programs // blocks))
+
+
+def workers_worth_their_weights(case: Case, device: Device, images: int, blocks: int) -> int:
+    """Each program reads its weights once: beyond one a processor, only as many as pass ten times as many bytes by."""
+    return max(1, device.sm_count // blocks, images * case.positions // (5 * case.taps))
 
 
 def bands_of(case: Case, device: Device, config: LevelConfig, planes: int) -> int:

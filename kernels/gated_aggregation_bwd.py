@@ -15,7 +15,7 @@ are added up by a second kernel in a fixed order.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -446,7 +446,9 @@ class Backward:
         return self.ring_elements * self.case.dtype.itemsize + 8 * self.case.taps * self.config.block_c
 
     def workers(self, images: int) -> int:
-        return workers_of(self.device, self.config, images, self.blocks, self.own_bytes)
+        # One program a processor: rings take what the planes of a chunk need, and chunks read every weight anew.
+        config = replace(self.config, programs_per_sm=1)
+        return workers_of(self.device, config, images, self.blocks, self.own_bytes)
 
     def alive(self, images: int) -> int:
         return self.workers(images) * self.blocks * self.own_bytes + self.dgates_parts(images).nbytes

@@ -1,13 +1,19 @@
 """The modulator's matrix products, forward and backward.
 
-    out   = q * (agg @ W^T + b)               a tile [BLOCK_M, BLOCK_N] of out a program; q and out pass once
-    dq    = dout * (agg @ W^T + b)            the same tile; dm = dout * q and the tile's share of db ride along, so
-                                              that q and dout pass once
+    program p            owns a slab of BLOCK_N channels of the result (slab p % slabs), and with it C x BLOCK_N of W;
+                         walks over the tiles of BLOCK_M rows group, group + groups, ... (group p // slabs)
+    out   = q * (agg @ W^T + b)               a tile of q read, a tile of out written where one of the product is done
+    dq    = dout * (agg @ W^T + b)            alike; dm = dout * q and the slab's share of db ride along, so that q and
+                                              dout pass once
     dagg  = dm @ W
     dW    = dm^T @ agg                        a tile of dW and a range of rows a program, float32 partial sums
 
-agg, dm and dagg belong to a chunk of images and are still in L2 when the product that reads them runs; W is read by
-every program and stays there too. Sums over rows are float32 partials, added up in a fixed order by a second kernel.
+Bytes: q, out, dout, dq once; agg, dm and dagg belong to a chunk of images and are still in L2 when the product that
+reads them runs, each slab once; W once for each group. So few groups save bytes, and many fill the device: config.py
+says how many there are. The walk over tiles and steps of BLOCK_K is one loop to the compiler: the first loads of a
+tile are in flight while the tile before it is finished.
+
+Sums over rows are float32 partials, one writer each, added up in a fixed order by a second kernel.
 """
 
 from __future__ import annotations
@@ -85,19 +91,21 @@ def modulator_fwd_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """agg [row_count, C]; q and out from first_row on."""
-    tiles_n: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    rows = (program // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = (program % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = product_tile(agg, weight, rows, columns, row_count, 1, C, C, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
-    acc = add_bias(acc, bias, columns, C, HAS_BIAS)
-    inside = (rows < row_count)[:, None] & (columns < C)[None, :]
-    at = (first_row + rows).to(tl.int64)[:, None]
-    query = tl.load(q + at * (q_pitch * Q_ALIGN) + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + at * C + columns[None, :], rounded(query * acc, out.dtype.element_ty), mask=inside)
+    slabs: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    columns = (tl.program_id(0) % slabs) * BLOCK_N + tl.arange(0, BLOCK_N)
+    for tile in tl.range(
+        tl.program_id(0) // slabs, tl.cdiv(row_count, BLOCK_M), tl.num_programs(0) // slabs, flatten=True
+    ):
+        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        acc = product_tile(agg, weight, rows, columns, row_count, 1, C, C, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+        acc = add_bias(acc, bias, columns, C, HAS_BIAS)
+        inside = (rows < row_count)[:, None] & (columns < C)[None, :]
+        at = (first_row + rows).to(tl.int64)[:, None]
+        query = tl.load(q + at * (q_pitch * Q_ALIGN) + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + at * C + columns[None, :], rounded(query * acc, out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_row", "first_tile", "row_count", "q_pitch"])
+@triton.jit(do_not_specialize=["first_row", "first_part", "row_count", "q_pitch"])
 def modulator_bwd_kernel(
     agg,
     weight,
@@ -108,7 +116,7 @@ def modulator_bwd_kernel(
     dm,
     dbias,
     first_row,
-    first_tile,
+    first_part,
     row_count,
     q_pitch,
     C: tl.constexpr,
@@ -122,28 +130,31 @@ def modulator_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dq from first_row on; agg and dm [row_count, C] of the chunk; dbias [tiles of all chunks, C], float32."""
-    tiles_n: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    rows = (program // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = (program % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside = (rows < row_count)[:, None] & (columns < C)[None, :]
-    at = (first_row + rows).to(tl.int64)[:, None]
-    if NEED_Q:
-        acc = product_tile(agg, weight, rows, columns, row_count, 1, C, C, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
-        acc = add_bias(acc, bias, columns, C, HAS_BIAS)
+    """dq from first_row on; agg and dm [row_count, C] of the chunk; dbias [groups of all chunks, C], float32."""
+    slabs: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    group = tl.program_id(0) // slabs
+    columns = (tl.program_id(0) % slabs) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for tile in tl.range(group, tl.cdiv(row_count, BLOCK_M), tl.num_programs(0) // slabs, flatten=True):
+        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = (rows < row_count)[:, None] & (columns < C)[None, :]
+        at = (first_row + rows).to(tl.int64)[:, None]
+        if NEED_Q:
+            acc = product_tile(agg, weight, rows, columns, row_count, 1, C, C, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+            acc = add_bias(acc, bias, columns, C, HAS_BIAS)
         gradient = tl.load(dout + at * C + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        tl.store(dq + at * C + columns[None, :], rounded(gradient * acc, dq.dtype.element_ty), mask=inside)
-    if NEED_M or NEED_BIAS:
-        gradient = tl.load(dout + at * C + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        query = tl.load(q + at * (q_pitch * Q_ALIGN) + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-        product = gradient * query
-        if NEED_M:
-            target = dm + rows.to(tl.int64)[:, None] * C + columns[None, :]
-            tl.store(target, rounded(product, dm.dtype.element_ty), mask=inside)
-        if NEED_BIAS:
-            tile = first_tile + program // tiles_n
-            tl.store(dbias + tile * C + columns, tl.sum(product, axis=0), mask=columns < C)
+        if NEED_Q:
+            tl.store(dq + at * C + columns[None, :], rounded(gradient * acc, dq.dtype.element_ty), mask=inside)
+        if NEED_M or NEED_BIAS:
+            query = tl.load(q + at * (q_pitch * Q_ALIGN) + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+            product = gradient * query
+            if NEED_M:
+                target = dm + rows.to(tl.int64)[:, None] * C + columns[None, :]
+                tl.store(target, rounded(product, dm.dtype.element_ty), mask=inside)
+            if NEED_BIAS:
+                total += tl.sum(product, axis=0)
+    if NEED_BIAS:
+        tl.store(dbias + (first_part + group) * C + columns, total, mask=columns < C)
 
 
 @triton.jit(do_not_specialize=["row_count"])
@@ -158,14 +169,16 @@ def dagg_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    tiles_n: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
-    program = tl.program_id(0)
-    rows = (program // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = (program % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = product_tile(dm, weight, rows, columns, row_count, C, 1, C, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
-    inside = (rows < row_count)[:, None] & (columns < C)[None, :]
-    target = dagg + rows.to(tl.int64)[:, None] * C + columns[None, :]
-    tl.store(target, rounded(acc, dagg.dtype.element_ty), mask=inside)
+    slabs: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
+    columns = (tl.program_id(0) % slabs) * BLOCK_N + tl.arange(0, BLOCK_N)
+    for tile in tl.range(
+        tl.program_id(0) // slabs, tl.cdiv(row_count, BLOCK_M), tl.num_programs(0) // slabs, flatten=True
+    ):
+        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        acc = product_tile(dm, weight, rows, columns, row_count, C, 1, C, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K)
+        inside = (rows < row_count)[:, None] & (columns < C)[None, :]
+        target = dagg + rows.to(tl.int64)[:, None] * C + columns[None, :]
+        tl.store(target, rounded(acc, dagg.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["row_count", "rows_per_split"])

@@ -214,6 +214,28 @@ def test_chunks_of_images_give_what_one_gives():
         torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5, msg=name)
 
 
+def test_programs_of_a_product_walk_over_many_tiles_of_rows():
+    """As on large batches, where programs are fewer than tiles: two slabs of channels, and more tiles than groups."""
+    shape = Shape(batch=5, height=8, width=7, channels=80, kernels=(1,))
+    arguments = [
+        t.contiguous() if isinstance(t, torch.Tensor) else t for t in to(operands(shape), torch.float32, DEVICE)
+    ]
+    dout = torch.randn_like(arguments[0])
+    case = Case(5, 8, 7, 80, ((1, 1),), torch.float32, False, 80, 2, 80, True, (True,) * 6)
+    levels, device = LevelConfig(8, 64, rows=4, back_rows=4, whole_plane=True), Device(90, 2, 2**23)
+    forward = focal_modulation.forward_plan(case, device, levels)
+    backward = focal_modulation.backward_plan(case, device, levels)
+    products = [launch for launch in (*forward.launches, *backward.launches) if "weight" in launch.arguments]
+    # 280 rows are five tiles of 64, walked over by two programs for each slab.
+    assert [(launch.grid[0], launch.arguments["row_count"]) for launch in products] == [(4, 280)] * 3
+    mine = [run_plan(forward, shape, arguments)["out"]]
+    made = run_plan(backward, shape, arguments, dout)
+    mine += [made[name] for name in ("dq", "dctx", "dgates", "dweight", "dbias", "dw0")]
+    exact = results(reference, to(operands(shape), torch.float64), shape, dout.cpu().double())
+    rounded = results(reference, operands(shape), shape, dout.cpu())
+    assert_at_most_twice_the_references_error(mine, rounded, exact)
+
+
 def test_bands_of_rows_fill_a_device_that_planes_do_not():
     shape = Shape(batch=1, height=10, width=2, kernels=(3, 3))
     arguments = [
