@@ -1,4 +1,7 @@
-"""The two operators as functions: arguments are checked here, before any kernel runs."""
+"""The two operators as functions: arguments are checked here, before any kernel runs.
+
+Only once for each kind of call: `direct` says when a call can do without the checks and the operator.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import direct, reference
 from . import ops as _ops  # noqa: F401  (registers the operators)
-from . import reference
 from .backends import requested
 
 
@@ -49,6 +52,11 @@ def focal_modulation(
         ValueError: a shape or device does not fit, or no backend has the given name.
         RuntimeError: the backend that was asked for cannot run this call; the message says why.
     """
+    given = (q, ctx, gates, weight) if bias is None else (q, ctx, gates, weight, bias)
+    key = direct.key("focal_modulation", given, focal_weights, backend)
+    if (run := direct.known(key)) is not None:
+        matrix = weight if weight.ndim == 2 else weight.flatten(1)
+        return run(q, ctx, gates, focal_weights, matrix, bias, normalize_modulator)
     tensors = {"q": q, "ctx": ctx, "gates": gates, **_named_weights(focal_weights), "weight": weight}
     if bias is not None:
         tensors["bias"] = bias
@@ -67,6 +75,8 @@ def focal_modulation(
     weight = weight.view(channels, channels)
     if _must_be_plain(backend):
         return reference.focal_modulation(q, ctx, gates, focal_weights, weight, bias, normalize_modulator)
+    if key is not None:
+        direct.remember(key, "focal_modulation", ctx, focal_weights, backend)
     return torch.ops.focalnet.focal_modulation(
         q, ctx, gates, focal_weights, weight, bias, normalize_modulator, backend
     )
@@ -91,11 +101,16 @@ def gated_aggregation(
     Returns:
         ``(B, H, W, C)``, contiguous, with the dtype of ``ctx``.
     """
+    key = direct.key("gated_aggregation", (ctx, gates), focal_weights, backend)
+    if (run := direct.known(key)) is not None:
+        return run(ctx, gates, focal_weights, normalize_modulator)
     tensors = {"ctx": ctx, "gates": gates, **_named_weights(focal_weights)}
     ctx, gates, focal_weights, _ = _prepare(tensors, len(focal_weights), images=("ctx", "gates"))
     _check_aggregation(ctx, gates, focal_weights)
     if _must_be_plain(backend):
         return reference.gated_aggregation(ctx, gates, focal_weights, normalize_modulator)
+    if key is not None:
+        direct.remember(key, "gated_aggregation", ctx, focal_weights, backend)
     return torch.ops.focalnet.gated_aggregation(ctx, gates, focal_weights, normalize_modulator, backend)
 
 

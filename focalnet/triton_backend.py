@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Sequence
+from operator import or_
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,9 +66,7 @@ def gated_aggregation(
 ) -> Tensor:
     if not ctx.shape[0]:
         return ctx.new_empty(ctx.shape)
-    (ctx, gates), pitches = _rows(ctx, gates)
-    operands = _named(ctx, gates, focal_weights)
-    return _run("gated_aggregation", ctx, operands, pitches, normalize_modulator)["agg"]
+    return _run("gated_aggregation", _named(ctx, gates, focal_weights), normalize_modulator)["agg"]
 
 
 def focal_modulation(
@@ -81,11 +80,8 @@ def focal_modulation(
 ) -> Tensor:
     if not ctx.shape[0]:
         return ctx.new_empty(ctx.shape)
-    (ctx, gates, q), pitches = _rows(ctx, gates, q)
-    operands = _named(ctx, gates, focal_weights) | {"q": q, "weight": weight.contiguous()}
-    if bias is not None:
-        operands["bias"] = bias.contiguous()
-    return _run("focal_modulation", ctx, operands, pitches, normalize_modulator)["out"]
+    operands = _named(ctx, gates, focal_weights, q, weight, bias)
+    return _run("focal_modulation", operands, normalize_modulator)["out"]
 
 
 def gated_aggregation_bwd(
@@ -100,9 +96,8 @@ def gated_aggregation_bwd(
     wanted = [need_ctx, need_gates, *[need_focal] * len(focal_weights)]
     if not ctx.shape[0] or not any(output_mask):
         return _zeros([ctx, gates, *focal_weights], wanted)
-    (ctx, gates), pitches = _rows(ctx, gates)
-    operands = _named(ctx, gates, focal_weights) | {"dagg": dagg.contiguous()}
-    made = _run("gated_aggregation_bwd", ctx, operands, pitches, normalize_modulator, tuple(output_mask))
+    operands = _named(ctx, gates, focal_weights) | {"dagg": dagg}
+    made = _run("gated_aggregation_bwd", operands, normalize_modulator, tuple(output_mask))
     return [made.get(name) for name in ("dctx", "dgates", *_gradients_of(focal_weights))]
 
 
@@ -121,15 +116,8 @@ def focal_modulation_bwd(
     if not ctx.shape[0] or not any(output_mask):
         like_bias = weight[0] if bias is None else bias
         return _zeros([q, ctx, gates, weight, like_bias, *focal_weights], [*needs, *[need_focal] * len(focal_weights)])
-    (ctx, gates, q), pitches = _rows(ctx, gates, q)
-    operands = _named(ctx, gates, focal_weights) | {
-        "q": q,
-        "weight": weight.contiguous(),
-        "dout": dout.contiguous(),
-    }
-    if bias is not None:
-        operands["bias"] = bias.contiguous()
-    made = _run("focal_modulation_bwd", ctx, operands, pitches, normalize_modulator, tuple(output_mask))
+    operands = _named(ctx, gates, focal_weights, q, weight, bias) | {"dout": dout}
+    made = _run("focal_modulation_bwd", operands, normalize_modulator, tuple(output_mask))
     return [made.get(n) for n in ("dq", "dctx", "dgates", "dweight", "dbias", *_gradients_of(focal_weights))]
 
 
@@ -144,24 +132,33 @@ def _zeros(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | N
 
 # ---- operands -------------------------------------------------------------------------------------------------------
 
+_FOCAL_WEIGHTS = tuple(f"w{level}" for level in range(MOST_LEVELS))
+_IMAGES = ("ctx", "gates", "q")
 
-def _named(ctx: Tensor, gates: Tensor, focal_weights: Sequence[Tensor]) -> dict[str, Tensor]:
-    operands = {"ctx": ctx, "gates": gates}
-    for level, weight in enumerate(focal_weights):
-        operands[f"w{level}"] = weight.contiguous()
+
+def _named(
+    ctx: Tensor,
+    gates: Tensor,
+    focal_weights: Sequence[Tensor],
+    q: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """In the order of a plan's operands."""
+    operands = {"ctx": ctx, "gates": gates, **dict(zip(_FOCAL_WEIGHTS, focal_weights, strict=False))}
+    if q is not None:
+        operands["q"], operands["weight"] = q, weight
+    if bias is not None:
+        operands["bias"] = bias
     return operands
 
 
-def _rows(*tensors: Tensor) -> tuple[list[Tensor], tuple[int, ...]]:
-    """Tensors (B, H, W, C) as evenly spaced rows of channels, with their pitches; others are copied."""
-    rows, pitches = [], []
-    for tensor in tensors:
-        pitch = _pitch(tensor)
-        if pitch is None:
-            tensor, pitch = tensor.contiguous(), tensor.shape[3]
-        rows.append(tensor)
-        pitches.append(pitch)
-    return rows, tuple(pitches)
+def _as_the_kernels_take_them(operands: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Images as evenly spaced rows of channels, all else contiguous; a copy where it is not."""
+    return {
+        name: tensor if name in _IMAGES and _pitch(tensor) is not None else tensor.contiguous()
+        for name, tensor in operands.items()
+    }
 
 
 def _pitch(tensor: Tensor) -> int | None:
@@ -179,63 +176,60 @@ def _pitch(tensor: Tensor) -> int | None:
 
 # ---- plans ----------------------------------------------------------------------------------------------------------
 
-_plans: dict[tuple, Plan] = {}
+# A plan, and whether the kernels take operands with this key as they are.
+_plans: dict[tuple, tuple[Plan, bool]] = {}
 _MOST_PLANS = 4096
-_FOCAL_WEIGHTS = tuple(f"w{level}" for level in range(MOST_LEVELS))
 
 
 def _run(
-    operator: str,
-    ctx: Tensor,
-    operands: dict[str, Tensor],
-    pitches: tuple[int, ...],
-    normalize: bool,
-    mask: tuple[bool, ...] = (),
+    operator: str, operands: dict[str, Tensor], normalize: bool, mask: tuple[bool, ...] = ()
 ) -> dict[str, Tensor]:
-    # What a plan and its compiled code rely on: sizes, pitches, and whether a pointer is aligned to 16 bytes.
-    shapes = [tensor.shape for tensor in operands.values()]
-    aligned = [tensor.data_ptr() & 15 == 0 for tensor in operands.values()]
+    # What a plan and its compiled code rely on: sizes, strides, and whether a pointer is aligned to 16 bytes.
+    ctx, tensors = operands["ctx"], operands.values()
+    device = ctx.device
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    aligned = functools.reduce(or_, addresses) & 15 == 0 or tuple([address & 15 == 0 for address in addresses])
+    shapes = [(tensor.shape, tensor.stride()) for tensor in tensors]
     precise = not torch.backends.cuda.matmul.allow_tf32
-    key = (operator, ctx.device, ctx.dtype, *shapes, *aligned, pitches, normalize, mask, precise)
-    plan = _plans.get(key)
-    if plan is None:
+    key = (operator, device, ctx.dtype, normalize, mask, precise, aligned, *shapes)
+    found = _plans.get(key)
+    if found is None:
         if len(_plans) >= _MOST_PLANS:
             _plans.clear()
-        plan = _plans[key] = _plan(operator, ctx, operands, pitches, normalize, mask, precise)
-    if ctx.device.type != "cuda" or ctx.device.index == torch.cuda.current_device():
-        return plan.run(operands, ctx.device)
-    with torch.cuda.device(ctx.device):
-        return plan.run(operands, ctx.device)
+        taken = _as_the_kernels_take_them(operands)
+        as_given = all(taken[name] is tensor for name, tensor in operands.items())
+        found = _plans[key] = _plan(operator, taken, normalize, mask, precise), as_given
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _run_plan(*found, operands, addresses)
+    with torch.cuda.device(device):
+        return _run_plan(*found, operands, addresses)
 
 
-def _plan(
-    operator: str,
-    ctx: Tensor,
-    tensors: dict[str, Tensor],
-    pitches: tuple[int, ...],
-    normalize: bool,
-    mask: tuple[bool, ...],
-    precise: bool,
-) -> Plan:
+def _run_plan(plan: Plan, as_given: bool, operands: dict[str, Tensor], addresses: list[int]) -> dict[str, Tensor]:
+    if as_given and plan.is_warm:
+        return plan.run_at(addresses, operands["ctx"].device)
+    return plan.run(_as_the_kernels_take_them(operands), operands["ctx"].device)
+
+
+def _plan(operator: str, tensors: dict[str, Tensor], normalize: bool, mask: tuple[bool, ...], precise: bool) -> Plan:
     from .kernels import autotune, focal_modulation, gated_aggregation, gated_aggregation_bwd
     from .kernels.plan import Case, Device
 
+    ctx = tensors["ctx"]
     device = ctx.device
-    ctx_pitch, gates_pitch, *q_pitch = pitches
-    kernel_sizes = tuple(tuple(tensor.shape[2:]) for name, tensor in tensors.items() if name in _FOCAL_WEIGHTS)
     case = Case(
         *ctx.shape,
-        kernel_sizes,
+        tuple(tuple(tensors[name].shape[2:]) for name in _FOCAL_WEIGHTS if name in tensors),
         ctx.dtype,
         normalize,
-        ctx_pitch,
-        gates_pitch,
-        q_pitch[0] if q_pitch else 0,
+        _pitch(ctx),
+        _pitch(tensors["gates"]),
+        _pitch(tensors["q"]) if "q" in tensors else 0,
         "bias" in tensors,
         mask,
     )
     properties = Device.of(device)
-    precision = {"precision": "ieee" if precise else "tf32"} if q_pitch else {}
+    precision = {"precision": "ieee" if precise else "tf32"} if "q" in tensors else {}
     make = {
         "gated_aggregation": gated_aggregation.forward_plan,
         "gated_aggregation_bwd": gated_aggregation_bwd.backward_plan,

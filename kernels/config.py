@@ -88,7 +88,7 @@ PRODUCTS = {
     BACKWARD: (
         (2, 64, ProductConfig(128, 64, 32, 4, 3, 0.45, 1 / 4)),
         (2, 128, ProductConfig(128, 128, 64, 8, 3, 0.45, 1 / 4)),
-        (2, 1 << 30, ProductConfig(256, 64, 64, 8, 3, 0.45, 1 / 4)),
+        (2, 1 << 30, ProductConfig(128, 64, 64, 8, 4, 0.45, 1 / 4)),
         (4, 1 << 30, ProductConfig(64, 64, 32, 4, 2)),
     ),
 }

@@ -8,6 +8,7 @@ says in order what runs; a launch names its tensors, and the plan says how large
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -196,7 +197,9 @@ class Plan:
     operands: dict[str, torch.dtype]
     # Scratch that is alive at once, at most; chunks and grids are chosen to keep it on chip.
     alive_bytes: int = 0
-    _compiled: list = field(default_factory=list, repr=False)
+    # What a first run leaves behind: launchers, and which of the values (see `_values`) are their arguments.
+    _compiled: list[tuple[Callable, Callable]] = field(default_factory=list, repr=False)
+    _constants: list = field(default_factory=list, repr=False)
     # Scratch lies in one allocation: name -> first byte, and how many bytes there are.
     _offsets: dict[str, int] = field(default_factory=dict, repr=False)
     _workspace_bytes: int = 0
@@ -212,25 +215,38 @@ class Plan:
 
     def run(self, operands: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """Launches everything on the current stream; returns the outputs by name."""
+        if self._compiled:
+            return self.run_at([operands[name].data_ptr() for name in self.operands], device)
+        made, workspace = self._allocate(device)
+        self._launch_first({**operands, **made, **self._views(workspace)})
+        return self._outputs(made)
+
+    @property
+    def is_warm(self) -> bool:
+        """Whether everything has been compiled and `run_at` can be called."""
+        return bool(self._compiled)
+
+    def run_at(self, addresses: list[int], device: torch.device) -> dict[str, Tensor]:
+        """`run` on the addresses of ``operands``, in their order: a launcher asks the driver about each tensor."""
+        made, workspace = self._allocate(device)
+        values = self._values(addresses, made, workspace)
+        for launch, arguments_of in self._compiled:
+            launch(*arguments_of(values))
+        return self._outputs(made)
+
+    def _allocate(self, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
         made = {}
         for name, buffer in self.buffers.items():
             if name not in self._offsets:
                 make = torch.zeros if buffer.zeroed else torch.empty
                 made[name] = make(buffer.shape, dtype=buffer.dtype, device=device)
-        workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=device)
-        if not self._compiled:
-            self._launch_first({**operands, **made, **self._views(workspace)})
-            return self._outputs(made)
-        # Addresses, not tensors: a launcher asks the driver about each tensor it is given.
+        return made, torch.empty(self._workspace_bytes, dtype=torch.uint8, device=device)
+
+    def _values(self, addresses: list[int], made: Mapping[str, Tensor], workspace: Tensor) -> list:
+        """All that launches are given: addresses of operands, of what was made, of scratch, and the constants."""
         start = workspace.data_ptr()
-        addresses = {name: start + offset for name, offset in self._offsets.items()}
-        for name, tensor in operands.items():
-            addresses[name] = tensor.data_ptr()
-        for name, tensor in made.items():
-            addresses[name] = tensor.data_ptr()
-        for run, arguments in self._compiled:
-            run(*[addresses[a] if type(a) is str else a for a in arguments])
-        return self._outputs(made)
+        made_at = [tensor.data_ptr() for tensor in made.values()]
+        return [*addresses, *made_at, *[start + offset for offset in self._offsets.values()], *self._constants]
 
     def _outputs(self, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in made.items() if self.buffers[name].is_output}
@@ -244,18 +260,28 @@ class Plan:
 
     def _launch_first(self, tensors: Mapping[str, Tensor]) -> None:
         """By Triton's own launcher, which compiles; what it gives back is kept and called directly from then on."""
-        compiled = []
+        launchers = []
         for launch in self.launches:
             arguments = {name: tensors[a] if isinstance(a, str) else a for name, a in launch.arguments.items()}
             options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
             kernel = launch.kernel[launch.grid](**arguments, **launch.constexprs, **options)
             if not INTERPRETED:
-                compiled.append((kernel[launch.grid], self._packed_arguments(launch)))
-        self._compiled = compiled
+                launchers.append(kernel[launch.grid])
+        self._keep(launchers)
 
-    @staticmethod
-    def _packed_arguments(launch: Launch) -> tuple:
-        """Tensors by name, all else by value, in the kernel's order. A constant that is a text would pass for a name,
-        and the launcher looks at no constant."""
-        constants = (None if isinstance(value, str) else value for value in launch.constexprs.values())
-        return (*launch.arguments.values(), *constants)
+    def _keep(self, launchers: list[Callable]) -> None:
+        """``launchers`` take the arguments of their launch in the kernel's order, tensors by address."""
+        names = [*self.operands, *(n for n in self.buffers if n not in self._offsets), *self._offsets]
+        self._constants, compiled = [None], []
+        for launcher, launch in zip(launchers, self.launches, strict=bool(launchers)):
+            places = []
+            for value in launch.arguments.values():
+                if isinstance(value, str):
+                    places.append(names.index(value))
+                else:
+                    places.append(len(names) + len(self._constants))
+                    self._constants.append(value)
+            # The launcher looks at no constexpr, but counts them.
+            places += [len(names)] * len(launch.constexprs)
+            compiled.append((launcher, operator.itemgetter(*places)))
+        self._compiled = compiled

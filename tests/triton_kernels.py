@@ -306,7 +306,7 @@ def test_host_time_of_the_backend_is_at_most_40_us(monkeypatch):
     """
 
     def leave_out(plan, tensors):
-        plan._compiled = [(lambda *arguments: None, plan._packed_arguments(launch)) for launch in plan.launches]
+        plan._keep([lambda *arguments: None] * len(plan.launches))
 
     monkeypatch.setattr(Plan, "_launch_first", leave_out)
     arguments = operands(Shape(4, 14, 14, 384, (3, 5, 7)), torch.bfloat16, DEVICE)
