@@ -87,7 +87,6 @@ PRODUCTS = {
     # Two products a chunk, of which there are more: half the share each.
     BACKWARD: (
         (2, 64, ProductConfig(128, 64, 32, 4, 3, 0.45, 1 / 4)),
-        (2, 128, ProductConfig(128, 128, 64, 8, 3, 0.45, 1 / 4)),
         (2, 1 << 30, ProductConfig(128, 64, 64, 8, 4, 0.45, 1 / 4)),
         (4, 1 << 30, ProductConfig(64, 64, 32, 4, 2)),
     ),
@@ -139,7 +138,8 @@ def weight_product_config(channels: int, dtype: torch.dtype) -> ProductConfig:
     """The tile of dW, summed over rows: block_m by block_n channels, block_k rows at a time."""
     size = max(16, _power_of_two(channels))
     largest = 64 if dtype.itemsize == 4 or channels <= 64 else 128
-    return ProductConfig(min(largest, size), min(largest, size), 32, 4 if largest == 64 else 8, 3)
+    # In float32 too eight warps: with four, a thread holds so much of the tile that some spill.
+    return ProductConfig(min(largest, size), min(largest, size), 32, 4 if channels <= 64 else 8, 3)
 
 
 def _power_of_two(number: int) -> int:

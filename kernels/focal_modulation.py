@@ -85,9 +85,10 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None,
     product = product_config(BACKWARD, case.channels, case.dtype)
 
     def alive(images: int) -> int:
-        # Partial sums live from the first chunk to the last; those of dW are added to, those of db lie side by side.
-        groups = math.ceil(case.batch / images) * groups_of(case, device, product, images * case.positions)
-        sums = 4 * case.channels * (need_bias * groups + need_weight * splits_of(case, device, images) * case.channels)
+        # Partial sums, of dW and of db, live from the first chunk to the last.
+        splits = need_weight * splits_of(case, device, images)
+        groups = need_bias * groups_of(case, device, product, images * case.positions)
+        sums = 4 * case.channels * (splits * case.channels + groups)
         forward = gated_aggregation.forward_launches(case, device, levels, 0, images, need_agg)[2]
         down = Backward(case, device, levels, aggregation_mask, images).alive(images)
         # agg, beside its rings; agg and dm; dm and dagg, which takes agg's place; dagg, beside the rings downwards
@@ -97,6 +98,7 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None,
     chunk = largest_chunk(case, device, levels, alive)
     backward = Backward(case, device, levels, aggregation_mask, chunk)
     splits = splits_of(case, device, chunk)
+    groups = groups_of(case, device, product, chunk * case.positions)
     launches: list[Launch] = []
     buffers: dict[str, Buffer] = {"agg": Buffer((chunk, *image), case.dtype)}
     if need_m:
@@ -106,7 +108,6 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None,
     if need_weight:
         buffers["dweight_parts"] = Buffer((splits, case.channels, case.channels), torch.float32, zeroed=True)
         buffers["dweight"] = Buffer((case.channels, case.channels), case.dtype, is_output=True)
-    parts = 0
     for first, images in chunks(case.batch, chunk):
         if need_agg or need_dagg:
             aggregate, scratch, _ = gated_aggregation.forward_launches(
@@ -114,33 +115,31 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None,
             )
             buffers = with_scratch(buffers, scratch)
             launches += aggregate
-        launches.append(modulator_bwd_launch(case, device, first, images, parts, need_m, precision))
-        parts += groups_of(case, device, product, images * case.positions)
+        launches.append(modulator_bwd_launch(case, groups, first, images, need_m, precision))
         if need_weight:
             launches.append(dweight_launch(case, images, splits, precision))
         if need_dagg:
-            launches += [dagg_launch(case, device, images, precision), *backward.launches(first, images, "agg")]
+            launches += [dagg_launch(case, groups, images, precision), *backward.launches(first, images, "agg")]
     if need_dagg:
         buffers |= backward.buffers()
         launches += backward.last_launches()
     if need_weight:
         launches.append(sum_partials_launch("dweight_parts", "dweight", splits, case.channels**2))
     if need_bias:
-        buffers["dbias_parts"] = Buffer((parts, case.channels), torch.float32)
+        buffers["dbias_parts"] = Buffer((groups, case.channels), torch.float32)
         buffers["dbias"] = Buffer((case.channels,), case.dtype, is_output=True)
-        launches.append(sum_partials_launch("dbias_parts", "dbias", parts, case.channels))
+        launches.append(sum_partials_launch("dbias_parts", "dbias", groups, case.channels))
     return Plan(launches, buffers, operands(case) | {"dout": case.dtype}, alive(chunk))
 
 
 def modulator_bwd_launch(
-    case: Case, device: Device, first_image: int, images: int, first_part: int, need_m: bool, precision: str
+    case: Case, groups: int, first_image: int, images: int, need_m: bool, precision: str
 ) -> Launch:
     config = product_config(BACKWARD, case.channels, case.dtype)
     need_q, need_bias = case.mask[0], case.mask[4]
-    rows = images * case.positions
     return Launch(
         modulator_bwd_kernel,
-        (slabs_of(case, config) * groups_of(case, device, config, rows), 1, 1),
+        (slabs_of(case, config) * groups, 1, 1),
         {
             "agg": "agg",
             "weight": "weight",
@@ -151,8 +150,7 @@ def modulator_bwd_launch(
             "dm": "dm" if need_m else "agg",
             "dbias": "dbias_parts" if need_bias else "agg",
             "first_row": first_image * case.positions,
-            "first_part": first_part,
-            "row_count": rows,
+            "row_count": images * case.positions,
             **q_pitch(case),
         },
         {
@@ -168,14 +166,13 @@ def modulator_bwd_launch(
     )
 
 
-def dagg_launch(case: Case, device: Device, images: int, precision: str) -> Launch:
+def dagg_launch(case: Case, groups: int, images: int, precision: str) -> Launch:
     """dm @ W; agg is not needed any more, dagg takes its place."""
     config = product_config(BACKWARD, case.channels, case.dtype)
-    rows = images * case.positions
     return Launch(
         dagg_kernel,
-        (slabs_of(case, config) * groups_of(case, device, config, rows), 1, 1),
-        {"dm": "dm", "weight": "weight", "dagg": "agg", "row_count": rows},
+        (slabs_of(case, config) * groups, 1, 1),
+        {"dm": "dm", "weight": "weight", "dagg": "agg", "row_count": images * case.positions},
         product_constexprs(case, config, precision),
         config.num_warps,
         config.num_stages,

@@ -105,7 +105,7 @@ def modulator_fwd_kernel(
         tl.store(out + at * C + columns[None, :], rounded(query * acc, out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_row", "first_part", "row_count", "q_pitch"])
+@triton.jit(do_not_specialize=["first_row", "row_count", "q_pitch"])
 def modulator_bwd_kernel(
     agg,
     weight,
@@ -116,7 +116,6 @@ def modulator_bwd_kernel(
     dm,
     dbias,
     first_row,
-    first_part,
     row_count,
     q_pitch,
     C: tl.constexpr,
@@ -130,11 +129,16 @@ def modulator_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dq from first_row on; agg and dm [row_count, C] of the chunk; dbias [groups of all chunks, C], float32."""
+    """dq from first_row on; agg and dm [row_count, C] of the chunk.
+
+    dbias [groups, C], float32: sums over a group's rows, added to what earlier chunks left.
+    """
     slabs: tl.constexpr = (C + BLOCK_N - 1) // BLOCK_N
     group = tl.program_id(0) // slabs
     columns = (tl.program_id(0) % slabs) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_N,), tl.float32)
+    if NEED_BIAS:
+        sums = dbias + group * C + columns
+        total = tl.load(sums, mask=columns < tl.where(first_row > 0, C, 0), other=0.0)
     for tile in tl.range(group, tl.cdiv(row_count, BLOCK_M), tl.num_programs(0) // slabs, flatten=True):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = (rows < row_count)[:, None] & (columns < C)[None, :]
@@ -154,7 +158,7 @@ def modulator_bwd_kernel(
             if NEED_BIAS:
                 total += tl.sum(product, axis=0)
     if NEED_BIAS:
-        tl.store(dbias + (first_part + group) * C + columns, total, mask=columns < C)
+        tl.store(sums, total, mask=columns < C)
 
 
 @triton.jit(do_not_specialize=["row_count"])
