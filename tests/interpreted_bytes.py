@@ -10,9 +10,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import bytes_moved
-from bytes_moved import case_of, count, kind_of, moved, plan_of, repeats, small_plan
+from bytes_moved import NOWHERE, case_of, count, kind_of, moved, plan_of, repeats, small_plan
 from floors import OPERATORS, Stage, stages, work
 from focalnet.kernels.plan import H100
+from rows import read
 
 # Over the least possible, at batch 128 in bfloat16.
 BOUNDS = {
@@ -35,10 +36,22 @@ def test_bytes_moved_at_224(variant, stage, operator):
     assert least * 0.99 < found.bytes <= least * BOUNDS[operator]
 
 
+@pytest.mark.parametrize("variant", ["tiny_lrf", "base_lrf", "large_fl3", "large_fl4"])
+def test_the_committed_rows_hold_the_bounds(variant):
+    """Of large at 384 too, which takes minutes to count."""
+    bounds = LARGE_BOUNDS if variant.startswith("large") else BOUNDS
+    rows = {(row["stage"], row["operator"]): row for row in read("bytes_moved", NOWHERE) if row["variant"] == variant}
+    for stage in stages(variant):
+        for operator in OPERATORS:
+            row = rows[stage.index + 1, operator]
+            assert row["shape"] == [128, stage.height, stage.width, stage.channels]
+            assert row["ratio"] <= bounds[operator], (stage, operator)
+            assert row["alive_bytes"] <= row["on_chip_bytes"], (stage, operator)
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("stage", range(4))
 def test_scratch_of_large_stays_on_chip(stage, operator):
-    """The bytes themselves are in the committed rows: counting them takes minutes."""
     where = stages("large_fl3")[stage]
     case = case_of(operator, where, 128, torch.bfloat16)
     assert bytes_moved.alive_bytes(plan_of(operator, case), case) <= H100.on_chip_bytes

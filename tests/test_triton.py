@@ -72,6 +72,26 @@ def test_a_barrier_stands_between_what_a_level_writes_and_the_next_one_reads(who
     assert kernel.asm["ptx"].count("bar.sync") >= 3
 
 
+@needs_triton
+@pytest.mark.parametrize("arch, product", [(80, "tt.dot "), (90, "ttng.warp_group_dot "), (100, "ttng.tc_gen5_mma ")])
+@pytest.mark.parametrize("kernel", ["modulator_fwd_kernel", "dagg_kernel"])
+def test_the_walk_over_tiles_and_steps_of_a_product_is_one_pipelined_loop(kernel, arch, product):
+    """The tensor cores work on what was copied to shared memory some steps, or a tile, before."""
+    from focalnet.kernels import focal_modulation
+    from focalnet.kernels.plan import H100, Case
+
+    case = Case.packed(128, 14, 14, 512, (3,), torch.bfloat16, has_bias=True, mask=(True,) * 6)
+    make = focal_modulation.backward_plan if kernel == "dagg_kernel" else focal_modulation.forward_plan
+    plan = make(case, H100)
+    launch = next(launch for launch in plan.launches if launch.name == kernel)
+    ttgir = compiled(launch, plan.dtype_of(), arch).asm["ttgir"]
+    assert ttgir.count("scf.for") == 1
+    loop = ttgir[ttgir.index("scf.for") :]
+    assert loop.count("ttg.async_copy_global_to_local") >= 2
+    assert product in loop
+    assert "isAsync = true" in loop or arch != 90
+
+
 # ---- what the backend takes ----------------------------------------------------------------------------------------
 
 

@@ -298,11 +298,12 @@ def best_of(call, repeats=2000):
     return 1e6 * min(times)
 
 
-def test_host_time_of_the_backend_is_at_most_40_us(monkeypatch):
-    """Operands, plan, scratch and addresses of one warm call, with the launches themselves left out.
+def test_host_time_of_a_warm_call_is_at_most_that_of_twenty_small_torch_operators(monkeypatch):
+    """Checks, choice, plan, scratch and addresses; the launches themselves are left out.
 
-    The public function adds its checks and PyTorch's dispatch to it; both times are printed. On a machine without a
-    GPU memory comes from the CPU's allocator, which is no faster than CUDA's cached one.
+    A small operator takes 3 us where bench/host_time.py was run, and the call 30; it was 106 when every call went
+    through PyTorch's dispatch. On a machine without a GPU memory comes from the CPU's allocator, which is no faster
+    than CUDA's cached one.
     """
 
     def leave_out(plan, tensors):
@@ -310,8 +311,9 @@ def test_host_time_of_the_backend_is_at_most_40_us(monkeypatch):
 
     monkeypatch.setattr(Plan, "_launch_first", leave_out)
     arguments = operands(Shape(4, 14, 14, 384, (3, 5, 7)), torch.bfloat16, DEVICE)
+    small = torch.ones(8, 8, device=DEVICE)
     with torch.no_grad():
-        backend = best_of(lambda: triton_backend.focal_modulation(*arguments, False))
+        unit = best_of(lambda: torch.nn.functional.linear(small, small))
         public = best_of(lambda: focalnet.focal_modulation(*arguments, backend="triton"))
-    print(f"host time of a call: backend {backend:.1f} us, public function {public:.1f} us")
-    assert backend <= 40
+    print(f"host time of a call: {public:.1f} us, of a small operator {unit:.1f} us")
+    assert public <= 20 * unit
