@@ -24,10 +24,15 @@ class FocalNetMlp(nn.Module):
         fused = normed_mlp(None, self, hidden_state)
         return self._by_modules(hidden_state) if fused is None else fused
 
-    def of_normed(self, norm: nn.Module, hidden_state: Tensor) -> Tensor:
-        """``self(norm(hidden_state))``; in training, what ``norm`` returns is not kept for backward."""
-        fused = normed_mlp(norm, self, hidden_state)
-        return self._by_modules(norm(hidden_state)) if fused is None else fused
+    def of_normed(self, norm: nn.Module, hidden_state: Tensor, normed: Tensor | None = None) -> Tensor:
+        """``self(norm(hidden_state))``; in training, what ``norm`` returns is not kept for backward.
+
+        ``normed`` is ``norm(hidden_state)`` where that is there already.
+        """
+        fused = normed_mlp(norm, self, hidden_state, normed)
+        if fused is not None:
+            return fused
+        return self._by_modules(norm(hidden_state) if normed is None else normed)
 
     def _by_modules(self, hidden_state: Tensor) -> Tensor:
         return self.drop(self.fc2(self.drop(self.activation(self.fc1(hidden_state)))))
@@ -41,14 +46,21 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, hidden_state: Tensor) -> Tensor:
-        if self.drop_prob == 0.0 or not self.training:
-            return hidden_state
-        if self.drop_prob == 1.0:
+        if self.drop_prob == 1.0 and self.training:
             return torch.zeros_like(hidden_state)
-        keep = 1 - self.drop_prob
+        kept = self.draw(hidden_state, hidden_state.dtype)
+        return hidden_state if kept is None else hidden_state.div(self.keep_prob) * kept
+
+    @property
+    def keep_prob(self) -> float:
+        return 1 - self.drop_prob
+
+    def draw(self, hidden_state: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """(B, 1, ...), 1 for samples of (B, ...) whose branch is kept, else 0; None where all are."""
+        if self.drop_prob == 0.0 or not self.training:
+            return None
         shape = (hidden_state.shape[0],) + (1,) * (hidden_state.ndim - 1)
-        kept = torch.floor(keep + torch.rand(shape, dtype=hidden_state.dtype, device=hidden_state.device))
-        return hidden_state.div(keep) * kept
+        return torch.floor(self.keep_prob + torch.rand(shape, dtype=dtype, device=hidden_state.device))
 
     def extra_repr(self) -> str:
         return f"p={self.drop_prob}"

@@ -27,10 +27,12 @@ def normed_linear(norm: nn.Module, linear: nn.Module, hidden_state: Tensor) -> T
     return torch.ops.focalnet.normed_linear(hidden_state, norm_weight, norm_bias, norm.eps, *weights)
 
 
-def normed_mlp(norm: nn.Module | None, mlp: nn.Module, hidden_state: Tensor) -> Tensor | None:
+def normed_mlp(
+    norm: nn.Module | None, mlp: nn.Module, hidden_state: Tensor, normed: Tensor | None = None
+) -> Tensor | None:
     """``mlp.fc2(GELU(mlp.fc1(norm(hidden_state))))``, of which the input and fc1's output are saved for backward.
 
-    ``norm`` may be None. Returns None where ``mlp`` has to be called as it is.
+    ``norm`` may be None; ``normed`` is ``norm(hidden_state)`` where that is there already. Returns None where ``mlp`` has to be called as it is.
     """
     if norm is not None and not _is_norm(norm, hidden_state):
         return None
@@ -45,7 +47,9 @@ def normed_mlp(norm: nn.Module | None, mlp: nn.Module, hidden_state: Tensor) -> 
         return None
     hidden_state, norm_weight, norm_bias, weights = operands
     eps = None if norm is None else norm.eps
-    return torch.ops.focalnet.normed_mlp(hidden_state, norm_weight, norm_bias, eps, *weights)[0]
+    if normed is not None:
+        normed = normed.to(weights[0].dtype)
+    return torch.ops.focalnet.normed_mlp(hidden_state, norm_weight, norm_bias, eps, *weights, normed)[0]
 
 
 def _is_norm(norm: nn.Module, hidden_state: Tensor) -> bool:

@@ -3,18 +3,20 @@
     normed_linear(x) = Linear(LayerNorm(x))          x (..., K) -> (..., N)
 
 Composed of two modules, autograd keeps x for the norm and LayerNorm(x) for the gradient of the linear weight. Here x
-is kept, and LayerNorm(x) computed once more in backward: K elements a token less, for two passes over K.
+is kept, and LayerNorm(x) computed once more in backward: K elements a token less, for two passes over K. On a GPU the
+kernel of the norm's gradient writes it (kernels/layer_norm.py): four passes where PyTorch's operators make seven.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gradients import pack, unpack
+from . import triton_rows
+from .gradients import composed_gradients, pack, unpack
 
 _TENSORS = "Tensor hidden_state, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight, Tensor? bias"
 _PT2 = (torch.Tag.pt2_compliant_tag,)
@@ -35,17 +37,6 @@ def composed(
     """The specification: LayerNorm in the dtype of ``hidden_state``, the product in that of ``weight``."""
     normed = F.layer_norm(hidden_state, hidden_state.shape[-1:], norm_weight, norm_bias, eps)
     return F.linear(normed.to(weight.dtype), weight, bias)
-
-
-def composed_gradients(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], dout: Tensor
-) -> list[Tensor | None]:
-    """Gradients of ``function(*inputs)``, differentiable themselves; None where none is wanted."""
-    # Through aliases, since an input may depend on another, or be the same tensor.
-    aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
-    wanted = [alias for alias in aliases if alias is not None and alias.requires_grad]
-    gradients = iter(torch.autograd.grad(function(*aliases), wanted, dout, create_graph=True))
-    return [next(gradients) if alias is not None and alias.requires_grad else None for alias in aliases]
 
 
 @torch.library.impl("focalnet::normed_linear", "CompositeExplicitAutograd")
@@ -73,10 +64,16 @@ def _backward(
 ) -> list[Tensor]:
     *need_norm, need_weight, need_bias = output_mask
     dim = hidden_state.shape[-1:]
-    normed, mean, rstd = torch.native_layer_norm(hidden_state, dim, norm_weight, norm_bias, eps)
     rows = dout.flatten(0, -2)
-    dweight = rows.T @ normed.flatten(0, -2).to(weight.dtype) if need_weight else None
     dbias = rows.sum(0) if need_bias else None
+    if any(need_norm) and triton_rows.reason_against_norm(hidden_state, norm_weight, norm_bias, eps) is None:
+        normed, *from_norm = triton_rows.layer_norm_bwd(
+            dout @ weight, hidden_state, norm_weight, norm_bias, eps, need_norm, weight.dtype if need_weight else None
+        )
+        dweight = rows.T @ normed.flatten(0, -2) if need_weight else None
+        return pack([*from_norm, dweight, dbias], hidden_state)
+    normed, mean, rstd = torch.native_layer_norm(hidden_state, dim, norm_weight, norm_bias, eps)
+    dweight = rows.T @ normed.flatten(0, -2).to(weight.dtype) if need_weight else None
     from_norm: Sequence[Tensor | None] = (None, None, None)
     if any(need_norm):
         dnormed = (dout @ weight).to(hidden_state.dtype)

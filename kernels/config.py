@@ -54,6 +54,16 @@ class ProductConfig:
         return max(1, 8 // self.num_warps)
 
 
+@dataclass(frozen=True)
+class RowConfig:
+    """Tile of the kernels on whole rows of channels. Eight elements a thread: one load of 16 bytes in 16 bit."""
+
+    rows: int
+    block_c: int
+    num_warps: int
+    programs_per_sm: int
+
+
 # (largest width, configuration); a map of at most 16 rows is worked level by level.
 LEVELS = (
     (8, LevelConfig(8, 64)),
@@ -91,6 +101,10 @@ PRODUCTS = {
         (4, 1 << 30, ProductConfig(64, 64, 32, 4, 2)),
     ),
 }
+# (largest number of channels, elements of a tile)
+ROW_TILES = ((2048, 2048), (4096, 4096))
+# Every program reads the parameters, and backward writes sums of its own: as few as keep the memory busy.
+ROW_PROGRAMS_PER_SM = {"forward": 4, "backward": 2}
 
 
 def level_config(
@@ -140,6 +154,15 @@ def weight_product_config(channels: int, dtype: torch.dtype) -> ProductConfig:
     largest = 64 if dtype.itemsize == 4 or channels <= 64 else 128
     # In float32 too eight warps: with four, a thread holds so much of the tile that some spill.
     return ProductConfig(min(largest, size), min(largest, size), 32, 4 if channels <= 64 else 8, 3)
+
+
+def row_config(channels: int, backward: bool) -> RowConfig:
+    """The row of the table for rows of so many channels, at most 4096."""
+    elements = next(elements for largest, elements in ROW_TILES if channels <= largest)
+    block_c = _power_of_two(channels)
+    rows = elements // block_c
+    programs = ROW_PROGRAMS_PER_SM["backward" if backward else "forward"]
+    return RowConfig(rows, block_c, elements // 256, programs * 2048 // elements)
 
 
 def _power_of_two(number: int) -> int:

@@ -19,6 +19,7 @@ OPS = torch.ops.focalnet
 EPS = 1e-5
 SHAPES = [(2, 3, 5), (11,), (0, 4, 3), (1, 1, 1)]
 LINEAR, MLP = "normed_linear", "normed_mlp"
+GIVEN = "normed_mlp, given what the norm made"
 
 
 def operands(name, leading=(2, 3, 5), dim=13, hidden_dim=29, norm=True, bias=True, dtype=torch.float64):
@@ -44,8 +45,13 @@ def leaves(arguments):
 
 
 def run(name, *arguments):
-    out = getattr(OPS, name)(*arguments)
-    return out if name == LINEAR else out[0]
+    if name == LINEAR:
+        return OPS.normed_linear(*arguments)
+    return OPS.normed_mlp(*arguments, given(*arguments) if name == GIVEN else None)[0]
+
+
+def given(x, weight, bias, eps, *_):
+    return nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
 def composed(name, *arguments):
@@ -60,7 +66,14 @@ def value_and_gradients(function, name, arguments):
 
 CASES = pytest.mark.parametrize(
     "name, norm, bias",
-    [(LINEAR, True, True), (LINEAR, True, False), (MLP, True, True), (MLP, False, True), (MLP, True, False)],
+    [
+        (LINEAR, True, True),
+        (LINEAR, True, False),
+        (MLP, True, True),
+        (MLP, False, True),
+        (MLP, True, False),
+        (GIVEN, True, True),
+    ],
 )
 
 
@@ -100,14 +113,18 @@ def test_gradients_and_gradients_of_gradients(name, norm, bias):
 @CASES
 def test_opcheck(name, norm, bias):
     arguments = operands(name, norm=norm, bias=bias, dtype=torch.float32)
-    torch.library.opcheck(getattr(OPS, name), arguments)
+    if name == LINEAR:
+        torch.library.opcheck(OPS.normed_linear, arguments)
+    else:
+        normed = given(*arguments).detach().requires_grad_() if name == GIVEN else None
+        torch.library.opcheck(OPS.normed_mlp, (*arguments, normed))
 
 
 @pytest.mark.parametrize("only", range(7))
 def test_backward_computes_what_is_asked_for_and_nothing_else(only):
     x, *rest = cast(operands(MLP), torch.float32)
     arguments = [a.detach() if isinstance(a, torch.Tensor) else a for a in (x, *rest)]
-    out, fc1 = OPS.normed_mlp(*arguments)
+    out, fc1 = OPS.normed_mlp(*arguments, None)
     dout = torch.randn_like(out)
     every = OPS.normed_mlp_bwd(dout, fc1, *arguments, [True] * 7)
     mask = [at == only for at in range(7)]
