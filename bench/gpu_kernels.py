@@ -29,6 +29,7 @@ from focalnet.benchmark.environment import facts
 from focalnet.benchmark.operators import able_backends
 from focalnet.benchmark.timing import copies_past_cache, measure
 from focalnet.benchmark.torchvision_stub import stubbed_torchvision
+from focalnet.mlp import DropPath
 
 console = Console()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,7 +41,8 @@ NOT_MEASURED = "not measured on a GPU yet"
 
 @dataclass(frozen=True)
 class Case:
-    """A stage with a batch and a dtype; ``operator`` is one of `floors.OPERATORS`, "module" or "module_bwd"."""
+    """A stage with a batch and a dtype; ``operator`` is one of `floors.OPERATORS`, or "module" or "block", each also
+    with "_bwd"."""
 
     operator: str
     stage: Stage
@@ -152,6 +154,41 @@ class _Permuted(torch.nn.Module):
         return self.module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+def our_block(case: Case, one_by_one: bool = False) -> Callable[[], object]:
+    """A block of the stage; ``one_by_one``: the ends of its branches as PyTorch's operators (see fused_residual)."""
+    from focalnet.layers import FocalNetLayer
+
+    config = focalnet.FocalNetConfig.from_variant(case.stage.variant)
+    block = FocalNetLayer(config, case.stage.index, drop_path=0.1)
+    if one_by_one:
+        block.drop_path = _OtherDropPath(0.1)
+    return module_call(case, block)
+
+
+class _OtherDropPath(DropPath):
+    """A part of another class, beside which no end of a branch is fused."""
+
+
+def transformers_block(case: Case, wrap: Callable = lambda module: module) -> Callable[[], object]:
+    from transformers import FocalNetConfig
+    from transformers.models.focalnet.modeling_focalnet import FocalNetLayer
+
+    stage, fields = case.stage, focalnet.FocalNetConfig.from_variant(case.stage.variant).to_dict()
+    layer = FocalNetLayer(FocalNetConfig(**fields), stage.index, stage.channels, None, drop_path=0.1)
+    return module_call(case, _OfTokens(wrap(layer)))
+
+
+class _OfTokens(torch.nn.Module):
+    """transformers' block takes (B, H * W, C), and H and W."""
+
+    def __init__(self, block: torch.nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x.flatten(1, 2), x.shape[1:3]).view(x.shape)
+
+
 OF_OPERATORS = {"reference": reference, "reference, torch.compile": compiled_reference}
 OF_MODULES = {
     "focalnet": our_module,
@@ -162,12 +199,18 @@ OF_MODULES = {
     "timm": lambda case: timm_module(case, channels_last=False),
     "timm, torch.compile": lambda case: timm_module(case, torch.compile),
 }
+OF_BLOCKS = {
+    "focalnet": our_block,
+    "focalnet, ends of branches one by one": functools.partial(our_block, one_by_one=True),
+    "transformers": transformers_block,
+    "transformers, torch.compile": lambda case: transformers_block(case, torch.compile),
+}
 
 
 def implementations(case: Case) -> dict[str, Callable[[Case], Callable[[], object]]]:
     """Ours by every backend that runs on the device, then what it is compared with."""
     if case.operator not in OPERATORS:
-        return OF_MODULES
+        return OF_BLOCKS if case.operator.startswith("block") else OF_MODULES
     mine = [name for name in able_backends(case.device) if name != "reference"]
     return {f"focalnet, {name}": functools.partial(ours, backend=name) for name in mine} | OF_OPERATORS
 
@@ -175,7 +218,7 @@ def implementations(case: Case) -> dict[str, Callable[[Case], Callable[[], objec
 def cases(names: list[str], batch: int, dtypes: list[str], device: str) -> Iterator[Case]:
     for name, dtype in itertools.product(names, dtypes):
         for stage in stages(name):
-            for operator in (*OPERATORS, "module", "module_bwd"):
+            for operator in (*OPERATORS, "module", "module_bwd", "block", "block_bwd"):
                 yield Case(operator, stage, batch, DTYPES[dtype], device)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from . import fused_block, packing
+from . import fused_block, fused_residual, packing
 from .configuration import FocalNetConfig
 from .mlp import DropPath, FocalNetMlp
 from .modules import FocalModulation
@@ -108,16 +108,25 @@ class FocalNetLayer(GradientCheckpointingLayer):
     def forward(self, hidden_state: Tensor) -> Tensor:
         if fused_block.reason_against(self, hidden_state, self.modulation.backend) is None:
             return fused_block.run(self, hidden_state)
+        if fused_residual.reason_against(self, hidden_state, self.modulation.backend) is None:
+            return fused_residual.run(self, hidden_state)
         hidden_state = self._residual(hidden_state, self.norm1, self.modulation, self.gamma_1)
         return self._residual(hidden_state, self.norm2, self.mlp, self.gamma_2)
 
     def _residual(self, hidden_state: Tensor, norm: nn.Module, branch: nn.Module, gamma: Tensor | None) -> Tensor:
         if self.use_post_layernorm:
-            update = norm(branch(hidden_state))
-        elif type(branch) in (FocalModulation, FocalNetMlp) and not (is_changed(branch) or all_are_watched()):
-            update = branch.of_normed(norm, hidden_state)
-        else:
-            update = branch(norm(hidden_state))
+            return self.add(hidden_state, norm(branch(hidden_state)), gamma)
+        return self.add(hidden_state, self.branch_of_normed(branch, norm, hidden_state), gamma)
+
+    @staticmethod
+    def branch_of_normed(branch: nn.Module, norm: nn.Module, hidden_state: Tensor) -> Tensor:
+        """``branch(norm(hidden_state))``"""
+        if type(branch) in (FocalModulation, FocalNetMlp) and not (is_changed(branch) or all_are_watched()):
+            return branch.of_normed(norm, hidden_state)
+        return branch(norm(hidden_state))
+
+    def add(self, hidden_state: Tensor, update: Tensor, gamma: Tensor | None) -> Tensor:
+        """The sum of the residual and what a branch made of it."""
         if gamma is not None:
             update = gamma * update
         return hidden_state + self.drop_path(update)

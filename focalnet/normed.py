@@ -32,7 +32,8 @@ def normed_mlp(
 ) -> Tensor | None:
     """``mlp.fc2(GELU(mlp.fc1(norm(hidden_state))))``, of which the input and fc1's output are saved for backward.
 
-    ``norm`` may be None; ``normed`` is ``norm(hidden_state)`` where that is there already. Returns None where ``mlp`` has to be called as it is.
+    ``norm`` may be None; ``normed`` is ``norm(hidden_state)`` where that is there already. Returns None where ``mlp``
+    has to be called as it is.
     """
     if norm is not None and not _is_norm(norm, hidden_state):
         return None

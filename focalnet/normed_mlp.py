@@ -5,8 +5,8 @@
 Composed of modules, autograd keeps x, LayerNorm(x), fc1's output and its GELU: 2 C + 2 hidden elements a token. Here x
 and fc1's output are kept, C + hidden, and the other two computed once more in backward, a pass each.
 
-Where LayerNorm(x) is there already, since the pass that made x made it too (`residual_norm`), it is given as ``normed``
-and has the gradient that x would have. It is not saved all the same, but computed once more from x.
+Where LayerNorm(x) is there already, since the pass that made x made it too (`residual_norm`), it is given as
+``normed``, and the gradient goes there and not to x. It is not saved all the same, but computed once more from x.
 
 On a CPU in float32 the bias and both GELUs are the kernels of csrc/cpu/gelu_rows.inc: one pass over the hidden units
 before the second product, one in backward, in place where that is possible.

@@ -83,7 +83,7 @@ def _backward(
     update_dtype: torch.dtype,
     output_mask: list[bool],
 ) -> list[Tensor]:
-    """[dupdate, gradients of parameters (number, C)]: of gamma and of norm_weight and norm_bias, where there are any."""
+    """[dupdate, gradients (number, C) of gamma, norm_weight and norm_bias, of those that there are]"""
     need_update, need_parameters = output_mask
     parameters = [p for p in (gamma, norm_weight, norm_bias) if p is not None]
     if triton_rows.reason_against(dout) is not None:
@@ -189,7 +189,9 @@ def _autograd(ctx: object, dout: Tensor) -> tuple:
     return dout if need_hidden else None, dupdate, dgamma, None, None, *dnorm, None
 
 
-def _differentiable(ctx: object, dout: Tensor, update: Tensor | None, gamma: Tensor | None, kept: Tensor | None, *norm: Tensor) -> list[Tensor | None]:
+def _differentiable(
+    ctx: object, dout: Tensor, update: Tensor | None, gamma: Tensor | None, kept: Tensor | None, *norm: Tensor
+) -> list[Tensor | None]:
     """Gradients of update, gamma, norm_weight and norm_bias that have gradients themselves."""
     if update is None:
         return [scaled(dout, None, kept, ctx.keep), None, None, None]

@@ -1,7 +1,7 @@
 """The Triton kernels on whole rows of channels: who can take them, their operands, and the plan of a call.
 
-They stand beside the focal modulation in a block (kernels/residual.py, residual_norm.py, layer_norm.py), and are run by
-the operators that `residual`, `residual_norm`, `normed_linear` and `normed_mlp` declare.
+They stand beside the focal modulation in a block (kernels/residual.py, residual_norm.py, layer_norm.py), and the
+operators of `residual`, `residual_norm`, `normed_linear` and `normed_mlp` run them.
 """
 
 from __future__ import annotations
@@ -56,14 +56,18 @@ def layer_norm_bwd(
     output_mask: list[bool],
     normed_dtype: torch.dtype | None,
 ) -> list[Tensor | None]:
-    """[normed, dhidden_state, dweight, dbias]; the first in ``normed_dtype`` if that is not None, the others by mask."""
+    """[normed, dhidden_state, dweight, dbias]; normed in ``normed_dtype`` unless that is None, the others by mask."""
     need_hidden, *need_parameters = output_mask
     operands = {"dnormed": dnormed, "hidden_state": hidden_state, "weight": weight, "bias": bias}
     wanted = {"dhidden_state": hidden_state.dtype if need_hidden else None, "normed": normed_dtype}
     sums = (2, weight.dtype) if any(need_parameters) else None
     dhidden_state, normed, made = run("layer_norm_bwd", operands, wanted, sums, eps=eps)
     dparameters = [None, None] if made is None else made.unbind()
-    return [normed, dhidden_state, *(d if need else None for d, need in zip(dparameters, need_parameters, strict=True))]
+    return [
+        normed,
+        dhidden_state,
+        *(d if need else None for d, need in zip(dparameters, need_parameters, strict=True)),
+    ]
 
 
 def run(

@@ -5,11 +5,11 @@
     hidden_state  ->|                                     |-> out
     update        ->| one program: rows of C channels     |           (norm, layer scale, stochastic depth, sum)
 
-Forward reads two tensors [rows, C] and writes one. Backward reads dout (and update, where a norm or gamma needs it) and
+Forward reads two tensors [rows, C] and writes one. Backward reads dout, and update where a norm or gamma needs it, and
 writes dupdate; dout is the gradient of hidden_state as it is. PyTorch's operators one by one, in training with all of
-them: 11 passes forward where these are 3, and 16 backward where these are 3.
+them: 11 passes forward where these are 3, and 15 backward where these are 3.
 
-`reference.residual` in focalnet/residual.py is the specification.
+`composed` in focalnet/residual.py is the specification.
 """
 
 from __future__ import annotations
@@ -18,8 +18,17 @@ import triton
 import triton.language as tl
 
 from .plan import Device, Plan
-from .rows import RowsCase, branch_scale, load_rows, load_vector, normalised, normalised_bwd, plan_rows
-from .rows import store_rows, store_sum
+from .rows import (
+    RowsCase,
+    branch_scale,
+    load_rows,
+    load_vector,
+    normalised,
+    normalised_bwd,
+    plan_rows,
+    store_rows,
+    store_sum,
+)
 from .tiles import rounded
 
 

@@ -2,8 +2,8 @@
 
 A program holds tiles [ROWS, BLOCK_C] of whole rows, BLOCK_C >= C, and walks over every num_programs-th of them: so it
 reads the parameters once, sums over its rows in registers, and writes each sum once. Statistics are of the float32
-values in registers, in two passes over them (mean, then squares of what is left): they cost no bytes, so backward takes
-them again from the saved row instead of from memory.
+values in registers, in two passes over them (mean, then squares of what is left): they cost no bytes, so backward
+takes them again from the saved row instead of from memory.
 """
 
 from __future__ import annotations
@@ -118,7 +118,9 @@ def plan_rows(
         buffers["partials"] = Buffer((programs, case.sums, case.channels), torch.float32)
     constants = {**flags, "C": case.channels, "ROWS": config.rows, "BLOCK_C": config.block_c}
     known, first = {*case.operands, *buffers}, next(iter(case.operands))
-    tensors = {name: name if name in known else first for name in kernel.arg_names if name not in {*numbers, *constants}}
+    tensors = {
+        name: name if name in known else first for name in kernel.arg_names if name not in {*numbers, *constants}
+    }
     launches = [Launch(kernel, (programs, 1, 1), tensors | numbers, constants, config.num_warps)]
     if case.sums:
         launches.append(sum_partials_launch("partials", "sums", programs, case.sums * case.channels))

@@ -19,14 +19,15 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 @needs_triton
-def test_the_kernels_obey_the_specification():
-    """Runs `triton_kernels.py` where triton can still be told to interpret; nothing may fail or be skipped."""
+@pytest.mark.parametrize("file", ["triton_kernels.py", "triton_residual.py"])
+def test_the_kernels_obey_the_specification(file):
+    """Runs the file where triton can still be told to interpret; nothing may fail or be skipped."""
     environment = dict(os.environ)
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
     command = [sys.executable, "-m", "pytest", "--import-mode=importlib", "-q", "-rA", "-p", "no:cacheprovider"]
     done = subprocess.run(
-        [*command, str(TESTS / "triton_kernels.py")],
+        [*command, str(TESTS / file)],
         env=environment,
         cwd=TESTS.parent,
         capture_output=True,
