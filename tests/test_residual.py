@@ -13,7 +13,7 @@ EPS = 1e-5
 PARTS = ["", "gamma", "kept", "norm", "gamma kept norm"]
 
 
-def operands(parts, shape=(3, 2, 2, 5), dtype=torch.float64):
+def operands(parts, shape=(3, 1, 1, 4), dtype=torch.float64):
     """hidden_state, update, gamma, kept, keep, weight, bias, eps; each tensor but ``kept`` asks for its gradient."""
     generator = torch.Generator().manual_seed(0)
 
