@@ -66,7 +66,7 @@ def main(
         head = head_of(one, launch, types)
         if have.get(key(head), {}).get("source") == source(launch):
             continue
-        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages} | launch.register_bound
         found = resources(compile_launch(launch.kernel, arguments_of(launch, types), options, one), one)
         reason = found.reason_against()
         row = head | asdict(found) | {"against": [reason] if reason else [], "source": source(launch)} | versions()

@@ -63,6 +63,11 @@ class RowConfig:
     num_warps: int
     programs_per_sm: int
 
+    @property
+    def registers(self) -> int:
+        """Of a thread, where so many programs share the 65536 of a multiprocessor."""
+        return 65536 // (32 * self.num_warps * self.programs_per_sm)
+
 
 # (largest width, configuration); a map of at most 16 rows is worked level by level.
 LEVELS = (

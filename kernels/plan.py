@@ -162,6 +162,8 @@ class Launch:
     constexprs: Mapping[str, object]
     num_warps: int
     num_stages: int = 1
+    # Registers of a thread, at most. Without a bound ptxas may spill a little to fit one more program on a processor.
+    maxnreg: int | None = None
 
     def __post_init__(self) -> None:
         # In the kernel's order, as the launcher wants them.
@@ -174,6 +176,11 @@ class Launch:
     @property
     def name(self) -> str:
         return self.kernel.fn.__name__
+
+    @property
+    def register_bound(self) -> dict[str, int]:
+        """``maxnreg`` as an option of Triton's launcher, which takes no None."""
+        return {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
 
     def ast(self, dtype_of: Mapping[str, torch.dtype]) -> tuple[dict, dict, dict]:
         """(signature, constexprs, attrs) for `triton.compiler.ASTSource`; pointers are aligned to 16 bytes."""
@@ -264,7 +271,7 @@ class Plan:
         for launch in self.launches:
             arguments = {name: tensors[a] if isinstance(a, str) else a for name, a in launch.arguments.items()}
             options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
-            kernel = launch.kernel[launch.grid](**arguments, **launch.constexprs, **options)
+            kernel = launch.kernel[launch.grid](**arguments, **launch.constexprs, **options, **launch.register_bound)
             if not INTERPRETED:
                 launchers.append(kernel[launch.grid])
         self._keep(launchers)

@@ -121,7 +121,9 @@ def plan_rows(
     tensors = {
         name: name if name in known else first for name in kernel.arg_names if name not in {*numbers, *constants}
     }
-    launches = [Launch(kernel, (programs, 1, 1), tensors | numbers, constants, config.num_warps)]
+    launches = [
+        Launch(kernel, (programs, 1, 1), tensors | numbers, constants, config.num_warps, maxnreg=config.registers)
+    ]
     if case.sums:
         launches.append(sum_partials_launch("partials", "sums", programs, case.sums * case.channels))
     return Plan(launches, buffers, dict(case.operands), alive_bytes=_bytes_of(buffers.get("partials")))

@@ -36,6 +36,7 @@ def test_a_kernel_loads_and_stores_sixteen_bytes_at_once_and_does_not_spill(kern
         for launch, types in launches(arch).values()
         if launch.name == kernel and set(types.values()) <= {torch.bfloat16, torch.float32}
     )
-    compiled = compile_launch(launch.kernel, arguments_of(launch, types), {"num_warps": launch.num_warps}, arch)
+    options = {"num_warps": launch.num_warps} | launch.register_bound
+    compiled = compile_launch(launch.kernel, arguments_of(launch, types), options, arch)
     assert resources(compiled, arch).reason_against() is None
     assert "ld.global.v4.b32" in compiled.asm["ptx"] and "st.global.v4.b32" in compiled.asm["ptx"]
