@@ -29,7 +29,6 @@ from focalnet.benchmark.environment import facts
 from focalnet.benchmark.operators import able_backends
 from focalnet.benchmark.timing import copies_past_cache, measure
 from focalnet.benchmark.torchvision_stub import stubbed_torchvision
-from focalnet.mlp import DropPath
 
 console = Console()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -156,17 +155,14 @@ class _Permuted(torch.nn.Module):
 
 def our_block(case: Case, one_by_one: bool = False) -> Callable[[], object]:
     """A block of the stage; ``one_by_one``: the ends of its branches as PyTorch's operators (see fused_residual)."""
-    from focalnet.layers import FocalNetLayer
+    from focalnet.layers import DropPath, FocalNetLayer
 
     config = focalnet.FocalNetConfig.from_variant(case.stage.variant)
     block = FocalNetLayer(config, case.stage.index, drop_path=0.1)
     if one_by_one:
-        block.drop_path = _OtherDropPath(0.1)
+        # A part of another class, beside which no end of a branch is fused.
+        block.drop_path = type("OtherDropPath", (DropPath,), {})(0.1)
     return module_call(case, block)
-
-
-class _OtherDropPath(DropPath):
-    """A part of another class, beside which no end of a branch is fused."""
 
 
 def transformers_block(case: Case, wrap: Callable = lambda module: module) -> Callable[[], object]:

@@ -106,10 +106,6 @@ PRODUCTS = {
         (4, 1 << 30, ProductConfig(64, 64, 32, 4, 2)),
     ),
 }
-# (largest number of channels, elements of a tile)
-ROW_TILES = ((2048, 2048), (4096, 4096))
-# Every program reads the parameters, and backward writes sums of its own: as few as keep the memory busy.
-ROW_PROGRAMS_PER_SM = {"forward": 4, "backward": 2}
 
 
 def level_config(
@@ -159,6 +155,12 @@ def weight_product_config(channels: int, dtype: torch.dtype) -> ProductConfig:
     largest = 64 if dtype.itemsize == 4 or channels <= 64 else 128
     # In float32 too eight warps: with four, a thread holds so much of the tile that some spill.
     return ProductConfig(min(largest, size), min(largest, size), 32, 4 if channels <= 64 else 8, 3)
+
+
+# (largest number of channels, elements of a tile)
+ROW_TILES = ((2048, 2048), (4096, 4096))
+# Every program reads the parameters, and backward writes sums of its own: as few as keep the memory busy.
+ROW_PROGRAMS_PER_SM = {"forward": 4, "backward": 2}
 
 
 def row_config(channels: int, backward: bool) -> RowConfig:
