@@ -9,18 +9,22 @@ bench/results/without-gpu/compiled_neighbours.json; a kernel that spills makes i
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Annotated
 
 import torch
+import triton
 import typer
 from bytes_moved import NOWHERE
-from compile_report import head_of, source
+from compile_report import head_of
 from compiled import compile_launch, resources
 from configurations import DEVICES, DTYPES, arguments_of, key_of
+from focalnet.kernels import rows as row_functions
 from focalnet.kernels.plan import Launch, Plan
+from focalnet.kernels.tiles import rounded
 from neighbours import ends, plans
 from rich.console import Console
 from rich.progress import track
@@ -53,6 +57,13 @@ def _plans(arch: int, dtype: torch.dtype, lower: torch.dtype | None) -> Iterator
         # The first block of a model has no stochastic depth in training either.
         for drops in sorted({end.drops, False}):
             yield from filter(None, plans(replace(end, drops=drops), DEVICES[arch], lower))
+
+
+def source(launch: Launch) -> str:
+    """Changes whenever the text of the kernel or of what it may call does, or the bound of its registers."""
+    called = [f for f in (rounded, *vars(row_functions).values()) if isinstance(f, triton.runtime.JITFunction)]
+    texts = [launch.kernel.src, *(function.src for function in called), str(launch.maxnreg)]
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
 
 def main(

@@ -8,9 +8,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from bytes_moved import NOWHERE
-from compile_report import head_of, source
+from compile_report import head_of
 from compiled import compile_launch, resources
-from compiled_neighbours import FILE, launches
+from compiled_neighbours import FILE, launches, source
 from configurations import arguments_of
 from rows import key, read
 
