@@ -116,6 +116,28 @@ def _unusual_part(conv: nn.Conv2d, norm: nn.Module) -> str | None:
 
 def _pack(conv: nn.Conv2d, norm: nn.LayerNorm) -> tuple:
     """The arguments of the operator after the input, without the output's size; a patch is flattened as (y, x, c)."""
-    columns = conv.weight.permute(0, 2, 3, 1).flatten(1)
-    weight = torch.ops.focalnet.cpu_pack_linear(columns, conv.bias, None)
-    return weight, conv.kernel_size, conv.stride, conv.padding, conv.out_channels, norm.weight, norm.bias, norm.eps
+    return (
+        _packed(conv),
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.out_channels,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+    )
+
+
+def _packed(conv: nn.Conv2d, features: int = 128) -> Tensor:
+    """What cpu_pack_linear makes of the weight, some features at a time: a large one is not there three times over."""
+    whole = None
+    for first in range(0, conv.out_channels, features):
+        part = slice(first, first + features)
+        columns = conv.weight[part].permute(0, 2, 3, 1).flatten(1)
+        panels = torch.ops.focalnet.cpu_pack_linear(columns, None if conv.bias is None else conv.bias[part], None)
+        if whole is None:
+            width = panels.shape[2]
+            whole = panels.new_empty(-(-conv.out_channels // width), *panels.shape[1:])
+        at = first // width
+        whole[at : at + len(panels)] = panels
+    return whole

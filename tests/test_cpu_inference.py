@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,24 @@ def test_a_models_bits_do_not_depend_on_threads(tiny, batch):
         for n in (1, 2, 4):
             with threads(n):
                 assert torch.equal(tiny(x).logits, expected), n
+
+
+COUNTS_ITS_THREADS = """
+import os, torch, focalnet
+torch.set_num_threads({n})
+model = focalnet.FocalNetForImageClassification(focalnet.FocalNetConfig(embed_dim=16, depths=[1, 1, 1, 1])).eval()
+x, before = torch.randn(1, 3, 64, 64), len(os.listdir("/proc/self/task"))
+with torch.inference_mode():
+    model(x)
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in Linux's /proc")
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_inference_starts_as_many_threads_as_torch_was_given(n):
+    command = [sys.executable, "-c", COUNTS_ITS_THREADS.format(n=n)]
+    assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) == n - 1
 
 
 def resident():
