@@ -11,6 +11,7 @@ A kernel spills, or wants more shared memory than there is, or a barrier moved: 
 from __future__ import annotations
 
 import functools
+import hashlib
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -19,6 +20,7 @@ from multiprocessing import get_context
 from typing import Annotated
 
 import torch
+import triton
 import typer
 from barriers import moved
 from compiled import compile_launch, resources
@@ -88,8 +90,20 @@ def head_of(arch: int, launch: Launch, types: dict[str, torch.dtype]) -> dict:
 
 
 def source(launch: Launch) -> str:
-    """Changes whenever the kernel, or a function that it calls, does."""
-    return launch.kernel.cache_key[:16]
+    """Changes whenever the text of the kernel, or of a device function that it may call, does."""
+    texts = device_functions(launch.kernel)
+    return hashlib.sha256("".join(texts[name] for name in sorted(texts)).encode()).hexdigest()[:16]
+
+
+def device_functions(kernel: triton.JITFunction, found: dict[str, str] | None = None) -> dict[str, str]:
+    """The text of ``kernel`` and of what it names, by name. Triton's own key also holds the line where each stands."""
+    found = {} if found is None else found
+    if kernel.fn.__qualname__ not in found:
+        found[kernel.fn.__qualname__] = kernel.src
+        for name in kernel.fn.__code__.co_names:
+            if isinstance(called := kernel.fn.__globals__.get(name), triton.JITFunction):
+                device_functions(called, found)
+    return found
 
 
 _launches = functools.cache(launches)

@@ -79,12 +79,15 @@ LEVELS = (
 )
 WHOLE_PLANE_ROWS = 16
 
-# (largest kernel of any level, bytes of an element, rows, back_rows): fewer where a column of taps, the rows that it
-# meets and what else lives through a level would not fit into registers.
+# (largest kernel of any level, bytes of an element, channels of a tile, rows, back_rows): fewer where a column of
+# taps, the rows that it meets and what else lives through a level would not fit into registers.
 ROWS = (
-    (9, 4, 8, 4),
-    (15, 2, 8, 4),
-    (15, 4, 4, 2),
+    (9, 4, 64, 8, 4),
+    (11, 2, 64, 8, 4),
+    (13, 4, 64, 4, 2),
+    (15, 2, 16, 8, 4),
+    (15, 2, 64, 8, 2),
+    (15, 4, 64, 4, 2),
 )
 
 FORWARD, BACKWARD = "forward", "backward"
@@ -114,7 +117,9 @@ def level_config(
     """The rows of the tables for such a map and such kernels; few channels make a narrower tile."""
     config = next(config for largest, config in LEVELS if width <= largest)
     rows, back_rows = next(
-        found for largest, size, *found in ROWS if max(kernel_heights) <= largest and dtype.itemsize <= size
+        found
+        for largest, size, widest, *found in ROWS
+        if max(kernel_heights) <= largest and dtype.itemsize <= size and config.block_c <= widest
     )
     return replace(
         config,

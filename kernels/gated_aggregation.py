@@ -101,8 +101,8 @@ def gated_aggregation_fwd_kernel(
     program's scratch (in whole planes: its number). mean holds the band's share of the mean of ctx_L.
     """
     LEVELS: tl.constexpr = len(KH)
-    # As many rows at once as a load of their gates takes less than one element a thread, and fit into registers.
-    GATED_ROWS: tl.constexpr = min(ROWS, BLOCK_C // 8, 4)
+    # As many rows at once as a load of their gates takes less than one element a thread; of four levels no more fit.
+    GATED_ROWS: tl.constexpr = min(ROWS, BLOCK_C // 8, 2)
     C = channel_units * CHANNELS_ALIGN
     blocks = tl.cdiv(C, BLOCK_C)
     program = tl.program_id(0)
