@@ -79,15 +79,16 @@ LEVELS = (
 )
 WHOLE_PLANE_ROWS = 16
 
+ANY = 1 << 30
 # (largest kernel of any level, bytes of an element, channels of a tile, rows, back_rows): fewer where a column of
 # taps, the rows that it meets and what else lives through a level would not fit into registers.
 ROWS = (
-    (9, 4, 64, 8, 4),
-    (11, 2, 64, 8, 4),
-    (13, 4, 64, 4, 2),
+    (9, 4, ANY, 8, 4),
+    (11, 2, ANY, 8, 4),
+    (13, 4, ANY, 4, 2),
     (15, 2, 16, 8, 4),
-    (15, 2, 64, 8, 2),
-    (15, 4, 64, 4, 2),
+    (15, 2, ANY, 8, 2),
+    (15, 4, ANY, 4, 2),
 )
 
 FORWARD, BACKWARD = "forward", "backward"
