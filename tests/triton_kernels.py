@@ -202,8 +202,9 @@ def test_chunks_of_images_give_what_one_gives(monkeypatch):
     A tile of the product is an image here, so that every row has the same place in a tile, whatever the chunk: numpy,
     which multiplies in the interpreter, rounds by the place.
     """
-    tiles = tuple((*row, replace(tile, block_m=16)) for *row, tile in config.PRODUCTS)
-    monkeypatch.setattr(config, "PRODUCTS", tiles)
+    for way, rows in config.PRODUCTS.items():
+        tiles = tuple((*row, replace(tile, block_m=16)) for *row, tile in rows)
+        monkeypatch.setitem(config.PRODUCTS, way, tiles)
     shape = Shape(batch=3, height=4, width=4, kernels=(3,))
     arguments = [
         t.contiguous() if isinstance(t, torch.Tensor) else t for t in to(operands(shape), torch.float32, DEVICE)
