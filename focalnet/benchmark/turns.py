@@ -123,7 +123,7 @@ def _take_turns(runtimes: list[Runtime], rounds: int, on_step: Callable[[], obje
 
 
 def order(runtimes: list, number: int) -> list:
-    """The order of a round, the same in every session: rotation alone would keep everybody's predecessor."""
+    """The order of a round, the same in every run: rotation alone would keep everybody's predecessor."""
     return random.Random(number).sample(runtimes, len(runtimes))
 
 
