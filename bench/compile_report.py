@@ -90,9 +90,10 @@ def head_of(arch: int, launch: Launch, types: dict[str, torch.dtype]) -> dict:
 
 
 def source(launch: Launch) -> str:
-    """Changes whenever the text of the kernel, or of a device function that it may call, does."""
-    texts = device_functions(launch.kernel)
-    return hashlib.sha256("".join(texts[name] for name in sorted(texts)).encode()).hexdigest()[:16]
+    """Changes whenever the text of the kernel or of a device function it may call, or its bound of registers, does."""
+    found = device_functions(launch.kernel)
+    texts = [*(found[name] for name in sorted(found)), str(launch.maxnreg or "")]
+    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
 
 def device_functions(kernel: triton.JITFunction, found: dict[str, str] | None = None) -> dict[str, str]:
@@ -115,8 +116,7 @@ def compiled(arch: int, dtypes: tuple[torch.dtype, ...], name: tuple, end: float
         return None
     warnings.simplefilter("ignore")
     launch, types = _launches(arch, dtypes)[name]
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    made = compile_launch(launch.kernel, arguments_of(launch, types), options, arch)
+    made = compile_launch(launch.kernel, arguments_of(launch, types), launch.options, arch)
     found = resources(made, arch)
     against = [reason for reason in (found.reason_against(), *moved(made)) if reason]
     return {**asdict(found), "against": against, "source": source(launch)}

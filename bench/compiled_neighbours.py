@@ -9,22 +9,18 @@ bench/results/without-gpu/compiled_neighbours.json; a kernel that spills makes i
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Annotated
 
 import torch
-import triton
 import typer
 from bytes_moved import NOWHERE
-from compile_report import head_of
+from compile_report import head_of, source
 from compiled import compile_launch, resources
 from configurations import DEVICES, DTYPES, arguments_of, key_of
-from focalnet.kernels import rows as row_functions
 from focalnet.kernels.plan import Launch, Plan
-from focalnet.kernels.tiles import rounded
 from neighbours import ends, plans
 from rich.console import Console
 from rich.progress import track
@@ -59,13 +55,6 @@ def _plans(arch: int, dtype: torch.dtype, lower: torch.dtype | None) -> Iterator
             yield from filter(None, plans(replace(end, drops=drops), DEVICES[arch], lower))
 
 
-def source(launch: Launch) -> str:
-    """Changes whenever the text of the kernel or of what it may call does, or the bound of its registers."""
-    called = [f for f in (rounded, *vars(row_functions).values()) if isinstance(f, triton.runtime.JITFunction)]
-    texts = [launch.kernel.src, *(function.src for function in called), str(launch.maxnreg)]
-    return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
-
-
 def main(
     arch: Annotated[list[int], typer.Option(help="80, 90, 100.")] = [80, 90, 100],  # noqa: B006
 ) -> None:
@@ -77,8 +66,7 @@ def main(
         head = head_of(one, launch, types)
         if have.get(key(head), {}).get("source") == source(launch):
             continue
-        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages} | launch.register_bound
-        found = resources(compile_launch(launch.kernel, arguments_of(launch, types), options, one), one)
+        found = resources(compile_launch(launch.kernel, arguments_of(launch, types), launch.options, one), one)
         reason = found.reason_against()
         row = head | asdict(found) | {"against": [reason] if reason else [], "source": source(launch)} | versions()
         have[key(row)] = row

@@ -178,9 +178,10 @@ class Launch:
         return self.kernel.fn.__name__
 
     @property
-    def register_bound(self) -> dict[str, int]:
-        """``maxnreg`` as an option of Triton's launcher, which takes no None."""
-        return {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+    def options(self) -> dict[str, int | bool]:
+        """What Triton compiles with, here and without a GPU. Its launcher takes no None."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return options if self.maxnreg is None else options | {"maxnreg": self.maxnreg}
 
     def ast(self, dtype_of: Mapping[str, torch.dtype]) -> tuple[dict, dict, dict]:
         """(signature, constexprs, attrs) for `triton.compiler.ASTSource`; pointers are aligned to 16 bytes."""
@@ -270,8 +271,7 @@ class Plan:
         launchers = []
         for launch in self.launches:
             arguments = {name: tensors[a] if isinstance(a, str) else a for name, a in launch.arguments.items()}
-            options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
-            kernel = launch.kernel[launch.grid](**arguments, **launch.constexprs, **options, **launch.register_bound)
+            kernel = launch.kernel[launch.grid](**arguments, **launch.constexprs, **launch.options)
             if not INTERPRETED:
                 launchers.append(kernel[launch.grid])
         self._keep(launchers)

@@ -100,8 +100,7 @@ def test_a_barrier_that_compiling_dropped_or_a_load_that_it_moved_is_found():
 def test_a_launch_of_a_published_model_fits(operator, variant, stage, kernel, arch, dtype):
     plan = plan_of(operator, case_of(operator, stages(variant)[stage], 128, dtype), DEVICES[arch])
     launch = next(launch for launch in plan.launches if launch.name == kernel)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    compiled = compile_launch(launch.kernel, arguments_of(launch, plan.dtype_of()), options, arch)
+    compiled = compile_launch(launch.kernel, arguments_of(launch, plan.dtype_of()), launch.options, arch)
     assert resources(compiled, arch).reason_against() is None
     assert moved(compiled) == []
 

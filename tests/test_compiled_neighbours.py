@@ -8,9 +8,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 from bytes_moved import NOWHERE
-from compile_report import head_of
+from compile_report import head_of, source
 from compiled import compile_launch, resources
-from compiled_neighbours import FILE, launches, source
+from compiled_neighbours import FILE, launches
 from configurations import arguments_of
 from rows import key, read
 
@@ -36,7 +36,6 @@ def test_a_kernel_loads_and_stores_sixteen_bytes_at_once_and_does_not_spill(kern
         for launch, types in launches(arch).values()
         if launch.name == kernel and set(types.values()) <= {torch.bfloat16, torch.float32}
     )
-    options = {"num_warps": launch.num_warps} | launch.register_bound
-    compiled = compile_launch(launch.kernel, arguments_of(launch, types), options, arch)
+    compiled = compile_launch(launch.kernel, arguments_of(launch, types), launch.options, arch)
     assert resources(compiled, arch).reason_against() is None
     assert "ld.global.v4.b32" in compiled.asm["ptx"] and "st.global.v4.b32" in compiled.asm["ptx"]

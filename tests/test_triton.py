@@ -50,8 +50,7 @@ def compiled(launch, dtypes, arch=90):
 
     signature, constexprs, attrs = launch.ast(dtypes)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
 
 
 @needs_triton
