@@ -6,13 +6,15 @@ those of wide ones, nearly all of a model's, are read where they are, so that no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from .block_parts import BlockNames, BlockParts, is_random
 from .mlp import FocalNetMlp
 from .modules import FocalModulation
-from .packing import arguments_of, forget, packed_of, reason_against_call
+from .packing import Packed, arguments_of, forget, packed_of, reason_against_call
 
 # Channels of a block whose weights (up to 3 MB, 12 C^2 floats) are packed once. Beyond, packing slice by slice costs
 # some per cent of the time, and saves the memory of the model's weights.
@@ -25,14 +27,30 @@ def reason_against(
     block: nn.Module, hidden_state: Tensor, backend: str | None = None, names: BlockNames = OURS
 ) -> str | None:
     """Why the fused operator cannot take this call of a block whose parts have ``names``, or None if it can."""
-    if block.training:
-        forget(block)  # optimisers may write through .data, which nothing counts
+    return reason_against_chain([block], hidden_state, backend, names)
+
+
+def reason_against_chain(
+    blocks: Sequence[nn.Module], hidden_state: Tensor, backend: str | None = None, names: BlockNames = OURS
+) -> str | None:
+    """Why fused operators cannot take a call of ``blocks``, one behind the other, or None if they can.
+
+    Asking before the first block costs half of asking before every one: what a block leaves in the caches is weights.
+    """
+    if training := [block for block in blocks if block.training]:
+        for block in training:
+            forget(block)  # optimisers may write through .data, which nothing counts
         return "the block is in training mode"
     if reason := reason_against_call(hidden_state, backend):
         return reason
     # Focal weights are packed for the vectors of the instruction set.
     settings = (torch.ops.focalnet.cpu_isa(),)
-    return packed_of(block, settings, lambda: _unusual(block, names), lambda: pack(names.parts_of(block))).reason
+    reasons = (_packed_of(block, settings, names).reason for block in blocks)
+    return next(filter(None, reasons), None)
+
+
+def _packed_of(block: nn.Module, settings: tuple, names: BlockNames) -> Packed:
+    return packed_of(block, settings, lambda: _unusual(block, names), lambda: pack(names.parts_of(block)))
 
 
 def _unusual(block: nn.Module, names: BlockNames) -> str | None:

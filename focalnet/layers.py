@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from . import fused_block, fused_residual, packing
+from . import fused_block, fused_residual, packing, patch_embeddings
 from .configuration import FocalNetConfig
 from .mlp import DropPath, FocalNetMlp
 from .modules import FocalModulation
@@ -101,14 +101,19 @@ class FocalNetLayer(GradientCheckpointingLayer):
             self.gamma_1 = nn.Parameter(torch.full((dim,), float(config.layerscale_value)))
             self.gamma_2 = nn.Parameter(torch.full((dim,), float(config.layerscale_value)))
 
+    @property
+    def backend(self) -> str | None:
+        """The one that was asked of its modulation; what was put into its place may know of none."""
+        return getattr(self.modulation, "backend", None)
+
     def train(self, mode: bool = True) -> FocalNetLayer:
         packing.forget(self)
         return super().train(mode)
 
     def forward(self, hidden_state: Tensor) -> Tensor:
-        if fused_block.reason_against(self, hidden_state, self.modulation.backend) is None:
+        if fused_block.reason_against(self, hidden_state, self.backend) is None:
             return fused_block.run(self, hidden_state)
-        if fused_residual.reason_against(self, hidden_state, self.modulation.backend) is None:
+        if fused_residual.reason_against(self, hidden_state, self.backend) is None:
             return fused_residual.run(self, hidden_state)
         hidden_state = self._residual(hidden_state, self.norm1, self.modulation, self.gamma_1)
         return self._residual(hidden_state, self.norm2, self.mlp, self.gamma_2)
@@ -151,6 +156,14 @@ class FocalNetStage(nn.Module):
             hidden_state = layer(hidden_state)
         return hidden_state if self.downsample is None else self.downsample(hidden_state), hidden_state
 
+    def by_operators(self, hidden_state: Tensor) -> tuple[Tensor, Tensor]:
+        """The same by operators alone, where the encoder has found that they take everything."""
+        for layer in self.layers:
+            hidden_state = fused_block.run(layer, hidden_state)
+        if self.downsample is None:
+            return hidden_state, hidden_state
+        return patch_embeddings.run(self.downsample, self.downsample, hidden_state), hidden_state
+
 
 class FocalNetEncoder(nn.Module):
     """All stages, one after the other."""
@@ -166,13 +179,37 @@ class FocalNetEncoder(nn.Module):
         taps: tuple[TokensAndMap, ...] = ()
         if collect:
             hidden_state, taps = _tap(hidden_state, taps)
+        by_operators = self._takes_operators(hidden_state)
         for stage in self.stages:
-            hidden_state, before = stage(hidden_state)
+            hidden_state, before = stage.by_operators(hidden_state) if by_operators else stage(hidden_state)
             if collect and before_downsampling:
                 _, taps = _tap(before, taps)
             elif collect:
                 hidden_state, taps = _tap(hidden_state, taps)
         return hidden_state, taps
+
+    def _takes_operators(self, hidden_state: Tensor) -> bool:
+        """Whether inference on a CPU is nothing but the operators of blocks and downsamplings, and no module between.
+
+        Asked for all at once: before every single one it costs several times as much, for what an operator leaves in
+        the caches is weights.
+        """
+        stages = list(self.stages)
+        if not _are(FocalNetStage, stages):
+            return False
+        layers = [layer for stage in stages for layer in stage.layers]
+        downsamplings = [stage.downsample for stage in stages if stage.downsample is not None]
+        if not _are(FocalNetLayer, layers) or not _are(FocalNetPatchEmbeddings, downsamplings):
+            return False
+        backends = {layer.backend for layer in layers}
+        if len(backends) != 1 or fused_block.reason_against_chain(layers, hidden_state, *backends):
+            return False
+        return not any(patch_embeddings.reason_against(d, d, d.norm, hidden_state) for d in downsamplings)
+
+
+def _are(kind: type[nn.Module], modules: list[nn.Module]) -> bool:
+    """Whether calling any of ``modules`` does what ``kind`` says, and no more."""
+    return all(type(module) is kind and not is_changed(module) for module in modules)
 
 
 def _tap(hidden_state: Tensor, taps: tuple[TokensAndMap, ...]) -> tuple[Tensor, tuple[TokensAndMap, ...]]:

@@ -81,11 +81,16 @@ class FocalNetPatchEmbeddings(nn.Module):
 def embed(owner: nn.Module, embeddings: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(embeddings(x))``, where ``owner`` holds both."""
     if reason_against(owner, embeddings, norm, x) is None:
-        packed = arguments_of(owner)
-        size = embeddings.output_size(*x.shape[1:3])
-        return torch.ops.focalnet.cpu_patch_embed(x, *packed[:4], size, *packed[4:])
+        return run(owner, embeddings, x)
     patches = embeddings._by_modules(x) if embeddings is owner else embeddings(x)
     return norm(patches)
+
+
+def run(owner: nn.Module, embeddings: FocalNetPatchEmbeddings, x: Tensor) -> Tensor:
+    """`embed` where `reason_against` has nothing against it."""
+    packed = arguments_of(owner)
+    size = embeddings.output_size(*x.shape[1:3])
+    return torch.ops.focalnet.cpu_patch_embed(x, *packed[:4], size, *packed[4:])
 
 
 def reason_against(owner: nn.Module, embeddings: nn.Module, norm: nn.Module, x: Tensor) -> str | None:

@@ -190,6 +190,45 @@ def test_a_block_is_one_operator_again_once_a_hook_is_gone():
     assert reason(layer, hidden_state) is None
 
 
+ANYWHERE = ["", "layers.1", "layers.1.mlp.fc1", "downsample", "downsample.projection"]
+
+
+@pytest.mark.parametrize("path", [f"encoder.stages.1.{name}".rstrip(".") for name in ANYWHERE])
+def test_hooks_anywhere_are_called_though_a_model_asks_but_once(path):
+    """Before its first block the model asks whether operators take all of them, and the downsamplings."""
+    model = build(focalnet, NAME, SMALL)
+    with torch.inference_mode():
+        expected = model(images()).logits
+        calls = []
+        hook = model.focalnet.get_submodule(path).register_forward_hook(lambda *_: calls.append(path))
+        torch.testing.assert_close(model(images()).logits, expected)
+        assert calls == [path]
+        hook.remove()
+        assert torch.equal(model(images()).logits, expected)
+
+
+@pytest.mark.parametrize("change", [in_place, by_replacing_a_parameter, by_a_setting, by_data_while_training])
+def test_a_model_sees_a_change_of_its_last_block(change):
+    model = build(focalnet, NAME, SMALL)
+    with torch.inference_mode():
+        before = model(images()).logits
+    change(model.focalnet.encoder.stages[-1].layers[-1])
+    with torch.inference_mode():
+        after = model(images()).logits
+        with focalnet.use_backend("reference"):
+            torch.testing.assert_close(after, model(images()).logits)
+    assert not torch.allclose(after, before)
+
+
+def test_another_module_in_the_place_of_a_modulation():
+    model = build(focalnet, NAME, SMALL)
+    model.focalnet.encoder.stages[0].layers[0].modulation = torch.nn.Identity()
+    with torch.inference_mode():
+        logits = model(images()).logits
+        with focalnet.use_backend("reference"):
+            torch.testing.assert_close(logits, model(images()).logits)
+
+
 def test_calls_that_need_the_modules():
     layer, hidden_state = a_block(), torch.randn(1, 5, 6, 16)
     assert "gradients" in fused_block.reason_against(layer, hidden_state)
