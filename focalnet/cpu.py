@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import extension
+from . import composition, extension
 from .problem import Problem
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -47,45 +47,20 @@ def gated_aggregation_bwd(
     )
 
 
-def focal_modulation(
-    q: Tensor,
+def _bwd_with_agg(
+    dagg: Tensor,
     ctx: Tensor,
     gates: Tensor,
     focal_weights: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    normalize_modulator: bool,
-) -> Tensor:
-    agg = gated_aggregation(ctx, gates, focal_weights, normalize_modulator)
-    return F.linear(agg, weight, bias).mul_(q)
-
-
-def focal_modulation_bwd(
-    dout: Tensor,
-    q: Tensor,
-    ctx: Tensor,
-    gates: Tensor,
-    focal_weights: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
     normalize_modulator: bool,
     output_mask: Sequence[bool],
 ) -> list[Tensor | None]:
-    need_q, need_ctx, need_gates, need_weight, need_bias, need_focal = output_mask
-    dq = dweight = dbias = None
-    aggregation_gradients: list[Tensor | None] = [None] * (2 + len(focal_weights))
-    dmodulator = dout * q
-    if need_q or need_weight:
-        agg = gated_aggregation(ctx, gates, focal_weights, normalize_modulator)
-    if need_q:
-        dq = F.linear(agg, weight, bias).mul_(dout)
-    if need_weight:
-        dweight = dmodulator.flatten(0, 2).T @ agg.flatten(0, 2)
-    if need_bias:
-        dbias = dmodulator.sum((0, 1, 2))
-    if need_ctx or need_gates or need_focal:
-        aggregation_gradients = gated_aggregation_bwd(
-            dmodulator @ weight, ctx, gates, focal_weights, normalize_modulator, (need_ctx, need_gates, need_focal)
-        )
-    dctx, dgates, *dfocal_weights = aggregation_gradients
-    return [dq, dctx, dgates, dweight, dbias, *dfocal_weights]
+    need_ctx, need_gates, need_agg, need_focal = output_mask
+    mask = (need_ctx, need_gates, need_focal)
+    dctx, dgates, *dfocal = gated_aggregation_bwd(dagg, ctx, gates, focal_weights, normalize_modulator, mask)
+    agg = gated_aggregation(ctx, gates, focal_weights, normalize_modulator) if need_agg else None
+    return [dctx, dgates, agg, *dfocal]
+
+
+focal_modulation = functools.partial(composition.focal_modulation, gated_aggregation)
+focal_modulation_bwd = functools.partial(composition.focal_modulation_bwd, gated_aggregation, _bwd_with_agg)

@@ -6,10 +6,9 @@ import functools
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import extension
+from . import composition, extension
 from .problem import Problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -69,52 +68,14 @@ def gated_aggregation_bwd(
     output_mask: Sequence[bool],
 ) -> list[Tensor]:
     need_ctx, need_gates, need_focal = output_mask
-    dctx, dgates, _, *dfocal_weights = torch.ops.focalnet.cuda_gated_aggregation_bwd(
-        dagg, ctx, gates, focal_weights, normalize_modulator, [need_ctx, need_gates, False, need_focal]
-    )
+    mask = [need_ctx, need_gates, False, need_focal]
+    dctx, dgates, _, *dfocal_weights = _bwd_with_agg(dagg, ctx, gates, focal_weights, normalize_modulator, mask)
     return [dctx, dgates, *dfocal_weights]
 
 
-def focal_modulation(
-    q: Tensor,
-    ctx: Tensor,
-    gates: Tensor,
-    focal_weights: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    normalize_modulator: bool,
-) -> Tensor:
-    agg = gated_aggregation(ctx, gates, focal_weights, normalize_modulator)
-    return F.linear(agg, weight, bias).mul_(q)
+def _bwd_with_agg(*arguments: object) -> list[Tensor]:
+    return torch.ops.focalnet.cuda_gated_aggregation_bwd(*arguments)
 
 
-def focal_modulation_bwd(
-    dout: Tensor,
-    q: Tensor,
-    ctx: Tensor,
-    gates: Tensor,
-    focal_weights: Sequence[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    normalize_modulator: bool,
-    output_mask: Sequence[bool],
-) -> list[Tensor | None]:
-    need_q, need_ctx, need_gates, need_weight, need_bias, need_focal = output_mask
-    need_agg = need_q or need_weight
-    dq = dweight = dctx = dgates = agg = None
-    dfocal_weights: Sequence[Tensor | None] = [None] * len(focal_weights)
-    dmodulator = dout * q
-    dbias = dmodulator.sum((0, 1, 2)) if need_bias else None
-    if need_ctx or need_gates or need_focal:
-        # It runs the levels again: agg, which dq and dweight want, comes of the same run.
-        mask = [need_ctx, need_gates, need_agg, need_focal]
-        dctx, dgates, agg, *dfocal_weights = torch.ops.focalnet.cuda_gated_aggregation_bwd(
-            dmodulator @ weight, ctx, gates, focal_weights, normalize_modulator, mask
-        )
-    elif need_agg:
-        agg = gated_aggregation(ctx, gates, focal_weights, normalize_modulator)
-    if need_q:
-        dq = F.linear(agg, weight, bias).mul_(dout)
-    if need_weight:
-        dweight = dmodulator.flatten(0, 2).T @ agg.flatten(0, 2)
-    return [dq, dctx, dgates, dweight, dbias, *dfocal_weights]
+focal_modulation = functools.partial(composition.focal_modulation, gated_aggregation)
+focal_modulation_bwd = functools.partial(composition.focal_modulation_bwd, gated_aggregation, _bwd_with_agg)
