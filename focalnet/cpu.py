@@ -41,9 +41,11 @@ def gated_aggregation_bwd(
     focal_weights: Sequence[Tensor],
     normalize_modulator: bool,
     output_mask: Sequence[bool],
+    sums: Tensor | None = None,
 ) -> list[Tensor]:
+    """``sums`` (B, C), float32: of the last level over the map, as a forward has found them."""
     return torch.ops.focalnet.cpu_gated_aggregation_bwd(
-        dagg, ctx, gates, focal_weights, normalize_modulator, output_mask
+        dagg, ctx, gates, focal_weights, normalize_modulator, output_mask, sums
     )
 
 
@@ -57,8 +59,10 @@ def _bwd_with_agg(
 ) -> list[Tensor | None]:
     need_ctx, need_gates, need_agg, need_focal = output_mask
     mask = (need_ctx, need_gates, need_focal)
-    dctx, dgates, *dfocal = gated_aggregation_bwd(dagg, ctx, gates, focal_weights, normalize_modulator, mask)
-    agg = gated_aggregation(ctx, gates, focal_weights, normalize_modulator) if need_agg else None
+    agg = sums = None
+    if need_agg:
+        agg, sums = torch.ops.focalnet.cpu_gated_aggregation_and_sums(ctx, gates, focal_weights, normalize_modulator)
+    dctx, dgates, *dfocal = gated_aggregation_bwd(dagg, ctx, gates, focal_weights, normalize_modulator, mask, sums)
     return [dctx, dgates, agg, *dfocal]
 
 

@@ -73,10 +73,13 @@ def check(shape, kernels, dtype, normalize=False, packed=True, seed=0):
     agg = OPS.cpu_gated_aggregation(ctx, gates, weights, normalize)
     assert agg.is_contiguous()
     assert_within_rule("agg", agg, low_agg, exact_agg)
-    ours = OPS.cpu_gated_aggregation_bwd(dagg, ctx, gates, weights, normalize, [True] * 3)
+    agg_too, passed = OPS.cpu_gated_aggregation_and_sums(ctx, gates, weights, normalize)
+    assert torch.equal(agg_too, agg)
     names = ["dctx", "dgates"] + [f"dfocal_weights[{i}]" for i in range(len(weights))]
-    for name, a, b, c in zip(names, ours, low, exact, strict=True):
-        assert_within_rule(name, a, b, c)
+    for sums in (None, passed):
+        ours = OPS.cpu_gated_aggregation_bwd(dagg, ctx, gates, weights, normalize, [True] * 3, sums)
+        for name, a, b, c in zip(names, ours, low, exact, strict=True):
+            assert_within_rule(f"{name} with sums {'found' if sums is None else 'passed'}", a, b, c)
 
 
 # Where a map is small the batch is not: the rule compares two largest errors, and of a few numbers they are chance.
@@ -99,9 +102,21 @@ SHAPES = [
     ((1, 90, 3, 8), (3, 5, 7)),
 ]
 
+# Maps whose backward keeps no whole planes: rows in rings, heights that are no multiple of a step, kernels higher than
+# a step or than the map; from the fourth on wide ones, in bands of columns, the last narrower than the others.
+IN_RINGS = [
+    ((1, 71, 67, 12), (3, 5, 7)),
+    ((1, 301, 91, 8), (3,)),
+    ((1, 61, 83, 5), (3, 5, 7, 9)),
+    ((1, 37, 301, 9), (11, 13, 15)),
+    ((1, 9, 701, 8), (3, 5, 7)),
+    ((2, 45, 403, 17), ((3, 5), (7, 1), (1, 9))),
+    ((1, 3, 1501, 8), (15,)),
+]
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape, kernels", SHAPES, ids=str)
+@pytest.mark.parametrize("shape, kernels", SHAPES + IN_RINGS, ids=str)
 def test_matches_reference(isa, shape, kernels, dtype):
     check(shape, kernels, dtype)
 
@@ -149,7 +164,14 @@ def test_any_strides(dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "shape, kernels",
-    [((1, 14, 14, 96), (3, 5, 7)), ((1, 40, 30, 8), (3, 5, 7)), ((3, 7, 7, 17), (5, 7)), ((1, 64, 64, 3), (3, 5))],
+    [
+        ((1, 14, 14, 96), (3, 5, 7)),
+        ((1, 40, 30, 8), (3, 5, 7)),
+        ((3, 7, 7, 17), (5, 7)),
+        ((1, 64, 64, 3), (3, 5)),
+        ((2, 71, 67, 40), (3, 5, 7)),
+        ((2, 23, 403, 40), (3, 5, 7)),
+    ],
     ids=str,
 )
 def test_bits_do_not_depend_on_threads(isa, shape, kernels, dtype):
@@ -157,17 +179,22 @@ def test_bits_do_not_depend_on_threads(isa, shape, kernels, dtype):
     results = []
     for n in (1, 2, 4):
         with threads(n):
-            agg = OPS.cpu_gated_aggregation(ctx, gates, weights, False)
-            results.append([agg, *OPS.cpu_gated_aggregation_bwd(dagg, ctx, gates, weights, False, [True] * 3)])
+            agg, sums = OPS.cpu_gated_aggregation_and_sums(ctx, gates, weights, False)
+            results.append([agg, sums])
+            for known in (None, sums):
+                results[-1] += OPS.cpu_gated_aggregation_bwd(dagg, ctx, gates, weights, False, [True] * 3, known)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("mask", [[bool(i & 1), bool(i & 2), bool(i & 4)] for i in range(8)], ids=str)
-def test_output_mask(isa, mask):
-    ctx, gates, weights, dagg = make((2, 9, 10, 20), (3, 5, 7))
-    every = OPS.cpu_gated_aggregation_bwd(dagg, ctx, gates, weights, False, [True] * 3)
-    some = OPS.cpu_gated_aggregation_bwd(dagg, ctx, gates, weights, False, mask)
+@pytest.mark.parametrize("sums_known", [True, False])
+@pytest.mark.parametrize("shape", [(2, 9, 10, 20), (1, 71, 67, 12), (1, 9, 701, 12)], ids=["whole", "rings", "bands"])
+def test_output_mask(isa, shape, sums_known, mask):
+    ctx, gates, weights, dagg = make(shape, (3, 5, 7))
+    sums = OPS.cpu_gated_aggregation_and_sums(ctx, gates, weights, False)[1] if sums_known else None
+    every = OPS.cpu_gated_aggregation_bwd(dagg, ctx, gates, weights, False, [True] * 3, sums)
+    some = OPS.cpu_gated_aggregation_bwd(dagg, ctx, gates, weights, False, mask, sums)
     assert len(some) == len(every)
     for i, (a, b) in enumerate(zip(some, every, strict=True)):
         if mask[min(i, 2)]:
@@ -263,6 +290,15 @@ def test_bad_arguments_are_named(change, message):
     change(arguments)
     with pytest.raises(RuntimeError, match=message):
         OPS.cpu_gated_aggregation(arguments["ctx"], arguments["gates"], arguments["weights"], False)
+
+
+@pytest.mark.parametrize(
+    "sums", [torch.zeros(8), torch.zeros(2, 8), torch.zeros(1, 8).double(), torch.zeros(8, 1).T[:, ::2]]
+)
+def test_bad_sums_are_named(sums):
+    ctx, gates, weights, dagg = make((1, 6, 6, 8), (3, 5))
+    with pytest.raises(RuntimeError, match=r"sums is no contiguous float32 matrix of shape \(1, 8\)"):
+        OPS.cpu_gated_aggregation_bwd(dagg, ctx, gates, weights, False, [True] * 3, sums)
 
 
 def test_unknown_isa_is_refused():

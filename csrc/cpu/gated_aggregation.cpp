@@ -23,19 +23,21 @@ using BF16 = torch::headeronly::BFloat16;
 constexpr int64_t kCacheLine = 16;           // floats
 constexpr int64_t kRingBytes = 160 * 1024;   // of one block's rings: what is left of a 256 KB L2 beside the streams
 constexpr int64_t kStageBytes = 256 * 1024;  // beyond, the local part of agg waits in agg itself
-constexpr int64_t kOverread = 7;             // vectors that the weight gradient reads beyond a row
+constexpr int64_t kChainBytes = 384 * 1024;  // of 8 lanes' rings in backward: what is left of a 512 KB L2
+constexpr int64_t kPlaneBytes = 1 << 20;     // of their whole planes, where those spare a second trip up the levels
+constexpr int64_t kLeastStep = 4;            // rows
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 int64_t blocks_of(const Problem& p) { return (p.C + kBlock - 1) / kBlock; }
 
 thread_local Memory thread_scratch;
 
-std::vector<LevelLayout> level_layouts(const Problem& p, int64_t lanes, int64_t overread) {
+std::vector<LevelLayout> level_layouts(const Problem& p, int64_t lanes) {
     std::vector<LevelLayout> levels(p.L);
     int64_t taps = 0, halo = 0;
     for (int64_t l = 0; l < p.L; ++l) {
         const FocalWeight& w = p.weights[l];
-        levels[l] = {w.kh, w.kw, taps, 0, (p.W + w.kw - 1 + overread) * lanes, p.H, 0};
+        levels[l] = {w.kh, w.kw, taps, 0, (p.W + w.kw - 1) * lanes, p.H, 0};
         taps += w.kh * w.kw;
     }
     for (int64_t l = p.L - 1; l >= 0; --l) levels[l].halo = halo += levels[l].kh / 2;
@@ -145,8 +147,8 @@ ForwardPlan forward_plan(const Problem& p, int64_t lanes, std::vector<LevelLayou
     plan.band_rows = (p.H + bands - 1) / bands;
     plan.bands = (p.H + plan.band_rows - 1) / plan.band_rows;
     plan.taps = taps_of(levels);
-    for (int64_t step = p.H; lay_out(p, lanes, step, levels, plan) > kRingBytes && step > 4;)
-        step = std::max<int64_t>(4, step / 2);
+    for (int64_t step = p.H; lay_out(p, lanes, step, levels, plan) > kRingBytes && step > kLeastStep;)
+        step = std::max(kLeastStep, step / 2);
     plan.row_offset = plan.vector_floats * (kBlock / lanes);
     plan.stage_offset = plan.row_offset + round_up(p.W * lanes, kCacheLine);
     const int64_t stage_floats = p.H * p.W * kBlock;
@@ -157,30 +159,84 @@ ForwardPlan forward_plan(const Problem& p, int64_t lanes, std::vector<LevelLayou
     return plan;
 }
 
-BackwardPlan backward_plan(const Problem& p, int64_t lanes, std::vector<LevelLayout>& levels,
-                           std::vector<int64_t>& grad_offsets) {
-    BackwardPlan plan{};
-    plan.taps = taps_of(levels);
+// Owns what the pointers of `plan` point to.
+struct Chain {
+    std::vector<LevelLayout> levels, grads;
+    std::vector<int64_t> lags, halos;
+    BackwardPlan plan;
+};
+
+// Lays out the rings for a given step and width of the bands; returns their bytes.
+int64_t lay_out(const Problem& p, int64_t lanes, int64_t step, int64_t columns, Chain& chain) {
+    BackwardPlan& plan = chain.plan;
+    const int64_t L = p.L, last = chain.lags.back();
+    plan.step = step;
+    plan.steps = (p.H + last + step - 1) / step;
+    plan.columns = columns;
+    plan.bands = (p.W + columns - 1) / columns;
+    const int64_t pitch = (std::min(p.W, columns + 2 * chain.halos[0]) + 2 * plan.margin) * lanes;
     int64_t offset = 0;
-    for (int64_t l = 0; l < p.L; ++l) {
-        const int64_t floats = round_up(levels[l].pitch * p.H, kCacheLine);
-        levels[l].offset = offset;
-        grad_offsets.push_back(offset + floats);
-        offset += 2 * floats;
+    // Rows enter at place `from` and are needed until `more` rows after place `to` has taken them.
+    const auto ring = [&](LevelLayout& layout, int64_t from, int64_t to, int64_t more) {
+        layout.pitch = pitch;
+        layout.capacity = std::min(p.H, step + chain.lags[to] - chain.lags[from] + more);
+        layout.offset = offset;
+        offset += round_up(layout.capacity * pitch, kCacheLine);
+    };
+    for (int64_t l = 0; l < L; ++l) {
+        const int64_t dz = 2 * L - 1 - l, half = chain.levels[l].kh / 2;
+        ring(chain.levels[l], l, dz, half);
+        ring(chain.grads[l], l + 1, dz + 1, half);
     }
-    plan.dagg_offset = offset;
-    plan.row_offset = plan.dagg_offset + round_up(p.H * p.W * lanes, kCacheLine);
-    plan.last_offset = plan.row_offset + round_up(p.W * lanes, kCacheLine);
-    plan.zeros_offset = plan.last_offset + round_up(p.W * lanes, kCacheLine);
-    int64_t pitch = 0;
-    for (const LevelLayout& level : levels) pitch = std::max(pitch, level.pitch);
-    plan.scratch_floats = plan.zeros_offset + pitch;
-    plan.levels = levels.data();
-    plan.grad_offsets = grad_offsets.data();
-    return plan;
+    ring(plan.dagg, 1, 2 * L - 1, 0);
+    plan.row_offset = offset;
+    plan.last_offset = plan.row_offset + pitch;
+    plan.zeros_offset = plan.last_offset + pitch;
+    plan.totals_offset = plan.zeros_offset + pitch;
+    plan.sums_offset = plan.totals_offset + kBlock;
+    plan.scratch_floats = plan.sums_offset + p.H * kBlock;
+    return offset * static_cast<int64_t>(sizeof(float));
 }
 
-// The margins of rings and planes are never written: zeros once are zeros for every task of the thread's share.
+// The widest bands of columns of which a level's share of the least step (the rows of its input, its output and its
+// gradients) fits; no band is narrower than the halos that it forms anew.
+int64_t columns_for(const Problem& p, int64_t lanes, int64_t bytes, const Chain& chain) {
+    const int64_t rows = 3 * (kLeastStep + largest_kh(chain.levels)),
+                  beside = 2 * (chain.halos[0] + chain.plan.margin);
+    const int64_t widest = bytes / (rows * lanes * static_cast<int64_t>(sizeof(float))) - beside;
+    const int64_t own = std::max<int64_t>({1, widest, beside}), bands = (p.W + own - 1) / own;
+    return (p.W + bands - 1) / bands;
+}
+
+// Whole planes if they fit, else rings of as many rows as fit: all of them, or where the map is wide one level's at a
+// time, at the least step.
+void choose(const Problem& p, int64_t lanes, bool sums_known, Chain& chain) {
+    const int64_t fitting = kChainBytes / 8 * lanes, fitting_whole = sums_known ? fitting : kPlaneBytes / 8 * lanes;
+    if (lay_out(p, lanes, p.H + chain.lags.back(), p.W, chain) <= fitting_whole) return;
+    const int64_t columns = columns_for(p, lanes, fitting, chain);
+    for (int64_t step = p.H; lay_out(p, lanes, step, columns, chain) > fitting && step > kLeastStep;)
+        step = std::max(kLeastStep, step / 2);
+}
+
+Chain backward_chain(const Problem& p, int64_t lanes, bool sums_known) {
+    Chain chain{level_layouts(p, lanes), level_layouts(p, lanes), {0}, std::vector<int64_t>(2 * p.L + 1), {}};
+    for (int64_t i = 0; i < 2 * p.L; ++i) {
+        const LevelLayout& level = chain.levels[std::min(i, 2 * p.L - 1 - i)];
+        chain.lags.push_back(chain.lags.back() + level.kh / 2);
+        chain.plan.margin = std::max(chain.plan.margin, level.kw / 2);
+    }
+    for (int64_t i = 2 * p.L - 1; i >= 0; --i)
+        chain.halos[i] = chain.halos[i + 1] + chain.levels[std::min(i, 2 * p.L - 1 - i)].kw / 2;
+    chain.plan.taps = taps_of(chain.levels);
+    choose(p, lanes, sums_known, chain);
+    chain.plan.levels = chain.levels.data();
+    chain.plan.grads = chain.grads.data();
+    chain.plan.lags = chain.lags.data();
+    chain.plan.halos = chain.halos.data();
+    return chain;
+}
+
+// The margins of rings are never written: zeros once are zeros for every task of the thread's share.
 float* zeroed_scratch(int64_t n) {
     float* scratch = thread_scratch.get(n);
     std::memset(scratch, 0, n * sizeof(float));
@@ -252,17 +308,28 @@ void reduce_dweights(const Problem& p, const std::vector<LevelLayout>& levels, i
     });
 }
 
+// In the order in which the kernels add them: what is passed on is what they would form, to the bit.
+void add_rows(const Problem& p, const float* row_sums, float* sums) {
+    for (int64_t b = 0; b < p.B; ++b)
+        for (int64_t c = 0; c < p.C; ++c) {
+            const float* rows = row_sums + (b * blocks_of(p) + c / kBlock) * p.H * kBlock + c % kBlock;
+            float sum = 0.0f;
+            for (int64_t y = 0; y < p.H; ++y) sum += rows[y * kBlock];
+            sums[b * p.C + c] = sum;
+        }
+}
+
 }  // namespace
 
 void pack_focal_weights(const Problem& p, float* packed) {
     const int64_t lanes = current_kernels().lanes;
-    pack_into(packed, p, level_layouts(p, lanes, 0), lanes, false, 0.5f);
+    pack_into(packed, p, level_layouts(p, lanes), lanes, false, 0.5f);
 }
 
-void gated_aggregation(const Problem& p, const Map& agg) {
+void gated_aggregation(const Problem& p, const Map& agg, float* sums) {
     if (p.B == 0) return;
     const Kernels& kernels = current_kernels();
-    std::vector<LevelLayout> levels = level_layouts(p, kernels.lanes, 0);
+    std::vector<LevelLayout> levels = level_layouts(p, kernels.lanes);
     const ForwardPlan plan = forward_plan(p, kernels.lanes, levels);
     const Floats own_weights = p.packed_weights ? Floats() : pack(p, levels, kernels.lanes, false, 0.5f);
     const float* weights = p.packed_weights ? p.packed_weights : own_weights.get();
@@ -287,13 +354,14 @@ void gated_aggregation(const Problem& p, const Map& agg) {
     };
     share(kernels.forward, plan.scratch_floats);
     if (plan.bands > 1) share(kernels.forward_global, 0);
+    if (sums) add_rows(p, row_sums.get(), sums);
 }
 
-void gated_aggregation_backward(const Problem& p, const Map& dagg, const Gradients& out) {
+void gated_aggregation_backward(const Problem& p, const Map& dagg, const float* sums, const Gradients& out) {
     const Kernels& kernels = current_kernels();
-    std::vector<LevelLayout> levels = level_layouts(p, kernels.lanes, kOverread);
-    std::vector<int64_t> grad_offsets;
-    const BackwardPlan plan = backward_plan(p, kernels.lanes, levels, grad_offsets);
+    const Chain chain = backward_chain(p, kernels.lanes, sums != nullptr);
+    const std::vector<LevelLayout>& levels = chain.levels;
+    const BackwardPlan& plan = chain.plan;
     const Floats weights = pack(p, levels, kernels.lanes, false, 0.5f);
     const Floats gates = gate_planes(p);
     const Floats flipped = pack(p, levels, kernels.lanes, true, 1.0f);
@@ -303,9 +371,9 @@ void gated_aggregation_backward(const Problem& p, const Map& dagg, const Gradien
 
     share_out(planes, [&](auto next) {
         float* scratch = zeroed_scratch(plan.scratch_floats);
-        std::vector<const float*> rows(2 * p.H + 2 * largest_kh(levels));
+        std::vector<const float*> rows(2 * (std::min(p.H, plan.step) + largest_kh(levels)));
         for (int64_t i = next(); i < planes; i = next())
-            kernels.backward({&p, &plan, &out, dagg, weights.get(), flipped.get(), gates.get(), dgates.get(),
+            kernels.backward({&p, &plan, &out, dagg, sums, weights.get(), flipped.get(), gates.get(), dgates.get(),
                               dweights.get(), scratch, rows.data(), i / blocks, i % blocks});
     });
     const bool single = p.element == Element::kFloat32;

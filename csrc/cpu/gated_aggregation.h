@@ -42,11 +42,11 @@ struct Gradients {
     void* const* dweights;  // L of them, contiguous (C, 1, kh, kw), of the inputs' element type
 };
 
-// The map that level l reads: rows of W vectors between two margins of zeros.
+// The map that level l reads, or its gradients: rows of vectors between two margins of zeros.
 struct LevelLayout {
     int64_t kh, kw;
     int64_t tap;       // taps of the levels before this one
-    int64_t halo;      // rows of it that a band needs beyond its own, on each side
+    int64_t halo;      // rows of it that a band of rows needs beyond its own, on each side
     int64_t pitch;     // floats from row to row
     int64_t capacity;  // rows held
     int64_t offset;    // floats from the start of a vector's scratch
@@ -82,10 +82,15 @@ struct ForwardTask {
 
 // Backward: (image, block of channels). See backward.inc.
 struct BackwardPlan {
+    int64_t steps, step;     // rows that enter the chain at a time
+    int64_t bands, columns;  // of the map, in bands of columns
+    int64_t margin;          // columns of zeros on each side of a row
     int64_t taps;
-    int64_t dagg_offset, row_offset, last_offset, zeros_offset, scratch_floats;
-    const LevelLayout* levels;    // the inputs of the levels
-    const int64_t* grad_offsets;  // L: GELU'(z), later dz, laid out as the level's input
+    const LevelLayout *levels, *grads;  // L each: the inputs of the levels; GELU'(z), later dz
+    LevelLayout dagg;
+    const int64_t *lags,
+        *halos;  // 2 L + 1 each: rows that a place lags, columns of it that a band needs beyond its own
+    int64_t row_offset, last_offset, zeros_offset, totals_offset, sums_offset, scratch_floats;
 };
 
 struct BackwardTask {
@@ -93,13 +98,14 @@ struct BackwardTask {
     const BackwardPlan* plan;
     const Gradients* out;
     Map dagg;
+    const float* sums;     // [B][C], of the last level over the map; null: not known
     const float* weights;  // as in ForwardTask
     const float* flipped;  // the same, both axes reversed and not halved
     const float* gates;    // [B][L + 1][H][W]
     float* dgates;         // [B][blocks][L + 1][H][W]
     float* dweights;       // [B][C / lanes][taps][lanes]
     float* scratch;
-    const float** rows;  // room for 2 (H + largest kh)
+    const float** rows;  // room for 2 (rows of a step + largest kh)
     int64_t b, block;
 };
 
@@ -128,7 +134,9 @@ extern const Kernels kPlainKernels, kAvx2Kernels, kAvx512Kernels;
 
 // ForwardTask's weights: C, rounded up to kBlock, times the taps of all levels.
 void pack_focal_weights(const Problem& problem, float* packed);
-void gated_aggregation(const Problem& problem, const Map& agg);
-void gated_aggregation_backward(const Problem& problem, const Map& dagg, const Gradients& out);
+// `sums`, where given, gets the sums of the last level over the map, [B][C]: what backward needs to know of the whole
+// map before it can begin. It forms them itself where it is not given them.
+void gated_aggregation(const Problem& problem, const Map& agg, float* sums = nullptr);
+void gated_aggregation_backward(const Problem& problem, const Map& dagg, const float* sums, const Gradients& out);
 
 }  // namespace focalnet::cpu

@@ -1,5 +1,6 @@
-// The operators focalnet::cpu_gated_aggregation and focalnet::cpu_gated_aggregation_bwd: argument checks, views turned
-// into plain pointers and strides, results allocated. The arithmetic is in gated_aggregation.cpp.
+// The operators focalnet::cpu_gated_aggregation, cpu_gated_aggregation_and_sums and cpu_gated_aggregation_bwd:
+// argument checks, views turned into plain pointers and strides, results allocated. The arithmetic is in
+// gated_aggregation.cpp.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -7,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -116,9 +118,27 @@ Tensor cpu_gated_aggregation(const Tensor& ctx, const Tensor& gates, std::vector
     return agg;
 }
 
+// agg, and the sums of the last level over the map (B, C) in float32.
+std::vector<Tensor> cpu_gated_aggregation_and_sums(const Tensor& ctx, const Tensor& gates,
+                                                   std::vector<Tensor> focal_weights, bool normalize_modulator) {
+    const Arguments args = parse(ctx, gates, focal_weights, normalize_modulator);
+    Tensor agg = empty_like_shape(ctx, true);
+    Tensor sums = torch::stable::new_empty(ctx, {ctx.size(0), ctx.size(3)}, ScalarType::Float);
+    gated_aggregation(args.problem, output_map_of(agg), static_cast<float*>(sums.mutable_data_ptr()));
+    return {agg, sums};
+}
+
+const float* sums_of(const std::optional<Tensor>& sums, const Tensor& ctx) {
+    if (!sums) return nullptr;
+    STD_TORCH_CHECK(sums->is_cpu() && sums->scalar_type() == ScalarType::Float && sums->is_contiguous() &&
+                        sums->dim() == 2 && sums->size(0) == ctx.size(0) && sums->size(1) == ctx.size(3),
+                    "sums is no contiguous float32 matrix of shape (", ctx.size(0), ", ", ctx.size(3), ")");
+    return static_cast<const float*>(sums->const_data_ptr());
+}
+
 std::vector<Tensor> cpu_gated_aggregation_bwd(const Tensor& dagg, const Tensor& ctx, const Tensor& gates,
                                               std::vector<Tensor> focal_weights, bool normalize_modulator,
-                                              std::vector<bool> output_mask) {
+                                              std::vector<bool> output_mask, std::optional<Tensor> sums) {
     const Arguments args = parse(ctx, gates, focal_weights, normalize_modulator);
     check_map("dagg", dagg, ctx);
     STD_TORCH_CHECK(dagg.size(3) == ctx.size(3), "dagg has shape ", shape_text(dagg), "; expected ctx's shape ",
@@ -139,7 +159,7 @@ std::vector<Tensor> cpu_gated_aggregation_bwd(const Tensor& dagg, const Tensor& 
     if (out.want_gates) out.dgates = output_map_of(grads[1]);
     out.dweights = dweights.data();
     if (out.want_ctx || out.want_gates || out.want_weights)
-        gated_aggregation_backward(args.problem, map_of(dagg_view), out);
+        gated_aggregation_backward(args.problem, map_of(dagg_view), sums_of(sums, ctx), out);
     return grads;
 }
 
@@ -150,11 +170,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(focalnet, m) {
     m.def(
         "cpu_gated_aggregation(Tensor ctx, Tensor gates, Tensor[] focal_weights, bool normalize_modulator) -> Tensor");
     m.def(
+        "cpu_gated_aggregation_and_sums(Tensor ctx, Tensor gates, Tensor[] focal_weights, bool normalize_modulator) "
+        "-> Tensor[]");
+    m.def(
         "cpu_gated_aggregation_bwd(Tensor dagg, Tensor ctx, Tensor gates, Tensor[] focal_weights, "
-        "bool normalize_modulator, bool[] output_mask) -> Tensor[]");
+        "bool normalize_modulator, bool[] output_mask, Tensor? sums=None) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(focalnet, CPU, m) {
     m.impl("cpu_gated_aggregation", TORCH_BOX(&focalnet::cpu::cpu_gated_aggregation));
+    m.impl("cpu_gated_aggregation_and_sums", TORCH_BOX(&focalnet::cpu::cpu_gated_aggregation_and_sums));
     m.impl("cpu_gated_aggregation_bwd", TORCH_BOX(&focalnet::cpu::cpu_gated_aggregation_bwd));
 }
