@@ -1,6 +1,6 @@
 """Bytes that the Triton kernels move, stage by stage, against the least possible.
 
-    TRITON_INTERPRET=1 python bench/bytes_moved.py --variant tiny_lrf --variant base_lrf --variant large_fl3
+    TRITON_INTERPRET=1 python bench/bytes_moved.py [--variant tiny_lrf ...]
 
 The rule: each program's distinct bytes of each tensor, summed over programs; scratch counts as on chip while all of it
 that is alive at once stays under 60 percent of the L2 cache. Counted by the interpreter, on the launches that the plan
@@ -32,6 +32,7 @@ from traffic import Counter
 
 from focalnet.benchmark.environment import commit, versions
 
+VARIANTS = ("tiny_lrf", "base_lrf", "large_fl3", "large_fl4")
 SMALL = (8, 16)  # rows and columns: whole tiles of every product
 SAMPLE = 3  # programs of a launch that cuts planes into bands, whose halos differ at the rim
 
@@ -233,7 +234,7 @@ def per_program(case: Case) -> set[str]:
 
 
 def main(
-    variant: Annotated[list[str], typer.Option(help="Published variants.")] = ["tiny_lrf", "base_lrf", "large_fl3"],  # noqa: B006
+    variant: Annotated[list[str], typer.Option(help="Published variants.")] = [*VARIANTS],  # noqa: B006
     batch: Annotated[int, typer.Option(help="Images.")] = 128,
     dtype: Annotated[list[str], typer.Option(help="float32, bfloat16, float16.")] = ["bfloat16"],  # noqa: B006
 ) -> None:

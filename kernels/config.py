@@ -32,6 +32,11 @@ class LevelConfig:
     def num_warps(self) -> int:
         return max(1, self.block_w * self.block_c // 128)
 
+    def registers(self, rows: int) -> int | None:
+        """Bound for a thread that holds so many rows: all that it can have, or ptxas would spill a few to fit one
+        program more on a processor, which nobody launches. Eight rows take so many that it is not tempted."""
+        return min(255, 2048 // self.num_warps) if rows < 8 else None
+
 
 @dataclass(frozen=True)
 class ProductConfig:
@@ -80,15 +85,21 @@ LEVELS = (
 WHOLE_PLANE_ROWS = 16
 
 ANY = 1 << 30
-# (largest kernel of any level, bytes of an element, channels of a tile, rows, back_rows): fewer where a column of
-# taps, the rows that it meets and what else lives through a level would not fit into registers.
+FLOAT16, FLOAT32 = (torch.float16,), (torch.float32,)
+HALVES = (torch.bfloat16, torch.float16)
+# (largest kernel of any level, dtypes, channels of a tile, rows, back_rows): fewer where a column of taps, the rows
+# that it meets and what else lives through a level would not fit into registers. float16 takes some more than
+# bfloat16, which is the upper half of a float32. A tile that has no row is passed over for a wider one of fewer
+# channels.
 ROWS = (
-    (9, 4, ANY, 8, 4),
-    (11, 2, ANY, 8, 4),
-    (13, 4, ANY, 4, 2),
-    (15, 2, 16, 8, 4),
-    (15, 2, ANY, 8, 2),
-    (15, 4, ANY, 4, 2),
+    (7, FLOAT16, 16, 8, 2),
+    (9, HALVES, ANY, 8, 4),
+    (9, FLOAT32, ANY, 8, 2),
+    (11, HALVES, ANY, 8, 4),
+    (11, FLOAT32, ANY, 4, 2),
+    (13, HALVES, ANY, 4, 2),
+    (15, HALVES, 16, 8, 4),
+    (15, FLOAT32, 16, 4, 4),
 )
 
 FORWARD, BACKWARD = "forward", "backward"
@@ -116,11 +127,11 @@ def level_config(
     height: int, width: int, channels: int, kernel_heights: tuple[int, ...], dtype: torch.dtype
 ) -> LevelConfig:
     """The rows of the tables for such a map and such kernels; few channels make a narrower tile."""
-    config = next(config for largest, config in LEVELS if width <= largest)
-    rows, back_rows = next(
-        found
-        for largest, size, widest, *found in ROWS
-        if max(kernel_heights) <= largest and dtype.itemsize <= size and config.block_c <= widest
+    config, rows, back_rows = next(
+        (config, *found)
+        for widest, config in LEVELS
+        for tallest, dtypes, most, *found in ROWS
+        if width <= widest and max(kernel_heights) <= tallest and dtype in dtypes and config.block_c <= most
     )
     return replace(
         config,

@@ -351,6 +351,7 @@ def forward_launches(
                 **alignments(case),
             },
             config.num_warps,
+            maxnreg=config.registers(config.rows),
         )
     ]
     if store_agg and bands > 1:

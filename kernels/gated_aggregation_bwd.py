@@ -531,6 +531,7 @@ class Backward:
                 **alignments(case),
             },
             config.num_warps,
+            maxnreg=config.registers(config.back_rows),
         )
 
     def last_launches(self) -> list[Launch]:

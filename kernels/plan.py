@@ -136,12 +136,14 @@ def with_scratch(buffers: Mapping[str, Buffer], scratch: Mapping[str, Buffer]) -
 def largest_chunk(case: Case, device: Device, config: LevelConfig, alive: Callable[[int], int]) -> int:
     """Images of a chunk: the largest even share of the batch whose scratch stays on chip.
 
-    Never so few that they busy less than a quarter of the processors: then memory is the lesser evil.
+    Never so few that they busy less than a sixth of the processors: then memory is the lesser evil, and a quarter of
+    them work.
     """
-    least = math.ceil(device.sm_count / 4 / math.ceil(case.channels / config.block_c))
-    shares = (math.ceil(case.batch / parts) for parts in range(1, case.batch + 1))
-    fitting = (images for images in shares if images <= least or alive(images) <= device.on_chip_bytes)
-    return next(fitting, 1)
+    blocks = math.ceil(case.channels / config.block_c)
+    shares = [math.ceil(case.batch / parts) for parts in range(1, case.batch + 1)]
+    fitting = (n for n in shares if 6 * n * blocks >= device.sm_count and alive(n) <= device.on_chip_bytes)
+    busy = (n for n in shares if n <= math.ceil(device.sm_count / 4 / blocks))
+    return next(fitting, None) or next(busy, 1)
 
 
 def chunks(batch: int, chunk: int) -> list[tuple[int, int]]:

@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import bytes_moved
-from bytes_moved import NOWHERE, case_of, count, kind_of, moved, plan_of, repeats, small_plan
+from bytes_moved import NOWHERE, VARIANTS, case_of, count, kind_of, moved, plan_of, repeats, small_plan
 from floors import OPERATORS, Stage, stages, work
 from focalnet.kernels.plan import H100
 from rows import read
@@ -36,7 +36,7 @@ def test_bytes_moved_at_224(variant, stage, operator):
     assert least * 0.99 < found.bytes <= least * BOUNDS[operator]
 
 
-@pytest.mark.parametrize("variant", ["tiny_lrf", "base_lrf", "large_fl3"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_the_committed_rows_hold_the_bounds(variant):
     """Of large at 384 too, which takes minutes to count."""
     bounds = LARGE_BOUNDS if variant.startswith("large") else BOUNDS
@@ -50,9 +50,10 @@ def test_the_committed_rows_hold_the_bounds(variant):
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("variant", ["large_fl3", "large_fl4"])
 @pytest.mark.parametrize("stage", range(4))
-def test_scratch_of_large_stays_on_chip(stage, operator):
-    where = stages("large_fl3")[stage]
+def test_scratch_of_large_stays_on_chip(variant, stage, operator):
+    where = stages(variant)[stage]
     case = case_of(operator, where, 128, torch.bfloat16)
     assert bytes_moved.alive_bytes(plan_of(operator, case), case) <= H100.on_chip_bytes
 
