@@ -1,7 +1,7 @@
 """The Triton kernels compiled without a GPU: they fit, nothing spills, every barrier stays where it was put.
 
 First the tools, on kernels that are known to fit, to spill, and to need their barrier; then launches that the plans of
-published models list. Compiling all of them takes hours: `bench/compile_report.py` does, its rows are committed.
+published models list. Compiling all of them takes an hour: `bench/compile_report.py` does, its rows are committed.
 """
 
 import math
@@ -19,7 +19,7 @@ from barriers import moved
 from bytes_moved import NOWHERE, case_of, plan_of
 from compile_report import head_of, source
 from compiled import Pointer, Resources, compile_launch, resources
-from configurations import DETECTION, DETECTORS, DEVICES, arguments_of, launches, published
+from configurations import DETECTION, DETECTORS, DEVICES, DTYPES, arguments_of, launches, published
 from floors import OPERATORS, stages
 from rows import key, read
 
@@ -111,11 +111,8 @@ def test_no_row_of_the_compile_report_speaks_against_a_configuration():
     assert [row for row in rows if row["against"] or row["local"]] == []
 
 
-# (architecture, dtype) for which the report has every launch that the table can choose.
-COMPLETE = [(90, torch.bfloat16)]
-
-
-@pytest.mark.parametrize("arch, dtype", COMPLETE, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_configuration_was_compiled_from_the_source_that_is_here(arch, dtype):
     """Fails when a kernel or the table changes and the rows do not: then `bench/compile_report.py` is due."""
     found = {key(row): row for row in read("compiled", NOWHERE)}
