@@ -43,8 +43,6 @@ namespace {
 
 constexpr int64_t kScratchBytes = 352 * 1024;     // of a thread, in a 512 KB L2 beside weights and streams
 constexpr int64_t kGroupBytes = 8 * 1024 * 1024;  // of projection and agg, for each thread: its share of the L3
-constexpr int64_t kWideRows = 96;                 // a block of fewer hardly pays for streaming the weights
-constexpr int64_t kMostTogether = 512;            // tokens; beyond, what passes through L3 outweighs the weights
 
 // Tokens whose x, y and chunk of hidden units fit into a thread's scratch.
 int64_t rows_in_scratch(const Block& b) {
@@ -53,12 +51,6 @@ int64_t rows_in_scratch(const Block& b) {
 
 // No block of tokens pays for streaming the weights: images go in groups that by_columns takes, where they fit.
 bool is_wide(const Block& b) { return rows_in_scratch(b) < kLeastRows; }
-
-// Whether all threads share the products of a group of so many tokens, instead of each taking blocks of tokens.
-bool by_columns(const Block& b, int64_t tokens) {
-    const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-    return tokens < kLeastRows * threads || (rows_in_scratch(b) < kWideRows && tokens <= kMostTogether);
-}
 
 thread_local Memory shared_memory, own_memory, packed_memory;
 
@@ -99,20 +91,16 @@ class Group {
     }
 
     void run_by_blocks() {
-        const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
         const int64_t chunk = k_block(b_.fc2.K), hidden_pitch = pitch_of(chunk);
         const int64_t floats = 2 * pitch_ + hidden_pitch;
         allocate(0);
-        // As many blocks for one thread as for another.
-        const int64_t blocks =
-            std::min(tokens_, round_up(ceil_div(tokens_, std::max(kLeastRows, rows_in_scratch(b_))), threads));
-        const int64_t rows = ceil_div(tokens_, blocks);
+        const int64_t most = std::max(kLeastRows, rows_in_scratch(b_)) / kRowUnit, rows = most * kRowUnit;
         const auto by_blocks = [&](auto step) {
-            share_out(blocks, [&](auto next) {
+            share_ranges(ceil_div(tokens_, kRowUnit), kLeastUnits, most, [&](auto next) {
                 float* x = own_memory.get(rows * floats);
                 const Scratch scratch{x, x + rows * pitch_, x + 2 * rows * pitch_, pitch_, hidden_pitch, chunk};
-                for (int64_t i = next(); i < blocks; i = next()) {
-                    const int64_t first = i * tokens_ / blocks, last = (i + 1) * tokens_ / blocks;
+                for (Range block = next(); !block.empty(); block = next()) {
+                    const int64_t first = block.begin * kRowUnit, last = std::min(tokens_, block.end * kRowUnit);
                     step(first, last - first, scratch);
                 }
             });
@@ -255,8 +243,8 @@ void block(const Block& block) {
             (Group(b, first, last - first).*run)();
         }
     };
-    by_columns(block, block.B / groups * tokens) ? each(block, &Group::run_by_columns)
-                                                 : each(packed(block), &Group::run_by_blocks);
+    by_columns(block.B / groups * tokens, rows_in_scratch(block)) ? each(block, &Group::run_by_columns)
+                                                                  : each(packed(block), &Group::run_by_blocks);
 }
 
 }  // namespace focalnet::cpu

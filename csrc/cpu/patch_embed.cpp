@@ -77,6 +77,7 @@ struct Embedding {
     int64_t pitch() const { return pitch_of(projection.K); }
     int64_t out_pitch() const { return pitch_of(projection.N); }
     int64_t row_floats() const { return pitch() + out_pitch(); }
+    int64_t rows_in_scratch() const { return std::max(kLeastRows, kScratchBytes / 4 / row_floats()); }
 
     void gather(int64_t token, int64_t rows, float* out) const {
         for (int64_t r = 0; r < rows; ++r, ++token, out += pitch()) {
@@ -107,13 +108,12 @@ void embed_together(const Embedding& e) {
     e.embed(Together{current_kernels()}, 0, e.tokens(), patches, patches + e.tokens() * e.pitch());
 }
 
-void embed_by_blocks(const Embedding& e, int64_t threads) {
-    const int64_t most = std::max(kLeastRows, kScratchBytes / 4 / e.row_floats());
-    const int64_t blocks = round_up(ceil_div(e.tokens(), most), threads), rows = ceil_div(e.tokens(), blocks);
-    share_out(blocks, [&](auto next) {
+void embed_by_blocks(const Embedding& e) {
+    const int64_t most = e.rows_in_scratch() / kRowUnit, rows = most * kRowUnit;
+    share_ranges(ceil_div(e.tokens(), kRowUnit), kLeastUnits, most, [&](auto next) {
         float* patches = own_memory.get(rows * e.row_floats());
-        for (int64_t i = next(); i < blocks; i = next()) {
-            const int64_t first = i * e.tokens() / blocks, n = (i + 1) * e.tokens() / blocks - first;
+        for (Range block = next(); !block.empty(); block = next()) {
+            const int64_t first = block.begin * kRowUnit, n = std::min(e.tokens(), block.end * kRowUnit) - first;
             e.gather(first, n, patches);
             e.embed(Alone{current_kernels()}, first, n, patches, patches + rows * e.pitch());
         }
@@ -121,8 +121,7 @@ void embed_by_blocks(const Embedding& e, int64_t threads) {
 }
 
 void patch_embed(const Embedding& e) {
-    const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-    e.tokens() < kLeastRows* threads ? embed_together(e) : embed_by_blocks(e, threads);
+    by_columns(e.tokens(), e.rows_in_scratch()) ? embed_together(e) : embed_by_blocks(e);
 }
 
 void check_pair(const char* name, const std::vector<int64_t>& pair, int64_t least) {

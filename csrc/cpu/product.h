@@ -14,8 +14,11 @@
 
 namespace focalnet::cpu {
 
-constexpr int64_t kSlices = 6;      // of a shared product for each thread
-constexpr int64_t kLeastRows = 64;  // that a block of tokens needs to pay for streaming the weights
+constexpr int64_t kLeastRows = 66;      // that a block of tokens needs to pay for streaming the weights
+constexpr int64_t kWideRows = 96;       // a block of fewer hardly pays for it
+constexpr int64_t kMostTogether = 512;  // tokens; beyond, what passes through L3 outweighs the weights
+constexpr int64_t kRowUnit = 6;         // rows of a block are a multiple of: whole tiles, see gemm.inc
+constexpr int64_t kLeastUnits = 4;      // of the last blocks, which are low so that the threads end together
 
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
@@ -35,6 +38,13 @@ inline void pack(const Kernels& kernels, const Linear& w, float* to) {
     });
 }
 
+// Whether all threads share the products of so many tokens, each streaming its part of the weights, instead of taking
+// blocks of tokens that fit into their scratch: blocks are few then, or too low.
+inline bool by_columns(int64_t tokens, int64_t rows_in_scratch) {
+    const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+    return tokens < kLeastRows * threads || (rows_in_scratch < kWideRows && tokens <= kMostTogether);
+}
+
 // One thread does a step, for its block of tokens.
 struct Alone {
     const Kernels& kernels;
@@ -50,20 +60,14 @@ struct Together {
         const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
         const int64_t panels = (task.column_end - task.column_begin) / kPanel;
         const int64_t parts = std::min(task.rows, ceil_div(threads, panels));
-        // Slices of the columns: few enough that reading the rows again for each costs little.
-        const int64_t slices = std::min(panels, kSlices * ceil_div(threads, std::max<int64_t>(1, parts)));
-        share_out(parts * slices, [&](auto next) {
-            for (int64_t i = next(); i < parts * slices; i = next()) {
-                const int64_t row = i / slices * task.rows / parts, panel = i % slices * panels / slices;
-                GemmTask part = task;
-                part.rows = (i / slices + 1) * task.rows / parts - row;
-                part.column_begin = task.column_begin + panel * kPanel;
-                part.column_end = task.column_begin + (i % slices + 1) * panels / slices * kPanel;
-                part.a += row * task.a_pitch;
-                part.c += row * task.c_pitch + panel * kPanel;
-                if (part.factor != nullptr) part.factor += row * task.factor_pitch + panel * kPanel;
-                kernels.gemm(part);
-            }
+        share_ranges(parts * panels, 1, panels, [&](auto next) {
+            for (Range range = next(); !range.empty(); range = next())
+                for (int64_t unit = range.begin; unit < range.end;) {
+                    const int64_t i = unit / panels, end = std::min(range.end, (i + 1) * panels);
+                    kernels.gemm(part(task, {i * task.rows / parts, (i + 1) * task.rows / parts},
+                                      {unit - i * panels, end - i * panels}));
+                    unit = end;
+                }
         });
     }
 
@@ -76,6 +80,17 @@ struct Together {
             part.rows = end - begin;
             kernels.normalize_and_add(part);
         });
+    }
+
+  private:
+    static GemmTask part(GemmTask task, Range rows, Range panels) {
+        task.a += rows.begin * task.a_pitch;
+        task.c += rows.begin * task.c_pitch + panels.begin * kPanel;
+        if (task.factor != nullptr) task.factor += rows.begin * task.factor_pitch + panels.begin * kPanel;
+        task.rows = rows.end - rows.begin;
+        task.column_end = task.column_begin + panels.end * kPanel;
+        task.column_begin += panels.begin * kPanel;
+        return task;
     }
 };
 

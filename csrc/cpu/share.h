@@ -11,16 +11,36 @@
 
 namespace focalnet::cpu {
 
-// Calls `run(next)` once in each thread; `next()` gives the number of a task nobody has taken, from 0, or one that is
-// not below `tasks` when all are. Who does a task must not matter to its result.
+// Units of work [begin, end).
+struct Range {
+    int64_t begin, end;
+    bool empty() const { return begin == end; }
+};
+
+// Calls `run(next)` once in each thread; `next()` gives a range of units that nobody has taken, an empty one when all
+// are. Ranges shrink from `most` units to `least` as less is left: few of them pay for what a range costs beside its
+// units, and the last ones are short, so that the threads end together. Who does a unit, and with which others, must
+// not matter to its result.
 template <typename Run>
-void share_out(int64_t tasks, const Run& run) {
+void share_ranges(int64_t units, int64_t least, int64_t most, const Run& run) {
+    const int64_t threads = std::min<int64_t>(units, torch::stable::get_num_threads());
     std::atomic<int64_t> taken{0};
-    const auto next = [&taken] { return taken.fetch_add(1, std::memory_order_relaxed); };
-    const int64_t threads = std::min<int64_t>(tasks, torch::stable::get_num_threads());
+    const auto next = [&taken, units, least, most, threads] {
+        int64_t begin = taken.load(std::memory_order_relaxed), end;
+        do {
+            end = std::min(units, begin + std::clamp<int64_t>((units - begin) / (2 * threads), least, most));
+        } while (!taken.compare_exchange_weak(begin, end, std::memory_order_relaxed));
+        return Range{begin, end};
+    };
     torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) run(next);
     });
+}
+
+// The same one unit at a time: `next()` gives its number, one that is not below `tasks` when all are taken.
+template <typename Run>
+void share_out(int64_t tasks, const Run& run) {
+    share_ranges(tasks, 1, 1, [&](auto next) { run([&next] { return next().begin; }); });
 }
 
 }  // namespace focalnet::cpu
