@@ -81,9 +81,9 @@ def name_of(row: dict) -> str:
 
 def table(found: list[Pair]) -> Table:
     shown = Table()
-    shown.add_column("ratio", no_wrap=True)
+    shown.add_column("ratio", overflow="fold")
     for name in ("before", "after", "difference"):
-        shown.add_column(name, justify="right")
+        shown.add_column(name, justify="right", no_wrap=True)
     for pair in found:
         shown.add_row(pair.case, f"{pair.before:.2f}", f"{pair.after:.2f}", f"{pair.difference:.1%}")
     return shown
