@@ -92,17 +92,12 @@ class Group {
 
     void run_by_blocks() {
         const int64_t chunk = k_block(b_.fc2.K), hidden_pitch = pitch_of(chunk);
-        const int64_t floats = 2 * pitch_ + hidden_pitch;
+        const int64_t rows = rows_of_block(rows_in_scratch(b_));
         allocate(0);
-        const int64_t most = std::max(kLeastRows, rows_in_scratch(b_)) / kRowUnit, rows = most * kRowUnit;
         const auto by_blocks = [&](auto step) {
-            share_ranges(ceil_div(tokens_, kRowUnit), kLeastUnits, most, [&](auto next) {
-                float* x = own_memory.get(rows * floats);
-                const Scratch scratch{x, x + rows * pitch_, x + 2 * rows * pitch_, pitch_, hidden_pitch, chunk};
-                for (Range block = next(); !block.empty(); block = next()) {
-                    const int64_t first = block.begin * kRowUnit, last = std::min(tokens_, block.end * kRowUnit);
-                    step(first, last - first, scratch);
-                }
+            share_tokens(tokens_, rows, [&](int64_t first, int64_t n) {
+                float* x = own_memory.get(rows * (2 * pitch_ + hidden_pitch));
+                step(first, n, Scratch{x, x + rows * pitch_, x + 2 * rows * pitch_, pitch_, hidden_pitch, chunk});
             });
         };
         const Alone alone{kernels_};

@@ -77,7 +77,7 @@ struct Embedding {
     int64_t pitch() const { return pitch_of(projection.K); }
     int64_t out_pitch() const { return pitch_of(projection.N); }
     int64_t row_floats() const { return pitch() + out_pitch(); }
-    int64_t rows_in_scratch() const { return std::max(kLeastRows, kScratchBytes / 4 / row_floats()); }
+    int64_t rows_in_scratch() const { return kScratchBytes / 4 / row_floats(); }
 
     void gather(int64_t token, int64_t rows, float* out) const {
         for (int64_t r = 0; r < rows; ++r, ++token, out += pitch()) {
@@ -109,14 +109,11 @@ void embed_together(const Embedding& e) {
 }
 
 void embed_by_blocks(const Embedding& e) {
-    const int64_t most = e.rows_in_scratch() / kRowUnit, rows = most * kRowUnit;
-    share_ranges(ceil_div(e.tokens(), kRowUnit), kLeastUnits, most, [&](auto next) {
+    const int64_t rows = rows_of_block(e.rows_in_scratch());
+    share_tokens(e.tokens(), rows, [&](int64_t first, int64_t n) {
         float* patches = own_memory.get(rows * e.row_floats());
-        for (Range block = next(); !block.empty(); block = next()) {
-            const int64_t first = block.begin * kRowUnit, n = std::min(e.tokens(), block.end * kRowUnit) - first;
-            e.gather(first, n, patches);
-            e.embed(Alone{current_kernels()}, first, n, patches, patches + rows * e.pitch());
-        }
+        e.gather(first, n, patches);
+        e.embed(Alone{current_kernels()}, first, n, patches, patches + rows * e.pitch());
     });
 }
 

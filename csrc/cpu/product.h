@@ -45,6 +45,22 @@ inline bool by_columns(int64_t tokens, int64_t rows_in_scratch) {
     return tokens < kLeastRows * threads || (rows_in_scratch < kWideRows && tokens <= kMostTogether);
 }
 
+// Rows of a block of tokens at most: what fits into a thread's scratch, or pays for streaming the weights.
+inline int64_t rows_of_block(int64_t rows_in_scratch) {
+    return std::max(kLeastRows, rows_in_scratch) / kRowUnit * kRowUnit;
+}
+
+// Calls `step(first, n)` for blocks of n tokens that together are all; n is at most `rows`, of rows_of_block.
+template <typename Step>
+void share_tokens(int64_t tokens, int64_t rows, const Step& step) {
+    share_ranges(ceil_div(tokens, kRowUnit), kLeastUnits, rows / kRowUnit, [&](auto next) {
+        for (Range block = next(); !block.empty(); block = next()) {
+            const int64_t first = block.begin * kRowUnit;
+            step(first, std::min(tokens, block.end * kRowUnit) - first);
+        }
+    });
+}
+
 // One thread does a step, for its block of tokens.
 struct Alone {
     const Kernels& kernels;
@@ -60,14 +76,14 @@ struct Together {
         const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
         const int64_t panels = (task.column_end - task.column_begin) / kPanel;
         const int64_t parts = std::min(task.rows, ceil_div(threads, panels));
+        // Where rows are cut, threads outnumber the panels: each range is one panel then, so none reaches into another
+        // part of the rows.
         share_ranges(parts * panels, 1, panels, [&](auto next) {
-            for (Range range = next(); !range.empty(); range = next())
-                for (int64_t unit = range.begin; unit < range.end;) {
-                    const int64_t i = unit / panels, end = std::min(range.end, (i + 1) * panels);
-                    kernels.gemm(part(task, {i * task.rows / parts, (i + 1) * task.rows / parts},
-                                      {unit - i * panels, end - i * panels}));
-                    unit = end;
-                }
+            for (Range range = next(); !range.empty(); range = next()) {
+                const int64_t i = range.begin / panels;
+                kernels.gemm(part(task, {i * task.rows / parts, (i + 1) * task.rows / parts},
+                                  {range.begin - i * panels, range.end - i * panels}));
+            }
         });
     }
 
