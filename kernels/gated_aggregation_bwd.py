@@ -9,7 +9,8 @@
     barriers             one after every level, upwards and downwards
 
 Nothing is saved by forward but the operands, and nothing is added atomically: partial sums have one writer each and
-are added up by a second kernel in a fixed order.
+are added up by a second kernel in a fixed order. The way up, the way down and the launch that sizes their rings share
+one layout, and are read together: hence one long file.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 CLASSES = ["FocalNetModel", "FocalNetForImageClassification", "FocalNetForMaskedImageModeling", "FocalNetBackbone"]
 SMALL = {
@@ -52,6 +53,14 @@ def build(library, name, fields, **kwargs):
             is_scale = parameter.ndim == 1 and key.endswith("weight")
             parameter.copy_(1 + 0.1 * noise if is_scale else 0.3 * noise)
     return model
+
+
+def theirs(fields=SMALL, name="FocalNetForImageClassification"):
+    return build(transformers, name, fields)
+
+
+def modulations(model):
+    return {name: module for name, module in model.named_modules() if hasattr(module, "focal_layers")}
 
 
 def images(*size, batch=2, dtype=torch.float32):
