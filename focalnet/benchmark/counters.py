@@ -79,7 +79,6 @@ def counted(name: str, case: Case) -> dict[str, float]:
         model = make(Case(case.variant, case.size, case.batch, device=device))
         images = torch.zeros(case.batch, 3, case.size, case.size)
     with torch.no_grad():
-        model(images)  # the first pass also packs weights
         with OperatorCounter() as counter:
             model(images)
     return {
