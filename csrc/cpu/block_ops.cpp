@@ -1,4 +1,5 @@
-// The operator focalnet::cpu_block: argument checks, tensors turned into plain pointers. The arithmetic is in block.cpp.
+// The operator focalnet::cpu_block: argument checks, tensors turned into plain pointers. The arithmetic is in
+// block.cpp.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

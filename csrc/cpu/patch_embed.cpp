@@ -143,9 +143,9 @@ Tensor cpu_patch_embed(const Tensor& input, const Tensor& weight, std::optional<
     const Input in{data(input),     input.size(0),   input.size(1),   input.size(2),  input.size(3),
                    input.stride(0), input.stride(1), input.stride(2), input.stride(3)};
     check_float("weight", weight);
-    STD_TORCH_CHECK(
-        weight.dim() == 4 && weight.size(0) >= 1 && weight.size(1) == in.C && weight.size(2) >= 1 && weight.size(3) >= 1,
-        "weight has shape ", text(shape_of(weight)), "; expected (N, ", in.C, ", kh, kw)");
+    STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) >= 1 && weight.size(1) == in.C && weight.size(2) >= 1 &&
+                        weight.size(3) >= 1,
+                    "weight has shape ", text(shape_of(weight)), "; expected (N, ", in.C, ", kh, kw)");
     const int64_t N = weight.size(0), kh = weight.size(2), kw = weight.size(3);
     Kept kept;
     Norm norm{};

@@ -19,7 +19,7 @@ constexpr int64_t kLeastRows = 66;      // that a block of tokens needs to pay f
 constexpr int64_t kWideRows = 96;       // a block of fewer hardly pays for it
 constexpr int64_t kMostTogether = 512;  // tokens; beyond, what passes through L3 outweighs the weights
 constexpr int64_t kRowUnit = 6;         // rows of a block are a multiple of: whole tiles, see gemm.inc
-constexpr int64_t kPanelsAtATime = 8;  // that a thread packs before it asks for more
+constexpr int64_t kPanelsAtATime = 8;   // that a thread packs before it asks for more
 constexpr int64_t kLeastUnits = 4;      // of the last blocks, which are low so that the threads end together
 
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
