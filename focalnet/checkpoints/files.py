@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import warnings
 from collections.abc import Mapping
@@ -14,8 +15,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-# What training scripts wrap a state dict in, in the order of preference.
-WRAPPERS = ("model", "state_dict")
+from . import inert_pickle
+from .training_files import Weights, choose, refuse_average
+
 # What a directory in transformers' format keeps its weights in, safetensors first.
 IN_DIRECTORY = (
     "model.safetensors",
@@ -30,34 +32,53 @@ _AGAIN = "fetch or copy the file again"
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of `read_weights`."""
+    return read_weights(path).tensors
+
+
+def read_weights(path: str | os.PathLike, use_ema: bool | None = None) -> Weights:
     """The state dict in a file, on the CPU: safetensors by content or suffix, otherwise what torch.save wrote.
 
-    Of a training script's file, its "model" or "state_dict" is taken and everything beside it ignored.
+    Of a training script's file, the weights are taken and everything beside them ignored: objects of classes that lie
+    there are neither built nor imported.
+
+    Args:
+        use_ema: which weights, where a file has their average over training beside them; see `training_files.choose`.
 
     Raises:
-        ValueError: the file is damaged, holds something other than a state dict, or would run code when unpickled,
-            which is refused; the message names the file and says what to do.
+        ValueError: the file is damaged, holds something other than a state dict, or is made to run code, which is
+            refused; the message names the file and says what to do.
         OSError: the file cannot be read.
     """
     path = Path(path)
     with path.open("rb") as file:
         start = file.read(64)
+    _check_kind(path, start)
+    if path.suffix == ".safetensors" or start[8:9] == b"{":
+        refuse_average(str(path), use_ema)
+        return Weights(_read_safetensors(path))
+    return choose(_unpickle(path), str(path), use_ema)
+
+
+def _check_kind(path: Path, start: bytes) -> None:
     if not start:
         raise ValueError(f"{path}: the file is empty; {_AGAIN}")
     if start.startswith(b"version https://git-lfs"):
         raise ValueError(
             f"{path}: this is a pointer of Git LFS, not the weights; run `git lfs pull` where it came from"
         )
-    if path.suffix == ".safetensors" or start[8:9] == b"{":
-        return _read_safetensors(path)
-    return _state_dict(_unpickle(path), path)
+    # A safetensors file may begin with this character too, as the first byte of a number that is never so large.
+    if path.suffix == ".json" or (start.lstrip().startswith(b"{") and b"\0" not in start[:8]):
+        beside = [name for name in IN_DIRECTORY if (path.parent / name).is_file()]
+        advice = f"pass its folder, {path.parent}" if beside else "pass the file of the weights, or a folder with both"
+        raise ValueError(f"{path}: this is JSON, such as a configuration, and holds no weights; {advice}")
 
 
 def read_directory(path: str | os.PathLike) -> dict[str, Tensor]:
     """The state dict of a directory as save_pretrained writes it, in one file or several.
 
     Raises:
-        ValueError, OSError: as `read_tensors`; FileNotFoundError: none of the known files is there.
+        ValueError, OSError: as `read_weights`; FileNotFoundError: none of the known files is there.
     """
     path = Path(path)
     for name in IN_DIRECTORY:
@@ -136,42 +157,26 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _unpickle(path: Path) -> object:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), path.open("rb") as file:
             warnings.simplefilter("ignore")  # about pickles of unusual kinds: the error that follows says it
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged pickle raises is not to be foreseen
-        if (asked := re.search(r"GLOBAL (\S+)", str(error))) is not None:
-            raise ValueError(
-                f"{path}: refused, since unpickling it would run code or build objects: it asks for "
-                f"{asked.group(1)}. Only tensors and plain containers are read. If you trust the file, save its "
-                f'tensors alone where it was made: torch.save({{"model": model.state_dict()}}, ...), or as safetensors'
-            ) from None
+            try:
+                return torch.load(file, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:
+                # It has other objects than tensors. What torch hands to another reader than unpicklers (TorchScript,
+                # tar files) has raised something else by now.
+                file.seek(0)
+                return torch.load(file, map_location="cpu", weights_only=False, pickle_module=inert_pickle)
+    except inert_pickle.Hostile as error:
         raise ValueError(
-            f"{path}: expected a safetensors file, or tensors that torch.save wrote, but it is damaged, cut off, of "
-            f"another kind, or a pickle that could run code, which is refused ({_brief(error)}); {_AGAIN}, or save "
-            f"the state dict anew"
+            f"{path}: refused, since {error}, which files of weights have no use for and files that attack have; "
+            f"nothing of it was run. If you trust the file, save its tensors alone where it was made: "
+            f'torch.save({{"model": model.state_dict()}}, ...), or as safetensors'
         ) from None
-
-
-def _state_dict(content: object, path: Path) -> dict[str, Tensor]:
-    """The state dict in what was unpickled, out of its wrapper."""
-    for wrapper in WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
-    if isinstance(content, Mapping) and content:
-        strange = [
-            name for name, value in content.items() if not isinstance(value, Tensor) or not isinstance(name, str)
-        ]
-        if not strange:
-            return {name: tensor.detach() for name, tensor in content.items()}
-        held = f"a dict with {', '.join(repr(name) for name in strange[:5])} that are not tensors"
-    else:
-        held = "an empty dict" if isinstance(content, Mapping) else type(content).__name__
-    raise ValueError(
-        f"{path}: expected a state dict, names to tensors, by itself or under "
-        f"{' or '.join(repr(wrapper) for wrapper in WRAPPERS)}, got {held}; save that part alone and give its file"
-    )
+    except Exception as error:  # what a damaged pickle raises is not to be foreseen
+        raise ValueError(
+            f"{path}: expected a safetensors file, or tensors that torch.save wrote, but it is damaged, cut off or of "
+            f"another kind ({_brief(error)}); {_AGAIN}, or save the state dict anew"
+        ) from None
 
 
 def _brief(error: Exception) -> str:
