@@ -55,7 +55,10 @@ class FocalNetConfig(BackboneConfigMixin, PreTrainedConfig):
             ends it: strides 4, 8, 16, 32 for stages 1 to 4, as dense prediction wants them, instead of 8, 16, 32, 32.
         use_feature_map_norms (bool): FocalNetBackbone has a LayerNorm for each map that it returns, as the authors'
             detection backbone does.
-        stem_padding (int or None): padding of the overlapping stem; None is 2, the authors' detection backbone has 3.
+        stem_padding (int or None): padding of the overlapping stem; None is 2, the authors' mmdet and mmseg code has 3.
+        drop_incomplete_patches (bool or None): images and maps that are no whole number of patches lose what is left
+            over at the bottom and the right, as in timm and the authors' classifiers, instead of being filled up with
+            zeros, as in transformers. None is False, except for weights in the format of a model that drops.
 
     Raises:
         ValueError, TypeError: a field is out of range, of the wrong type or length; the message names it.
@@ -91,6 +94,7 @@ class FocalNetConfig(BackboneConfigMixin, PreTrainedConfig):
         feature_maps_before_downsampling: bool = False,
         use_feature_map_norms: bool = False,
         stem_padding: int | None = None,
+        drop_incomplete_patches: bool | None = None,
         **kwargs: Any,
     ) -> None:
         self.image_size = image_size
@@ -117,6 +121,7 @@ class FocalNetConfig(BackboneConfigMixin, PreTrainedConfig):
         self.feature_maps_before_downsampling = feature_maps_before_downsampling
         self.use_feature_map_norms = use_feature_map_norms
         self.stem_padding = stem_padding
+        self.drop_incomplete_patches = drop_incomplete_patches
         self.validate_fields()
         self.stage_names = ["stem", *(f"stage{stage}" for stage in range(1, len(depths) + 1))]
         self._select_outputs(out_features, out_indices)
@@ -184,7 +189,12 @@ class FocalNetConfig(BackboneConfigMixin, PreTrainedConfig):
         self._out_indices = list(out_indices)
 
 
-_OWN_FIELDS = {"feature_maps_before_downsampling": False, "use_feature_map_norms": False, "stem_padding": None}
+_OWN_FIELDS = {
+    "feature_maps_before_downsampling": False,
+    "use_feature_map_norms": False,
+    "stem_padding": None,
+    "drop_incomplete_patches": None,
+}
 
 
 def _error(name: str, expectation: str, value: object) -> Exception:
@@ -254,4 +264,5 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "None or an int of at least 0",
         lambda value: value is None or _is_int(value, least=0),
     ),
+    "drop_incomplete_patches": ("None or a bool", lambda value: value is None or isinstance(value, bool)),
 }

@@ -222,6 +222,12 @@ class FocalNetForMaskedImageModeling(FocalNetPreTrainedModel):
 
     def _masked_loss(self, pixel_values: Tensor, reconstruction: Tensor, mask: Tensor) -> Tensor:
         """Mean absolute error over the pixels of masked patches; ``mask`` (B, h, w)."""
+        if reconstruction.shape != pixel_values.shape and self.config.drop_incomplete_patches:
+            raise ValueError(
+                f"pixel_values: expected a height and a width of whole patches in every stage, since "
+                f"config.drop_incomplete_patches is set, got {tuple(pixel_values.shape[-2:])}, of which the "
+                f"reconstruction covers {tuple(reconstruction.shape[-2:])}"
+            )
         if reconstruction.shape != pixel_values.shape:
             raise ValueError(
                 f"encoder_stride: expected the network's stride, so that the reconstruction covers the image of "

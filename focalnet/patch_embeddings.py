@@ -21,13 +21,22 @@ def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
 class FocalNetPatchEmbeddings(nn.Module):
     """Patches to channels by a strided convolution, ``(B, H, W, C_in) -> (B, ceil(H / s), ceil(W / s), C_out)``.
 
-    Images whose size is not a multiple of the patch size are padded with zeros at the bottom and the right.
+    Images whose size is not a multiple of the patch size are padded with zeros at the bottom and the right; with
+    ``drops_incomplete`` they are not, and what fills no patch is left out.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, patch_size: tuple[int, int], conv: nn.Conv2d) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        patch_size: tuple[int, int],
+        conv: nn.Conv2d,
+        drops_incomplete: bool = False,
+    ) -> None:
         super().__init__()
         self.num_channels = in_channels
         self.patch_size = patch_size
+        self.drops_incomplete = drops_incomplete
         self.projection = conv
         self.norm: nn.LayerNorm | None = None
 
@@ -39,7 +48,7 @@ class FocalNetPatchEmbeddings(nn.Module):
             conv = nn.Conv2d(config.num_channels, config.embed_dim, kernel_size=7, stride=4, padding=padding)
         else:
             conv = nn.Conv2d(config.num_channels, config.embed_dim, kernel_size=patch_size, stride=patch_size)
-        return cls(config.num_channels, config.embed_dim, patch_size, conv)
+        return cls(config.num_channels, config.embed_dim, patch_size, conv, bool(config.drop_incomplete_patches))
 
     @classmethod
     def downsampling(cls, config: FocalNetConfig, dim: int) -> FocalNetPatchEmbeddings:
@@ -48,7 +57,7 @@ class FocalNetPatchEmbeddings(nn.Module):
             conv = nn.Conv2d(dim, 2 * dim, kernel_size=3, stride=2, padding=1)
         else:
             conv = nn.Conv2d(dim, 2 * dim, kernel_size=2, stride=2)
-        embeddings = cls(dim, 2 * dim, (2, 2), conv)
+        embeddings = cls(dim, 2 * dim, (2, 2), conv, bool(config.drop_incomplete_patches))
         embeddings.norm = nn.LayerNorm(2 * dim, eps=config.layer_norm_eps)
         return embeddings
 
@@ -56,17 +65,33 @@ class FocalNetPatchEmbeddings(nn.Module):
         return self._by_modules(x) if self.norm is None else embed(self, self.norm, x, is_owner=True)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """The grid of patches that a map of this size gives."""
+        """The grid of patches that a map of this size gives.
+
+        Raises:
+            ValueError: it has not even one, and is not filled up to one.
+        """
         conv, sizes = self.projection, (height, width)
         padded = (
-            size + -size % patch + 2 * pad
-            for size, patch, pad in zip(sizes, self.patch_size, conv.padding, strict=True)
+            size + added + 2 * pad
+            for size, added, pad in zip(sizes, self._added(height, width), conv.padding, strict=True)
         )
-        return tuple((n - k) // s + 1 for n, k, s in zip(padded, conv.kernel_size, conv.stride, strict=True))
+        grid = tuple((n - k) // s + 1 for n, k, s in zip(padded, conv.kernel_size, conv.stride, strict=True))
+        if self.drops_incomplete and min(grid) < 1:
+            raise ValueError(
+                f"pixel_values: expected larger images, since config.drop_incomplete_patches is set and a map of "
+                f"{height} x {width} is left without a patch of {conv.kernel_size[0]} x {conv.kernel_size[1]}"
+            )
+        return grid
+
+    def _added(self, height: int, width: int) -> tuple[int, int]:
+        """Rows at the bottom and columns at the right that fill up the last patches."""
+        return (0, 0) if self.drops_incomplete else (-height % self.patch_size[0], -width % self.patch_size[1])
 
     def _by_modules(self, x: Tensor) -> Tensor:
         _, height, width, _ = x.shape
-        bottom, right = -height % self.patch_size[0], -width % self.patch_size[1]
+        if self.drops_incomplete:
+            self.output_size(height, width)
+        bottom, right = self._added(height, width)
         if bottom or right:
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
         # A channels-last input makes the convolution write channels-last: the image is the smaller thing to reorder.
