@@ -455,7 +455,7 @@ setup(
         "focalnet.patching",
     ],
     package_dir={"focalnet.kernels": "kernels"},
-    package_data={"focalnet": ["*.json"]},
+    package_data={"focalnet": ["*.json", "*.tsv"]},
     include_package_data=False,
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": BUILD_EXT, "build_py": BuildPackage},

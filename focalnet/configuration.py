@@ -55,7 +55,7 @@ class FocalNetConfig(BackboneConfigMixin, PreTrainedConfig):
             ends it: strides 4, 8, 16, 32 for stages 1 to 4, as dense prediction wants them, instead of 8, 16, 32, 32.
         use_feature_map_norms (bool): FocalNetBackbone has a LayerNorm for each map that it returns, as the authors'
             detection backbone does.
-        stem_padding (int or None): padding of the overlapping stem; None is 2, the authors' mmdet and mmseg code has 3.
+        stem_padding (int or None): padding of the overlapping stem; None is 2; the authors' mmdet code has 3.
         drop_incomplete_patches (bool or None): images and maps that are no whole number of patches lose what is left
             over at the bottom and the right, as in timm and the authors' classifiers, instead of being filled up with
             zeros, as in transformers. None is False, except for weights in the format of a model that drops.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 from transformers.utils import ModelOutput
 
+from .checkpoints.foreign import is_foreign
 from .checkpoints.reading import pretrained_arguments
 from .configuration import FocalNetConfig
 from .layers import FocalNetEmbeddings, FocalNetEncoder, FocalNetLayer
@@ -94,13 +96,21 @@ class FocalNetPreTrainedModel(PreTrainedModel):
     ) -> FocalNetPreTrainedModel:
         """As in transformers, and of a single file too, in any format that `focalnet.load_checkpoint` reads.
 
-        For a file, ``variant`` names the published variant, and fields of the configuration settle what its shapes
-        cannot tell. A head that this class lacks or has anew is reported as for every checkpoint.
+        For a file, ``variant`` names the published variant, ``use_ema`` chooses between a training script's averaged
+        weights and the plain ones, and fields of the configuration settle what its shapes cannot tell. A head that
+        this class lacks or has anew is reported as for every checkpoint. A directory of timm is read likewise.
+
+        Raises:
+            ValueError: the file does not fit, or the directory holds a model of another architecture.
         """
-        if pretrained_model_name_or_path is not None and os.path.isfile(pretrained_model_name_or_path):
-            kwargs = pretrained_arguments(cls, pretrained_model_name_or_path, kwargs)
-            pretrained_model_name_or_path = None
-        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        path = pretrained_model_name_or_path
+        if path is None or not is_foreign(Path(path).expanduser(), kwargs.get("config") or kwargs.get("subfolder")):
+            return super().from_pretrained(path, *model_args, **kwargs)
+        arguments = pretrained_arguments(cls, Path(path).expanduser(), kwargs)
+        loaded = super().from_pretrained(None, *model_args, **arguments)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        model.name_or_path = model.config.name_or_path = str(path)
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

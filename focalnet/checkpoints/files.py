@@ -75,6 +75,11 @@ def _check_kind(path: Path, start: bytes) -> None:
 
 
 def read_directory(path: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of `weights_of_directory`."""
+    return weights_of_directory(path).tensors
+
+
+def weights_of_directory(path: str | os.PathLike, use_ema: bool | None = None) -> Weights:
     """The state dict of a directory as save_pretrained writes it, in one file or several.
 
     Raises:
@@ -82,12 +87,10 @@ def read_directory(path: str | os.PathLike) -> dict[str, Tensor]:
     """
     path = Path(path)
     for name in IN_DIRECTORY:
-        if not (path / name).is_file():
-            continue
-        tensors: dict[str, Tensor] = {}
-        for part in parts_of(path / name):
-            tensors.update(read_tensors(part))
-        return tensors
+        if (path / name).is_file():
+            parts = [read_weights(part, use_ema) for part in parts_of(path / name)]
+            tensors = {name: tensor for part in parts for name, tensor in part.tensors.items()}
+            return Weights(tensors, tuple({note: None for part in parts for note in part.notes}))
     raise FileNotFoundError(f"{path}: expected one of {', '.join(IN_DIRECTORY)} in this directory, found none")
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,30 +19,15 @@ import torch
 from torch import Tensor
 
 from ..configuration import FocalNetConfig
+from ..imagenet import class_names
 from ..variants import VARIANTS
-from .files import read_directory, read_json, read_tensors
-from .key_maps import NAMINGS, count_known, has_post_norms, rename
-from .structure import UNSETTLED_BY_SHAPES, infer_fields, matching_variants
+from .files import read_json, read_weights, weights_of_directory
+from .foreign import check_architecture, configuration_in
+from .key_maps import rename
+from .recognition import BODY, bare_name, naming_of, prefixed, recognise, shortened, take_apart
+from .structure import UNSETTLED_BY_SHAPES, USUAL_STEM_PADDING, matching_variants
 
 logger = logging.getLogger(__name__)
-
-FORMATS = ("transformers", "authors", "authors-detection", "timm")
-# What a checkpoint holds, and the class that transformers' config.json names for it.
-KINDS = {
-    "classifier": "FocalNetForImageClassification",
-    "masked-image-modeling": "FocalNetForMaskedImageModeling",
-    "backbone": "FocalNetBackbone",
-    "base": "FocalNetModel",
-}
-# Parts that models may lack or have anew; everything else is the body, the same in every model.
-_BODY = ("embeddings.patch_embeddings.", "embeddings.norm.", "encoder.")
-_PREFIXED = ("embeddings.", "encoder.", "layernorm.")
-# Where a state dict's names begin, behind whatever a larger model put before them.
-_BEGINNING = re.compile(
-    r"(?P<outer>(?:[^.]+\.)*?)(?P<own>focalnet\.)?"
-    r"(?:embeddings\.patch_embeddings|encoder\.stages\.\d+\.layers|patch_embed|stem|layers\.\d+\.blocks)\."
-)
-_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -53,7 +36,7 @@ class Checkpoint:
 
     format: one of FORMATS. kind: one of KINDS. config: read from config.json or inferred. state_dict: in
     transformers' naming, as the class of ``kind`` has it. unknown: tensors whose names the format does not have.
-    source: where it came from, for messages.
+    source: where it came from, for messages. notes: choices that were made in reading it, for the user.
     """
 
     format: str
@@ -62,6 +45,7 @@ class Checkpoint:
     state_dict: dict[str, Tensor]
     source: str
     unknown: dict[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def verify(self, expected: Mapping[str, Tensor], body_only: bool = False) -> None:
         """Check names and shapes against ``expected``, the state dict of the model to be filled (meta tensors do).
@@ -94,26 +78,14 @@ class Checkpoint:
     def _in_own_naming(self, state_dict: Mapping[str, Tensor], body_only: bool) -> dict[str, Tensor]:
         bare = {bare_name(name): tensor for name, tensor in state_dict.items()}
         if body_only:
-            bare = {name: tensor for name, tensor in bare.items() if name.startswith(_BODY)}
+            bare = {name: tensor for name, tensor in bare.items() if name.startswith(BODY)}
         renamed, without_place = rename(bare, "transformers", naming_of(self.format), self.config.use_post_layernorm)
         return {**renamed, **without_place}
 
-
-def naming_of(format: str) -> str:
-    """The naming that a format uses: detection backbones have the authors'."""
-    return "authors" if format == "authors-detection" else format
-
-
-def bare_name(name: str) -> str:
-    """A name of transformers without the "focalnet." before the body."""
-    return name.removeprefix("focalnet.")
-
-
-def shortened(items: Iterable[str], shown: int = _SHOWN) -> str:
-    """``items`` joined; of a long list only the beginning, and how many more there are."""
-    items = list(items)
-    more = f", ... and {len(items) - shown} more" if len(items) > shown else ""
-    return ", ".join(items[:shown]) + more
+    def tell(self) -> None:
+        """Log the notes, for a user who sees nothing but the model."""
+        for note in self.notes:
+            logger.warning("%s: %s", self.source, note)
 
 
 def read_checkpoint(
@@ -121,6 +93,8 @@ def read_checkpoint(
     *,
     variant: str | None = None,
     config: FocalNetConfig | None = None,
+    use_ema: bool | None = None,
+    overriding: bool = False,
     **config_fields: Any,
 ) -> Checkpoint:
     """Read a file of any format, or a directory as save_pretrained writes it.
@@ -133,6 +107,9 @@ def read_checkpoint(
         path: a file (safetensors, or written by torch.save) or a directory.
         variant: name of a published variant, such as "large_fl4".
         config: the configuration, if it is known; nothing is inferred then.
+        use_ema: the averaged weights of a training script's file (True), the plain ones (False), or the averaged
+            where there are any (None).
+        overriding: let ``config_fields`` contradict the file.
         config_fields: arguments of FocalNetConfig.
 
     Raises:
@@ -141,17 +118,27 @@ def read_checkpoint(
         OSError: the file cannot be read.
     """
     path = Path(path)
-    tensors = read_directory(path) if path.is_dir() else read_tensors(path)
     beside = (path if path.is_dir() else path.parent) / "config.json"
+    if path.is_dir() and config is None:
+        check_architecture(path, configuration_in(path))
+    weights = weights_of_directory(path, use_ema) if path.is_dir() else read_weights(path, use_ema)
     published = None
-    if config is None and beside.is_file() and (path.is_dir() or recognise(tensors, str(path))[0] == "transformers"):
-        published = read_json(beside)
-    elif config is not None:
+    if config is not None:
         published = config.to_dict()
+    elif beside.is_file() and (path.is_dir() or recognise(weights.tensors, str(path))[0] == "transformers"):
+        published = read_json(beside)
     # timm's directories have a config.json as well, of another kind.
     if published is not None and published.get("model_type") != FocalNetConfig.model_type:
         published = None
-    return interpret(tensors, str(path), variant=variant, published=published, **config_fields)
+    return interpret(
+        weights.tensors,
+        str(path),
+        variant=variant,
+        published=published,
+        overriding=overriding,
+        notes=weights.notes,
+        **config_fields,
+    )
 
 
 def interpret(
@@ -160,102 +147,34 @@ def interpret(
     *,
     variant: str | None = None,
     published: dict[str, Any] | None = None,
+    overriding: bool = False,
+    notes: tuple[str, ...] = (),
     **config_fields: Any,
 ) -> Checkpoint:
     """What `read_checkpoint` makes of a file's tensors; ``published`` is the content of its config.json."""
     check_arguments(variant, config_fields)
-    format, kind, canonical, unknown, known = _take_apart(tensors, source, published, config_fields)
-    config = _configuration(known, format, source, variant, published, config_fields)
-    named = canonical if kind == "base" else {_prefixed(name): tensor for name, tensor in canonical.items()}
-    return Checkpoint(format, kind, config, named, source, unknown)
+    taken = take_apart(tensors, source, published, config_fields)
+    config = _configuration(taken.known, taken.format, source, variant, published, config_fields, overriding)
+    state_dict = taken.canonical
+    if taken.kind != "base":
+        state_dict = {prefixed(name): tensor for name, tensor in state_dict.items()}
+    notes += taken.notes
+    if "stem_padding" in taken.known and published is None and "stem_padding" not in config_fields:
+        notes += (
+            f"took stem_padding={USUAL_STEM_PADDING}, which FocalNet-DINO, detrex, MaskDINO, X-Decoder and "
+            f"Relation-DETR have; a model of the authors' mmdet or mmseg code needs stem_padding=3",
+        )
+    return Checkpoint(taken.format, taken.kind, config, state_dict, source, taken.unknown, notes)
 
 
 def told_fields(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
     """Arguments of FocalNetConfig as a reader of ``tensors`` alone finds them; what stays open is not among them."""
-    format, _, _, _, known = _take_apart(tensors, source, None, {})
-    return _merged(known, {}, format, None)[0]
+    taken = take_apart(tensors, source, None, {})
+    return _merged(taken.known, {}, taken.format, None)[0]
 
 
-def _take_apart(
-    tensors: Mapping[str, Tensor], source: str, published: dict[str, Any] | None, given: Mapping[str, Any]
-) -> tuple[str, str, dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """(format, kind, tensors in transformers' bare naming, tensors without place there, inferred fields)."""
-    format, outer = recognise(tensors, source)
-    own = _without_prefix(tensors, outer, source)
-    naming = naming_of(format)
-    is_prefixed = any(name.startswith("focalnet.") for name in own)
-    bare = {bare_name(name): tensor for name, tensor in own.items()} if naming == "transformers" else own
-    post_norm = has_post_norms(bare) if naming == "timm" else False
-    canonical, unknown = rename(bare, naming, "transformers", post_norm)
-    kind = _kind(canonical, is_prefixed, published)
-    if format == "authors-detection":
-        canonical = _chosen_norms(canonical, given)
-    known = infer_fields(canonical, kind, format)
-    if naming == "timm":
-        known["use_post_layernorm"] = post_norm
-    return format, kind, canonical, unknown, known
-
-
-def recognise(tensors: Mapping[str, Tensor], source: str) -> tuple[str, str]:
-    """(format, what stands before its names): the naming that knows most of the names.
-
-    Raises:
-        ValueError: no naming knows any.
-    """
-    beginnings = Counter(match["outer"] for name in tensors if (match := _BEGINNING.match(name)) is not None)
-    outer = beginnings.most_common(1)[0][0] if beginnings else ""
-    own = {bare_name(name.removeprefix(outer)): t for name, t in tensors.items() if name.startswith(outer)}
-    known = {naming: count_known(own, naming) for naming in NAMINGS}
-    naming = max(known, key=known.__getitem__)
-    if not beginnings or not known[naming]:
-        raise ValueError(
-            f"{source}: expected the keys of a FocalNet, as transformers, its authors or timm name them, got "
-            f"{shortened(tensors)}"
-        )
-    has_map_norms = any(re.fullmatch(r"norm\d+\.(weight|bias)", name) for name in own)
-    return ("authors-detection" if naming == "authors" and has_map_norms else naming), outer
-
-
-def _without_prefix(tensors: Mapping[str, Tensor], outer: str, source: str) -> dict[str, Tensor]:
-    own = {name.removeprefix(outer): tensor for name, tensor in tensors.items() if name.startswith(outer)}
-    dropped = Counter(name.split(".")[0] for name in tensors if not name.startswith(outer))
-    if dropped:
-        logger.warning(
-            "%s: took the FocalNet under %r and dropped the rest of the model: %s",
-            source,
-            outer,
-            shortened(f"{name} ({count} tensors)" for name, count in dropped.items()),
-        )
-    return own
-
-
-def _kind(canonical: Mapping[str, Tensor], is_prefixed: bool, published: dict[str, Any] | None) -> str:
-    named = (published or {}).get("architectures") or []
-    for kind, class_name in KINDS.items():
-        if class_name in named:
-            return kind
-    parts = {name.split(".")[0] for name in canonical}
-    if "classifier" in parts:
-        return "classifier"
-    if "decoder" in parts:
-        return "masked-image-modeling"
-    return "backbone" if is_prefixed or "hidden_states_norms" in parts else "base"
-
-
-def _prefixed(name: str) -> str:
-    return f"focalnet.{name}" if name.startswith(_PREFIXED) else name
-
-
-def _chosen_norms(canonical: dict[str, Tensor], config_fields: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Without the norms of maps that the caller does not want."""
-    chosen = config_fields.get("out_features")
-    if chosen is None and config_fields.get("out_indices") is not None:
-        chosen = ["stem" if index == 0 else f"stage{index}" for index in config_fields["out_indices"]]
-    if chosen is None:
-        return canonical
-    return {
-        n: t for n, t in canonical.items() if not n.startswith("hidden_states_norms.") or n.split(".")[1] in chosen
-    }
+# Fields that from_pretrained takes by itself.
+_OF_THE_MODEL = frozenset({"dtype", "attn_implementation"})
 
 
 @cache
@@ -281,20 +200,33 @@ def _configuration(
     variant: str | None,
     published: dict[str, Any] | None,
     given: dict[str, Any],
+    overriding: bool,
 ) -> FocalNetConfig:
-    _check_agreement(known, given, "argument", source)
+    if not overriding:
+        _check_agreement(known, given, "argument", source)
     if variant is not None:
         told = {name: value for name, value in _told_by(variant, format).items() if name not in given}
         _check_agreement({**known, **(published or {})}, told, f"variant {variant!r}", source)
     if published is not None:
+        published = dict(published)
+        if published.get("drop_incomplete_patches") is None and "drop_incomplete_patches" in known:
+            published["drop_incomplete_patches"] = known["drop_incomplete_patches"]
         return FocalNetConfig.from_dict(published, **given)
-    fields, matching = _merged(known, given, format, variant)
+    labels = {name: given[name] for name in _LABELS if name in given}
+    fields, matching = _merged(
+        known, {name: value for name, value in given.items() if name not in labels}, format, variant
+    )
     _check_complete(fields, source)
     _check_settled(fields, matching, format, source)
     # Only a 7x7 stem does not tell its patches; its stride is 4 or 7.
     fields.setdefault("patch_size", 4 if fields["use_conv_embed"] else 7)
+    if format != "transformers" and (names := class_names(known.get("num_labels"))) is not None:
+        fields["id2label"] = dict(enumerate(names))
+        fields["label2id"] = {name: index for index, name in enumerate(names)}
     try:
-        return FocalNetConfig(**_agreeing_outputs(fields, given))
+        config = FocalNetConfig(**_agreeing_outputs(fields, given))
+        # As for a directory, where from_pretrained puts its arguments over what config.json says.
+        return FocalNetConfig.from_dict(config.to_dict(), **labels) if labels else config
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: the file and the arguments give no valid configuration: {error}") from None
 
@@ -309,6 +241,8 @@ def _merged(
     return {**fields, **known, **given}, matching
 
 
+# What names the outputs of a head, and counts them.
+_LABELS = ("num_labels", "id2label", "label2id")
 # Fields that do not contradict a file: a fine-tuned model changes them, only training uses them, shapes do not show
 # them, or the check of shapes says it better.
 _FREE = {
@@ -320,6 +254,7 @@ _FREE = {
     "num_channels",
     "mlp_ratio",
     "stem_padding",
+    "drop_incomplete_patches",
     "feature_maps_before_downsampling",
     "out_features",
     "out_indices",
@@ -348,6 +283,10 @@ def comparable(name: str, value: Any) -> Any:
     """A field's value such that equal settings are equal: lists for tuples, a patch's size as a pair."""
     if name == "patch_size" and isinstance(value, int):
         return [value, value]
+    if name == "stem_padding" and value is None:
+        return USUAL_STEM_PADDING
+    if name == "drop_incomplete_patches":
+        return bool(value)
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
@@ -399,17 +338,21 @@ def pretrained_arguments(
     Heads that the class lacks or has anew are left for from_pretrained to report, as for any of its checkpoints.
 
     Args:
-        arguments: those of from_pretrained: ``config``, ``variant`` and fields of the configuration are used here.
+        arguments: those of from_pretrained: ``config``, ``variant``, ``use_ema`` and fields of the configuration are
+            used here. With ``ignore_mismatched_sizes`` the fields may contradict the file, as they may a directory.
 
     Raises:
         ValueError, TypeError, OSError: as `read_checkpoint`, or the body does not fit.
     """
     rest = dict(arguments)
-    config, variant = rest.pop("config", None), rest.pop("variant", None)
+    config, variant, use_ema = rest.pop("config", None), rest.pop("variant", None), rest.pop("use_ema", None)
     if isinstance(config, (str, os.PathLike)):
         config = FocalNetConfig.from_pretrained(config)
-    given = {name: rest.pop(name) for name in arguments if name in _field_names() and name != "dtype"}
-    checkpoint = read_checkpoint(path, variant=variant, config=config, **given)
-    with torch.device("meta"):
-        checkpoint.verify(model_class(checkpoint.config).state_dict(), body_only=True)
+    given = {name: rest.pop(name) for name in arguments if name in _field_names() and name not in _OF_THE_MODEL}
+    any_size = bool(rest.get("ignore_mismatched_sizes"))
+    checkpoint = read_checkpoint(path, variant=variant, config=config, use_ema=use_ema, overriding=any_size, **given)
+    if not any_size:
+        with torch.device("meta"):
+            checkpoint.verify(model_class(checkpoint.config).state_dict(), body_only=True)
+    checkpoint.tell()
     return {**rest, "config": checkpoint.config, "state_dict": checkpoint.state_dict}

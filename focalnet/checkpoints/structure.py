@@ -30,6 +30,11 @@ _STRUCTURE = (
     "use_post_layernorm_in_modulation",
     "use_post_layernorm",
 )
+# FocalNet-DINO, detrex, MaskDINO, X-Decoder and Relation-DETR have this one. The authors' mmdet and mmseg code has 3,
+# but no published configuration of theirs has the overlapping stem.
+USUAL_STEM_PADDING = 2
+# Formats of models that leave out what fills no patch: timm's and the authors' classifiers; their detectors pad.
+DROPPING_FORMATS = ("timm", "authors")
 # First windows that the authors' detection configurations give to the classifiers' tiny, small and base variants.
 _DETECTION_WINDOW = 9
 
@@ -167,5 +172,6 @@ def _outputs(shapes: _Shapes, kind: str, format: str, fields: Mapping[str, Any])
         outputs["out_features"] = [stage for stage in stages if shapes.has(rf"hidden_states_norms\.{stage}\.")]
         outputs["feature_maps_before_downsampling"] = True
         outputs["use_feature_map_norms"] = True
-        outputs["stem_padding"] = 3 if fields.get("use_conv_embed") else None
+        outputs["stem_padding"] = USUAL_STEM_PADDING if fields.get("use_conv_embed") else None
+    outputs["drop_incomplete_patches"] = True if format in DROPPING_FORMATS else None
     return outputs
