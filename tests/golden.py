@@ -35,6 +35,8 @@ def settings_of(name):
     settings = {"normalize_modulator": config.get("normalize_modulator", False)}
     if format_of(name) != "timm":
         settings["use_post_layernorm"] = config.get("use_postln", False)
+    if format_of(name) == "authors-detection" and config.get("use_conv_embed"):
+        settings["stem_padding"] = 3  # the authors' mmdet code; everybody else's detectors have 2
     return settings
 
 

@@ -29,6 +29,7 @@ from focalnet import (
     FocalNetConfig,
     FocalNetForImageClassification,
     FocalNetModel,
+    convert_checkpoint,
     load_checkpoint,
 )
 from focalnet.checkpoints import reading, structure
@@ -59,7 +60,7 @@ def test_golden_files_are_recognised(name, tmp_path):
         assert config.num_labels == published["num_classes"]
     else:
         assert config.out_features == ["stage1", "stage2", "stage3", "stage4"]
-        assert config.stem_padding == (3 if config.use_conv_embed else None)
+        assert config.stem_padding == settings_of(name).get("stem_padding")
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -156,10 +157,56 @@ def test_fewer_maps_than_a_detector_has(chosen, tmp_path):
     assert list(loaded.hidden_states_norms) == ["stage1"]
 
 
-def test_stem_padding_of_detectors(tmp_path):
-    path = file_of(detector(use_conv_embed=True, stem_padding=3), "authors", tmp_path)
-    assert load_checkpoint(path, **SETTLED).config.stem_padding == 3
-    assert load_checkpoint(path, **SETTLED, stem_padding=2).config.stem_padding == 2
+def test_stem_padding_of_detectors_is_2_and_said(tmp_path, caplog):
+    """FocalNet-DINO, detrex, MaskDINO, X-Decoder and Relation-DETR; the authors' mmdet code has 3, on request."""
+    path = file_of(detector(use_conv_embed=True), "authors", tmp_path)
+    assert load_checkpoint(path, **SETTLED).config.stem_padding == 2
+    assert "stem_padding=2" in caplog.text
+    assert "stem_padding=3" in caplog.text
+    caplog.clear()
+    assert load_checkpoint(path, **SETTLED, stem_padding=3).config.stem_padding == 3
+    assert "stem_padding" not in caplog.text
+    report = convert_checkpoint(path, tmp_path / "converted", **SETTLED)
+    assert any("stem_padding=2" in note for note in report.notes)
+    back = convert_checkpoint(report.path, tmp_path / "back.pth", "authors-detection")
+    assert "stem_padding" not in back.pass_when_reading
+    three = convert_checkpoint(path, tmp_path / "three", **SETTLED, stem_padding=3).path
+    back = convert_checkpoint(three, tmp_path / "back.pth", "authors-detection")
+    assert back.pass_when_reading["stem_padding"] == 3
+
+
+@pytest.mark.parametrize("outer", ["backbone.", "module.backbone.", ""])
+def test_norms_behind_the_network(outer, tmp_path):
+    """Relation-DETR and Salience-DETR: ``backbone`` is a Sequential of the network and of the norms of its maps."""
+    model = detector()
+    tensors = {}
+    for name, tensor in named(model, "authors").items():
+        tensors[f"{outer}{1 if name.startswith('norm') else 0}.{name}"] = tensor
+    tensors["transformer.level_embeds"] = torch.ones(2)
+    torch.save({"model": tensors}, tmp_path / "relation_detr.pth")
+    loaded = load_checkpoint(tmp_path / "relation_detr.pth", **SETTLED)
+    assert type(loaded) is FocalNetBackbone
+    assert loaded.out_features == ["stage1", "stage2"]
+    assert_same_bits(model.state_dict(), loaded.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("renamed", "said"),
+    [
+        ((".norm1.", ".dw1."), ["SEEM's", "X-Decoder's", "dw1", "focalnet.patch(model)"]),
+        ((".modulation.", ".attn."), ["Swin or Focal Transformer", "attention"]),
+    ],
+)
+def test_relatives_are_refused_by_name(renamed, said, tmp_path):
+    tensors = named(detector(), "authors")
+    tensors.update({name.replace(*renamed): tensor for name, tensor in tensors.items()})
+    if "attn" in renamed[1]:
+        tensors = {name: tensor for name, tensor in tensors.items() if ".modulation." not in name}
+    torch.save({"model": {f"backbone.{name}": tensor for name, tensor in tensors.items()}}, tmp_path / "model.pth")
+    message = message_of(ValueError, load_checkpoint, tmp_path / "model.pth", **SETTLED)
+    assert str(tmp_path / "model.pth") in message
+    for words in said:
+        assert words in message
 
 
 @pytest.mark.parametrize("naming", ["authors", "timm"])

@@ -109,12 +109,15 @@ def test_settings_that_a_file_does_not_record_are_reported(tmp_path, caplog):
     source = file_of(FocalNetForImageClassification(FocalNetConfig(**SMALL, **fields)), "transformers", tmp_path)
     with caplog.at_level(logging.WARNING, logger="focalnet"):
         report = convert_checkpoint(source, tmp_path / "model.pth", "authors")
-    assert report.pass_when_reading == fields
+    # A reader of the authors' and of timm's files expects models that drop incomplete patches, and this one pads.
+    assert report.pass_when_reading == {**fields, "drop_incomplete_patches": False}
     assert "normalize_modulator" in caplog.text
     loaded = load_checkpoint(report.path, **report.pass_when_reading)
-    assert all(getattr(loaded.config, name) == value for name, value in fields.items())
+    assert all(getattr(loaded.config, name) == value for name, value in report.pass_when_reading.items())
     report = convert_checkpoint(source, tmp_path / "model.safetensors", "timm")
-    assert report.pass_when_reading == {"normalize_modulator": True, "layer_norm_eps": 1e-6}
+    told = {"normalize_modulator": True, "layer_norm_eps": 1e-6, "drop_incomplete_patches": False}
+    assert report.pass_when_reading == told
+    assert "drop incomplete patches" in report.notes[0]
     assert convert_checkpoint(source, tmp_path / "copy").pass_when_reading == {}
 
 

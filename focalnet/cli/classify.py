@@ -12,7 +12,8 @@ from .compute import Device, DType, backend_for, device_for, torch_dtype
 from .errors import SOME_SKIPPED, UserError
 from .images import Skipped, find_images, load_processor
 from .inference import Classified, classify_files
-from .models import load_classifier, parse_fields, silence_transformers
+from .labels import LabelsFile, use_labels
+from .models import UseEma, load_classifier, parse_fields, silence_transformers
 from .output import Bar, print_tables, report
 
 
@@ -33,6 +34,8 @@ def classify(
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="A configuration field that a file does not tell."),
     ] = None,
+    use_ema: UseEma = None,
+    labels: LabelsFile = None,
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Labels for each image.")] = 5,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images in one pass.")] = 16,
     backend: Annotated[
@@ -53,7 +56,9 @@ def classify(
     if not paths:
         raise UserError(f"no image found in {', '.join(images)}; expected files, folders or globs of images")
     where = device_for(device, backend)
-    classifier = load_classifier(model, variant, parse_fields(fields)).to(device=where, dtype=torch_dtype(dtype))
+    classifier = load_classifier(model, variant, parse_fields(fields), use_ema)
+    use_labels(classifier.config, labels)
+    classifier = classifier.to(device=where, dtype=torch_dtype(dtype))
     processor = load_processor(model, classifier.config)
 
     classified = []

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .errors import UserError
-from .models import parse_fields, reading, silence_transformers
+from .models import UseEma, parse_fields, reading, silence_transformers
 
 
 class Format(str, Enum):
@@ -36,6 +36,7 @@ def convert(
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="A configuration field, e.g. normalize_modulator=true."),
     ] = None,
+    use_ema: UseEma = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite DST.")] = False,
 ) -> None:
     """Convert a checkpoint between transformers', the authors' and timm's formats; no value changes."""
@@ -46,9 +47,13 @@ def convert(
     logging.getLogger(convert_checkpoint.__module__).setLevel(logging.ERROR)
     _refuse_to_overwrite(destination, force)
     with reading(source, "SRC"):
-        done = convert_checkpoint(source, destination, to.value, variant=variant, **parse_fields(fields))
+        done = convert_checkpoint(
+            source, destination, to.value, variant=variant, use_ema=use_ema, **parse_fields(fields)
+        )
     typer.echo(f"read     {done.source}: a {done.kind} in the format {done.source_format}")
     typer.echo(f"wrote    {done.path}: {done.format}, {done.tensors} tensors, {done.parameters:,} parameters")
+    for note in done.notes:
+        typer.echo(f"note     {note}")
     if done.pass_when_reading:
         options = (f"--set {name}={json.dumps(value)}" for name, value in done.pass_when_reading.items())
         typer.echo(f"note     the format {done.format} does not record everything; read it with {' '.join(options)}")

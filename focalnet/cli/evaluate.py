@@ -17,7 +17,8 @@ from .errors import SOME_SKIPPED, UserError, printable
 from .images import Skipped, load_processor
 from .inference import Classified, classify_files
 from .labelled import LabelledImage, find_labelled_images
-from .models import load_classifier, parse_fields, silence_transformers
+from .labels import LabelsFile, use_labels
+from .models import UseEma, load_classifier, parse_fields, silence_transformers
 from .output import Bar, report
 from .record import Record
 
@@ -58,6 +59,14 @@ def evaluate(
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="A configuration field that a file does not tell."),
     ] = None,
+    use_ema: UseEma = None,
+    labels: LabelsFile = None,
+    among_folders: Annotated[
+        bool,
+        typer.Option(
+            "--among-folders", help="Choose among the classes that have a folder, such as 1K's of a 22K model's."
+        ),
+    ] = False,
     record: Annotated[
         Path | None,
         typer.Option(help="A file to keep every image's result in; an interrupted run goes on from there."),
@@ -72,18 +81,24 @@ def evaluate(
 ) -> None:
     """Check a classifier's accuracy on a folder of classes, such as ImageNet's validation set.
 
-    A class folder is named like one of the model's labels, or by its index; or there are as many folders as labels,
-    and they stand for them in alphabetical order (ImageNet's n01440764, ...). A file that cannot be read is reported
+    A class folder is named like one of the model's labels, by its WordNet id (n01440764, ...) where the model has
+    ImageNet's 1000 or 21,842 classes or --labels has the ids, or by its index; or there are as many folders as
+    labels, and they stand for them in alphabetical order. A file that cannot be read is reported
     and left out. Exit code: 0, or 1 if any was left out, or 2 if there is nothing to evaluate.
     """
     silence_transformers()
     where = device_for(device, backend)
-    classifier = load_classifier(model, variant, parse_fields(fields)).to(device=where, dtype=torch_dtype(dtype))
+    classifier = load_classifier(model, variant, parse_fields(fields), use_ema)
+    ids = use_labels(classifier.config, labels)
+    classifier = classifier.to(device=where, dtype=torch_dtype(dtype))
     if classifier.config.problem_type == "multi_label_classification":
         raise UserError(f"--model {model}: expected a model with one label an image, this one gives several")
     processor = load_processor(model, classifier.config)
-    images = find_labelled_images(data, classifier.config)
+    images = find_labelled_images(data, classifier.config, ids)
+    among = sorted({image.label for image in images}) if among_folders else None
     run = {"model": model, "data": str(data.resolve()), "dtype": dtype.value, "images": len(images)}
+    if among is not None:
+        run["among"] = f"{len(among)} of {classifier.config.num_labels} classes"
 
     with Record(record, run) as results:
         todo = [image for image in images if image.name not in results.ranks]
@@ -94,7 +109,7 @@ def evaluate(
             _interruptible(results, record, len(images)),
         ):
             bar.advance(len(images) - len(todo))
-            batches = classify_files(classifier, processor, [image.path for image in todo], TOP, batch_size)
+            batches = classify_files(classifier, processor, [image.path for image in todo], TOP, batch_size, among)
             skipped = _collect(batches, todo, results, bar)
         seconds = time.perf_counter() - start
     if not results.ranks:
@@ -152,6 +167,8 @@ def _print(facts: dict[str, object]) -> None:
     table.add_column(min_width=24)
     table.add_column(justify="right")
     table.add_row("images", f"{facts['images']}")
+    if "among" in facts:
+        table.add_row("chosen among", f"{facts['among']}")
     table.add_row("top-1", f"{facts['top1']:.2%}")
     table.add_row("top-5", f"{facts['top5']:.2%}")
     if facts["images_this_run"]:

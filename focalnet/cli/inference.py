@@ -43,8 +43,9 @@ def classify_files(
     paths: list[Path],
     top_k: int,
     batch_size: int,
+    among: list[int] | None = None,
 ) -> Iterator[list[Classified | Skipped]]:
-    """The results of ``paths``, ``batch_size`` of them at a time.
+    """The results of ``paths``, ``batch_size`` of them at a time; ``among`` are the labels to choose from, if not all.
 
     The files of a batch are decoded in parallel, while the model works on the batch before.
     """
@@ -56,45 +57,54 @@ def classify_files(
         ahead = decode(batches[0]) if batches else iter(())
         for batch, following in pairwise([*batches, []]):
             decoded, ahead = ahead, decode(following)
-            yield _results(classifier, list(zip(batch, decoded, strict=True)), top_k)
+            yield _results(classifier, list(zip(batch, decoded, strict=True)), top_k, among)
 
 
 def _results(
-    classifier: FocalNetForImageClassification, loaded: list[tuple[Path, Tensor | Skipped]], top_k: int
+    classifier: FocalNetForImageClassification,
+    loaded: list[tuple[Path, Tensor | Skipped]],
+    top_k: int,
+    among: list[int] | None,
 ) -> list[Classified | Skipped]:
     results: list[Classified | Skipped] = [pixels for _, pixels in loaded if isinstance(pixels, Skipped)]
     readable = [(path, pixels) for path, pixels in loaded if not isinstance(pixels, Skipped)]
     # A processor that does not crop gives images of several sizes.
     for _, same_size in groupby(readable, key=lambda item: item[1].shape):
-        results += _classify(classifier, list(same_size), top_k)
+        results += _classify(classifier, list(same_size), top_k, among)
     return results
 
 
 def _classify(
-    classifier: FocalNetForImageClassification, batch: list[tuple[Path, Tensor]], top_k: int
+    classifier: FocalNetForImageClassification,
+    batch: list[tuple[Path, Tensor]],
+    top_k: int,
+    among: list[int] | None,
 ) -> list[Classified | Skipped]:
     import torch
 
     pixel_values = torch.stack([pixels for _, pixels in batch])
     with torch.inference_mode():
         logits = classifier(pixel_values.to(classifier.device, classifier.dtype)).logits.float().cpu()
-    return [_most_probable(classifier, path, row, top_k) for (path, _), row in zip(batch, logits, strict=True)]
+    return [_most_probable(classifier, path, row, top_k, among) for (path, _), row in zip(batch, logits, strict=True)]
 
 
 def _most_probable(
-    classifier: FocalNetForImageClassification, path: Path, logits: Tensor, top_k: int
+    classifier: FocalNetForImageClassification, path: Path, logits: Tensor, top_k: int, among: list[int] | None
 ) -> Classified | Skipped:
     config = classifier.config
     if not logits.isfinite().all():
         return Skipped(str(path), f"the model's output in {classifier.dtype} is not finite; try --dtype float32")
+    choice = range(len(logits)) if among is None else among
+    logits = logits if among is None else logits[among]
     # Several labels at once, or a single one: each is a yes or no by itself, as in transformers' pipeline.
     independent = config.problem_type == "multi_label_classification" or config.num_labels == 1
     probabilities = logits.sigmoid() if independent else logits.softmax(-1)
-    values, indices = probabilities.topk(min(top_k, len(probabilities)))
+    values, places = probabilities.topk(min(top_k, len(probabilities)))
+    indices = [choice[place] for place in places.tolist()]
     return Classified(
         str(path),
         [
             Prediction(config.id2label.get(index, f"LABEL_{index}"), index, value)
-            for value, index in zip(values.tolist(), indices.tolist(), strict=True)
+            for value, index in zip(values.tolist(), indices, strict=True)
         ],
     )

@@ -22,8 +22,8 @@ class LabelledImage:
     label: int
 
 
-def find_labelled_images(folder: Path, config: FocalNetConfig) -> list[LabelledImage]:
-    """The images of every class folder in ``folder``, class by class.
+def find_labelled_images(folder: Path, config: FocalNetConfig, ids: list[str] | None = None) -> list[LabelledImage]:
+    """The images of every class folder in ``folder``, class by class; ``ids`` are further names of the classes.
 
     Raises:
         UserError: there is no such folder, no image in it, or its folders are not the model's classes.
@@ -31,7 +31,7 @@ def find_labelled_images(folder: Path, config: FocalNetConfig) -> list[LabelledI
     if not folder.is_dir():
         raise UserError(f"DIR: expected a folder with one folder for each class, got {folder}")
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    labels = _labels([path.name for path in classes], config, folder)
+    labels = _labels([path.name for path in classes], config, ids, folder)
     found = []
     for path, label in zip(classes, labels, strict=True):
         images, empty = find_images([str(path)])
@@ -42,17 +42,20 @@ def find_labelled_images(folder: Path, config: FocalNetConfig) -> list[LabelledI
     return found
 
 
-def _labels(names: list[str], config: FocalNetConfig, folder: Path) -> list[int]:
-    """The label of each class folder: by its name, by the number that is its name, or by its place."""
+def _labels(names: list[str], config: FocalNetConfig, ids: list[str] | None, folder: Path) -> list[int]:
+    """The label of each class folder: by its name, its id, the number that is its name, or its place."""
     by_name = {label: index for index, label in config.id2label.items()}
-    if names and all(name in by_name for name in names):
-        return [by_name[name] for name in names]
+    by_id = {wordnet_id: index for index, wordnet_id in enumerate(ids or [])}
+    for index_of in (by_name, by_id):
+        if names and all(name in index_of for name in names):
+            return [index_of[name] for name in names]
     if names and all(name.isdecimal() and int(name) < config.num_labels for name in names):
         return [int(name) for name in names]
     if len(names) == config.num_labels:
         return list(range(len(names)))
     some = ", ".join([*map(repr, names[:3]), *(["..."] if len(names) > 3 else [])])
     raise UserError(
-        f"DIR: expected class folders named like the model's labels ({config.id2label[0]!r}, ...) or by their index, "
-        f"or exactly {config.num_labels} of them in alphabetical order; {folder} has {len(names)} ({some or 'none'})"
+        f"DIR: expected class folders named like the model's labels ({config.id2label[0]!r}, ...), by their WordNet id or "
+        f"by their index, or exactly {config.num_labels} of them in alphabetical order; {folder} has {len(names)} "
+        f"({some or 'none'})"
     )

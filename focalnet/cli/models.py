@@ -7,7 +7,9 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from .errors import UserError, in_one_line
 
@@ -15,6 +17,15 @@ if TYPE_CHECKING:
     from ..modeling import FocalNetForImageClassification
 
 _SECONDS_TO_ANSWER = 4
+
+UseEma = Annotated[
+    bool | None,
+    typer.Option(
+        "--ema/--no-ema",
+        help="Take the averaged weights of a training script's file, or the plain ones.",
+        show_default="averaged, where there are any",
+    ),
+]
 
 
 def silence_transformers() -> None:
@@ -82,7 +93,9 @@ def reading(model: str, argument: str) -> Iterator[None]:
         raise UserError(f"{argument} {model}: {reason}{hint}") from error
 
 
-def load_classifier(model: str, variant: str | None, fields: dict[str, Any]) -> FocalNetForImageClassification:
+def load_classifier(
+    model: str, variant: str | None, fields: dict[str, Any], use_ema: bool | None = None
+) -> FocalNetForImageClassification:
     """The classifier that ``model`` names, in evaluation mode.
 
     Raises:
@@ -91,7 +104,7 @@ def load_classifier(model: str, variant: str | None, fields: dict[str, Any]) -> 
     from .. import FocalNetForImageClassification, load_checkpoint
 
     with reading(model, "--model"):
-        loaded = load_checkpoint(model, variant=variant, **fields)
+        loaded = load_checkpoint(model, variant=variant, use_ema=use_ema, **fields)
         if not isinstance(loaded, FocalNetForImageClassification):
             raise UserError(f"expected a classifier, this holds a {type(loaded).__name__}")
         if loaded.config.num_labels < 1 or loaded.config.problem_type == "regression":
