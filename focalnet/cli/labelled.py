@@ -55,7 +55,7 @@ def _labels(names: list[str], config: FocalNetConfig, ids: list[str] | None, fol
         return list(range(len(names)))
     some = ", ".join([*map(repr, names[:3]), *(["..."] if len(names) > 3 else [])])
     raise UserError(
-        f"DIR: expected class folders named like the model's labels ({config.id2label[0]!r}, ...), by their WordNet id or "
-        f"by their index, or exactly {config.num_labels} of them in alphabetical order; {folder} has {len(names)} "
+        f"DIR: expected class folders named by the model's labels ({config.id2label[0]!r}, ...), by WordNet id, or by "
+        f"index, or exactly {config.num_labels} of them in alphabetical order; {folder} has {len(names)} "
         f"({some or 'none'})"
     )
