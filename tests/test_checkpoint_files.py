@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import assert_one_line_error, offline_and_undone, run
 from model_files import (
     SETTLED,
     SMALL,
@@ -203,6 +204,81 @@ def test_broken_directories(tmp_path):
     for names in ({"a": "../outside.safetensors"}, ["a"]):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
         assert "weight_map" in message_of(ValueError, load_checkpoint, tmp_path)
+
+
+@pytest.mark.parametrize("call", ["load_checkpoint", "from_pretrained", "classify"])
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "swin", "architectures": ["SwinForImageClassification"]}, ["'swin' (SwinFor", "AutoModel"]),
+        ({"architecture": "resnet50", "num_classes": 10}, ["'resnet50'", "timm.create_model('resnet50', ...)"]),
+    ],
+    ids=["transformers", "timm"],
+)
+def test_folders_of_other_architectures(config, said, call, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"patch_embed.proj.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    if call == "classify":
+        with offline_and_undone(monkeypatch):
+            result = run("classify", __file__, "--model", tmp_path)
+        assert_one_line_error(result, "--model", "expected 'focalnet'", *said)
+        return
+    function = {"load_checkpoint": load_checkpoint, "from_pretrained": FocalNetModel.from_pretrained}[call]
+    message = message_of(ValueError, function, tmp_path)
+    for words in (str(tmp_path), "expected 'focalnet'", *said):
+        assert words in message
+
+
+def test_folder_of_a_larger_model_with_a_focalnet_in_it(tmp_path):
+    config = FocalNetConfig(**SMALL)
+    model = randomized(FocalNetBackbone(config))
+    tensors = {f"model.backbone.{name}": tensor for name, tensor in model.state_dict().items()}
+    save_file({**tensors, "decode_head.bias": torch.zeros(1)}, tmp_path / "model.safetensors")
+    whole = {"model_type": "upernet", "backbone_config": {"model_type": "focalnet"}}
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    assert_same_bits(model.state_dict(), load_checkpoint(tmp_path, **SETTLED).state_dict())
+
+
+@pytest.mark.parametrize("weights_beside", [True, False])
+@pytest.mark.parametrize("call", ["load_checkpoint", "from_pretrained", "classify"])
+def test_a_configuration_for_weights(call, weights_beside, tmp_path, monkeypatch):
+    FocalNetForImageClassification(FocalNetConfig(**SMALL)).save_pretrained(tmp_path)
+    if not weights_beside:
+        (tmp_path / "model.safetensors").unlink()
+    path = tmp_path / "config.json"
+    advice = f"pass its folder, {tmp_path}" if weights_beside else "pass the file of the weights"
+    if call == "classify":
+        with offline_and_undone(monkeypatch):
+            result = run("classify", __file__, "--model", path)
+        assert_one_line_error(result, "--model", "this is JSON", advice)
+        return
+    function = {"load_checkpoint": load_checkpoint, "from_pretrained": FocalNetModel.from_pretrained}[call]
+    message = message_of(ValueError, function, path)
+    assert str(path) in message
+    assert advice in message
+
+
+@pytest.mark.parametrize("settings", [{"num_labels": 3}, {"id2label": {0: "cat", 1: "dog", 2: "owl"}}], ids=str)
+@pytest.mark.parametrize("kind", ["authors", "timm", "transformers", "no head"])
+def test_another_number_of_labels_is_from_pretrained_to_make(kind, settings, tmp_path):
+    model = (FocalNetModel if kind == "no head" else FocalNetForImageClassification)(FocalNetConfig(**SMALL))
+    path = file_of(model, "authors" if kind == "no head" else kind, tmp_path)
+    message = message_of(
+        ValueError, load_checkpoint, path, normalize_modulator=False, use_post_layernorm=False, **settings
+    )
+    assert str(path) in message
+    shown = {"authors": "head.weight is (5, 16)", "timm": "head.fc.weight is (5, 16)", "no head": "has no head"}
+    assert shown.get(kind, "classifier.weight is (5, 16)") in message
+    advice = message[message.index("FocalNetForImageClassification.from_pretrained") :]
+    loaded = eval(advice)
+    assert loaded.classifier.out_features == 3
+    assert not loaded.config.normalize_modulator
+
+
+def test_the_number_of_labels_that_a_file_has_may_be_given(tmp_path):
+    assert load_checkpoint(authors_file(tmp_path), **SETTLED, num_labels=5).config.num_labels == 5
+    names = dict(enumerate("abcde"))
+    assert load_checkpoint(authors_file(tmp_path), **SETTLED, id2label=names).config.id2label == names
 
 
 def test_what_is_no_path_and_no_id(tmp_path):

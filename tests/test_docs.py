@@ -66,6 +66,18 @@ def test_snippets_run(title, stand_ins, capsys):
         assert len(names["report"].replaced) >= 2
 
 
+def test_snippets_about_checkpoints_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = focalnet.FocalNetForImageClassification(focalnet.FocalNetConfig.from_variant("tiny_lrf"))
+    model.save_pretrained("saved")
+    focalnet.convert_checkpoint("saved", "focalnet_tiny_lrf.pth", "authors")
+    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE.with_name("checkpoints.md").read_text(), flags=re.DOTALL)
+    names = {}
+    exec(compile(snippet, "checkpoints.md", "exec"), names)
+    assert names["model"].classifier.out_features == 37
+    assert torch.equal(names["model"].focalnet.layernorm.weight, model.focalnet.layernorm.weight)
+
+
 def test_the_table_of_compatibility_names_tests_that_exist():
     table = (PAGE.parent / "compatibility.md").read_text()
     named = set(re.findall(r"test_\w+\.py", table))

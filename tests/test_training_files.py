@@ -12,7 +12,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from command_line import run
+from command_line import offline_and_undone, run
 from model_files import SETTLED, SMALL, assert_same_bits, message_of, named, randomized
 
 from focalnet import (
@@ -175,7 +175,7 @@ def taken(path, **options):
 
 
 @pytest.mark.parametrize("source", TRAINED)
-def test_averaged_weights_are_taken_unless_the_plain_ones_are_asked_for(source, tmp_path, caplog):
+def test_averaged_weights_are_taken_unless_the_plain_ones_are_asked_for(source, tmp_path, caplog, monkeypatch):
     path = tmp_path / "checkpoint.pth"
     torch.save(TRAINED[source], path)
     for use_ema, expected, said in ((None, AVERAGE, "EMA"), (True, AVERAGE, "EMA"), (False, PLAIN, "plain weights")):
@@ -187,9 +187,9 @@ def test_averaged_weights_are_taken_unless_the_plain_ones_are_asked_for(source, 
         assert taken(report.path) == expected
         model = FocalNetForImageClassification.from_pretrained(path, **SETTLED, use_ema=use_ema)
         assert model.classifier.weight.flatten()[0] == expected
-    with torch.no_grad():
-        convert = ["convert", path, tmp_path / "by_command", "--set", "normalize_modulator=false"]
-        result = run(*convert, "--set", "use_post_layernorm=false", "--no-ema")
+    told = ["--set", "normalize_modulator=false", "--set", "use_post_layernorm=false"]
+    with offline_and_undone(monkeypatch):
+        result = run("convert", path, tmp_path / "by_command", *told, "--no-ema")
     assert "plain weights" in result.stdout
     assert taken(tmp_path / "by_command") == PLAIN
 

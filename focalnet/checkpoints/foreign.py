@@ -14,7 +14,7 @@ from .files import read_json
 _RELATIVES = (
     (
         re.compile(r"layers\.\d+\.blocks\.\d+\.dw[12]\."),
-        "X-Decoder's, SEEM's or OpenSeeD's FocalNet",
+        "X-Decoder's or SEEM's FocalNet",
         "its blocks have depthwise convolutions (dw1, dw2) of their own and other sums",
     ),
     (
