@@ -24,7 +24,7 @@ from ..variants import VARIANTS
 from .files import read_json, read_weights, weights_of_directory
 from .foreign import check_architecture, configuration_in
 from .key_maps import rename
-from .recognition import BODY, bare_name, naming_of, prefixed, recognise, shortened, take_apart
+from .recognition import BODY, Taken, bare_name, naming_of, prefixed, recognise, shortened, take_apart
 from .structure import UNSETTLED_BY_SHAPES, USUAL_STEM_PADDING, matching_variants
 
 logger = logging.getLogger(__name__)
@@ -154,7 +154,7 @@ def interpret(
     """What `read_checkpoint` makes of a file's tensors; ``published`` is the content of its config.json."""
     check_arguments(variant, config_fields)
     taken = take_apart(tensors, source, published, config_fields)
-    config = _configuration(taken.known, taken.format, source, variant, published, config_fields, overriding)
+    config = _configuration(taken, source, variant, published, config_fields, overriding)
     state_dict = taken.canonical
     if taken.kind != "base":
         state_dict = {prefixed(name): tensor for name, tensor in state_dict.items()}
@@ -194,39 +194,42 @@ def check_arguments(variant: str | None, config_fields: Mapping[str, Any]) -> No
 
 
 def _configuration(
-    known: dict[str, Any],
-    format: str,
+    taken: Taken,
     source: str,
     variant: str | None,
     published: dict[str, Any] | None,
     given: dict[str, Any],
     overriding: bool,
 ) -> FocalNetConfig:
+    known, format = taken.known, taken.format
     if not overriding:
         _check_agreement(known, given, "argument", source)
     if variant is not None:
         told = {name: value for name, value in _told_by(variant, format).items() if name not in given}
         _check_agreement({**known, **(published or {})}, told, f"variant {variant!r}", source)
     if published is not None:
-        published = dict(published)
-        if published.get("drop_incomplete_patches") is None and "drop_incomplete_patches" in known:
-            published["drop_incomplete_patches"] = known["drop_incomplete_patches"]
-        return FocalNetConfig.from_dict(published, **given)
+        left_open = published.get("drop_incomplete_patches") is None and "drop_incomplete_patches" in known
+        told = {"drop_incomplete_patches": known["drop_incomplete_patches"]} if left_open else {}
+        return FocalNetConfig.from_dict({**published, **told}, **given)
     labels = {name: given[name] for name in _LABELS if name in given}
-    fields, matching = _merged(
-        known, {name: value for name, value in given.items() if name not in labels}, format, variant
-    )
+    config = _inferred(taken, source, variant, {name: given[name] for name in given if name not in labels})
+    # As for a directory, where from_pretrained puts its arguments over what config.json says.
+    return FocalNetConfig.from_dict(config.to_dict(), **labels) if labels else config
+
+
+def _inferred(taken: Taken, source: str, variant: str | None, given: dict[str, Any]) -> FocalNetConfig:
+    """The configuration of a file without one, its labels aside."""
+    fields, matching = _merged(taken.known, given, taken.format, variant)
     _check_complete(fields, source)
-    _check_settled(fields, matching, format, source)
+    _check_settled(fields, matching, taken.format, source)
     # Only a 7x7 stem does not tell its patches; its stride is 4 or 7.
     fields.setdefault("patch_size", 4 if fields["use_conv_embed"] else 7)
-    if format != "transformers" and (names := class_names(known.get("num_labels"))) is not None:
+    names = class_names(taken.known.get("num_labels"))
+    if taken.format != "transformers" and names is not None:
         fields["id2label"] = dict(enumerate(names))
         fields["label2id"] = {name: index for index, name in enumerate(names)}
     try:
-        config = FocalNetConfig(**_agreeing_outputs(fields, given))
-        # As for a directory, where from_pretrained puts its arguments over what config.json says.
-        return FocalNetConfig.from_dict(config.to_dict(), **labels) if labels else config
+        return FocalNetConfig(**_agreeing_outputs(fields, given))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source}: the file and the arguments give no valid configuration: {error}") from None
 
