@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .backends import requested
 from .functional import focal_modulation
 from .normed import normed_linear
+from .onednn import guarded
 from .plain import is_changed
 
 
@@ -136,13 +137,17 @@ class FocalModulation(nn.Module):
             )
         ctx, gates = ctx.permute(0, 3, 1, 2), gates.permute(0, 3, 1, 2)
         agg = 0
-        for level, layer in enumerate(self.focal_layers):
-            ctx = layer(ctx)
-            agg = agg + ctx * gates[:, level : level + 1]
+        with guarded(ctx, self._widest_kernel()):
+            for level, layer in enumerate(self.focal_layers):
+                ctx = layer(ctx)
+                agg = agg + ctx * gates[:, level : level + 1]
         agg = agg + F.gelu(ctx.mean((2, 3), keepdim=True)) * gates[:, self.focal_level :]
         if self.normalize_modulator:
             agg = agg / (self.focal_level + 1)
         return q * self.projection_context(agg).permute(0, 2, 3, 1)
+
+    def _widest_kernel(self) -> int:
+        return self.focal_window + self.focal_factor * (self.focal_level - 1)
 
     def extra_repr(self) -> str:
         kernels = ", ".join(str(level[0].kernel_size[0]) for level in self.focal_layers)
