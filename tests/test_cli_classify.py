@@ -151,13 +151,6 @@ def test_rotation_in_exif_is_undone(tmp_path):
     np.testing.assert_array_equal(images.read_image(tmp_path / "turned.png"), upright)
 
 
-def test_16_bit_grey_keeps_its_contrast(tmp_path):
-    grey = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
-    Image.fromarray(grey).save(tmp_path / "deep.png")
-    read = np.asarray(images.read_image(tmp_path / "deep.png"))
-    np.testing.assert_array_equal(read[..., 0], grey // 256)
-
-
 def test_strip_that_would_need_gigabytes_is_skipped(model_folder, tmp_path):
     Image.new("RGB", (20000, 1)).save(tmp_path / "strip.png")
     document, code = classify(model_folder, tmp_path)
