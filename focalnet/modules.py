@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,6 +36,7 @@ class FocalModulation(nn.Module):
 
     Raises:
         ValueError: a size is out of range, or the input is not ``(B, H, W, dim)``.
+        TypeError: the input is no tensor.
     """
 
     def __init__(
@@ -85,6 +87,9 @@ class FocalModulation(nn.Module):
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         """``hidden_state`` (B, H, W, C) -> (B, H, W, C)."""
+        if not isinstance(hidden_state, (Tensor, torch.fx.Proxy)):
+            kind = f"{type(hidden_state).__module__}.{type(hidden_state).__qualname__}"
+            raise TypeError(f"hidden_state: expected a torch.Tensor (B, H, W, {self.dim}), got {kind}")
         if hidden_state.ndim != 4 or hidden_state.shape[-1] != self.dim:
             raise ValueError(
                 f"hidden_state: expected shape (B, H, W, {self.dim}), got {tuple(hidden_state.shape)}; "

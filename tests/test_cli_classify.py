@@ -238,6 +238,34 @@ def test_damaged_model_file_is_one_clear_line(photos, tmp_path):
     assert_one_line_error(result, "model.safetensors")
 
 
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ("other", ["another architecture", "resnet", "ResNetForImageClassification"]),
+        ("timms", ["another architecture", "resnet50"]),
+        ("other/config.json", ["JSON file beside weights", "give the folder"]),
+        ("lonely/config.json", ["JSON file, which holds no weights"]),
+        ("photos", ["folder of images"]),
+        ("photos/cat.png", ["this is an image"]),
+        ("runs", ["no weights itself", "checkpoint-10"]),
+        ("lonely", ["found none"]),
+    ],
+)
+@pytest.mark.parametrize("command", ["classify", "convert"])
+def test_what_is_no_checkpoint_is_called_by_its_name(command, given, words, photos, tmp_path):
+    for folder in ("other", "timms", "lonely", "runs/checkpoint-10"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "model.safetensors").touch()
+    of_others = {"model_type": "resnet", "architectures": ["ResNetForImageClassification"]}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(of_others))
+    (tmp_path / "timms" / "config.json").write_text('{"architecture": "resnet50"}')
+    (tmp_path / "lonely" / "config.json").write_text('{"model_type": "focalnet"}')
+    (tmp_path / "lonely" / "model.safetensors").unlink()
+    path = tmp_path / given
+    arguments = [photos, "--model", path] if command == "classify" else [path, tmp_path / "out"]
+    assert_one_line_error(run(command, *arguments), str(path), *words)
+
+
 def test_backbone_is_refused_with_what_it_is(photos, tmp_path):
     config = FocalNetConfig(embed_dim=8, depths=[1, 1, 1, 1])
     FocalNetBackbone(config).save_pretrained(tmp_path / "backbone")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError, in_one_line
+from .sources import refuse_what_is_no_checkpoint
 
 if TYPE_CHECKING:
     from ..modeling import FocalNetForImageClassification
@@ -74,6 +75,7 @@ def reading(model: str, argument: str) -> Iterator[None]:
     if not Path(model).expanduser().exists():
         stay_offline_unless_reachable()
     try:
+        refuse_what_is_no_checkpoint(model)
         yield
     except (ValueError, TypeError, OSError) as error:
         # The library names its own argument or the file, which is the same here.
