@@ -35,7 +35,7 @@ demo: install
 	@$(BIN)/python examples/demo.py
 
 test: lint install common-tests
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest --durations=20 $(ARGS)
 
 lint: $(VENV)/.requirements
 	@echo "ruff check"

@@ -1,8 +1,8 @@
 """Whether two runs of a table agree: every ratio of one against the same ratio of the other.
 
-    python bench/models.py --standard && cp bench/results/amd-epyc/models.json first.json
+    python bench/models.py --standard && cp bench/results/<device>/models.json first.json
     python bench/models.py --standard --compare-with first.json
-    python bench/compare.py first.json bench/results/amd-epyc/models.json
+    python bench/compare.py first.json bench/results/<device>/models.json
 
 Exits with 1 where a ratio differs by more than 10 percent.
 """

@@ -4,7 +4,7 @@
 
 Each part of the README between <!-- report: NAME --> and <!-- end --> is written anew from bench/results/; plots go to
 docs/plots/, and one whose rows are gone goes with them. A part whose rows are missing says so. Nothing here measures
-anything.
+anything. A table or plot of figures from a processor says which one gave them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from scaling import fitted
 from focalnet.benchmark.environment import ROOT
 
 README = ROOT / "README.md"
-CPU = "AMD EPYC"
 MISSING = "Not measured yet."
 MISSING_GPU = "Not measured on a GPU yet."
 
@@ -79,19 +78,19 @@ def filled(text: str) -> str:
 # ---- time and memory of models --------------------------------------------------------------------------------------
 
 
-def headline() -> str:
+def headline(device: str) -> str:
     """The runtimes at the headline's image size, batch by batch."""
-    return _runtime_table([row for row in rows.read("models", CPU) if (row["variant"], row["size"]) == HEADLINE])
+    return _runtime_table([row for row in rows.read("models", device) if (row["variant"], row["size"]) == HEADLINE])
 
 
-def training() -> str:
+def training(device: str) -> str:
     """A training step, runtime by runtime."""
-    return _runtime_table(rows.read("training", CPU))
+    return _runtime_table(rows.read("training", device))
 
 
-def architectures() -> str:
+def architectures(device: str) -> str:
     """Other networks of this size, with what they hold and compute."""
-    measured = [row for row in rows.read("architectures", CPU) if row["case"] == "inference"]
+    measured = [row for row in rows.read("architectures", device) if row["case"] == "inference"]
     return _runtime_table(measured, ARCHITECTURES, _size)
 
 
@@ -116,8 +115,6 @@ def _runtime_table(
     chosen: list[dict], names: dict[str, str] = NAMES, facts: Callable[[dict], dict[str, str]] = lambda row: {}
 ) -> str:
     """A line for each runtime; time, ratio and memory for each batch."""
-    if not chosen:
-        return MISSING
     batches = sorted({row["batch"] for row in chosen})
     per_batch = [f for batch in batches for f in (f"batch {batch}, ms", "time over focalnet's", "memory, MB")]
     head = ["runtime" if names is NAMES else "network", *facts(chosen[0]), *per_batch]
@@ -138,11 +135,9 @@ def _cells(chosen: list[dict], batch: int, row: dict | None) -> list[str]:
     return [times, f"{ratio_of(row, ours):.2f}", f"{row['peak_memory_bytes'] / 1e6:.0f}"]
 
 
-def ratios() -> str:
+def ratios(device: str) -> str:
     """Every measured case: each runtime's time over focalnet's, and focalnet's share of the FMA peak."""
-    measured = rows.read("models", CPU)
-    if not measured:
-        return MISSING
+    measured = rows.read("models", device)
     cases = sorted({_of(row, "variant", "size", "batch") for row in measured}, key=order)
     present = [name for name in NAMES if name != OURS and any(row["runtime"] == name for row in measured)]
     head = ["variant", "image", "batch", "focalnet, ms", "of FMA peak", *[NAMES[name] for name in present]]
@@ -158,17 +153,16 @@ def ratios() -> str:
             [variant, str(size), str(batch), f"{ours['median_s'] * 1e3:.0f}", share]
             + [f"{ratio_of(row, ours):.2f}" if row else "" for row in found]
         )
-    return _markdown(head, lines) + _image(f"Bars: the time of other runtimes over focalnet's, {CPU}", "inference")
+    title = f"Bars: the time of other runtimes over focalnet's, {device}"
+    return _markdown(head, lines) + _image(title, "inference", device)
 
 
 # ---- the operator, growth, counters ---------------------------------------------------------------------------------
 
 
-def operators() -> str:
+def operators(device: str) -> str:
     """The operator stage by stage, with its floor."""
-    measured = rows.read("operators", CPU)
-    if not measured:
-        return MISSING
+    measured = rows.read("operators", device)
     names = list(dict.fromkeys(row["backend"] for row in measured))
     ours, reference = names[0], names[-1]
     head = ["H x W x C", "", "floor, ms", *[f"{name}, ms" for name in names], f"{reference} over {ours}"]
@@ -178,14 +172,12 @@ def operators() -> str:
         times = [f"{by_backend[name]['median_s'] * 1e3:.1f}" for name in names]
         floor, ratio = by_backend[ours]["floor_s"], by_backend[reference]["ratio"]
         lines.append([stage, case, f"{floor * 1e3:.1f}", *times, f"{ratio:.2f}"])
-    return _markdown(head, lines) + _image(f"Roofline of the operator's stages, {CPU}", "roofline")
+    return _markdown(head, lines) + _image(f"Roofline of the operator's stages, {device}", "roofline", device)
 
 
-def growth() -> str:
+def growth(device: str) -> str:
     """The fitted exponents, and plots of time and memory."""
-    grown = plots.lines_of(CPU)
-    if not grown:
-        return MISSING
+    grown = plots.lines_of(device)
     lines = []
     for line in grown:
         first, last = line[0], line[-1]
@@ -196,7 +188,7 @@ def growth() -> str:
         lines.append([*of, f"{first['x']} to {last['x']}", f"{fitted(line):.2f}", memory])
     head = ["what grows", "of", "runtime", "range", "time grows with its power", "peak memory, MB"]
     series = dict.fromkeys(line[0]["series"] for line in grown)
-    images = [_image(f"Cost against {name}, {CPU}", f"growth {name}") for name in series]
+    images = [_image(f"Cost against {name}, {device}", f"growth {name}", device) for name in series]
     return _markdown(head, lines) + "".join(images)
 
 
@@ -214,13 +206,22 @@ def counters() -> str:
     return _markdown(head, lines)
 
 
+def _on_each(kind: str, part: Callable[[str], str]) -> Callable[[], str]:
+    """``part`` for every processor that has rows of ``kind``, under the processor's name."""
+
+    def whole() -> str:
+        return "\n\n".join(f"{device}:\n\n{part(device)}" for device in rows.processors(kind)) or MISSING
+
+    return whole
+
+
 PARTS: dict[str, Callable[[], str]] = {
-    "headline": headline,
-    "ratios": ratios,
-    "training": training,
-    "architectures": architectures,
-    "operators": operators,
-    "growth": growth,
+    "headline": _on_each("models", headline),
+    "ratios": _on_each("models", ratios),
+    "training": _on_each("training", training),
+    "architectures": _on_each("architectures", architectures),
+    "operators": _on_each("operators", operators),
+    "growth": _on_each("scaling", growth),
     "counters": counters,
     "gpu": gpu,
 }
@@ -239,8 +240,8 @@ def _markdown(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *lines])
 
 
-def _image(text: str, what: str) -> str:
-    return f"\n\n![{text}](docs/plots/{plots.name_of(what, CPU)})"
+def _image(text: str, what: str, device: str) -> str:
+    return f"\n\n![{text}](docs/plots/{plots.name_of(what, device)})"
 
 
 if __name__ == "__main__":

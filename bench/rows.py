@@ -1,5 +1,6 @@
 """Result rows: one JSON list for each kind of measurement and device, in
-bench/results/<device>/<kind>.json.
+bench/results/<device>/<kind>.json. A device is a GPU by its name, or a processor by name, family, model, instruction
+sets and cores.
 
 A row has what was measured (its case), the figures, and the facts of the machine. A new row replaces the one of the
 same case and leaves the others.
@@ -44,6 +45,11 @@ def read(kind: str, device: str) -> list[dict]:
 def devices(kind: str) -> list[str]:
     """The devices that rows of a kind were measured on."""
     return sorted({row["device"] for path in RESULTS.glob(f"*/{kind}.json") for row in json.loads(path.read_text())})
+
+
+def processors(kind: str) -> list[str]:
+    """Those of the devices that are no GPU: a GPU's rows have its driver."""
+    return [device for device in devices(kind) if not any("driver" in row for row in read(kind, device))]
 
 
 def write(rows: list[dict], kind: str, device: str) -> Path:

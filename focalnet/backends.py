@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
-from . import cpu, cuda, reference, triton_backend
+from . import cpu, cuda, extension, reference, triton_backend
 from .problem import Problem
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,10 @@ def choose(problem: Problem, backend: str | None) -> Callable:
                 f"Leave the backend out to let focalnet choose, or see `focalnet info`."
             )
         return _REGISTRY[name].operators[problem.operator]
-    return _REGISTRY[automatic(problem)].operators[problem.operator]
+    name = automatic(problem)
+    if name == "reference" and problem.device.type == "cpu" and cpu.refuses(problem) is None:
+        extension.warn_if_missing()
+    return _REGISTRY[name].operators[problem.operator]
 
 
 def automatic(problem: Problem) -> str:

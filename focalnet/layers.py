@@ -5,6 +5,8 @@ Everything between the stem's convolution and the head is channels-last, ``(B, H
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -43,10 +45,14 @@ class FocalNetEmbeddings(nn.Module):
         channels = self.patch_embeddings.num_channels
         if pixel_values is None:
             raise ValueError(f"You have to specify pixel_values: expected images (B, {channels}, H, W), got None")
+        if not isinstance(pixel_values, (Tensor, torch.fx.Proxy)):
+            raise TypeError(f"pixel_values: expected a torch.Tensor (B, {channels}, H, W), {_what_came(pixel_values)}")
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+            shape = tuple(pixel_values.shape)
+            hint = "; channels come first here: .permute(0, 3, 1, 2)" if shape[3:] == (channels,) else ""
             raise ValueError(
                 f"pixel_values: expected shape (B, {channels}, H, W), since config.num_channels is {channels}, "
-                f"got {tuple(pixel_values.shape)}"
+                f"got {shape}{hint}"
             )
         if not pixel_values.is_floating_point():
             raise TypeError(
@@ -67,6 +73,18 @@ class FocalNetEmbeddings(nn.Module):
                 f"{height} x {width} grid, got {tuple(bool_masked_pos.shape)}"
             )
         return bool_masked_pos.bool().view(batch, height, width, 1)
+
+
+def _what_came(images: object) -> str:
+    """What was given in the place of a tensor of images, and how to make one of it."""
+    name = f"{type(images).__module__}.{type(images).__qualname__}".removeprefix("builtins.")
+    if isinstance(images, Mapping):
+        return f"got {name}, which holds arguments by name: call model(**inputs)"
+    processor = 'an image processor makes one: model(**processor(images, return_tensors="pt"))'
+    if hasattr(images, "__array_interface__") and hasattr(images, "shape"):
+        converted = "torch.from_numpy(array) if it is prepared as the model wants it, channels first"
+        return f"got {name} of shape {images.shape}; pass {converted}, else {processor}"
+    return f"got {name}; {processor}"
 
 
 class FocalNetLayer(GradientCheckpointingLayer):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .backends import requested
 from .functional import focal_modulation
 from .normed import normed_linear
+from .onednn import guarded
 from .plain import is_changed
 
 
@@ -34,6 +36,7 @@ class FocalModulation(nn.Module):
 
     Raises:
         ValueError: a size is out of range, or the input is not ``(B, H, W, dim)``.
+        TypeError: the input is no tensor.
     """
 
     def __init__(
@@ -84,6 +87,9 @@ class FocalModulation(nn.Module):
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         """``hidden_state`` (B, H, W, C) -> (B, H, W, C)."""
+        if not isinstance(hidden_state, (Tensor, torch.fx.Proxy)):
+            kind = f"{type(hidden_state).__module__}.{type(hidden_state).__qualname__}"
+            raise TypeError(f"hidden_state: expected a torch.Tensor (B, H, W, {self.dim}), got {kind}")
         if hidden_state.ndim != 4 or hidden_state.shape[-1] != self.dim:
             raise ValueError(
                 f"hidden_state: expected shape (B, H, W, {self.dim}), got {tuple(hidden_state.shape)}; "
@@ -136,13 +142,17 @@ class FocalModulation(nn.Module):
             )
         ctx, gates = ctx.permute(0, 3, 1, 2), gates.permute(0, 3, 1, 2)
         agg = 0
-        for level, layer in enumerate(self.focal_layers):
-            ctx = layer(ctx)
-            agg = agg + ctx * gates[:, level : level + 1]
+        with guarded(ctx, self._widest_kernel()):
+            for level, layer in enumerate(self.focal_layers):
+                ctx = layer(ctx)
+                agg = agg + ctx * gates[:, level : level + 1]
         agg = agg + F.gelu(ctx.mean((2, 3), keepdim=True)) * gates[:, self.focal_level :]
         if self.normalize_modulator:
             agg = agg / (self.focal_level + 1)
         return q * self.projection_context(agg).permute(0, 2, 3, 1)
+
+    def _widest_kernel(self) -> int:
+        return self.focal_window + self.focal_factor * (self.focal_level - 1)
 
     def extra_repr(self) -> str:
         kernels = ", ".join(str(level[0].kernel_size[0]) for level in self.focal_layers)

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .onednn import conv2d
+
 Levels = list[Tensor]
 
 
@@ -126,7 +128,7 @@ def _aggregate(contexts: Levels, gates: Tensor, normalize_modulator: bool) -> Te
 def _depthwise_conv(x: Tensor, focal_weight: Tensor) -> Tensor:
     """NHWC in and out; the permuted views are what cuDNN and oneDNN call channels-last."""
     padding = [size // 2 for size in focal_weight.shape[-2:]]
-    out = F.conv2d(x.permute(0, 3, 1, 2), focal_weight, padding=padding, groups=focal_weight.shape[0])
+    out = conv2d(x.permute(0, 3, 1, 2), focal_weight, padding=padding, groups=focal_weight.shape[0])
     return out.permute(0, 2, 3, 1)
 
 

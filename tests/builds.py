@@ -46,6 +46,7 @@ def run(*command, cwd, env=None, fails=False):
         stderr=subprocess.STDOUT,
         text=True,
         check=False,
+        timeout=280,
     )
     assert (result.returncode != 0) == fails, f"{command} returned {result.returncode}\n{result.stdout[-6000:]}"
     return result.stdout

@@ -56,7 +56,7 @@ def compile_sources(folder, sources=SOURCES):
 
 
 def run(command):
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
     assert result.returncode == 0, f"{' '.join(map(str, command))}\n{result.stdout}\n{result.stderr[-8000:]}"
     return result.stdout
 

@@ -1,7 +1,9 @@
 """What the models say to input that does not fit, and what they make of input that is merely odd."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_models import (
     CLASS,
     FIELDS,
@@ -12,6 +14,7 @@ from small_models import (
     one_thread,  # noqa: F401
     tensors,
 )
+from transformers import BatchFeature
 
 import focalnet
 
@@ -51,6 +54,33 @@ def test_a_mask_without_mask_token_is_refused():
 def test_images_that_do_not_fit_are_refused(name, pixel_values, error, message):
     with pytest.raises(error, match=message):
         build(focalnet, name, SMALL)(pixel_values)
+
+
+@CLASS
+@pytest.mark.parametrize(
+    "pixel_values, message",
+    [
+        (np.zeros((2, 3, 32, 32), np.float32), r"got numpy.ndarray of shape \(2, 3, 32, 32\); pass torch.from_numpy"),
+        (Image.new("RGB", (32, 32)), r"got PIL.Image.Image; an image processor makes one: model\(\*\*processor"),
+        ([torch.zeros(3, 32, 32)], r"got list; an image processor makes one"),
+        ("cat.png", r"got str; an image processor makes one"),
+        (BatchFeature({"pixel_values": torch.zeros(2, 3, 32, 32)}), r"BatchFeature, .*call model\(\*\*inputs\)"),
+    ],
+    ids=["array", "PIL", "list", "path", "processor's output"],
+)
+def test_what_is_no_tensor_is_named_with_what_makes_one_of_it(name, pixel_values, message):
+    with pytest.raises(TypeError, match=r"pixel_values: expected a torch.Tensor \(B, 3, H, W\), " + f".*{message}"):
+        build(focalnet, name, SMALL)(pixel_values)
+
+
+def test_channels_that_come_last_are_told_how_to_come_first():
+    with pytest.raises(ValueError, match=r"got \(2, 32, 32, 3\); channels come first here: .permute\(0, 3, 1, 2\)"):
+        build(focalnet, "FocalNetModel", SMALL)(torch.rand(2, 32, 32, 3))
+
+
+def test_a_modulation_of_an_array_names_its_argument():
+    with pytest.raises(TypeError, match=r"hidden_state: expected a torch.Tensor \(B, H, W, 8\), got numpy.ndarray"):
+        focalnet.FocalModulation(8)(np.zeros((1, 4, 4, 8), np.float32))
 
 
 @pytest.mark.parametrize("labels, value", [([0, 5], 5), ([-1, 0], -1)])

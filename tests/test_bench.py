@@ -18,7 +18,7 @@ import scaling
 import torch
 import typer
 
-from focalnet.benchmark import architectures, runtimes, timing, turns, worker
+from focalnet.benchmark import architectures, environment, processor, runtimes, timing, turns, worker
 from focalnet.benchmark.peaks import Peaks
 from focalnet.benchmark.runtimes import RUNTIMES, Case
 
@@ -49,6 +49,38 @@ def test_no_row_of_another_kind_or_device_is_read(results):
     rows.write([{"case": "inference"}], "models", "one")
     assert rows.read("models", "another") == []
     assert rows.read("training", "one") == []
+
+
+CPUINFO = {
+    "Zen 3": "processor : 0\ncpu family : 25\nmodel : 1\nmodel name : AMD EPYC\nflags : fpu avx2\n\nprocessor : 1",
+    "Zen 4": "cpu family : 25\nmodel : 17\nmodel name : AMD EPYC\nflags : avx2 avx512f avx512_vnni avx512_bf16",
+    "ARM": "processor : 0\nFeatures : fp asimd sve bf16\nCPU implementer : 0x41\nCPU part : 0xd40",
+}
+DEVICES = {
+    "Zen 3": "AMD EPYC, family 25 model 1, avx2, 2 cores",
+    "Zen 4": "AMD EPYC, family 25 model 17, avx512_bf16, 2 cores",
+    "ARM": ", family 0x41 model 0xd40, bf16, 2 cores",
+}
+
+
+@pytest.mark.parametrize("name", CPUINFO)
+def test_processors_of_one_name_have_rows_of_their_own(name, results, monkeypatch, tmp_path):
+    (tmp_path / "cpuinfo").write_text(CPUINFO[name])
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(processor.os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    for limit in processor.LIMITS:
+        monkeypatch.delenv(limit, raising=False)
+    facts = environment.facts()
+    assert facts["device"].endswith(DEVICES[name])
+    assert facts["processor"]["instruction_sets"] == [s for s in CPUINFO[name].split() if s in WIDENING]
+    rows.write([{"case": "inference", **facts}], "models", facts["device"])
+    assert rows.processors("models") == [facts["device"]]
+    monkeypatch.setenv("FOCALNET_CPU_ISA", "plain")
+    assert environment.device() == facts["device"] + ", FOCALNET_CPU_ISA=plain"
+    assert rows.read("models", environment.device()) == []
+
+
+WIDENING = {name for group in processor.INSTRUCTION_SETS for name in group}
 
 
 @pytest.mark.parametrize("power", [0.5, 1, 2, 4])

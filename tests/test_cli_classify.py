@@ -151,13 +151,6 @@ def test_rotation_in_exif_is_undone(tmp_path):
     np.testing.assert_array_equal(images.read_image(tmp_path / "turned.png"), upright)
 
 
-def test_16_bit_grey_keeps_its_contrast(tmp_path):
-    grey = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
-    Image.fromarray(grey).save(tmp_path / "deep.png")
-    read = np.asarray(images.read_image(tmp_path / "deep.png"))
-    np.testing.assert_array_equal(read[..., 0], grey // 256)
-
-
 def test_strip_that_would_need_gigabytes_is_skipped(model_folder, tmp_path):
     Image.new("RGB", (20000, 1)).save(tmp_path / "strip.png")
     document, code = classify(model_folder, tmp_path)
@@ -243,6 +236,34 @@ def test_damaged_model_file_is_one_clear_line(photos, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"\x00" * 100)
     result = run("classify", photos, "--model", tmp_path / "model.safetensors")
     assert_one_line_error(result, "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ("other", ["another architecture", "resnet", "ResNetForImageClassification"]),
+        ("timms", ["another architecture", "resnet50"]),
+        ("other/config.json", ["JSON file beside weights", "give the folder"]),
+        ("lonely/config.json", ["JSON file, which holds no weights"]),
+        ("photos", ["folder of images"]),
+        ("photos/cat.png", ["this is an image"]),
+        ("runs", ["no weights itself", "checkpoint-10"]),
+        ("lonely", ["found none"]),
+    ],
+)
+@pytest.mark.parametrize("command", ["classify", "convert"])
+def test_what_is_no_checkpoint_is_called_by_its_name(command, given, words, photos, tmp_path):
+    for folder in ("other", "timms", "lonely", "runs/checkpoint-10"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "model.safetensors").touch()
+    of_others = {"model_type": "resnet", "architectures": ["ResNetForImageClassification"]}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(of_others))
+    (tmp_path / "timms" / "config.json").write_text('{"architecture": "resnet50"}')
+    (tmp_path / "lonely" / "config.json").write_text('{"model_type": "focalnet"}')
+    (tmp_path / "lonely" / "model.safetensors").unlink()
+    path = tmp_path / given
+    arguments = [photos, "--model", path] if command == "classify" else [path, tmp_path / "out"]
+    assert_one_line_error(run(command, *arguments), str(path), *words)
 
 
 def test_backbone_is_refused_with_what_it_is(photos, tmp_path):

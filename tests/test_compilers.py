@@ -86,7 +86,7 @@ def test_exported_programs_run_in_a_fresh_process(tmp_path):
         inputs = [images(*WIDE), images(*OTHER, batch=3)]
         torch.save((inputs, expected_of(source, WIDE, OTHER)), paths[-1] + ".pt")
     code = f"import sys; sys.path[:0] = {sys.path!r}\n" + LOAD
-    result = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, timeout=240)
     assert result.stdout == "loaded 4\n", result.stderr
 
 

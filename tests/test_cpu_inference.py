@@ -44,7 +44,7 @@ print(len(os.listdir("/proc/self/task")) - before)
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_inference_starts_as_many_threads_as_torch_was_given(n):
     command = [sys.executable, "-c", COUNTS_ITS_THREADS.format(n=n)]
-    assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) == n - 1
+    assert int(output_of(command)) == n - 1
 
 
 reads_resident = pytest.mark.skipif(
@@ -89,8 +89,11 @@ with torch.inference_mode():
 
 
 def numbers_of(program):
-    command = [sys.executable, "-c", MEASURES_MEMORY + program]
-    return map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    return map(int, output_of([sys.executable, "-c", MEASURES_MEMORY + program]).split())
+
+
+def output_of(command):
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout
 
 
 @reads_resident

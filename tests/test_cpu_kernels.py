@@ -4,23 +4,14 @@ The rule is the project's: the error against float64 is at most twice that of th
 same precision, plus one unit in the last place of the largest output magnitude.
 """
 
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
-from instruction_sets import LIBRARY, OPS, isa, require, threads  # noqa: F401
+from instruction_sets import OPS, isa, require, threads  # noqa: F401
 from torch.nn import functional as F
 
-if LIBRARY:
-    path = Path(__file__).parent.parent / "focalnet" / "reference.py"
-    spec = importlib.util.spec_from_file_location("focalnet_reference", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    reference = module.gated_aggregation
-else:
-    from focalnet.reference import gated_aggregation as reference
+from focalnet.reference import gated_aggregation as reference
 
 require("cpu_gated_aggregation")
 

@@ -37,7 +37,13 @@ def ask(package):
     )
     env = os.environ | {"PYTHONPATH": str(package.parent)}
     result = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=package.parent, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env=env,
+        cwd=package.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     return json.loads(result.stdout)
 

@@ -152,6 +152,6 @@ def test_the_script_says_where_there_is_no_gpu(tmp_path):
         pytest.skip("there is a GPU")
     script = os.path.join(gpu.ROOT, "bench", "gpu.sh")
     environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path)}
-    ended = subprocess.run(["bash", script], capture_output=True, text=True, env=environment)
+    ended = subprocess.run(["bash", script], capture_output=True, text=True, env=environment, timeout=120)
     assert ended.returncode == 2
     assert "no CUDA device" in ended.stderr

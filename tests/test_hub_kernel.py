@@ -73,7 +73,7 @@ def test_the_kernel_stands_beside_an_installed_focalnet_and_holds_what_it_needs(
 def test_the_script_writes_the_same_again(repository, tmp_path):
     code = f"import sys; sys.path[:0] = {sys.path!r}; sys.argv[1:] = [{str(tmp_path / 'again')!r}]\n"
     code += "import runpy; runpy.run_module('focalnet.hub.generate', run_name='__main__')"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert "wrote" in result.stdout, result.stderr
     for path in repository.rglob("*"):
         if path.is_file() and "__pycache__" not in path.parts:

@@ -33,7 +33,7 @@ import focalnet
 def python(code):
     """What a fresh Python prints, line by line."""
     code = f"import sys; sys.path[:0] = {sys.path!r}\n" + code
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     return run.stdout.splitlines()
 

@@ -19,6 +19,7 @@ def test_all_of_the_file_passes_in_the_interpreter(file):
         text=True,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         cwd=file.parents[1],
+        timeout=280,
     )
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-2000:]
     assert re.search(r"^\d+ passed(, \d+ warnings?)? in", run.stdout, re.MULTILINE), run.stdout[-500:]

@@ -32,6 +32,7 @@ def test_the_kernels_obey_the_specification(file):
         cwd=TESTS.parent,
         capture_output=True,
         text=True,
+        timeout=280,
     )
     summary = done.stdout.strip().splitlines()[-1]
     print(*re.findall(r"^host time.*$", done.stdout, re.MULTILINE), summary, sep="\n")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
-import platform
 import shutil
 import subprocess
 from pathlib import Path
 
 from .._version import __version__
+from . import processor
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGES = ("torch", "triton", "transformers", "timm", "onnxruntime", "openvino")
@@ -18,12 +17,12 @@ PACKAGES = ("torch", "triton", "transformers", "timm", "onnxruntime", "openvino"
 def facts(kind: str = "cpu") -> dict[str, object]:
     """Device, versions and commit, as every row has them; ``kind`` is "cpu" or "cuda"."""
     common = {"device": device(kind), "commit": commit(), **versions()}
-    return common | (_gpu_facts() if kind == "cuda" else {"threads": len(os.sched_getaffinity(0))})
+    return common | (_gpu_facts() if kind == "cuda" else _cpu_facts())
 
 
 def device(kind: str = "cpu") -> str:
-    """The name of the GPU or the processor."""
-    return _gpu_name() if kind == "cuda" else _cpu_name()
+    """What rows are kept by: the name of the GPU; of a processor also family, model, instruction sets and cores."""
+    return _gpu_name() if kind == "cuda" else str(processor.here())
 
 
 def _gpu_name() -> str:
@@ -40,11 +39,9 @@ def _gpu_facts() -> dict[str, object]:
     return {"driver": driver.stdout.split("\n")[0].strip() if driver else None, "cuda": torch.version.cuda}
 
 
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def _cpu_facts() -> dict[str, object]:
+    found = processor.here()
+    return {"processor": found.row(), "threads": found.cores}
 
 
 def versions() -> dict[str, str]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .depth import note_if_cut, to_8_bit
+
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
@@ -65,7 +67,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def read_image(path: Path) -> Image.Image:
-    """The image upright and in RGB, as transformers' pipelines read it.
+    """The image upright and in RGB, as transformers' pipelines read it; deeper ones scaled to 8 bits.
 
     Raises:
         Whatever Pillow raises on a file that it cannot read; ValueError for an image that is hardly one.
@@ -73,21 +75,13 @@ def read_image(path: Path) -> Image.Image:
     from PIL import Image, ImageOps
 
     with Image.open(path) as opened:
+        stored = str(opened.tile[0].args) if opened.tile else ""
         image = ImageOps.exif_transpose(opened)
         width, height = image.size
         if max(width, height) > _MOST_ELONGATED * min(width, height):
             raise ValueError(f"{width} x {height} pixels: more than {_MOST_ELONGATED} times longer than wide")
-        return _to_8_bit(image).convert("RGB")
-
-
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    # Pillow clips 16-bit grey to 0..255 when it converts it: everything but black would become white.
-    if not (image.mode.startswith("I;16") or image.mode == "I"):
-        return image
-    import numpy as np
-    from PIL import Image
-
-    return Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
+        note_if_cut(image, stored, path.name)
+        return to_8_bit(image, opened, path.name).convert("RGB")
 
 
 def why_unreadable(error: Exception) -> str:

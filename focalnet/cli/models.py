@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import UserError, in_one_line
+from .sources import refuse_what_is_no_checkpoint
 
 if TYPE_CHECKING:
     from ..modeling import FocalNetForImageClassification
@@ -85,6 +86,7 @@ def reading(model: str, argument: str) -> Iterator[None]:
     if not Path(model).expanduser().exists():
         stay_offline_unless_reachable()
     try:
+        refuse_what_is_no_checkpoint(model)
         yield
     except (ValueError, TypeError, OSError) as error:
         # The library names its own argument or the file, which is the same here.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..backends import requested
 from ..functional import focal_modulation, gated_aggregation
+from ..onednn import guarded
 from ..plain import is_changed, is_exact_gelu
 
 
@@ -173,4 +174,9 @@ def _own_forward(module: nn.Module, x: Tensor, backend: str | None, changed: str
             f"backend {requested(backend)!r} cannot run this {type(module).__name__}: {changed} was replaced, wrapped "
             f"or hooked, so the module's own forward runs. Leave the backend out, or undo the change."
         )
-    return type(module).forward(module, x)
+    with guarded(x, _widest_kernel(module.focal_layers)):
+        return type(module).forward(module, x)
+
+
+def _widest_kernel(focal_layers: nn.ModuleList) -> int:
+    return max((conv.kernel_size[1] for conv in focal_layers.modules() if isinstance(conv, nn.Conv2d)), default=1)

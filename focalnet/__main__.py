@@ -1,0 +1,5 @@
+"""``python -m focalnet`` is the ``focalnet`` command."""
+
+from .cli import main
+
+main()
