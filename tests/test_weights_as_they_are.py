@@ -82,6 +82,8 @@ def by_another_process(model):
     """As Hogwild training and parameter servers on one machine do."""
     values = new_values(model)
     model.share_memory()
+    with torch.no_grad():
+        model(images())
     shared = mmap.mmap(-1, 1)
     if (child := os.fork()) == 0:
         for name, p in model.named_parameters():
