@@ -218,5 +218,5 @@ def _tap(hidden_state: Tensor, taps: tuple[TokensAndMap, ...]) -> tuple[Tensor, 
     What is returned is made from the tokens: so they lie on the way to the loss, and have a gradient to retain.
     """
     tokens = hidden_state.flatten(1, 2)
-    hidden_state = tokens.unflatten(1, hidden_state.shape[1:3])
+    hidden_state = tokens.view(hidden_state.shape)
     return hidden_state, (*taps, (tokens, hidden_state.permute(0, 3, 1, 2)))

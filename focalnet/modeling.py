@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 from .checkpoints.reading import pretrained_arguments
 from .configuration import FocalNetConfig
 from .layers import FocalNetEmbeddings, FocalNetEncoder, FocalNetLayer
+from .padding import cut_to
 
 
 @dataclass
@@ -205,13 +206,12 @@ class FocalNetForMaskedImageModeling(FocalNetPreTrainedModel):
         # Tokens do not say which grid they came from; the maps do.
         outputs = self.focalnet(pixel_values, bool_masked_pos, output_hidden_states=True, return_dict=True)
         stem, *_, last = outputs.reshaped_hidden_states
-        tokens = outputs.last_hidden_state.transpose(1, 2).unflatten(2, last.shape[2:])
-        height, width = pixel_values.shape[-2:]
+        tokens = outputs.last_hidden_state.transpose(1, 2).view(last.shape)
         # The stem and the downsamplings pad at the bottom and the right: what they added is cut off again.
-        reconstruction = self.decoder(tokens)[..., :height, :width]
+        reconstruction = cut_to(self.decoder(tokens), pixel_values.shape[-2:])
         loss = None
         if bool_masked_pos is not None:
-            loss = self._masked_loss(pixel_values, reconstruction, bool_masked_pos.unflatten(1, stem.shape[2:]))
+            loss = self._masked_loss(pixel_values, reconstruction, bool_masked_pos.view(-1, *stem.shape[2:]))
         output = FocalNetMaskedImageModelingOutput(
             loss=loss,
             reconstruction=reconstruction,

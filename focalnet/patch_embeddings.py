@@ -5,11 +5,11 @@ as one operator, a matrix product on channels-last tokens with weights that are 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration import FocalNetConfig
 from .packing import arguments_of, forget, packed_of, reason_against_call
+from .padding import pad_to_multiple
 from .plain import is_changed
 
 
@@ -69,10 +69,7 @@ class FocalNetPatchEmbeddings(nn.Module):
         return tuple((n - k) // s + 1 for n, k, s in zip(padded, conv.kernel_size, conv.stride, strict=True))
 
     def _by_modules(self, x: Tensor) -> Tensor:
-        _, height, width, _ = x.shape
-        bottom, right = -height % self.patch_size[0], -width % self.patch_size[1]
-        if bottom or right:
-            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        x = pad_to_multiple(x, self.patch_size)
         # A channels-last input makes the convolution write channels-last: the image is the smaller thing to reorder.
         nchw = x.contiguous().permute(0, 3, 1, 2)
         return self.projection(nchw).permute(0, 2, 3, 1)
