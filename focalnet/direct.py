@@ -14,12 +14,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import Parameter
 
 from .backends import choose, logger, requested
+from .plain import is_plain_tensor
 from .problem import Problem
 
-_PLAIN = (Tensor, Parameter)
 _MOST_KEYS = 4096
 _facts = operator.attrgetter("shape", "dtype", "device")
 _runs: dict[tuple, Callable] = {}
@@ -35,7 +34,7 @@ def key(name: str, tensors: tuple, focal_weights: Sequence[Tensor], backend: str
     tensors = (*tensors, *focal_weights)
     wants_grad = torch.is_grad_enabled()
     for tensor in tensors:
-        if type(tensor) not in _PLAIN or tensor.is_neg() or (wants_grad and tensor.requires_grad):
+        if not is_plain_tensor(tensor) or tensor.is_neg() or (wants_grad and tensor.requires_grad):
             return None
     return (name, len(focal_weights), requested(backend), *map(_facts, tensors))
 

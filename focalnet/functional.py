@@ -152,6 +152,8 @@ def _prepare(tensors: dict[str, Tensor], levels: int, images: tuple[str, ...]) -
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point dtype, got {tensor.dtype}")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}; call .to_dense() on it")
     first_name, first = next(iter(tensors.items()))
     device_type = first.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from . import fused_block, fused_residual, packing, patch_embeddings
+from . import cpu_inference, fused_block, fused_residual, patch_embeddings
 from .configuration import FocalNetConfig
 from .mlp import DropPath, FocalNetMlp
 from .modules import FocalModulation
@@ -29,15 +29,11 @@ class FocalNetEmbeddings(nn.Module):
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def train(self, mode: bool = True) -> FocalNetEmbeddings:
-        packing.forget(self)
-        return super().train(mode)
-
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
         self._check_images(pixel_values)
         # The image processors give float32 whatever the model's dtype is.
         pixel_values = pixel_values.to(self.patch_embeddings.projection.weight.dtype)
-        embeddings = embed(self, self.patch_embeddings, self.norm, pixel_values.permute(0, 2, 3, 1))
+        embeddings = embed(self.patch_embeddings, self.norm, pixel_values.permute(0, 2, 3, 1))
         if bool_masked_pos is not None:
             masked = self._mask_of_grid(bool_masked_pos, embeddings)
             embeddings = torch.where(masked, self.mask_token, embeddings)
@@ -106,13 +102,10 @@ class FocalNetLayer(GradientCheckpointingLayer):
         """The one that was asked of its modulation; what was put into its place may know of none."""
         return getattr(self.modulation, "backend", None)
 
-    def train(self, mode: bool = True) -> FocalNetLayer:
-        packing.forget(self)
-        return super().train(mode)
-
     def forward(self, hidden_state: Tensor) -> Tensor:
-        if fused_block.reason_against(self, hidden_state, self.backend) is None:
-            return fused_block.run(self, hidden_state)
+        arguments = fused_block.arguments(self, hidden_state, self.backend)
+        if not isinstance(arguments, str):
+            return fused_block.run(hidden_state, arguments)
         if fused_residual.reason_against(self, hidden_state, self.backend) is None:
             return fused_residual.run(self, hidden_state)
         hidden_state = self._residual(hidden_state, self.norm1, self.modulation, self.gamma_1)
@@ -156,13 +149,21 @@ class FocalNetStage(nn.Module):
             hidden_state = layer(hidden_state)
         return hidden_state if self.downsample is None else self.downsample(hidden_state), hidden_state
 
-    def by_operators(self, hidden_state: Tensor) -> tuple[Tensor, Tensor]:
-        """The same by operators alone, where the encoder has found that they take everything."""
-        for layer in self.layers:
-            hidden_state = fused_block.run(layer, hidden_state)
-        if self.downsample is None:
+    def arguments(self) -> list[tuple] | str:
+        """Those of the operators of all blocks and of the downsampling, or why not all of these can take operators."""
+        found = [fused_block.weights(layer) for layer in self.layers]
+        if self.downsample is not None:
+            found.append(patch_embeddings.weights(self.downsample, self.downsample.norm, is_owner=True))
+        return next((reason for reason in found if isinstance(reason, str)), found)
+
+    def by_operators(self, hidden_state: Tensor, arguments: list[tuple]) -> tuple[Tensor, Tensor]:
+        """What forward returns, by operators alone."""
+        blocks, downsampling = arguments[: len(self.layers)], arguments[len(self.layers) :]
+        for block in blocks:
+            hidden_state = fused_block.run(hidden_state, block)
+        if not downsampling:
             return hidden_state, hidden_state
-        return patch_embeddings.run(self.downsample, self.downsample, hidden_state), hidden_state
+        return patch_embeddings.run(self.downsample, hidden_state, *downsampling), hidden_state
 
 
 class FocalNetEncoder(nn.Module):
@@ -179,32 +180,38 @@ class FocalNetEncoder(nn.Module):
         taps: tuple[TokensAndMap, ...] = ()
         if collect:
             hidden_state, taps = _tap(hidden_state, taps)
-        by_operators = self._takes_operators(hidden_state)
-        for stage in self.stages:
-            hidden_state, before = stage.by_operators(hidden_state) if by_operators else stage(hidden_state)
+        arguments = self._arguments(hidden_state)
+        for index, stage in enumerate(self.stages):
+            if isinstance(arguments, str):
+                hidden_state, before = stage(hidden_state)
+            else:
+                hidden_state, before = stage.by_operators(hidden_state, arguments[index])
             if collect and before_downsampling:
                 _, taps = _tap(before, taps)
             elif collect:
                 hidden_state, taps = _tap(hidden_state, taps)
         return hidden_state, taps
 
-    def _takes_operators(self, hidden_state: Tensor) -> bool:
-        """Whether inference on a CPU is nothing but the operators of blocks and downsamplings, and no module between.
+    def _arguments(self, hidden_state: Tensor) -> list[list[tuple]] | str:
+        """Those of all operators, stage by stage, where inference on a CPU needs no module between them; or why not.
 
-        Asked for all at once: before every single one it costs several times as much, for what an operator leaves in
-        the caches is weights.
+        Asked for all at once: before every single one it costs twice as much, since what an operator leaves in the
+        caches is weights.
         """
-        stages = list(self.stages)
+        stages = list(self.stages._modules.values())
         if not _are(FocalNetStage, stages):
-            return False
-        layers = [layer for stage in stages for layer in stage.layers]
+            return "a stage was replaced, wrapped or hooked"
+        layers = [layer for stage in stages for layer in stage.layers._modules.values()]
         downsamplings = [stage.downsample for stage in stages if stage.downsample is not None]
         if not _are(FocalNetLayer, layers) or not _are(FocalNetPatchEmbeddings, downsamplings):
-            return False
+            return "a block or a downsampling was replaced, wrapped or hooked"
         backends = {layer.backend for layer in layers}
-        if len(backends) != 1 or fused_block.reason_against_chain(layers, hidden_state, *backends):
-            return False
-        return not any(patch_embeddings.reason_against(d, d, d.norm, hidden_state) for d in downsamplings)
+        if len(backends) != 1:
+            return "the blocks were asked for different backends"
+        if reason := cpu_inference.reason_against_call(hidden_state, *backends):
+            return reason
+        found = [stage.arguments() for stage in stages]
+        return next((reason for reason in found if isinstance(reason, str)), found)
 
 
 def _are(kind: type[nn.Module], modules: list[nn.Module]) -> bool:

@@ -1,5 +1,5 @@
 """Patches to channels, the stem's and those between stages: a strided convolution, in CPU inference with its LayerNorm
-as one operator, a matrix product on channels-last tokens with weights that are packed once.
+as one operator, a matrix product on channels-last tokens.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration import FocalNetConfig
-from .packing import arguments_of, forget, packed_of, reason_against_call
+from .cpu_inference import reason_against_call, reason_against_weights
 from .padding import pad_to_multiple
 from .plain import is_changed
 
@@ -52,12 +52,8 @@ class FocalNetPatchEmbeddings(nn.Module):
         embeddings.norm = nn.LayerNorm(2 * dim, eps=config.layer_norm_eps)
         return embeddings
 
-    def train(self, mode: bool = True) -> FocalNetPatchEmbeddings:
-        forget(self)
-        return super().train(mode)
-
     def forward(self, x: Tensor) -> Tensor:
-        return self._by_modules(x) if self.norm is None else embed(self, self, self.norm, x)
+        return self._by_modules(x) if self.norm is None else embed(self, self.norm, x, is_owner=True)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """The grid of patches that a map of this size gives."""
@@ -75,71 +71,46 @@ class FocalNetPatchEmbeddings(nn.Module):
         return self.projection(nchw).permute(0, 2, 3, 1)
 
 
-def embed(owner: nn.Module, embeddings: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm(embeddings(x))``, where ``owner`` holds both."""
-    if reason_against(owner, embeddings, norm, x) is None:
-        return run(owner, embeddings, x)
-    patches = embeddings._by_modules(x) if embeddings is owner else embeddings(x)
-    return norm(patches)
+def embed(embeddings: nn.Module, norm: nn.Module, x: Tensor, *, is_owner: bool = False) -> Tensor:
+    """``norm(embeddings(x))``; ``is_owner``: the norm is a part of ``embeddings``, whose forward asks for this."""
+    found = arguments(embeddings, norm, x, is_owner=is_owner)
+    if not isinstance(found, str):
+        return run(embeddings, x, found)
+    return norm(embeddings._by_modules(x) if is_owner else embeddings(x))
 
 
-def run(owner: nn.Module, embeddings: FocalNetPatchEmbeddings, x: Tensor) -> Tensor:
-    """`embed` where `reason_against` has nothing against it."""
-    packed = arguments_of(owner)
-    size = embeddings.output_size(*x.shape[1:3])
-    return torch.ops.focalnet.cpu_patch_embed(x, *packed[:4], size, *packed[4:])
+def arguments(embeddings: nn.Module, norm: nn.Module, x: Tensor, *, is_owner: bool = False) -> tuple | str:
+    """What `run` takes in the place of the modules; the reason instead, where these have to be called."""
+    return reason_against_call(x, None) or weights(embeddings, norm, is_owner=is_owner)
 
 
-def reason_against(owner: nn.Module, embeddings: nn.Module, norm: nn.Module, x: Tensor) -> str | None:
-    """Why the fused operator cannot take this call, or None if it can."""
-    if reason := reason_against_call(x, None):
+def weights(embeddings: nn.Module, norm: nn.Module, *, is_owner: bool = False) -> tuple | str:
+    """The same, whatever the call is."""
+    if reason := _unusual_part(embeddings, norm, is_owner):
         return reason
-    if type(embeddings) is not FocalNetPatchEmbeddings or type(embeddings.projection) is not nn.Conv2d:
-        return "expected FocalNetPatchEmbeddings with a Conv2d"
-    hooked = embeddings is not owner and is_changed(embeddings)
-
-    def reason() -> str | None:
-        return "the embeddings were wrapped or hooked" if hooked else _unusual_part(embeddings.projection, norm)
-
-    return packed_of(owner, (), reason, lambda: _pack(embeddings.projection, norm)).reason
+    conv = embeddings._modules["projection"]
+    affine = (norm._parameters["weight"], norm._parameters["bias"])
+    projection = (conv._parameters["weight"], conv._parameters["bias"])
+    reason = reason_against_weights((*projection, *affine), embeddings, norm)
+    return reason or (*projection, conv.stride, conv.padding, *affine, norm.eps)
 
 
-def _unusual_part(conv: nn.Conv2d, norm: nn.Module) -> str | None:
-    if type(norm) is not nn.LayerNorm or norm.weight is None or norm.bias is None:
-        return f"the norm is {type(norm).__name__}; expected LayerNorm with weight and bias"
+def run(embeddings: FocalNetPatchEmbeddings, x: Tensor, arguments: tuple) -> Tensor:
+    """`embed`, given its `arguments`."""
+    size = embeddings.output_size(*x.shape[1:3])
+    return torch.ops.focalnet.cpu_patch_embed(x, *arguments[:4], size, *arguments[4:])
+
+
+def _unusual_part(embeddings: nn.Module, norm: nn.Module, is_owner: bool) -> str | None:
+    if type(embeddings) is not FocalNetPatchEmbeddings or (is_changed(embeddings) and not is_owner):
+        return "the embeddings were replaced, wrapped or hooked"
+    conv = embeddings._modules["projection"]
+    if type(conv) is not nn.Conv2d or is_changed(conv) or not {"weight", "bias"} <= conv._parameters.keys():
+        return f"the projection is {type(conv).__name__}, or was wrapped or hooked; expected a plain Conv2d"
+    if type(norm) is not nn.LayerNorm or is_changed(norm) or not {"weight", "bias"} <= norm._parameters.keys():
+        return f"the norm is {type(norm).__name__}, or was wrapped or hooked; expected a plain LayerNorm"
     if norm.normalized_shape != (conv.out_channels,):
         return f"the norm is over {norm.normalized_shape}; expected the {conv.out_channels} channels"
-    if is_changed(conv) or is_changed(norm):
-        return "the convolution or the norm was wrapped or hooked"
     if conv.groups != 1 or conv.dilation != (1, 1) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return "the convolution is grouped, dilated, or padded with something else than a number of zeros"
     return None
-
-
-def _pack(conv: nn.Conv2d, norm: nn.LayerNorm) -> tuple:
-    """The arguments of the operator after the input, without the output's size; a patch is flattened as (y, x, c)."""
-    return (
-        _packed(conv),
-        conv.kernel_size,
-        conv.stride,
-        conv.padding,
-        conv.out_channels,
-        norm.weight,
-        norm.bias,
-        norm.eps,
-    )
-
-
-def _packed(conv: nn.Conv2d, features: int = 128) -> Tensor:
-    """What cpu_pack_linear makes of the weight, some features at a time: a large one is not there three times over."""
-    whole = None
-    for first in range(0, conv.out_channels, features):
-        part = slice(first, first + features)
-        columns = conv.weight[part].permute(0, 2, 3, 1).flatten(1)
-        panels = torch.ops.focalnet.cpu_pack_linear(columns, None if conv.bias is None else conv.bias[part], None)
-        if whole is None:
-            width = panels.shape[2]
-            whole = panels.new_empty(-(-conv.out_channels // width), *panels.shape[1:])
-        at = first // width
-        whole[at : at + len(panels)] = panels
-    return whole

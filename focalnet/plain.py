@@ -5,17 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def is_changed(module: nn.Module) -> bool:
     """Whether calling ``module`` does more than its class says: hooks, or a forward of its own."""
-    return is_hooked(module) or "forward" in module.__dict__
+    return "forward" in module.__dict__ or is_hooked(module)
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether hooks are called when ``module`` is."""
-    # Asked for every convolution in every call: plain dictionary look-ups, no attribute protocol.
+    # Asked of every part of a block in every call: plain dictionary look-ups, no attribute protocol.
     own = module.__dict__
     return bool(
         own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
@@ -27,6 +25,17 @@ def all_are_watched() -> bool:
     return not torch.compiler.is_compiling() and torch.nn.modules.module._has_any_global_hook()
 
 
+def is_plain_tensor(tensor: object) -> bool:
+    """Whether an operator may read the elements of ``tensor`` by their strides.
+
+    It may not where a subclass stands for something else (quantised, sharded, low rank), or the layout is sparse.
+    """
+    return type(tensor) in _PLAIN_TENSORS and tensor.layout is torch.strided
+
+
+_PLAIN_TENSORS = (nn.Parameter, Tensor)
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether ``module`` is a ``kind``, no subclass of it, unchanged, with ordinary tensors as parameters.
 
@@ -34,11 +43,11 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """
     if type(module) is not kind or is_changed(module):
         return False
-    return all(p is None or type(p) in (nn.Parameter, Tensor) for p in module._parameters.values())
+    return all(p is None or is_plain_tensor(p) for p in module._parameters.values())
 
 
 def is_exact_gelu(module: nn.Module) -> bool:
     """Whether ``module`` is the GELU by erf: torch's, or transformers', whose class may stand for another one."""
-    if type(module).__name__ == "GELUActivation":
-        return module.act is nn.functional.gelu
-    return type(module) is nn.GELU and module.approximate == "none"
+    if type(module) is nn.GELU:
+        return module.approximate == "none"
+    return type(module).__name__ == "GELUActivation" and module.act is nn.functional.gelu

@@ -10,24 +10,11 @@ import pytest
 import torch
 from instruction_sets import OPS, isa, require, threads  # noqa: F401
 
-from focalnet import FocalNetConfig, fused_block
-from focalnet.fused_block import OURS, pack
+from focalnet import FocalNetConfig
+from focalnet.fused_block import weights
 from focalnet.layers import FocalNetLayer
 
 require("cpu_block")
-
-
-@torch.no_grad()
-def packed(layer):
-    """The arguments of cpu_block after its first."""
-    return pack(OURS.parts_of(layer))
-
-
-def unpacked(layer):
-    """The same, with the weights of linear layers as the layer has them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused_block, "WIDEST_PACKED", 0)
-        return packed(layer)
 
 
 def make_layer(
@@ -75,7 +62,7 @@ def ulp(exact):
 def check(shape, **options):
     layer, double = make_layer(shape[-1], **options), make_layer(shape[-1], **options, dtype=torch.float64)
     hidden_state = torch.randn(shape)
-    ours = OPS.cpu_block(hidden_state, *packed(layer))
+    ours = OPS.cpu_block(hidden_state, *weights(layer))
     assert ours.shape == hidden_state.shape
     assert ours.is_contiguous()
     if hidden_state.numel():
@@ -133,7 +120,7 @@ def test_large_map(isa):
 )
 def test_bits_do_not_depend_on_threads(isa, shape, options):
     """Nor on the way chosen, by tokens or by columns, or on the images beside: the numbers of threads change both."""
-    arguments = packed(make_layer(shape[-1], **options))
+    arguments = weights(make_layer(shape[-1], **options))
     hidden_state = torch.randn(shape)
     expected = OPS.cpu_block(hidden_state, *arguments)
     for n in (1, 2, 4):
@@ -142,71 +129,49 @@ def test_bits_do_not_depend_on_threads(isa, shape, options):
             assert torch.equal(OPS.cpu_block(hidden_state[:1], *arguments), expected[:1]), n
 
 
-@pytest.mark.parametrize("options", [{}, {"post": True, "inner": True, "scale": True}, {"scale": True}], ids=str)
-@pytest.mark.parametrize(
-    "shape", [(2, 5, 7, 17), (1, 7, 7, 300), (3, 14, 14, 96), (1, 23, 23, 392), (2, 40, 30, 48)], ids=str
-)
-def test_weights_that_are_not_packed_give_the_same_bits(isa, shape, options):
-    """By columns, where each thread packs the slice it uses, and by blocks, for which all are packed before."""
-    layer, hidden_state = make_layer(shape[-1], **options), torch.randn(shape)
-    arguments, expected = unpacked(layer), OPS.cpu_block(hidden_state, *packed(layer))
-    assert arguments[0] is layer.modulation.projection_in.weight
-    for n in (1, 4):
-        with threads(n):
-            assert torch.equal(OPS.cpu_block(hidden_state, *arguments), expected), n
-
-
 def test_strided_input_gives_the_same_bits():
-    arguments = packed(make_layer(24))
+    arguments = weights(make_layer(24))
     hidden_state = torch.randn(2, 24, 6, 5).permute(0, 2, 3, 1)
     assert torch.equal(OPS.cpu_block(hidden_state, *arguments), OPS.cpu_block(hidden_state.contiguous(), *arguments))
 
 
 def test_the_input_is_left_alone():
-    arguments = packed(make_layer(24, post=True))
+    arguments = weights(make_layer(24, post=True))
     hidden_state = torch.randn(2, 6, 5, 24)
     before = hidden_state.clone()
     OPS.cpu_block(hidden_state, *arguments)
     assert torch.equal(hidden_state, before)
 
 
-@pytest.mark.parametrize("n, k", [(21, 5), (16, 8), (35, 18), (1, 1)])
-def test_pack_linear(isa, n, k):
-    """Panels of 16 outputs, [k][output] behind a row of the bias, zero beyond the last output."""
-    weight, bias = torch.randn(n, k), torch.randn(n)
-    packed = OPS.cpu_pack_linear(weight, bias, None)
-    assert packed.shape == (-(-n // 16), 1 + k, 16)
-    flat = packed.permute(1, 0, 2).flatten(1)
-    assert torch.equal(flat[:, :n], torch.cat([bias[None], weight.T]))
-    assert not flat[:, n:].any()
-    assert not OPS.cpu_pack_linear(weight, None, None)[:, 0].any()
-    scaled = OPS.cpu_pack_linear(weight, bias, scale := torch.randn(n)).permute(1, 0, 2).flatten(1)
-    assert torch.equal(scaled[:, :n], torch.cat([bias[None], weight.T]) * scale)
+@pytest.mark.parametrize("dim", [17, 96, 300])
+def test_norms_without_weight_or_bias(isa, dim):
+    """elementwise_affine=False and bias=False, with and without a layer scale that the norm takes up."""
+    for scale in (False, True):
+        for post in (False, True):
+            layer, double = (make_layer(dim, post=post, scale=scale, dtype=d) for d in (torch.float32, torch.float64))
+            for block in (layer, double):
+                for name in ("weight", "bias"):
+                    block.norm1.register_parameter(name, None)
+                block.norm2.register_parameter("bias", None)
+            hidden_state = torch.randn(2, 5, 7, dim)
+            exact = double(hidden_state.double())
+            allowed = 2 * (layer(hidden_state).double() - exact).abs().max().item() + ulp(exact)
+            assert (OPS.cpu_block(hidden_state, *weights(layer)) - exact).abs().max().item() <= allowed
 
 
-def test_pack_focal(isa):
-    """Halved (the GELU takes half of z), in vectors of channels, zero beyond the last channel."""
-    weights = [torch.randn(21, 1, 3, 3), torch.randn(21, 1, 1, 5)]
-    packed = OPS.cpu_pack_focal(weights)
-    lanes = packed.shape[2]
-    assert packed.shape == (32 // lanes, 14, lanes)
-    by_channel = packed.transpose(1, 2).flatten(0, 1)
-    assert torch.equal(by_channel[:21], 0.5 * torch.cat([w.flatten(1) for w in weights], 1))
-    assert not by_channel[21:].any()
-
-
-@pytest.mark.parametrize(
-    "weights, message",
-    [
-        ([torch.zeros(4, 1, 3)], r"focal_weights\[0\] has shape \(4, 1, 3\); expected \(C, 1, kh, kw\)"),
-        ([torch.zeros(4, 1, 3, 3), torch.zeros(3, 1, 3, 3)], r"focal_weights\[1\] has shape"),
-        ([torch.zeros(4, 1, 3, 2)], r"focal_weights\[0\] has shape .* odd kh and kw"),
-        ([torch.zeros(4, 1, 3, 3).double()], r"focal_weights\[0\] has dtype"),
-    ],
-)
-def test_bad_arguments_of_packing_focal_weights_are_named(weights, message):
-    with pytest.raises(RuntimeError, match=message):
-        OPS.cpu_pack_focal(weights)
+@pytest.mark.parametrize("shape", [(1, 7, 7, 300), (3, 14, 14, 96)], ids=["by columns", "by blocks"])
+def test_parameters_of_any_strides_give_the_same_bits(isa, shape):
+    """Transposed, with gaps, and convolutions in channels-last memory format."""
+    layer, hidden_state = make_layer(shape[-1], scale=True), torch.randn(shape)
+    expected = OPS.cpu_block(hidden_state, *weights(layer))
+    layer.to(memory_format=torch.channels_last)
+    for parameter in layer.parameters():
+        if parameter.ndim == 2:
+            parameter.data = parameter.data.T.contiguous().T
+        elif parameter.ndim == 1:
+            parameter.data = parameter.data.repeat_interleave(3)[::3]
+    assert not layer.mlp.fc1.weight.is_contiguous()
+    assert torch.equal(OPS.cpu_block(hidden_state, *weights(layer)), expected)
 
 
 NAMES = [argument.name for argument in OPS.cpu_block.default._schema.arguments]
@@ -219,13 +184,11 @@ NAMES = [argument.name for argument in OPS.cpu_block.default._schema.arguments]
         ("hidden_state", lambda t: t[..., :20], r"projection_in has shape \(52, 24\); expected \(44, 20\)"),
         ("hidden_state", lambda t: t[:, :0], "hidden_state has shape"),
         ("hidden_state", lambda t: t.double(), "hidden_state has dtype"),
-        ("focal_weights", lambda t: t[1:], r"focal_weights \(packed by cpu_pack_focal\) has shape"),
-        ("focal_weights", lambda t: t.flatten(1, 2), r"focal_weights \(packed by cpu_pack_focal\) has shape"),
-        ("focal_sizes", lambda t: [], "focal_sizes has 0 values"),
-        ("focal_sizes", lambda t: t[:5], "focal_sizes has 5 values"),
-        ("focal_sizes", lambda t: t[:4], r"focal_weights \(packed by cpu_pack_focal\) has shape"),
-        ("focal_sizes", lambda t: [3, 3, 5, 4, 7, 9], "focal_sizes has 5 x 4; expected odd"),
-        ("focal_sizes", lambda t: [3, 3, 5, 5, -7, -7], "focal_sizes has -7 x -7; expected odd"),
+        ("focal_weights", lambda t: [], "focal_weights is empty"),
+        ("focal_weights", lambda t: t[1:], r"projection_in has shape \(52, 24\); expected \(51, 24\)"),
+        ("focal_weights", lambda t: [t[0], t[1][:20], t[2]], r"focal_weights\[1\] has shape \(20, 1, 5, 5\)"),
+        ("focal_weights", lambda t: [t[0], t[1], t[2][..., :4]], r"focal_weights\[2\] .* odd kh and kw"),
+        ("focal_weights", lambda t: [t[0].double(), *t[1:]], r"focal_weights\[0\] has dtype"),
         ("projection_in", lambda t: t[:2], "projection_in has shape"),
         ("projection_context", lambda t: t[:, 1:], "projection_context has shape"),
         ("projection_out", lambda t: t.bfloat16(), "projection_out has dtype"),
@@ -233,35 +196,16 @@ NAMES = [argument.name for argument in OPS.cpu_block.default._schema.arguments]
         ("fc2", lambda t: t[0], r"fc2 has shape \(96\); expected \(C, hidden units\)"),
         ("fc1", lambda t: t[:, 1:], "fc1 has shape"),
         ("fc1", lambda t: t[:17], "fc1 has shape"),
-        ("fc1", lambda t: OPS.cpu_pack_linear(t, None, None)[:2], r"fc1 \(packed by cpu_pack_linear\) has shape"),
         ("fc2", lambda t: t[:, :17], "fc1 has shape"),
-        ("fc2", lambda t: OPS.cpu_pack_linear(t, None, None)[:, :1], "fc2 has shape"),
         ("norm1_bias", lambda t: t[1:], "norm1_bias has shape"),
         ("norm2_weight", lambda t: t[:3], "norm2_weight has shape"),
-        ("modulation_norm_bias", lambda t: None, "modulation_norm_weight, .* expected all three"),
         ("modulation_norm_weight", lambda t: t[:3], "modulation_norm_weight has shape"),
-        ("scale_2", lambda t: t[:3], "scale_2 has shape"),
+        ("gamma_2", lambda t: t[:3], "gamma_2 has shape"),
     ],
 )
 def test_bad_arguments_are_named(name, change, message):
-    arguments = [torch.randn(2, 6, 5, 24), *unpacked(make_layer(24, inner=True, scale=True))]
+    arguments = [torch.randn(2, 6, 5, 24), *weights(make_layer(24, inner=True, scale=True))]
     at = NAMES.index(name)
     arguments[at] = change(arguments[at])
     with pytest.raises(RuntimeError, match=message):
         OPS.cpu_block(*arguments)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"weight": torch.zeros(3)}, "weight has shape"),
-        ({"weight": torch.zeros(4, 3).double()}, "weight has dtype"),
-        ({"bias": torch.zeros(3)}, "bias has shape"),
-        ({"scale": torch.zeros(3)}, "scale has shape"),
-    ],
-    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
-)
-def test_bad_arguments_of_packing_are_named(change, message):
-    arguments = {"weight": torch.zeros(4, 3), "bias": None, "scale": None}
-    with pytest.raises(RuntimeError, match=message):
-        OPS.cpu_pack_linear(*(arguments | change).values())

@@ -95,15 +95,15 @@ def numbers_of(program):
 
 @reads_resident
 def test_the_first_call_needs_no_copy_of_the_weights():
-    """What it adds to FocalNet-T LRF's 114 MB: packed patch embeddings (6 MB) and narrow blocks (4 MB), projection
-    and aggregate of the largest map (4 MB), maps (1 MB each), threads' scratch, code that was not touched before."""
+    """What it adds to FocalNet-T LRF's 114 MB: one block's packed weights (2 MB), projection and aggregate of the
+    largest map (4 MB), maps (1 MB each), threads' scratch, code that was not touched before."""
     weights, more = numbers_of(THE_FIRST_CALL)
     assert more < weights / 3
 
 
 @reads_resident
 def test_a_thousand_calls_need_no_more_memory():
-    """One lost result a call would be 1000 x 5 KB (logits and maps), one lost set of packed weights far more."""
+    """One lost result a call would be 1000 x 5 KB (logits and maps), one lost copy of weights far more."""
     tensors, more = numbers_of(A_THOUSAND_CALLS)
     assert tensors == 0
     assert more < 2e6

@@ -280,6 +280,7 @@ BAD_ARGUMENTS = [
     ("focal_weights", lambda f: [f[0][:4], f[1]], ValueError, r"focal_weights\[0\]: expected shape \(8, 1, kh, kw\)"),
     ("focal_weights", lambda f: [f[0], f[1][..., 1:]], ValueError, r"focal_weights\[1\]: expected odd kernel sizes"),
     ("weight", lambda w: w[:4], ValueError, r"weight: expected shape \(8, 8\) or \(8, 8, 1, 1\) .* got \(4, 8\)"),
+    ("weight", lambda w: w.to_sparse_csr(), TypeError, "weight: expected a dense tensor, got layout torch.sparse_csr"),
     ("bias", lambda b: b[:4], ValueError, r"bias: expected shape \(8,\), .* got \(4,\)"),
 ]
 

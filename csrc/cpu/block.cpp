@@ -19,9 +19,8 @@
 // channels), the same steps run over all tokens, one after the other, each product split by columns: every thread then
 // streams its part of the weights once, and tokens pass through L3 instead.
 //
-// Weights that do not come packed are read where the module has them, and no packed copy outlives the call: by
-// columns, a thread packs the slice it is about to use; by blocks, which all read every weight, all are packed before,
-// into memory of one block's worth. The bits are those of packed weights.
+// Weights are read where the module has them, and nothing made of them outlives the call. By columns, a thread packs
+// the slice it is about to use. By blocks, every thread reads every weight, so all are packed first, into scratch.
 //
 // Both ways, and any cut into groups and blocks, give the same bits: an element of a product is summed in blocks of k
 // that depend on K alone (gemm.inc), and chunks of hidden units are whole blocks of k.
@@ -52,7 +51,7 @@ int64_t rows_in_scratch(const Block& b) {
 // No block of tokens pays for streaming the weights: images go in groups that by_columns takes, where they fit.
 bool is_wide(const Block& b) { return rows_in_scratch(b) < kLeastRows; }
 
-thread_local Memory shared_memory, own_memory, packed_memory;
+thread_local Memory shared_memory, own_memory, packed_memory, focal_memory;
 
 // Where a block of tokens keeps what is between the steps.
 struct Scratch {
@@ -70,8 +69,9 @@ struct Rows {
 // A group of images.
 class Group {
   public:
-    Group(const Block& block, int64_t first_image, int64_t images)
+    Group(const Block& block, const float* packed_focal_weights, int64_t first_image, int64_t images)
         : b_(block),
+          packed_focal_weights_(packed_focal_weights),
           images_(images),
           tokens_(images * block.H * block.W),
           pitch_(pitch_of(block.C)),
@@ -158,7 +158,7 @@ class Group {
                               view(projection_ + 2 * b_.C, projection_pitch_),
                               b_.focal_weights,
                               b_.normalize_modulator ? 1.0f / static_cast<float>(b_.L + 1) : 1.0f,
-                              b_.packed_focal_weights};
+                              packed_focal_weights_};
         gated_aggregation(problem, view(agg_, pitch_));
     }
 
@@ -200,6 +200,7 @@ class Group {
     }
 
     const Block& b_;
+    const float* packed_focal_weights_;
     const Kernels& kernels_ = current_kernels();
     const int64_t images_, tokens_, pitch_, projection_pitch_;
     const float* hidden_state_;
@@ -207,19 +208,23 @@ class Group {
     float *projection_ = nullptr, *agg_ = nullptr;
 };
 
+// The block with all its linear layers packed into scratch.
 Block packed(const Block& block) {
     Block b = block;
     Linear* const layers[] = {&b.projection_in, &b.projection_context, &b.projection_out, &b.fc1, &b.fc2};
-    int64_t floats = 0;
-    for (const Linear* layer : layers) floats += layer->packed == nullptr ? packed_floats(*layer) : 0;
-    float* memory = packed_memory.get(floats);
-    for (Linear* layer : layers) {
-        if (layer->packed != nullptr) continue;
-        pack(current_kernels(), *layer, memory);
-        layer->packed = memory;
-        memory += packed_floats(*layer);
-    }
+    pack(current_kernels(), layers, packed_memory);
     return b;
+}
+
+// The focal weights of a block, packed into scratch.
+const float* packed_focal_weights(const Block& b) {
+    Problem problem{};
+    problem.C = b.C;
+    problem.L = b.L;
+    problem.weights = b.focal_weights;
+    float* memory = focal_memory.get(packed_focal_floats(problem));
+    pack_focal_weights(problem, memory);
+    return memory;
 }
 
 }  // namespace
@@ -232,10 +237,11 @@ void block(const Block& block) {
     if (is_wide(block)) most = std::min(most, kMostTogether / tokens);
     const int64_t groups = ceil_div(block.B, std::max<int64_t>(1, most));
     if (groups == 0) return;
+    const float* focal_weights = packed_focal_weights(block);
     const auto each = [&](const Block& b, auto run) {
         for (int64_t i = 0; i < groups; ++i) {
             const int64_t first = i * b.B / groups, last = (i + 1) * b.B / groups;
-            (Group(b, first, last - first).*run)();
+            (Group(b, focal_weights, first, last - first).*run)();
         }
     };
     by_columns(block.B / groups * tokens, rows_in_scratch(block)) ? each(block, &Group::run_by_columns)

@@ -6,21 +6,20 @@
 
 namespace focalnet::cpu {
 
-// Columns of a panel of packed weights: one cache line of float32, and the same for every instruction set, so that
-// packed weights outlive a change of it.
+// Columns of a panel of packed weights: one cache line of float32, whatever the instruction set.
 constexpr int64_t kPanel = 16;
 
 constexpr int64_t kDepth = 256;  // k of a panel's slice at most: 16 KB of L1, beside the rows of a tile
 
-// A linear layer, K -> N: weights and bias as a module has them, or packed.
+// A linear layer, K -> N: weights and bias as a module has them.
 struct Linear {
     const float* weight;  // (N, K)
     const float* bias;    // (N), or null
     const float* scale;   // (N), of weights and bias, or null
-    // [panels][1 + K][kPanel], the bias first, zero beyond the last column; the three above are not read then. Null:
-    // every product packs slice by slice what it reads.
-    const float* packed;
     int64_t K, N;
+    // A copy in scratch, [panels][1 + K][kPanel], the bias first, zero beyond the last column; the three above are not
+    // read then. Null: every product packs slice by slice what it reads.
+    const float* packed = nullptr;
 };
 
 // What happens to a tile of the product while it is in L1.
@@ -70,8 +69,7 @@ struct Block {
     const float* hidden_state;  // (B, H, W, C), contiguous
     float* result;              // the same
     Linear projection_in, projection_context, projection_out, fc1, fc2;
-    const FocalWeight* focal_weights;   // L of them, sizes only
-    const float* packed_focal_weights;  // pack_focal_weights
+    const FocalWeight* focal_weights;  // L of them
     bool normalize_modulator;
     bool post_norm;  // norm1 and norm2 behind their branch, not before it
     Norm norm1, norm2;

@@ -1,4 +1,4 @@
-// Argument checks that the operators of fused inference share, and packed weights as plain pointers.
+// Argument checks that the operators of fused inference share, and parameters as plain pointers.
 
 #pragma once
 
@@ -7,6 +7,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <deque>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -43,7 +45,7 @@ inline void check_shape(const std::string& name, const Tensor& t, const Shape& e
 
 inline const float* data(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 
-// Contiguous copies that live as long as the call.
+// Keeps alive for the call what its plain pointers point to: contiguous parameters, and products of two.
 class Kept {
   public:
     const float* operator()(const Tensor& t) {
@@ -51,13 +53,36 @@ class Kept {
         return data(tensors_.back());
     }
 
+    // t * scale; a missing factor is `otherwise` everywhere.
+    const float* scaled(const std::optional<Tensor>& t, const float* scale, int64_t n, float otherwise) {
+        const float* values = t.has_value() ? (*this)(*t) : nullptr;
+        std::vector<float>& product = vectors_.emplace_back(n, otherwise);
+        for (int64_t i = 0; i < n; ++i) {
+            if (values != nullptr) product[i] = values[i];
+            if (scale != nullptr) product[i] *= scale[i];
+        }
+        return product.data();
+    }
+
   private:
     std::vector<Tensor> tensors_;
+    std::deque<std::vector<float>> vectors_;
 };
 
-inline Linear packed_linear(Kept& kept, const std::string& name, const Tensor& packed, int64_t K, int64_t N) {
-    check_shape(name + " (packed by cpu_pack_linear)", packed, {(N + kPanel - 1) / kPanel, K + 1, kPanel});
-    return {nullptr, nullptr, nullptr, kept(packed), K, N};
+inline const float* vector(Kept& kept, const std::string& name, const std::optional<Tensor>& t, int64_t n) {
+    if (!t.has_value()) return nullptr;
+    check_shape(name, *t, {n});
+    return kept(*t);
+}
+
+// A LayerNorm over n channels, with or without weight and bias. `scale` multiplies what it gives.
+inline Norm norm_over(Kept& kept, const std::string& name, const std::optional<Tensor>& weight,
+                      const std::optional<Tensor>& bias, double eps, int64_t n, const float* scale = nullptr) {
+    if (weight.has_value()) check_shape(name + "_weight", *weight, {n});
+    if (bias.has_value()) check_shape(name + "_bias", *bias, {n});
+    const auto e = static_cast<float>(eps);
+    if (weight.has_value() && bias.has_value() && scale == nullptr) return {kept(*weight), kept(*bias), e};
+    return {kept.scaled(weight, scale, n, 1.0f), kept.scaled(bias, scale, n, 0.0f), e};
 }
 
 }  // namespace focalnet::cpu

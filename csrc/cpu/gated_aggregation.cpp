@@ -321,6 +321,10 @@ void add_rows(const Problem& p, const float* row_sums, float* sums) {
 
 }  // namespace
 
+int64_t packed_focal_floats(const Problem& p) {
+    return blocks_of(p) * kBlock * taps_of(level_layouts(p, current_kernels().lanes));
+}
+
 void pack_focal_weights(const Problem& p, float* packed) {
     const int64_t lanes = current_kernels().lanes;
     pack_into(packed, p, level_layouts(p, lanes), lanes, false, 0.5f);

@@ -132,7 +132,8 @@ struct Kernels {
 
 extern const Kernels kPlainKernels, kAvx2Kernels, kAvx512Kernels;
 
-// ForwardTask's weights: C, rounded up to kBlock, times the taps of all levels.
+// ForwardTask's weights, and how many floats they are.
+int64_t packed_focal_floats(const Problem& problem);
 void pack_focal_weights(const Problem& problem, float* packed);
 // `sums`, where given, gets the sums of the last level over the map, [B][C]: what backward needs to know of the whole
 // map before it can begin. It forms them itself where it is not given them.

@@ -2,9 +2,10 @@
 // LayerNorm.
 //
 //     input (B, H, W, C), any strides
-//       |  gather: one row a token, its kh x kw window as (i, j, c); zeros where the window leaves the map
-//     patches [rows][kh kw C]                         scratch of a thread, in L2
-//       |  packed weights, see gemm.inc
+//       |  gather: one row a token, its kh x kw window as (c, i, j), the order in which a convolution's weight has its
+//       |  columns; zeros where the window leaves the map
+//     patches [rows][C kh kw]                         scratch of a thread, in L2
+//       |  weights as in block.cpp: read in place, nothing made of them outlives the call
 //     tokens [rows][N]                                scratch
 //       |  [LayerNorm]
 //     result (B, h, w, N)
@@ -16,7 +17,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -33,7 +33,7 @@ namespace {
 
 constexpr int64_t kScratchBytes = 256 * 1024;  // of a thread: half of a 512 KB L2
 
-thread_local Memory shared_memory, own_memory;
+thread_local Memory shared_memory, own_memory, packed_memory;
 
 struct Input {
     const float* data;
@@ -46,23 +46,27 @@ struct Window {
     int64_t h, w;  // of the result
 };
 
-// kw pixels of C channels from (y, x) on.
-void gather_row(const Input& in, int64_t b, int64_t y, int64_t x, int64_t kw, float* out) {
-    if (y < 0 || y >= in.H) {
-        std::fill(out, out + kw * in.C, 0.0f);
-        return;
-    }
-    const int64_t begin = std::clamp<int64_t>(-x, 0, kw), end = std::clamp<int64_t>(in.W - x, begin, kw);
-    std::fill(out, out + begin * in.C, 0.0f);
-    std::fill(out + end * in.C, out + kw * in.C, 0.0f);
-    const float* from = in.data + b * in.stride_b + y * in.stride_h + (x + begin) * in.stride_w;
-    out += begin * in.C;
-    if (in.stride_c == 1 && in.stride_w == in.C) {
-        std::memcpy(out, from, (end - begin) * in.C * sizeof(float));
-        return;
-    }
-    for (int64_t c = 0; c < in.C; ++c)
-        for (int64_t j = 0; j < end - begin; ++j) out[j * in.C + c] = from[c * in.stride_c + j * in.stride_w];
+// out[4 c + i] = from[i][c]: a 2 x 2 window of a channels-last map.
+void interleave(const float* const (&from)[4], int64_t C, float* __restrict out) {
+    for (int64_t c = 0; c < C; ++c)
+        for (int64_t i = 0; i < 4; ++i) out[4 * c + i] = from[i][c];
+}
+
+// The window whose first pixel is (y, x) of image b.
+void gather_window(const Input& in, const Window& w, int64_t b, int64_t y, int64_t x, float* out) {
+    const int64_t i0 = std::clamp<int64_t>(-y, 0, w.kh), i1 = std::clamp<int64_t>(in.H - y, i0, w.kh);
+    const int64_t j0 = std::clamp<int64_t>(-x, 0, w.kw), j1 = std::clamp<int64_t>(in.W - x, j0, w.kw);
+    const bool inside = i1 - i0 == w.kh && j1 - j0 == w.kw;
+    if (!inside) std::fill(out, out + in.C * w.kh * w.kw, 0.0f);
+    const float* first = in.data + b * in.stride_b + y * in.stride_h + x * in.stride_w;
+    if (inside && w.kh == 2 && w.kw == 2 && in.stride_c == 1)
+        return interleave({first, first + in.stride_w, first + in.stride_h, first + in.stride_h + in.stride_w}, in.C,
+                          out);
+    for (int64_t c = 0; c < in.C; ++c, out += w.kh * w.kw)
+        for (int64_t i = i0; i < i1; ++i) {
+            const float* from = first + c * in.stride_c + i * in.stride_h;
+            for (int64_t j = j0; j < j1; ++j) out[i * w.kw + j] = from[j * in.stride_w];
+        }
 }
 
 struct Embedding {
@@ -82,9 +86,7 @@ struct Embedding {
     void gather(int64_t token, int64_t rows, float* out) const {
         for (int64_t r = 0; r < rows; ++r, ++token, out += pitch()) {
             const int64_t x = token % window.w, y = token / window.w % window.h, b = token / (window.w * window.h);
-            for (int64_t i = 0; i < window.kh; ++i)
-                gather_row(in, b, y * window.stride_h - window.top + i, x * window.stride_w - window.left, window.kw,
-                           out + i * window.kw * in.C);
+            gather_window(in, window, b, y * window.stride_h - window.top, x * window.stride_w - window.left, out);
         }
     }
 
@@ -117,8 +119,10 @@ void embed_by_blocks(const Embedding& e) {
     });
 }
 
-void patch_embed(const Embedding& e) {
-    by_columns(e.tokens(), e.rows_in_scratch()) ? embed_together(e) : embed_by_blocks(e);
+void patch_embed(Embedding e) {
+    if (by_columns(e.tokens(), e.rows_in_scratch())) return embed_together(e);
+    pack(current_kernels(), {&e.projection}, packed_memory);
+    embed_by_blocks(e);
 }
 
 void check_pair(const char* name, const std::vector<int64_t>& pair, int64_t least) {
@@ -126,36 +130,30 @@ void check_pair(const char* name, const std::vector<int64_t>& pair, int64_t leas
                     "; expected two values of at least ", least);
 }
 
-Tensor cpu_patch_embed(const Tensor& input, const Tensor& weight, std::vector<int64_t> kernel_size,
+Tensor cpu_patch_embed(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias,
                        std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> output_size,
-                       int64_t channels, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
-                       std::optional<double> eps) {
+                       std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, std::optional<double> eps) {
     check_float("input", input);
     STD_TORCH_CHECK(input.dim() == 4 && input.size(1) >= 1 && input.size(2) >= 1 && input.size(3) >= 1,
                     "input has shape ", text(shape_of(input)),
                     "; expected (B, H, W, C) with H, W and C of at least 1");
-    check_pair("kernel_size", kernel_size, 1);
     check_pair("stride", stride, 1);
     check_pair("padding", padding, 0);
     check_pair("output_size", output_size, 1);
-    STD_TORCH_CHECK(channels >= 1, "channels is ", channels, "; expected at least 1");
-    STD_TORCH_CHECK(norm_weight.has_value() == eps.has_value() && norm_bias.has_value() == eps.has_value(),
-                    "norm_weight, norm_bias, eps: expected all three (a LayerNorm) or none, got some");
     const Input in{data(input),     input.size(0),   input.size(1),   input.size(2),  input.size(3),
                    input.stride(0), input.stride(1), input.stride(2), input.stride(3)};
+    check_float("weight", weight);
+    STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) >= 1 && weight.size(1) == in.C && weight.size(2) >= 1 &&
+                        weight.size(3) >= 1,
+                    "weight has shape ", text(shape_of(weight)), "; expected (N, ", in.C, ", kh, kw)");
+    const int64_t N = weight.size(0), kh = weight.size(2), kw = weight.size(3);
     Kept kept;
-    const Linear projection = packed_linear(kept, "weight", weight, kernel_size[0] * kernel_size[1] * in.C, channels);
     Norm norm{};
-    if (eps.has_value()) {
-        check_shape("norm_weight", *norm_weight, {channels});
-        check_shape("norm_bias", *norm_bias, {channels});
-        norm = {kept(*norm_weight), kept(*norm_bias), static_cast<float>(*eps)};
-    }
-    Tensor result = torch::stable::new_empty(input, Shape{in.B, output_size[0], output_size[1], channels});
+    if (eps.has_value()) norm = norm_over(kept, "norm", norm_weight, norm_bias, *eps, N);
+    Tensor result = torch::stable::new_empty(input, Shape{in.B, output_size[0], output_size[1], N});
     patch_embed({in,
-                 {kernel_size[0], kernel_size[1], stride[0], stride[1], padding[0], padding[1], output_size[0],
-                  output_size[1]},
-                 projection,
+                 {kh, kw, stride[0], stride[1], padding[0], padding[1], output_size[0], output_size[1]},
+                 {kept(weight), vector(kept, "bias", bias, N), nullptr, in.C * kh * kw, N},
                  eps.has_value(),
                  norm,
                  static_cast<float*>(result.mutable_data_ptr())});
@@ -167,8 +165,8 @@ Tensor cpu_patch_embed(const Tensor& input, const Tensor& weight, std::vector<in
 
 STABLE_TORCH_LIBRARY_FRAGMENT(focalnet, m) {
     m.def(
-        "cpu_patch_embed(Tensor input, Tensor weight, int[] kernel_size, int[] stride, int[] padding, "
-        "int[] output_size, int channels, Tensor? norm_weight, Tensor? norm_bias, float? eps) -> Tensor");
+        "cpu_patch_embed(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] output_size, "
+        "Tensor? norm_weight, Tensor? norm_bias, float? eps) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(focalnet, CPU, m) { m.impl("cpu_patch_embed", TORCH_BOX(&focalnet::cpu::cpu_patch_embed)); }

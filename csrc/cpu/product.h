@@ -10,6 +10,7 @@
 
 #include "block.h"
 #include "gated_aggregation.h"
+#include "memory.h"
 #include "share.h"
 
 namespace focalnet::cpu {
@@ -18,6 +19,7 @@ constexpr int64_t kLeastRows = 66;      // that a block of tokens needs to pay f
 constexpr int64_t kWideRows = 96;       // a block of fewer hardly pays for it
 constexpr int64_t kMostTogether = 512;  // tokens; beyond, what passes through L3 outweighs the weights
 constexpr int64_t kRowUnit = 6;         // rows of a block are a multiple of: whole tiles, see gemm.inc
+constexpr int64_t kPanelsAtATime = 8;   // that a thread packs before it asks for more
 constexpr int64_t kLeastUnits = 4;      // of the last blocks, which are low so that the threads end together
 
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
@@ -31,11 +33,21 @@ inline int64_t k_block(int64_t K) { return round_up(ceil_div(K, ceil_div(K, kDep
 
 inline int64_t packed_floats(const Linear& w) { return ceil_div(w.N, kPanel) * (1 + w.K) * kPanel; }
 
-// Packs all panels of `w` into `to`.
-inline void pack(const Kernels& kernels, const Linear& w, float* to) {
-    torch::stable::parallel_for(0, ceil_div(w.N, kPanel), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t p = begin; p < end; ++p) kernels.pack(w, p * kPanel, to + p * (1 + w.K) * kPanel);
-    });
+// Packs linear layers into `memory`, which keeps them until it is asked for the next.
+template <size_t N>
+void pack(const Kernels& kernels, Linear* const (&layers)[N], Memory& memory) {
+    int64_t floats = 0;
+    for (const Linear* layer : layers) floats += packed_floats(*layer);
+    float* to = memory.get(floats);
+    for (Linear* layer : layers) {
+        layer->packed = to;
+        share_ranges(ceil_div(layer->N, kPanel), 1, kPanelsAtATime, [&](auto next) {
+            for (Range panels = next(); !panels.empty(); panels = next())
+                for (int64_t p = panels.begin; p < panels.end; ++p)
+                    kernels.pack(*layer, p * kPanel, to + p * (1 + layer->K) * kPanel);
+        });
+        to += packed_floats(*layer);
+    }
 }
 
 // Whether all threads share the products of so many tokens, each streaming its part of the weights, instead of taking

@@ -78,10 +78,8 @@ def counted(name: str, case: Case) -> dict[str, float]:
     with torch.device(device):
         model = make(Case(case.variant, case.size, case.batch, device=device))
         images = torch.zeros(case.batch, 3, case.size, case.size)
-    with torch.no_grad():
-        model(images)  # the first pass also packs weights
-        with OperatorCounter() as counter:
-            model(images)
+    with torch.no_grad(), OperatorCounter() as counter:
+        model(images)
     return {
         "operators": counter.operators,
         "bytes_per_image": counter.bytes / case.batch,

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .. import extension, packing
+from .. import extension
 from ..backends import requested
 from ..modules import FocalModulation
 from . import block, modulation, probe
@@ -70,7 +70,7 @@ def unpatch(model: nn.Module) -> tuple[str, ...]:
     _check(model)
     patched = [(name, module) for name, module in model.named_modules() if _is_patched(module)]
     for _, module in patched:
-        del module.__dict__["forward"]
+        module.__dict__.pop("forward", None)  # another thread may have been faster
     return tuple(name for name, _ in patched)
 
 
@@ -125,11 +125,10 @@ def _patch_block(name: str, module: nn.Module, backend: str | None, keep_modulat
         reason = "keep_modulator asks for what only the modulation can give"
     else:
         reason = extension.missing() or _reason_against_rebinding(module) or _reason_against_block(module, source)
-    packing.forget(module)
     if reason is None:
         module.forward = Rebound(block.FORWARD[source], module, backend=backend)
     elif _is_patched(module):
-        del module.__dict__["forward"]
+        module.__dict__.pop("forward", None)
     return Entry(name, "block", source, reason)
 
 

@@ -23,7 +23,7 @@ NAMES = {
         use_layernorm=None,
         normalize=modulation.NAMES["authors"].normalize,
         activation="act",
-        random=r"modulation\.proj_drop|mlp\.drop|drop_path",
+        random=("proj_drop", "drop", "drop_path"),
         forward=modulation.forward,
     ),
     "timm": BlockNames(
@@ -35,7 +35,7 @@ NAMES = {
         use_layernorm=None,
         activation="act",
         scales=("ls1", "ls2"),
-        random=r"modulation\.proj_drop|mlp\.drop[12]|drop_path[12]",
+        random=("proj_drop", "drop1", "drop2", "drop_path1", "drop_path2"),
         forward=modulation.forward,
     ),
 }
@@ -65,32 +65,43 @@ def reason_against(block: nn.Module, source: str) -> str | None:
 
 def fused(block: nn.Module, x: Tensor, source: str) -> Tensor:
     """What the operator makes of x (B, H, W, C), whatever the block says of itself; for the trial."""
-    return fused_block.compute(NAMES[source].parts_of(block), x)
+    arguments = fused_block.weights(block, NAMES[source])
+    if isinstance(arguments, str):
+        raise ValueError(arguments)
+    return fused_block.run(x, arguments)
 
 
 def forward_tokens(
     block: nn.Module, hidden_state: Tensor, input_dimensions: tuple[int, int], *, backend: str | None = None
 ) -> Tensor:
     """The forward of a patched block of transformers, (B, H * W, C) -> (B, H * W, C)."""
-    grid = _grid(hidden_state, input_dimensions)
-    if grid is None or fused_block.reason_against(block, grid, backend, NAMES["transformers"]) is not None:
-        return type(block).forward(block, hidden_state, input_dimensions)
-    return fused_block.run(block, grid).flatten(1, 2)
+    result = _of_grid(block, hidden_state, input_dimensions, backend, "transformers")
+    return type(block).forward(block, hidden_state, input_dimensions) if result is None else result
 
 
 def forward_sized(block: nn.Module, x: Tensor, *, backend: str | None = None) -> Tensor:
     """The forward of a patched block of the authors, which has been told H and W: (B, H * W, C) -> (B, H * W, C)."""
-    grid = _grid(x, (block.H, block.W))
-    if grid is None or fused_block.reason_against(block, grid, backend, NAMES["authors"]) is not None:
-        return type(block).forward(block, x)
-    return fused_block.run(block, grid).flatten(1, 2)
+    result = _of_grid(block, x, (block.H, block.W), backend, "authors")
+    return type(block).forward(block, x) if result is None else result
 
 
 def forward_map(block: nn.Module, x: Tensor, *, backend: str | None = None) -> Tensor:
     """The forward of a patched block of timm, (B, C, H, W) -> (B, C, H, W), which lies channels-last in memory."""
-    if x.ndim != 4 or fused_block.reason_against(block, x, backend, NAMES["timm"]) is not None:
+    arguments = fused_block.arguments(block, x, backend, NAMES["timm"]) if x.ndim == 4 else "x is no map"
+    if isinstance(arguments, str):
         return type(block).forward(block, x)
-    return fused_block.run(block, x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
+    return fused_block.run(x.permute(0, 2, 3, 1).contiguous(), arguments).permute(0, 3, 1, 2)
+
+
+def _of_grid(
+    block: nn.Module, tokens: Tensor, size: tuple[int | None, int | None], backend: str | None, source: str
+) -> Tensor | None:
+    """What the operator makes of tokens (B, H * W, C); None where the block's own forward has to run."""
+    grid = _grid(tokens, size)
+    if grid is None:
+        return None
+    arguments = fused_block.arguments(block, grid, backend, NAMES[source])
+    return None if isinstance(arguments, str) else fused_block.run(grid, arguments).flatten(1, 2)
 
 
 FORWARD = {"transformers": forward_tokens, "authors": forward_sized, "timm": forward_map}

@@ -8,7 +8,6 @@ device, quantised or sharded.
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -22,7 +21,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 def twin_of(module: nn.Module, generator: torch.Generator) -> nn.Module:
     """A copy in evaluation mode with random float32 weights on the CPU; nothing of ``module`` is written to."""
-    twin = copy.copy(module)
+    # Not copy.copy, which parametrised modules refuse.
+    twin = type(module).__new__(type(module))
+    twin.__dict__.update(module.__dict__)
     twin.__dict__.pop("forward", None)  # it would be that of ``module``
     for name in _HOOKS:
         twin.__dict__[name] = OrderedDict()
