@@ -103,8 +103,8 @@ def _requested_around() -> str | None:
     return None
 
 
-# Dynamo cannot read a ContextVar. This is what torch.compiler.assume_constant_result does, which imports all of Dynamo:
-# a graph is for the backend that was asked for around the call that made it.
+# Dynamo cannot read a ContextVar. This is what torch.compiler.assume_constant_result does, without importing Dynamo. A
+# graph is for the backend that was asked for around the call that made it.
 _requested_around._dynamo_marked_constant = True
 
 

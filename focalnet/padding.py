@@ -1,5 +1,5 @@
-"""Padding of maps up to a multiple of the patch size, and cutting it off again, right at every size in eager mode and in
-every exported graph.
+"""Padding of maps up to a multiple of the patch size, and cutting it off again: right at every size, in eager mode and
+in every exported graph.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 def pad_to_multiple(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
     """``x`` (B, H, W, C) with zeros below and to the right, so that H and W are multiples of ``patch_size``."""
-    bottom, right = (_missing(size, patch) for size, patch in zip(x.shape[1:3], patch_size, strict=True))
+    bottom, right = _missing(x.shape[1], patch_size[0]), _missing(x.shape[2], patch_size[1])
     if _is_never_needed(bottom) and _is_never_needed(right):
         return x
     return F.pad(x, (0, 0, 0, right, 0, bottom))

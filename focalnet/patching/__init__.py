@@ -18,6 +18,8 @@ from ..backends import requested
 from ..modules import FocalModulation
 from . import block, modulation, probe
 from .report import Entry, PatchReport
+from .traced import REASON as TRACED
+from .traced import traced_parts
 
 __all__ = ["Entry", "PatchReport", "patch", "unpatch"]
 
@@ -80,11 +82,18 @@ def _check(model: nn.Module) -> None:
 
 
 def _entries(model: nn.Module, backend: str | None, keep_modulator: bool) -> Iterator[Entry]:
+    in_a_graph = traced_parts(model)
     for name, module in model.named_modules():
-        if modulation.is_candidate(module):
+        if name in in_a_graph and modulation.is_candidate(module):
+            yield Entry(name, "modulation", modulation.source_of(module), TRACED)
+        elif modulation.is_candidate(module):
             yield _patch_modulation(name, module, backend, keep_modulator)
     for name, module in model.named_modules():
-        if block.is_candidate(module) and _is_patched(module.modulation):
+        if not block.is_candidate(module) or not _is_patched(module.modulation):
+            continue
+        if name in in_a_graph:
+            yield Entry(name, "block", modulation.source_of(module.modulation), TRACED)
+        else:
             yield _patch_block(name, module, backend, keep_modulator)
 
 
