@@ -310,6 +310,10 @@ class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
     By default a stage's map is taken after its downsampling, as in transformers: strides 8, 16, 32, 32. With
     ``config.feature_maps_before_downsampling`` it is taken before: strides 4, 8, 16, 32, as dense prediction wants.
     ``channels`` says what the chosen maps have.
+
+    What no map comes from (the final LayerNorm, stages behind the last map) needs no gradient: ``requires_grad`` is
+    False there, so that DistributedDataParallel waits for none. Its parameters stay in the state dict. To train stages
+    by their hidden states, set ``config.output_hidden_states``.
     """
 
     has_attentions = False
@@ -329,10 +333,36 @@ class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
                     for stage in self.out_features
                 }
             )
+        self._frozen: tuple[str, ...] = ()
         self.post_init()
+        self._freeze_what_no_map_comes_from()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.focalnet.get_input_embeddings()
+
+    def train(self, mode: bool = True) -> FocalNetBackbone:
+        # from_pretrained, also that of a head, makes all parameters anew and calls this when they are there.
+        self._freeze_what_no_map_comes_from()
+        return super().train(mode)
+
+    def _freeze_what_no_map_comes_from(self) -> None:
+        unused = ("focalnet.layernorm", *self._parts_behind_the_maps())
+        parts = {name: part for name, part in self.named_modules() if name in (*unused, *self._frozen)}
+        for name, part in parts.items():
+            # True where the configuration names other maps now than when this was frozen.
+            part.requires_grad_(name not in unused)
+        self._frozen = unused
+
+    def _parts_behind_the_maps(self) -> list[str]:
+        """Names of stages, and of a downsampling, that neither a map nor a hidden state comes from."""
+        if self.config.output_hidden_states:
+            return []
+        last = max(self.stage_names.index(stage) for stage in self.out_features)  # 0 is the stem
+        stages = self.focalnet.encoder.stages
+        names = [f"focalnet.encoder.stages.{index}" for index in range(last, len(stages))]
+        if self.config.feature_maps_before_downsampling and 0 < last < len(stages):
+            names.append(f"focalnet.encoder.stages.{last - 1}.downsample")
+        return names
 
     def forward(
         self,

@@ -140,4 +140,3 @@ class FocalModulation(nn.Module):
     def extra_repr(self) -> str:
         kernels = ", ".join(map(str, self.kernel_sizes))
         return f"dim={self.dim}, kernels=({kernels}), normalize_modulator={self.normalize_modulator}"
-
