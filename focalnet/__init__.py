@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from . import flops as _flops  # noqa: F401  (registers formulas)
 from ._version import __version__
 from .backends import backends, use_backend
 from .functional import focal_modulation, gated_aggregation

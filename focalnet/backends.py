@@ -92,11 +92,20 @@ def requested(backend: str | None) -> str | None:
     """The backend asked for by argument, context or environment, in this order; None leaves the choice to `choose`."""
     if backend is not None:
         return _known(backend, "backend")
+    return _requested_around()
+
+
+def _requested_around() -> str | None:
     if (in_context := _in_context.get()) is not None:
         return in_context
     if from_environment := os.environ.get(_ENVIRONMENT_VARIABLE):
         return _known(from_environment, f"the environment variable {_ENVIRONMENT_VARIABLE}")
     return None
+
+
+# Dynamo cannot read a ContextVar. This is what torch.compiler.assume_constant_result does, without importing Dynamo. A
+# graph is for the backend that was asked for around the call that made it.
+_requested_around._dynamo_marked_constant = True
 
 
 def choose(problem: Problem, backend: str | None) -> Callable:

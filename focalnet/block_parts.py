@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from .context_parts import is_pointwise, unusual_level
 from .plain import is_changed, is_exact_gelu, is_hooked
 
 Role = Callable[[nn.Module], bool]
@@ -92,7 +93,7 @@ class BlockNames:
             _unusual(block, "", self._block_roles, self.forward)
             or _unusual(modulation, "modulation.", self._modulation_roles)
             or _unusual(mlp, "mlp.", self._mlp_roles)
-            or _unusual_level(modulation._modules["focal_layers"])
+            or _unusual_level(modulation)
         )
         if reason is None and any(scale != 1 for scale in self._plain_scales(block)):
             return f"{' and '.join(self.scales)} are numbers other than 1"
@@ -169,17 +170,13 @@ def _unusual(owner: nn.Module, prefix: str, roles: dict[str, Role], forward: Cal
     return None
 
 
-def _unusual_level(focal_layers: nn.Module) -> str | None:
-    for index, level in focal_layers._modules.items():
-        name = f"modulation.focal_layers.{index}"
-        if type(level) is not nn.Sequential or is_changed(level) or len(level._modules) != 2:
-            return _is_unusual(name, level)
-        convolution, activation = level._modules.values()
-        if not _is_depthwise(convolution) or is_changed(convolution):
-            return _is_unusual(f"{name}.0", convolution)
-        if not is_exact_gelu(activation) or is_changed(activation):
-            return _is_unusual(f"{name}.1", activation)
-    return None
+def _unusual_level(modulation: nn.Module) -> str | None:
+    name = unusual_level(modulation._modules["focal_layers"])
+    if name is not None:
+        return _is_unusual(f"modulation.{name}", modulation.get_submodule(name))
+    # Computed weights would be attributes.
+    levels = modulation._modules["focal_layers"]._modules.values()
+    return None if all(_has_parameters(level._modules["0"]) for level in levels) else "a weight is computed"
 
 
 def _is_unusual(name: str, module: nn.Module | None) -> str:
@@ -218,26 +215,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _is_linear(module: nn.Module) -> bool:
     kind = type(module)
-    return (kind is nn.Linear or (kind is nn.Conv2d and _is_pointwise(module))) and _has_parameters(module)
-
-
-def _is_pointwise(conv: nn.Conv2d) -> bool:
-    is_matrix = conv.kernel_size == (1, 1) and conv.groups == 1
-    return is_matrix and conv.stride == (1, 1) and conv.padding in ((0, 0), "same", "valid")
-
-
-def _is_depthwise(module: nn.Module) -> bool:
-    """Whether ``module`` is a depthwise convolution without bias that keeps the map's size."""
-    if type(module) is not nn.Conv2d or not _has_parameters(module) or module._parameters["bias"] is not None:
-        return False
-    same = (module.kernel_size[0] // 2, module.kernel_size[1] // 2)
-    return (
-        module.groups == module.in_channels == module.out_channels
-        and module.padding in (same, "same")
-        and module.stride == (1, 1)
-        and module.dilation == (1, 1)
-        and module.padding_mode == "zeros"
-    )
+    return (kind is nn.Linear or (kind is nn.Conv2d and is_pointwise(module))) and _has_parameters(module)
 
 
 def _is_layer_scale(module: nn.Module) -> bool:

@@ -22,8 +22,10 @@ def reason_against_call(input: Tensor, backend: str | None) -> str | None:
         return "gradients are being computed"
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
         return "the call is being traced or transformed"
-    if type(input) is not Tensor or input.device.type != "cpu" or input.dtype != torch.float32:
-        return f"expected a plain float32 tensor on the CPU, got {input.dtype} on {input.device}"
+    if type(input) is not Tensor:
+        return f"expected a plain tensor, got {type(input).__name__}"
+    if input.device.type != "cpu" or input.dtype != torch.float32:
+        return f"expected float32 on the CPU, got {input.dtype} on {input.device}"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
     if torch.nn.modules.module._has_any_global_hook():

@@ -115,10 +115,19 @@ def gated_aggregation(
 
 
 def _must_be_plain(backend: str | None) -> bool:
-    """Whether this call has to be plain PyTorch: ONNX has nothing else, and torch.func transforms nothing else."""
+    """Whether this call has to be plain PyTorch.
+
+    ONNX has nothing else, and torch.func transforms nothing else. What torch.jit.trace records is for a place without
+    this package (OpenVINO, Core ML, LibTorch), so it holds the operator only where a backend was asked for by name;
+    torch.export's programs hold it unless that backend is the reference.
+    """
     if torch.onnx.is_in_onnx_export():
         return True
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+    if torch.jit.is_tracing():
+        return requested(backend) in (None, "reference")
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting() and requested(backend) == "reference"
+    if not torch._C._are_functorch_transforms_active():
         return False
     if requested(backend) not in (None, "reference"):
         raise RuntimeError(

@@ -29,13 +29,13 @@ def reason_against(block: nn.Module, hidden_state: Tensor, backend: str | None =
 def _reason_against_call(hidden_state: Tensor, backend: str | None) -> str | None:
     if torch.compiler.is_compiling():
         return "a compiler fuses these steps by itself"
+    if type(hidden_state) not in (Tensor, nn.Parameter):
+        return f"expected a plain tensor, got {type(hidden_state).__name__}"
     wanted = requested(backend)
     if wanted not in (None, "triton"):
         return f"backend {wanted!r} was asked for"
     if wanted is None and hidden_state.device.type == "cpu":
         return "on a CPU the kernels are interpreted, which is only done if asked for"
-    if type(hidden_state) not in (Tensor, nn.Parameter):
-        return f"expected a plain tensor, got {type(hidden_state).__name__}"
     if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing() or all_are_watched():
         return "the call is being traced, transformed or watched"
     return triton_rows.reason_against(hidden_state)

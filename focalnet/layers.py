@@ -16,7 +16,7 @@ from .configuration import FocalNetConfig
 from .mlp import DropPath, FocalNetMlp
 from .modules import FocalModulation
 from .patch_embeddings import FocalNetPatchEmbeddings, embed
-from .plain import all_are_watched, is_changed
+from .plain import all_are_watched, is_changed, is_proxy
 
 TokensAndMap = tuple[Tensor, Tensor]
 
@@ -32,7 +32,8 @@ class FocalNetEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
-        self._check_images(pixel_values)
+        if not is_proxy(pixel_values):
+            self._check_images(pixel_values)
         # The image processors give float32 whatever the model's dtype is.
         pixel_values = pixel_values.to(self.patch_embeddings.projection.weight.dtype)
         embeddings = embed(self.patch_embeddings, self.norm, pixel_values.permute(0, 2, 3, 1))
@@ -243,5 +244,5 @@ def _tap(hidden_state: Tensor, taps: tuple[TokensAndMap, ...]) -> tuple[Tensor, 
     What is returned is made from the tokens: so they lie on the way to the loss, and have a gradient to retain.
     """
     tokens = hidden_state.flatten(1, 2)
-    hidden_state = tokens.unflatten(1, hidden_state.shape[1:3])
+    hidden_state = tokens.view(hidden_state.shape)
     return hidden_state, (*taps, (tokens, hidden_state.permute(0, 3, 1, 2)))

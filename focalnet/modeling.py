@@ -23,6 +23,8 @@ from .checkpoints.foreign import is_foreign
 from .checkpoints.reading import pretrained_arguments
 from .configuration import FocalNetConfig
 from .layers import FocalNetEmbeddings, FocalNetEncoder, FocalNetLayer
+from .padding import cut_to
+from .plain import all_are_watched, is_mean
 
 
 @dataclass
@@ -135,11 +137,15 @@ class FocalNetModel(FocalNetPreTrainedModel):
         super().__init__(config)
         self.num_stages = len(config.depths)
         self.num_features = config.stage_dims[-1]
-        self.add_pooling_layer = add_pooling_layer
         self.embeddings = FocalNetEmbeddings(config, use_mask_token)
         self.encoder = FocalNetEncoder(config)
         self.layernorm = nn.LayerNorm(self.num_features, eps=config.layer_norm_eps)
+        self.pooler = nn.AdaptiveAvgPool1d(1) if add_pooling_layer else None
         self.post_init()
+
+    @property
+    def add_pooling_layer(self) -> bool:
+        return self.pooler is not None
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_embeddings
@@ -166,10 +172,10 @@ class FocalNetModel(FocalNetPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         embeddings = self.embeddings(pixel_values, bool_masked_pos)
         last, maps = self.encoder(embeddings, collect=bool(output_hidden_states))
-        last = self.layernorm(last)
+        last = self.layernorm(last).flatten(1, 2)
         output = FocalNetModelOutput(
-            last_hidden_state=last.flatten(1, 2),
-            pooler_output=last.mean((1, 2)) if self.add_pooling_layer else None,
+            last_hidden_state=last,
+            pooler_output=None if self.pooler is None else self._pooled(last),
             hidden_states=tuple(tokens for tokens, _ in maps) if maps else None,
             reshaped_hidden_states=tuple(reshaped for _, reshaped in maps) if maps else None,
         )
@@ -178,6 +184,12 @@ class FocalNetModel(FocalNetPreTrainedModel):
         # transformers keeps the place of a missing pooler_output, so that hidden states are always third.
         rest = (output.hidden_states, output.reshaped_hidden_states) if maps else ()
         return (output.last_hidden_state, output.pooler_output, *rest)
+
+    def _pooled(self, tokens: Tensor) -> Tensor:
+        """(B, N, C) -> (B, C)"""
+        if is_mean(self.pooler) and not all_are_watched():
+            return tokens.mean(1)  # one kernel less
+        return self.pooler(tokens.transpose(1, 2)).flatten(1)
 
 
 class FocalNetForMaskedImageModeling(FocalNetPreTrainedModel):
@@ -215,13 +227,12 @@ class FocalNetForMaskedImageModeling(FocalNetPreTrainedModel):
         # Tokens do not say which grid they came from; the maps do.
         outputs = self.focalnet(pixel_values, bool_masked_pos, output_hidden_states=True, return_dict=True)
         stem, *_, last = outputs.reshaped_hidden_states
-        tokens = outputs.last_hidden_state.transpose(1, 2).unflatten(2, last.shape[2:])
-        height, width = pixel_values.shape[-2:]
+        tokens = outputs.last_hidden_state.transpose(1, 2).view(last.shape)
         # The stem and the downsamplings pad at the bottom and the right: what they added is cut off again.
-        reconstruction = self.decoder(tokens)[..., :height, :width]
+        reconstruction = cut_to(self.decoder(tokens), pixel_values.shape[-2:])
         loss = None
         if bool_masked_pos is not None:
-            loss = self._masked_loss(pixel_values, reconstruction, bool_masked_pos.unflatten(1, stem.shape[2:]))
+            loss = self._masked_loss(pixel_values, reconstruction, bool_masked_pos.view(-1, *stem.shape[2:]))
         output = FocalNetMaskedImageModelingOutput(
             loss=loss,
             reconstruction=reconstruction,
@@ -315,6 +326,10 @@ class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
     By default a stage's map is taken after its downsampling, as in transformers: strides 8, 16, 32, 32. With
     ``config.feature_maps_before_downsampling`` it is taken before: strides 4, 8, 16, 32, as dense prediction wants.
     ``channels`` says what the chosen maps have.
+
+    What no map comes from (the final LayerNorm, stages behind the last map) needs no gradient: ``requires_grad`` is
+    False there, so that DistributedDataParallel waits for none. Its parameters stay in the state dict. To train stages
+    by their hidden states, set ``config.output_hidden_states``.
     """
 
     has_attentions = False
@@ -324,7 +339,7 @@ class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
         dims = config.stage_dims
         stages = dims if config.feature_maps_before_downsampling else [*dims[1:], dims[-1]]
         self.num_features = [config.embed_dim, *stages]
-        self.focalnet = FocalNetModel(config, add_pooling_layer=False)
+        self.focalnet = FocalNetModel(config)
         if config.use_feature_map_norms:
             # The maps have norms of their own then, and the published checkpoints no final one.
             self.focalnet.layernorm = nn.Identity()
@@ -334,10 +349,36 @@ class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
                     for stage in self.out_features
                 }
             )
+        self._frozen: tuple[str, ...] = ()
         self.post_init()
+        self._freeze_what_no_map_comes_from()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.focalnet.get_input_embeddings()
+
+    def train(self, mode: bool = True) -> FocalNetBackbone:
+        # from_pretrained, also that of a head, makes all parameters anew and calls this when they are there.
+        self._freeze_what_no_map_comes_from()
+        return super().train(mode)
+
+    def _freeze_what_no_map_comes_from(self) -> None:
+        unused = ("focalnet.layernorm", *self._parts_behind_the_maps())
+        parts = {name: part for name, part in self.named_modules() if name in (*unused, *self._frozen)}
+        for name, part in parts.items():
+            # True where the configuration names other maps now than when this was frozen.
+            part.requires_grad_(name not in unused)
+        self._frozen = unused
+
+    def _parts_behind_the_maps(self) -> list[str]:
+        """Names of stages, and of a downsampling, that neither a map nor a hidden state comes from."""
+        if self.config.output_hidden_states:
+            return []
+        last = max(self.stage_names.index(stage) for stage in self.out_features)  # 0 is the stem
+        stages = self.focalnet.encoder.stages
+        names = [f"focalnet.encoder.stages.{index}" for index in range(last, len(stages))]
+        if self.config.feature_maps_before_downsampling and 0 < last < len(stages):
+            names.append(f"focalnet.encoder.stages.{last - 1}.downsample")
+        return names
 
     def forward(
         self,

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
+import torch.fx
 from torch import Tensor, nn
 
 from .backends import requested
+from .context_parts import parameter, unusual_context
 from .functional import focal_modulation
 from .normed import normed_linear
 from .onednn import guarded
-from .plain import is_changed
+from .plain import is_proxy
+
+# A node of its own in graphs of torch.fx, which cannot look into it.
+torch.fx.wrap("focal_modulation")
 
 
 class FocalModulation(nn.Module):
     """Focal modulation (Yang et al., "Focal Modulation Networks", NeurIPS 2022, arXiv:2203.11926, section 3.2).
 
-    Parameters are named as in transformers' FocalNetModulation: ``projection_in``, ``focal_layers.K.0``,
-    ``projection_context``, ``layernorm``, ``projection_out``. Level l (from 0) convolves with a kernel of
-    ``focal_window + focal_factor * l``.
+    Parts are named as in transformers' FocalNetModulation: ``projection_in``, ``focal_layers.K.0`` and ``.1``,
+    ``activation`` (of the global context), ``projection_context``, ``layernorm``, ``projection_out``. Level l (from 0)
+    convolves with a kernel of ``focal_window + focal_factor * l``.
 
     Args:
         dim: number of channels C.
@@ -72,11 +75,11 @@ class FocalModulation(nn.Module):
         # Created in the order of transformers' module, so that one seed gives one set of initial weights.
         self.projection_in = nn.Linear(dim, 2 * dim + focal_level + 1, bias=bias)
         self.projection_context = nn.Conv2d(dim, dim, kernel_size=1, bias=bias)
+        self.activation = nn.GELU()
         self.projection_out = nn.Linear(dim, dim)
         self.projection_dropout = nn.Dropout(proj_drop)
-        self.focal_layers = nn.ModuleList(
-            self._focal_layer(dim, focal_window + focal_factor * level) for level in range(focal_level)
-        )
+        self.kernel_sizes = [focal_window + focal_factor * level for level in range(focal_level)]
+        self.focal_layers = nn.ModuleList(self._focal_layer(dim, kernel_size) for kernel_size in self.kernel_sizes)
         if use_post_layernorm_in_modulation:
             self.layernorm = nn.LayerNorm(dim, eps=layer_norm_eps)
 
@@ -87,7 +90,12 @@ class FocalModulation(nn.Module):
 
     def forward(self, hidden_state: Tensor) -> Tensor:
         """``hidden_state`` (B, H, W, C) -> (B, H, W, C)."""
-        if not isinstance(hidden_state, (Tensor, torch.fx.Proxy)):
+        if not is_proxy(hidden_state):
+            self._check(hidden_state)
+        return self._modulate(self.projection_in(hidden_state))
+
+    def _check(self, hidden_state: object) -> None:
+        if not isinstance(hidden_state, Tensor):
             kind = f"{type(hidden_state).__module__}.{type(hidden_state).__qualname__}"
             raise TypeError(f"hidden_state: expected a torch.Tensor (B, H, W, {self.dim}), got {kind}")
         if hidden_state.ndim != 4 or hidden_state.shape[-1] != self.dim:
@@ -95,7 +103,6 @@ class FocalModulation(nn.Module):
                 f"hidden_state: expected shape (B, H, W, {self.dim}), got {tuple(hidden_state.shape)}; "
                 f"channels come last here, NCHW tensors want .permute(0, 2, 3, 1)"
             )
-        return self._modulate(self.projection_in(hidden_state))
 
     def of_normed(self, norm: nn.Module, hidden_state: Tensor) -> Tensor:
         """``self(norm(hidden_state))``; in training, what ``norm`` returns is not kept for backward."""
@@ -103,7 +110,8 @@ class FocalModulation(nn.Module):
 
     def _modulate(self, projected: Tensor) -> Tensor:
         q, ctx, gates = projected.split([self.dim, self.dim, self.focal_level + 1], dim=-1)
-        changed = self._changed_convolution()
+        # The operator takes weights and calls no module.
+        changed = unusual_context(self, "projection_context", "activation")
         out = self._fused(q, ctx, gates) if changed is None else self._module_by_module(q, ctx, gates, changed)
         if self.use_post_layernorm_in_modulation:
             return self.projection_dropout(normed_linear(self.layernorm, self.projection_out, out))
@@ -114,24 +122,12 @@ class FocalModulation(nn.Module):
             q,
             ctx,
             gates,
-            [level[0].weight for level in self.focal_layers],
-            self.projection_context.weight,
-            self.projection_context.bias,
+            [parameter(level[0], "weight") for level in self.focal_layers],
+            parameter(self.projection_context, "weight"),
+            parameter(self.projection_context, "bias"),
             normalize_modulator=self.normalize_modulator,
             backend=self.backend,
         )
-
-    def _changed_convolution(self) -> str | None:
-        """The name of a convolution or activation that is not as it was made, or None.
-
-        The operator takes weights and calls no module. What acts when a module is called (offloading by accelerate,
-        adapters, hooks) would go unnoticed, so then the modules are called one by one.
-        """
-        levels = self.focal_layers._modules.values()
-        if _is_plain(self.projection_context) and all(_is_plain(m) for s in levels for m in (s, *s._modules.values())):
-            return None
-        called = ("projection_context", "focal_layers.")
-        return next(n for n, m in self.named_modules() if n.startswith(called) and not _is_plain(m))
 
     def _module_by_module(self, q: Tensor, ctx: Tensor, gates: Tensor, changed: str) -> Tensor:
         backend = requested(self.backend)
@@ -142,25 +138,15 @@ class FocalModulation(nn.Module):
             )
         ctx, gates = ctx.permute(0, 3, 1, 2), gates.permute(0, 3, 1, 2)
         agg = 0
-        with guarded(ctx, self._widest_kernel()):
+        with guarded(ctx, max(self.kernel_sizes)):
             for level, layer in enumerate(self.focal_layers):
                 ctx = layer(ctx)
                 agg = agg + ctx * gates[:, level : level + 1]
-        agg = agg + F.gelu(ctx.mean((2, 3), keepdim=True)) * gates[:, self.focal_level :]
+        agg = agg + self.activation(ctx.mean((2, 3), keepdim=True)) * gates[:, self.focal_level :]
         if self.normalize_modulator:
             agg = agg / (self.focal_level + 1)
         return q * self.projection_context(agg).permute(0, 2, 3, 1)
 
-    def _widest_kernel(self) -> int:
-        return self.focal_window + self.focal_factor * (self.focal_level - 1)
-
     def extra_repr(self) -> str:
-        kernels = ", ".join(str(level[0].kernel_size[0]) for level in self.focal_layers)
+        kernels = ", ".join(map(str, self.kernel_sizes))
         return f"dim={self.dim}, kernels=({kernels}), normalize_modulator={self.normalize_modulator}"
-
-
-_PLAIN = (nn.Conv2d, nn.GELU, nn.Sequential)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    return type(module) in _PLAIN and not is_changed(module)

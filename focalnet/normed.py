@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import normed_linear as _normed_linear  # noqa: F401  (registers the operators)
 from . import normed_mlp as _normed_mlp  # noqa: F401
 from .backends import requested
-from .plain import all_are_watched, is_changed, is_exact_gelu, is_plain
+from .plain import all_are_watched, is_changed, is_exact_gelu, is_plain, is_proxy
 
 
 def normed_linear(norm: nn.Module, linear: nn.Module, hidden_state: Tensor) -> Tensor:
@@ -54,6 +54,8 @@ def normed_mlp(
 
 
 def _is_norm(norm: nn.Module, hidden_state: Tensor) -> bool:
+    if is_proxy(hidden_state):
+        return False
     return is_plain(norm, nn.LayerNorm) and tuple(norm.normalized_shape) == (hidden_state.shape[-1],)
 
 

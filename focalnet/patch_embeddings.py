@@ -5,11 +5,11 @@ as one operator, a matrix product on channels-last tokens.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .configuration import FocalNetConfig
 from .cpu_inference import reason_against_call, reason_against_weights
+from .padding import pad_to_multiple
 from .plain import is_changed
 
 
@@ -88,12 +88,10 @@ class FocalNetPatchEmbeddings(nn.Module):
         return (0, 0) if self.drops_incomplete else (-height % self.patch_size[0], -width % self.patch_size[1])
 
     def _by_modules(self, x: Tensor) -> Tensor:
-        _, height, width, _ = x.shape
         if self.drops_incomplete:
-            self.output_size(height, width)
-        bottom, right = self._added(height, width)
-        if bottom or right:
-            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+            self.output_size(*x.shape[1:3])  # raises where there is no whole patch
+        else:
+            x = pad_to_multiple(x, self.patch_size)
         # A channels-last input makes the convolution write channels-last: the image is the smaller thing to reorder.
         nchw = x.contiguous().permute(0, 3, 1, 2)
         return self.projection(nchw).permute(0, 2, 3, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 
@@ -23,6 +24,11 @@ def is_hooked(module: nn.Module) -> bool:
 def all_are_watched() -> bool:
     """Whether hooks hang on all modules at once, as profilers and counters of operations have them."""
     return not torch.compiler.is_compiling() and torch.nn.modules.module._has_any_global_hook()
+
+
+def is_proxy(value: object) -> bool:
+    """Whether torch.fx traces symbolically: ``value`` has no shape, dtype or device that a branch could ask for."""
+    return isinstance(value, torch.fx.Proxy)
 
 
 def is_plain_tensor(tensor: object) -> bool:
@@ -51,3 +57,8 @@ def is_exact_gelu(module: nn.Module) -> bool:
     if type(module) is nn.GELU:
         return module.approximate == "none"
     return type(module).__name__ == "GELUActivation" and module.act is nn.functional.gelu
+
+
+def is_mean(module: nn.Module) -> bool:
+    """Whether ``module`` pools (B, C, N) to the mean of each channel, and does nothing else when it is called."""
+    return type(module) is nn.AdaptiveAvgPool1d and module.output_size in (1, (1,)) and not is_changed(module)

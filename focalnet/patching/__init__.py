@@ -16,8 +16,10 @@ from torch import nn
 from .. import extension
 from ..backends import requested
 from ..modules import FocalModulation
-from . import block, modulation, probe
+from . import block, embeddings, modulation, probe
 from .report import Entry, PatchReport
+from .traced import REASON as TRACED
+from .traced import traced_parts
 
 __all__ = ["Entry", "PatchReport", "patch", "unpatch"]
 
@@ -31,7 +33,7 @@ def patch(model: nn.Module, backend: str | None = None, *, keep_modulator: bool 
     detection, segmentation) and what was made from theirs, such as X-Decoder, SEEM, FocalNet-DINO, detrex, MaskDINO.
     None of those packages is needed. A module whose structure fits is tried out on a random input before it is
     touched, and left alone if it computes something else. Where the block around a modulation is known too, float32
-    inference on a CPU runs it as one operator.
+    inference on a CPU runs it as one operator. Patch embeddings that pad do so at every size in exported graphs.
 
     Args:
         model: any module; what it holds is searched.
@@ -50,7 +52,9 @@ def patch(model: nn.Module, backend: str | None = None, *, keep_modulator: bool 
     """
     _check(model)
     requested(backend)
-    report = PatchReport(tuple(_entries(model, backend, keep_modulator)))
+    position = {name: index for index, (name, _) in enumerate(model.named_modules())}
+    entries = sorted(_entries(model, backend, keep_modulator), key=lambda entry: position[entry.name])
+    report = PatchReport(tuple(entries))
     if not report.entries:
         raise ValueError(
             f"model: expected a model with focal modulation, but none of the {len(list(model.modules()))} modules of "
@@ -80,12 +84,23 @@ def _check(model: nn.Module) -> None:
 
 
 def _entries(model: nn.Module, backend: str | None, keep_modulator: bool) -> Iterator[Entry]:
+    in_a_graph = traced_parts(model)
     for name, module in model.named_modules():
-        if modulation.is_candidate(module):
+        if name in in_a_graph and modulation.is_candidate(module):
+            yield Entry(name, "modulation", modulation.source_of(module), TRACED)
+        elif modulation.is_candidate(module):
             yield _patch_modulation(name, module, backend, keep_modulator)
     for name, module in model.named_modules():
-        if block.is_candidate(module) and _is_patched(module.modulation):
+        if not block.is_candidate(module) or not _is_patched(module.modulation):
+            continue
+        if name in in_a_graph:
+            yield Entry(name, "block", modulation.source_of(module.modulation), TRACED)
+        else:
             yield _patch_block(name, module, backend, keep_modulator)
+    if any(map(_is_patched, model.modules())):
+        for name, module in model.named_modules():
+            if name not in in_a_graph and embeddings.pads(module):
+                yield _patch_embeddings(name, module)
 
 
 class Rebound(functools.partial):
@@ -117,6 +132,13 @@ def _patch_modulation(name: str, module: nn.Module, backend: str | None, keep_mo
         settings = {"source": source, "backend": backend, "keep_modulator": keep_modulator}
         module.forward = Rebound(modulation.forward, module, **settings)
     return Entry(name, "modulation", source, reason)
+
+
+def _patch_embeddings(name: str, module: nn.Module) -> Entry:
+    reason = _reason_against_rebinding(module)
+    if reason is None:
+        module.forward = Rebound(embeddings.forward, module)
+    return Entry(name, "patch embeddings", embeddings.source_of(module), reason)
 
 
 def _patch_block(name: str, module: nn.Module, backend: str | None, keep_modulator: bool) -> Entry:

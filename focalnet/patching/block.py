@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .. import fused_block
 from ..block_parts import BlockNames
+from ..plain import is_proxy
 from . import modulation
 
 NAMES = {
@@ -87,7 +88,7 @@ def forward_sized(block: nn.Module, x: Tensor, *, backend: str | None = None) ->
 
 def forward_map(block: nn.Module, x: Tensor, *, backend: str | None = None) -> Tensor:
     """The forward of a patched block of timm, (B, C, H, W) -> (B, C, H, W), which lies channels-last in memory."""
-    arguments = fused_block.arguments(block, x, backend, NAMES["timm"]) if x.ndim == 4 else "x is no map"
+    arguments = fused_block.arguments(block, x, backend, NAMES["timm"]) if _is_map(x) else "x is no map"
     if isinstance(arguments, str):
         return type(block).forward(block, x)
     return fused_block.run(x.permute(0, 2, 3, 1).contiguous(), arguments).permute(0, 3, 1, 2)
@@ -118,9 +119,13 @@ def own_forward(block: nn.Module, x: Tensor, source: str) -> Tensor:
     return type(block).forward(block, x.flatten(1, 2)).unflatten(1, (height, width))
 
 
+def _is_map(x: Tensor) -> bool:
+    return not is_proxy(x) and x.ndim == 4
+
+
 def _grid(tokens: Tensor, size: tuple[int | None, int | None]) -> Tensor | None:
     """Tokens (B, H * W, C) as a map (B, H, W, C); None where they do not fit, which the block itself reports."""
     height, width = size
-    if tokens.ndim != 3 or height is None or width is None or tokens.shape[1] != height * width:
+    if is_proxy(tokens) or tokens.ndim != 3 or height is None or width is None or tokens.shape[1] != height * width:
         return None
     return tokens.contiguous().unflatten(1, (height, width))

@@ -9,12 +9,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.fx
 from torch import Tensor, nn
 
 from ..backends import requested
+from ..context_parts import parameter, unusual_context
 from ..functional import focal_modulation, gated_aggregation
 from ..onednn import guarded
-from ..plain import is_changed, is_exact_gelu
+from ..plain import is_exact_gelu
+
+# Nodes of their own in graphs of torch.fx, which cannot look into them.
+torch.fx.wrap("focal_modulation")
+torch.fx.wrap("gated_aggregation")
 
 
 @dataclass(frozen=True)
@@ -119,16 +125,16 @@ def forward(
     """What the ``forward`` of a patched focal modulation is; shapes as in its own."""
     names = NAMES[source]
     context = module._modules[names.projection_context]
-    changed = _changed_part(module.focal_layers, context, names)
+    # The operator takes weights and calls no module.
+    changed = unusual_context(module, names.projection_context, names.activation)
     if changed is not None:
         return _own_forward(module, x, backend, changed)
     projected = module._modules[names.projection_in](x)
     if names.channels_first:
         projected = projected.permute(0, 2, 3, 1)
-    focal_weights = [level[0].weight for level in module.focal_layers]
-    levels = len(focal_weights)
-    channels = (projected.shape[-1] - levels - 1) // 2
-    q, ctx, gates = projected.split([channels, channels, levels + 1], dim=-1)
+    focal_weights = [parameter(level[0], "weight") for level in module.focal_layers]
+    channels = context.in_channels
+    q, ctx, gates = projected.split([channels, channels, len(focal_weights) + 1], dim=-1)
     normalize = any(getattr(module, name, False) for name in names.normalize)
     if keep_modulator:
         agg = gated_aggregation(ctx, gates, focal_weights, normalize_modulator=normalize, backend=backend)
@@ -141,8 +147,8 @@ def forward(
             ctx,
             gates,
             focal_weights,
-            context.weight,
-            context.bias,
+            parameter(context, "weight"),
+            parameter(context, "bias"),
             normalize_modulator=normalize,
             backend=backend,
         )
@@ -152,20 +158,6 @@ def forward(
         part = module._modules.get(name)
         out = out if part is None else part(out)
     return out
-
-
-def _changed_part(focal_layers: nn.ModuleList, context: nn.Module, names: ModulationNames) -> str | None:
-    """The name of a convolution or activation that is not as it was when the module was patched, or None.
-
-    The operator takes weights and calls no module; what acts when a module is called would go unnoticed.
-    """
-    if type(context) is not nn.Conv2d or is_changed(context):
-        return names.projection_context
-    for index, level in enumerate(focal_layers):
-        for module in (level, *level):
-            if type(module) not in (nn.Sequential, nn.Conv2d, nn.GELU) or is_changed(module):
-                return f"focal_layers.{index}"
-    return None
 
 
 def _own_forward(module: nn.Module, x: Tensor, backend: str | None, changed: str) -> Tensor:

@@ -11,10 +11,10 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Entry:
-    """One module that is, or may have been, a focal modulation or a block around one.
+    """One module that is, or may have been, a focal modulation, a block around one, or patch embeddings that pad.
 
-    ``name`` is its name in the model, ``kind`` "modulation" or "block", ``source`` the code base whose structure it
-    has (None if unknown), ``reason`` why it was left alone (None if it was replaced).
+    ``name`` is its name in the model, ``kind`` "modulation", "block" or "patch embeddings", ``source`` the code base
+    whose structure it has (None if unknown), ``reason`` why it was left alone (None if it was replaced).
     """
 
     name: str

@@ -1,0 +1,54 @@
+"""Patch embeddings that pad their images: patched, they do so at every size in graphs that are exported.
+
+Their own forward asks whether a size is a multiple of the patch size, which leaves the answer for the example's size
+in the graph. Given a padded image it has nothing to ask: the two compute the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..padding import pad_to_multiple
+from .probe import twin_of
+
+NAMES = {"transformers": "projection", "authors": "proj"}  # timm's do not pad
+
+
+def source_of(module: nn.Module) -> str | None:
+    """The code base whose name for the convolution ``module`` has."""
+    return next((source for source, name in NAMES.items() if name in module._modules), None)
+
+
+def pads(module: nn.Module) -> bool:
+    """Whether ``module`` is a strided convolution of images that it pads to a multiple of its ``patch_size``."""
+    source = source_of(module)
+    conv = None if source is None else module._modules[NAMES[source]]
+    size = module.__dict__.get("patch_size")
+    if not isinstance(conv, nn.Conv2d) or conv.stride == (1, 1) or not _is_pair(size):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        twin = twin_of(module, generator)
+        x = torch.randn(2, conv.in_channels, 2 * size[0] + 1, 3 * size[1] + 1, generator=generator)
+        try:
+            return _are_equal(type(twin).forward(twin, x), forward(twin, x))
+        except Exception:  # what it takes is no image
+            return False
+
+
+def forward(module: nn.Module, pixel_values: Tensor) -> object:
+    """What the ``forward`` of patched embeddings is; images (B, C, H, W) -> what the module's own returns."""
+    padded = pad_to_multiple(pixel_values.permute(0, 2, 3, 1), module.patch_size).permute(0, 3, 1, 2)
+    return type(module).forward(module, padded)
+
+
+def _is_pair(size: object) -> bool:
+    return isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(n, int) and n > 1 for n in size)
+
+
+def _are_equal(actual: object, expected: object) -> bool:
+    """A map, or tokens and the size of their grid."""
+    if isinstance(expected, tuple):
+        return all(_are_equal(a, e) for a, e in zip(actual, expected, strict=True))
+    return torch.equal(actual, expected) if isinstance(expected, Tensor) else actual == expected
