@@ -71,6 +71,11 @@ def is_pointwise(conv: nn.Conv2d) -> bool:
     return is_matrix and conv.stride == (1, 1) and conv.padding in ((0, 0), "same", "valid")
 
 
+def widest_kernel(focal_layers: nn.Module) -> int:
+    """The width of the widest convolution in ``focal_layers``, whatever stands there."""
+    return max((conv.kernel_size[1] for conv in focal_layers.modules() if isinstance(conv, nn.Conv2d)), default=1)
+
+
 def parameter(module: nn.Module, name: str) -> Tensor | None:
     """What ``module`` computes with under ``name``: replicas of DataParallel have tensors for parameters."""
     # Not getattr, for which torch.fx has a proxy where there is a parameter.

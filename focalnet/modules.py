@@ -6,7 +6,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from .backends import requested
-from .context_parts import parameter, unusual_context
+from .context_parts import parameter, unusual_context, widest_kernel
 from .functional import focal_modulation
 from .normed import normed_linear
 from .onednn import guarded
@@ -138,7 +138,7 @@ class FocalModulation(nn.Module):
             )
         ctx, gates = ctx.permute(0, 3, 1, 2), gates.permute(0, 3, 1, 2)
         agg = 0
-        with guarded(ctx, max(self.kernel_sizes)):
+        with guarded(ctx, widest_kernel(self.focal_layers)):
             for level, layer in enumerate(self.focal_layers):
                 ctx = layer(ctx)
                 agg = agg + ctx * gates[:, level : level + 1]

@@ -13,7 +13,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from ..backends import requested
-from ..context_parts import parameter, unusual_context
+from ..context_parts import parameter, unusual_context, widest_kernel
 from ..functional import focal_modulation, gated_aggregation
 from ..onednn import guarded
 from ..plain import is_exact_gelu
@@ -166,9 +166,5 @@ def _own_forward(module: nn.Module, x: Tensor, backend: str | None, changed: str
             f"backend {requested(backend)!r} cannot run this {type(module).__name__}: {changed} was replaced, wrapped "
             f"or hooked, so the module's own forward runs. Leave the backend out, or undo the change."
         )
-    with guarded(x, _widest_kernel(module.focal_layers)):
+    with guarded(x, widest_kernel(module.focal_layers)):
         return type(module).forward(module, x)
-
-
-def _widest_kernel(focal_layers: nn.ModuleList) -> int:
-    return max((conv.kernel_size[1] for conv in focal_layers.modules() if isinstance(conv, nn.Conv2d)), default=1)
