@@ -74,8 +74,8 @@ class Tensors(torch.nn.Module):
         return tuple(tensors(self.model(images)))
 
 
-def assert_right_at_every_size(run, model, sizes=SIZES):
-    for batch, size in enumerate(sizes, start=1):
+def assert_right_at_every_size(run, model, sizes=SIZES, first_batch=1):
+    for batch, size in enumerate(sizes, start=first_batch):
         with torch.no_grad():
             actual, expected = run(images(*size, batch=batch)), model(images(*size, batch=batch))
         assert [x.shape for x in actual] == [x.shape for x in expected], size
@@ -155,6 +155,8 @@ def test_named_dimensions_have_a_range(strict):
     program = export(min=9)
     assert sorted(str(limits) for limits in program.range_constraints.values())[1:] == ["VR[9, int_oo]"] * 2
     assert_right_at_every_size(program.module(), model)
+    with torch.fx.experimental._config.patch(backed_size_oblivious=True):
+        assert_right_at_every_size(export(min=1).module(), model, [*SIZES, (5, 3)], first_batch=2)
     with pytest.raises(torch._dynamo.exc.UserError, match=r"Suggested fixes:\n\s+h = Dim\('h', min=9\)"):
         export()
 
