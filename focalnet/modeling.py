@@ -255,10 +255,10 @@ class FocalNetForMaskedImageModeling(FocalNetPreTrainedModel):
                 f"{tuple(pixel_values.shape[-2:])}, got {self.config.encoder_stride}, which makes it "
                 f"{tuple(reconstruction.shape[-2:])}"
             )
-        height, width = pixel_values.shape[-2:]
         # The stem's stride, not config.patch_size: overlapping patches are 4 apart whatever it says.
         patch_height, patch_width = self.focalnet.embeddings.patch_embeddings.projection.stride
-        mask = mask.repeat_interleave(patch_height, 1).repeat_interleave(patch_width, 2)[:, None, :height, :width]
+        mask = mask.repeat_interleave(patch_height, 1).repeat_interleave(patch_width, 2)[:, None]
+        mask = cut_to(mask, pixel_values.shape[-2:])
         error = nn.functional.l1_loss(reconstruction, pixel_values.to(reconstruction.dtype), reduction="none")
         return (error * mask).sum() / (mask.sum() + 1e-5) / self.config.num_channels
 

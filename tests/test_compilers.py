@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 import torch
 from small_models import assert_equal, images, one_thread  # noqa: F401
-from small_sources import SOURCE, fast, original, seeded
+from small_sources import MAKE, SOURCE, fast, original, seeded
 from sources import TimmModulation
 from torch.export import Dim
 
@@ -113,13 +113,35 @@ def test_onnx_has_standard_operators_only_and_runs_at_any_size(source, tmp_path)
         assert (torch.from_numpy(actual) - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-@SOURCE
-def test_traced_modules_run_at_other_sizes(source, tmp_path):
-    traced = torch.jit.trace(fast(source), images(*WIDE))
-    traced.save(tmp_path / "model.pt")
-    loaded = torch.jit.load(tmp_path / "model.pt")
+LOAD_TRACED = """
+import sys, torch
+for path in sys.argv[1:]:
+    traced = torch.jit.load(path + ".pt")
+    images, expected = torch.load(path + ".tensors")
+    for x, y in zip(images, expected):
+        assert (traced(x) - y).abs().max() <= 1e-5 * y.abs().max(), path
+print("loaded", len(sys.argv) - 1, "focalnet" in sys.modules)
+"""
+
+
+def test_traced_modules_run_where_focalnet_is_not_installed(tmp_path):
+    paths = []
+    for source in MAKE:
+        paths.append(str(tmp_path / source))
+        torch.jit.trace(fast(source), images(*WIDE)).save(paths[-1] + ".pt")
+        inputs = [images(*WIDE), images(*OTHER, batch=3)]
+        torch.save((inputs, expected_of(source, WIDE, OTHER)), paths[-1] + ".tensors")
+    result = subprocess.run([sys.executable, "-c", LOAD_TRACED, *paths], capture_output=True, text=True)
+    assert result.stdout == "loaded 4 False\n", result.stderr
+
+
+def test_a_backend_that_was_asked_for_keeps_the_operator_in_what_is_traced():
+    model = fast("timm")
+    with focalnet.use_backend("cpu"):
+        traced = torch.jit.trace(model, images(*WIDE))
+    assert str(traced.inlined_graph).count("focalnet::focal_modulation") == 2
     with torch.no_grad():
-        assert_equal(loaded(images(*WIDE)), expected_of(source, WIDE)[0])
+        assert_equal(traced(images(*OTHER, batch=3)), expected_of("timm", WIDE, OTHER)[1])
 
 
 @pytest.mark.parametrize("source", ["authors", "timm"])  # transformers' cannot be scripted anyway

@@ -171,6 +171,8 @@ def test_traces_and_transformations_after_a_direct_call():
     q, *rest = operands(Shape())
     expected = focalnet.focal_modulation(q, *rest)
     traced = torch.jit.trace(lambda q: focalnet.focal_modulation(q, *rest), q)
+    torch.testing.assert_close(traced(2 * q), 2 * expected)
+    traced = torch.jit.trace(lambda q: focalnet.focal_modulation(q, *rest, backend="cpu"), q)
     assert "focalnet::focal_modulation" in str(traced.graph)
     mapped = torch.vmap(lambda q: focalnet.focal_modulation(q, *rest))(torch.stack([q, 2 * q]))
     torch.testing.assert_close(mapped, torch.stack([expected, 2 * expected]))

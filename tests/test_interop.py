@@ -126,6 +126,32 @@ def test_from_pretrained_casts_to_the_dtype_asked_for(dtype, tmp_path):
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
+# --- modules
+
+# What users replace, hook and wrap; the rest are classes of either library.
+PLAIN = (
+    torch.nn.AdaptiveAvgPool1d,
+    torch.nn.Conv2d,
+    torch.nn.Dropout,
+    torch.nn.GELU,
+    torch.nn.LayerNorm,
+    torch.nn.Linear,
+    torch.nn.ModuleList,
+    torch.nn.PixelShuffle,
+    torch.nn.Sequential,
+)
+
+
+@FIELDS
+@CLASS
+def test_every_module_of_transformers_has_its_like_under_the_same_name(name, fields):
+    ours, theirs = (
+        {key: type(m) if isinstance(m, PLAIN) else None for key, m in build(library, name, fields).named_modules()}
+        for library in (focalnet, transformers)
+    )
+    assert ours == theirs
+
+
 # --- outputs
 
 
