@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 # The scripts of bench/ import each other by name; last, so that they shadow nothing either.
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
-# Inductor's cache does not tell code for one instruction set from that for another: what a run with this variable leaves
-# would be found by one without it, and write past the ends of its arrays.
+# Inductor's cache does not tell code for one instruction set from that for another: what a run with this variable
+# leaves would be found by one without it, and write past the ends of its arrays.
 if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
     folder = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{capability}")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
