@@ -1,6 +1,9 @@
 """What every test shares: the folder of helpers importable by name, one seed, no thread left over."""
 
+import getpass
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 # The scripts of bench/ import each other by name; last, so that they shadow nothing either.
 sys.path.append(str(Path(__file__).parent.parent / "bench"))
+
+# Inductor's cache does not tell code for one instruction set from that for another: what a run with this variable
+# leaves would be found by one without it, and write past the ends of its arrays.
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
+    folder = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{capability}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 @pytest.fixture(autouse=True)
