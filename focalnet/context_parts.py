@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .plain import is_changed, is_exact_gelu, is_plain_tensor
+from .plain import is_changed, is_exact_gelu
+from .problem import is_plain_tensor
 
 
 def unusual_context(modulation: nn.Module, projection_context: str, activation: str) -> str | None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import extension
 from .backends import requested
-from .plain import is_plain_tensor
+from .problem import is_plain_tensor
 
 
 def reason_against_call(input: Tensor, backend: str | None) -> str | None:

@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import choose, logger, requested
-from .plain import is_plain_tensor
-from .problem import Problem
+from .problem import Problem, is_plain_tensor
 
 _MOST_KEYS = 4096
 _facts = operator.attrgetter("shape", "dtype", "device")

@@ -12,9 +12,11 @@ from math import prod
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from . import extension as _extension  # noqa: F401  (registers the operators)
-from . import normed as _normed  # noqa: F401
-from . import ops as _ops  # noqa: F401
+# Imported for the operators that they register.
+from . import extension as _operators_0  # noqa: F401
+from . import normed_linear as _operators_1  # noqa: F401
+from . import normed_mlp as _operators_2  # noqa: F401
+from . import ops as _operators_3  # noqa: F401
 
 Shape = Sequence[int]
 

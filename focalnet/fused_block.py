@@ -10,15 +10,9 @@ from torch import Tensor, nn
 
 from .block_parts import BlockNames
 from .cpu_inference import reason_against_call, reason_against_weights
-from .mlp import FocalNetMlp
-from .modules import FocalModulation
-
-OURS = BlockNames(modulation=FocalModulation, mlp=FocalNetMlp)
 
 
-def arguments(
-    block: nn.Module, hidden_state: Tensor, backend: str | None = None, names: BlockNames = OURS
-) -> tuple | str:
+def arguments(block: nn.Module, names: BlockNames, hidden_state: Tensor, backend: str | None = None) -> tuple | str:
     """What the operator takes beside ``hidden_state`` for this call of a block whose parts have ``names``.
 
     The reason instead, where the block has to be called module by module.
@@ -26,7 +20,7 @@ def arguments(
     return reason_against_call(hidden_state, backend) or weights(block, names)
 
 
-def weights(block: nn.Module, names: BlockNames = OURS) -> tuple | str:
+def weights(block: nn.Module, names: BlockNames) -> tuple | str:
     """The same, whatever the call is."""
     if block.training:
         return "the block is in training mode"

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from . import cpu_inference, fused_block, fused_residual, patch_embeddings
+from .block_parts import BlockNames
 from .configuration import FocalNetConfig
 from .mlp import DropPath, FocalNetMlp
 from .modules import FocalModulation
@@ -19,6 +20,7 @@ from .patch_embeddings import FocalNetPatchEmbeddings, embed
 from .plain import all_are_watched, is_changed, is_proxy
 
 TokensAndMap = tuple[Tensor, Tensor]
+OURS = BlockNames(modulation=FocalModulation, mlp=FocalNetMlp)
 
 
 class FocalNetEmbeddings(nn.Module):
@@ -122,7 +124,7 @@ class FocalNetLayer(GradientCheckpointingLayer):
         return getattr(self.modulation, "backend", None)
 
     def forward(self, hidden_state: Tensor) -> Tensor:
-        arguments = fused_block.arguments(self, hidden_state, self.backend)
+        arguments = fused_block.arguments(self, OURS, hidden_state, self.backend)
         if not isinstance(arguments, str):
             return fused_block.run(hidden_state, arguments)
         if fused_residual.reason_against(self, hidden_state, self.backend) is None:
@@ -170,7 +172,7 @@ class FocalNetStage(nn.Module):
 
     def arguments(self) -> list[tuple] | str:
         """Those of the operators of all blocks and of the downsampling, or why not all of these can take operators."""
-        found = [fused_block.weights(layer) for layer in self.layers]
+        found = [fused_block.weights(layer, OURS) for layer in self.layers]
         if self.downsample is not None:
             found.append(patch_embeddings.weights(self.downsample, self.downsample.norm, is_owner=True))
         return next((reason for reason in found if isinstance(reason, str)), found)

@@ -1,14 +1,14 @@
-"""Patches to channels, the stem's and those between stages: a strided convolution, in CPU inference with its LayerNorm
-as one operator, a matrix product on channels-last tokens.
+"""Patches to channels, the stem's and those between stages: a strided convolution, in CPU inference one operator with
+the LayerNorm behind it.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
+from . import cpu_patch_embed
 from .configuration import FocalNetConfig
-from .cpu_inference import reason_against_call, reason_against_weights
+from .cpu_inference import reason_against_call
 from .padding import pad_to_multiple
 from .plain import is_changed
 
@@ -112,31 +112,11 @@ def arguments(embeddings: nn.Module, norm: nn.Module, x: Tensor, *, is_owner: bo
 
 def weights(embeddings: nn.Module, norm: nn.Module, *, is_owner: bool = False) -> tuple | str:
     """The same, whatever the call is."""
-    if reason := _unusual_part(embeddings, norm, is_owner):
-        return reason
-    conv = embeddings._modules["projection"]
-    affine = (norm._parameters["weight"], norm._parameters["bias"])
-    projection = (conv._parameters["weight"], conv._parameters["bias"])
-    reason = reason_against_weights((*projection, *affine), embeddings, norm)
-    return reason or (*projection, conv.stride, conv.padding, *affine, norm.eps)
+    if type(embeddings) is not FocalNetPatchEmbeddings or (is_changed(embeddings) and not is_owner):
+        return "the embeddings were replaced, wrapped or hooked"
+    return cpu_patch_embed.weights(embeddings._modules["projection"], norm)
 
 
 def run(embeddings: FocalNetPatchEmbeddings, x: Tensor, arguments: tuple) -> Tensor:
     """`embed`, given its `arguments`."""
-    size = embeddings.output_size(*x.shape[1:3])
-    return torch.ops.focalnet.cpu_patch_embed(x, *arguments[:4], size, *arguments[4:])
-
-
-def _unusual_part(embeddings: nn.Module, norm: nn.Module, is_owner: bool) -> str | None:
-    if type(embeddings) is not FocalNetPatchEmbeddings or (is_changed(embeddings) and not is_owner):
-        return "the embeddings were replaced, wrapped or hooked"
-    conv = embeddings._modules["projection"]
-    if type(conv) is not nn.Conv2d or is_changed(conv) or not {"weight", "bias"} <= conv._parameters.keys():
-        return f"the projection is {type(conv).__name__}, or was wrapped or hooked; expected a plain Conv2d"
-    if type(norm) is not nn.LayerNorm or is_changed(norm) or not {"weight", "bias"} <= norm._parameters.keys():
-        return f"the norm is {type(norm).__name__}, or was wrapped or hooked; expected a plain LayerNorm"
-    if norm.normalized_shape != (conv.out_channels,):
-        return f"the norm is over {norm.normalized_shape}; expected the {conv.out_channels} channels"
-    if conv.groups != 1 or conv.dilation != (1, 1) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return "the convolution is grouped, dilated, or padded with something else than a number of zeros"
-    return None
+    return cpu_patch_embed.run(x, embeddings.output_size(*x.shape[1:3]), arguments)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.fx
-from torch import Tensor, nn
+from torch import nn
+
+from .problem import is_plain_tensor
 
 
 def is_changed(module: nn.Module) -> bool:
@@ -29,17 +31,6 @@ def all_are_watched() -> bool:
 def is_proxy(value: object) -> bool:
     """Whether torch.fx traces symbolically: ``value`` has no shape, dtype or device that a branch could ask for."""
     return isinstance(value, torch.fx.Proxy)
-
-
-def is_plain_tensor(tensor: object) -> bool:
-    """Whether an operator may read the elements of ``tensor`` by their strides.
-
-    It may not where a subclass stands for something else (quantised, sharded, low rank), or the layout is sparse.
-    """
-    return type(tensor) in _PLAIN_TENSORS and tensor.layout is torch.strided
-
-
-_PLAIN_TENSORS = (nn.Parameter, Tensor)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -10,11 +10,15 @@ import pytest
 import torch
 from instruction_sets import OPS, isa, require, threads  # noqa: F401
 
-from focalnet import FocalNetConfig
-from focalnet.fused_block import weights
-from focalnet.layers import FocalNetLayer
+from focalnet import FocalNetConfig, fused_block
+from focalnet.layers import OURS, FocalNetLayer
 
 require("cpu_block")
+
+
+def weights(layer):
+    """The arguments of cpu_block after its first."""
+    return fused_block.weights(layer, OURS)
 
 
 def make_layer(

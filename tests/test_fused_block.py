@@ -17,6 +17,7 @@ from small_models import EVERY_OPTION, SMALL, build, images, one_thread  # noqa:
 
 import focalnet
 from focalnet import fused_block
+from focalnet.layers import OURS
 
 pytestmark = pytest.mark.skipif(
     focalnet.backends()["cpu"] is not None, reason=f"no compiled extension: {focalnet.backends()['cpu']}"
@@ -39,7 +40,7 @@ def a_block(fields=SMALL, stage=1):
 def reason(layer, hidden_state):
     """Why the operator cannot take a call, or None."""
     with torch.no_grad():
-        arguments = fused_block.arguments(layer, hidden_state)
+        arguments = fused_block.arguments(layer, OURS, hidden_state)
     return arguments if isinstance(arguments, str) else None
 
 
@@ -250,7 +251,7 @@ def test_another_module_in_the_place_of_a_modulation():
 
 def test_calls_that_need_the_modules():
     layer, hidden_state = a_block(), torch.randn(1, 5, 6, 16)
-    assert "gradients" in fused_block.arguments(layer, hidden_state)
+    assert "gradients" in fused_block.arguments(layer, OURS, hidden_state)
     assert "torch.bfloat16" in reason(layer, hidden_state.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
         assert "autocast" in reason(layer, hidden_state)

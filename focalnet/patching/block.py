@@ -88,7 +88,7 @@ def forward_sized(block: nn.Module, x: Tensor, *, backend: str | None = None) ->
 
 def forward_map(block: nn.Module, x: Tensor, *, backend: str | None = None) -> Tensor:
     """The forward of a patched block of timm, (B, C, H, W) -> (B, C, H, W), which lies channels-last in memory."""
-    arguments = fused_block.arguments(block, x, backend, NAMES["timm"]) if _is_map(x) else "x is no map"
+    arguments = fused_block.arguments(block, NAMES["timm"], x, backend) if _is_map(x) else "x is no map"
     if isinstance(arguments, str):
         return type(block).forward(block, x)
     return fused_block.run(x.permute(0, 2, 3, 1).contiguous(), arguments).permute(0, 3, 1, 2)
@@ -101,7 +101,7 @@ def _of_grid(
     grid = _grid(tokens, size)
     if grid is None:
         return None
-    arguments = fused_block.arguments(block, grid, backend, NAMES[source])
+    arguments = fused_block.arguments(block, NAMES[source], grid, backend)
     return None if isinstance(arguments, str) else fused_block.run(grid, arguments).flatten(1, 2)
 
 
