@@ -229,7 +229,9 @@ class FocalNetForMaskedImageModeling(FocalNetPreTrainedModel):
         stem, *_, last = outputs.reshaped_hidden_states
         tokens = outputs.last_hidden_state.transpose(1, 2).view(last.shape)
         # The stem and the downsamplings pad at the bottom and the right: what they added is cut off again.
-        reconstruction = cut_to(self.decoder(tokens), pixel_values.shape[-2:])
+        reconstruction = self.decoder(tokens)
+        if not self.config.drop_incomplete_patches:
+            reconstruction = cut_to(reconstruction, pixel_values.shape[-2:])
         loss = None
         if bool_masked_pos is not None:
             loss = self._masked_loss(pixel_values, reconstruction, bool_masked_pos.view(-1, *stem.shape[2:]))
@@ -328,8 +330,9 @@ class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
     ``channels`` says what the chosen maps have.
 
     What no map comes from (the final LayerNorm, stages behind the last map) needs no gradient: ``requires_grad`` is
-    False there, so that DistributedDataParallel waits for none. Its parameters stay in the state dict. To train stages
-    by their hidden states, set ``config.output_hidden_states``.
+    False there, so that DistributedDataParallel waits for none. Its parameters stay in the state dict. Where hidden
+    states are asked for, all stages want their gradients; for DistributedDataParallel, which asks but once, set
+    ``config.output_hidden_states``.
     """
 
     has_attentions = False
@@ -369,6 +372,14 @@ class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
             part.requires_grad_(name not in unused)
         self._frozen = unused
 
+    def _let_all_stages_train(self) -> None:
+        """Hidden states were asked for, and come from all stages; but who froze the whole backbone has it frozen."""
+        behind_the_maps = self._frozen[1:]
+        if behind_the_maps and any(parameter.requires_grad for parameter in self.parameters()):
+            for name in behind_the_maps:
+                self.get_submodule(name).requires_grad_(True)
+            self._frozen = self._frozen[:1]
+
     def _parts_behind_the_maps(self) -> list[str]:
         """Names of stages, and of a downsampling, that neither a map nor a hidden state comes from."""
         if self.config.output_hidden_states:
@@ -393,6 +404,8 @@ class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if output_hidden_states and torch.is_grad_enabled():
+            self._let_all_stages_train()
         embeddings = self.focalnet.embeddings(pixel_values)
         before = self.config.feature_maps_before_downsampling
         _, maps = self.focalnet.encoder(embeddings, collect=True, before_downsampling=before)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .plain import is_proxy
+
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: object, **kwargs: object) -> Tensor:
     """``F.conv2d``, in float32 where oneDNN might never return; the result has the dtype that it would have had."""
@@ -47,4 +49,6 @@ class _Guarded(TorchFunctionMode):
 
 def guarded(x: Tensor, kernel_width: int) -> contextlib.AbstractContextManager:
     """Inside it, modules that are called on maps like ``x`` run `conv2d` of this file."""
-    return _Guarded() if may_hang(x.device, _computed_in(x), kernel_width) else contextlib.nullcontext()
+    if is_proxy(x) or not may_hang(x.device, _computed_in(x), kernel_width):
+        return contextlib.nullcontext()
+    return _Guarded()

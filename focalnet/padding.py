@@ -18,7 +18,7 @@ def pad_to_multiple(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
 
 
 def cut_to(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """The top left of ``x`` (B, C, H, W), of the given height and width, or all of it where there is no more."""
+    """The top left of ``x`` (B, C, H, W), of the given height and width, which are no larger."""
     height, width = size
     if not torch.compiler.is_compiling():
         return x[..., :height, :width]

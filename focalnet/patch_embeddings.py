@@ -10,7 +10,7 @@ from . import cpu_patch_embed
 from .configuration import FocalNetConfig
 from .cpu_inference import reason_against_call
 from .padding import pad_to_multiple
-from .plain import is_changed
+from .plain import is_changed, is_proxy
 
 
 def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
@@ -88,10 +88,10 @@ class FocalNetPatchEmbeddings(nn.Module):
         return (0, 0) if self.drops_incomplete else (-height % self.patch_size[0], -width % self.patch_size[1])
 
     def _by_modules(self, x: Tensor) -> Tensor:
-        if self.drops_incomplete:
-            self.output_size(*x.shape[1:3])  # raises where there is no whole patch
-        else:
+        if not self.drops_incomplete:
             x = pad_to_multiple(x, self.patch_size)
+        elif not is_proxy(x):
+            self.output_size(*x.shape[1:3])  # raises where there is no whole patch
         # A channels-last input makes the convolution write channels-last: the image is the smaller thing to reorder.
         nchw = x.contiguous().permute(0, 3, 1, 2)
         return self.projection(nchw).permute(0, 2, 3, 1)

@@ -51,6 +51,7 @@ MODELS = {
     "classifier": ours("FocalNetForImageClassification"),
     "classifier, overlapping": ours("FocalNetForImageClassification", **OVERLAPPING),
     "classifier, padded to twice the stride": ours("FocalNetForImageClassification", **OVERLAPPING, patch_size=8),
+    "classifier, incomplete patches dropped": ours("FocalNetForImageClassification", drop_incomplete_patches=True),
     "masked image modelling": ours("FocalNetForMaskedImageModeling"),
     "backbone": ours("FocalNetBackbone"),
     "backbone, maps before downsampling": ours("FocalNetBackbone", feature_maps_before_downsampling=True),

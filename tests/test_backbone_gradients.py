@@ -83,6 +83,13 @@ def test_other_maps_and_hidden_states_that_are_asked_for_have_their_gradients():
     model = backbone(out_features=["stage1"])
     model.out_features = ["stage3"]
     assert frozen_of(model.train()) == norm
-    model = backbone(out_features=["stage1"], output_hidden_states=True).train()
-    sum(tokens.square().sum() for tokens in model(images()).hidden_states).backward()
-    assert {name for name, p in model.named_parameters() if p.grad is None} == frozen_of(model) == norm
+    for fields, arguments in (({"output_hidden_states": True}, {}), ({}, {"output_hidden_states": True})):
+        model = backbone(out_features=["stage1"], **fields).train()
+        sum(tokens.square().sum() for tokens in model(images(), **arguments).hidden_states).backward()
+        assert {name for name, p in model.named_parameters() if p.grad is None} == frozen_of(model) == norm
+
+
+def test_who_freezes_a_backbone_has_it_frozen():
+    model = backbone(out_features=["stage1"]).requires_grad_(False).train()
+    assert not model(images(), output_hidden_states=True).hidden_states[-1].requires_grad
+    assert len(frozen_of(model)) == len(list(model.parameters()))

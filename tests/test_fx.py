@@ -55,7 +55,7 @@ class Maps(torch.nn.Module):
         return self.backbone(pixel_values).feature_maps
 
 
-@pytest.mark.parametrize("fields", [SMALL, EVERY_OPTION], ids=["defaults", "every option"])
+@pytest.mark.parametrize("fields", [SMALL, EVERY_OPTION, {**SMALL, "drop_incomplete_patches": True}])
 def test_our_models_trace_for_every_size_and_train(fields):
     model = Maps(fields)
     graph = torch.fx.symbolic_trace(copy.deepcopy(model))
