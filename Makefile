@@ -22,7 +22,7 @@ EXTENSION    := setup.py pyproject.toml focalnet/_version.py $(wildcard csrc/*.*
 
 help:
 	@echo "make demo      classify a photograph with transformers' FocalNet and with this one, side by side"
-	@echo "make test      ruff and the test suite (ARGS='-k name' goes to pytest)"
+	@echo "make test      ruff and the test suite (ARGS='-k name' goes to pytest, and leaves the Triton kernels out)"
 	@echo "make lint      ruff alone"
 	@echo "make bench     FocalNet on this CPU against every runtime that can be installed (ARGS go to bench/models.py)"
 	@echo "make report    the README's tables and the plots, from the rows in bench/results/"
@@ -36,6 +36,10 @@ demo: install
 
 test: lint install common-tests
 	@$(BIN)/pytest --durations=20 $(ARGS)
+ifndef ARGS
+	@echo "the Triton kernels, in a process of their own"
+	@$(BIN)/pytest --durations=5 tests/triton tests/interpreted
+endif
 
 lint: $(VENV)/.requirements
 	@echo "ruff check"
@@ -67,7 +71,7 @@ $(VENV)/.requirements: requirements.txt | $(BIN)/python
 $(VENV)/.installed: $(VENV)/.requirements $(EXTENSION)
 	@echo "building and installing focalnet ... (about a minute)"
 	@$(PIP) install --no-build-isolation --no-deps --editable .
-	@$(BIN)/python -c "import focalnet.extension as e; print('focalnet installed;', e.missing() or 'extension loaded')"
+	@$(BIN)/python -c "from focalnet.backends import extension as e; print('focalnet installed;', e.missing() or 'extension loaded')"
 	@touch $@
 
 # transformers' own model tests are in its source distribution only. Without network the tests that use them say so.

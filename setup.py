@@ -11,7 +11,7 @@ FOCALNET_BUILD says what is wanted:
 CUDA_HOME says where the CUDA toolkit is (else nvcc is found on PATH), NVCC_CCBIN which host compiler nvcc uses,
 TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") for which GPUs, MAX_JOBS how many compilers run at once.
 
-What was built, and of what was not, why, goes to focalnet/_build_info.json, which focalnet.extension reads.
+What was built, and of what was not, why, goes to focalnet/_build_info.json, which focalnet.backends.extension reads.
 """
 
 from __future__ import annotations
@@ -447,15 +447,19 @@ EXTENSIONS, BUILD_EXT, INFO = plan()
 setup(
     packages=[
         "focalnet",
+        "focalnet.backends",
         "focalnet.benchmark",
         "focalnet.checkpoints",
         "focalnet.cli",
+        "focalnet.fusion",
         "focalnet.hub",
         "focalnet.kernels",
+        "focalnet.models",
+        "focalnet.operators",
         "focalnet.patching",
     ],
     package_dir={"focalnet.kernels": "kernels"},
-    package_data={"focalnet": ["*.json", "*.tsv"]},
+    package_data={"focalnet": ["*.json"], "focalnet.checkpoints": ["*.tsv"]},
     include_package_data=False,
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": BUILD_EXT, "build_py": BuildPackage},

@@ -13,11 +13,11 @@ from typing import Annotated
 import torch
 import typer
 from models import compared, console
-from rows import write
 
 from focalnet.benchmark import tables
 from focalnet.benchmark.architectures import MODELS
 from focalnet.benchmark.environment import facts
+from focalnet.benchmark.rows import write
 from focalnet.benchmark.runtimes import Case, MakeModel, flops_per_image, theirs
 
 

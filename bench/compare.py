@@ -17,7 +17,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
-from rows import key
+
+from focalnet.benchmark.rows import key
 
 ALLOWED = 0.10
 

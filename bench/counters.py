@@ -13,10 +13,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
-from rows import NOWHERE, write
 
 from focalnet.benchmark.counters import COUNTED, counted
 from focalnet.benchmark.environment import commit, versions
+from focalnet.benchmark.rows import NOWHERE, write
 from focalnet.benchmark.runtimes import Case
 
 console = Console()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command; bench/gpu.py says what, in which order and with how much time.
+# Everything that needs a GPU, in one command; bench/gpu/run.py says what, in which order and with how much time.
 #
 #     bench/gpu.sh            under ten minutes, by construction; not run on a GPU yet
 #     bench/gpu.sh --quick    under four
-exec "${PYTHON:-python3}" "$(dirname "$0")/gpu.py" "$@"
+exec "${PYTHON:-python3}" "$(dirname "$0")/gpu/run.py" "$@"

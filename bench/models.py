@@ -20,11 +20,11 @@ import typer
 from compare import agree
 from rich.console import Console
 from rich.progress import Progress
-from rows import write
 
 from focalnet.benchmark import tables, turns
 from focalnet.benchmark.environment import facts
 from focalnet.benchmark.peaks import Peaks
+from focalnet.benchmark.rows import write
 from focalnet.benchmark.runtimes import RUNTIMES, Case, able, flops_per_image, unasked
 
 console = Console()

@@ -1,6 +1,6 @@
 """The operator on a CPU, stage by stage, by each backend that runs here, beside the least it can cost.
 
-    python bench/operators.py [--variant base_lrf --batch 1]        under a minute; on a GPU: bench/gpu_kernels.py
+    python bench/operators.py [--variant base_lrf --batch 1]        under a minute; on a GPU: bench/gpu/gpu_kernels.py
 
 The floor of a call is the larger of its bytes over the bandwidth and its multiply-adds over the FMA rate, both as
 measured in this very run; GELUs count nothing, so no kernel reaches it. Rows go to
@@ -13,14 +13,14 @@ from typing import Annotated
 
 import torch
 import typer
-from floors import Work, stages, work
 from rich.console import Console
 from rich.progress import Progress
-from rows import write
 
 from focalnet.benchmark import operators, tables
 from focalnet.benchmark.environment import facts
+from focalnet.benchmark.floors import Work, stages, work
 from focalnet.benchmark.peaks import Peaks
+from focalnet.benchmark.rows import write
 from focalnet.benchmark.runtimes import Case
 
 PASSES = {"forward": ("focal_modulation",), "forward and backward": ("focal_modulation", "focal_modulation_bwd")}

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import rows
-from floors import gpu_named
 from scaling import fitted, grouped
 
+from focalnet.benchmark import rows
 from focalnet.benchmark.environment import ROOT
+from focalnet.benchmark.floors import gpu_named
 
 PLOTS = ROOT / "docs" / "plots"
 OURS = "focalnet"

@@ -20,10 +20,10 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from rows import write
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from focalnet.benchmark.environment import facts
+from focalnet.benchmark.rows import write
 from focalnet.benchmark.runtimes import Case, ours, theirs
 from focalnet.benchmark.timing import WARM_UP, Timing
 

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable
 from itertools import groupby
 
 import plots
-import rows
 from plots import OURS, order, ratio_of
 from scaling import fitted
 
+from focalnet.benchmark import rows
 from focalnet.benchmark.environment import ROOT
 
 README = ROOT / "README.md"

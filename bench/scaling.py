@@ -22,9 +22,9 @@ import torch
 import typer
 from models import compared, console
 from rich.table import Table
-from rows import write
 
 from focalnet.benchmark.environment import facts
+from focalnet.benchmark.rows import write
 from focalnet.benchmark.runtimes import Case
 from focalnet.benchmark.timing import measure
 

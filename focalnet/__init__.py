@@ -9,17 +9,17 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from . import flops as _flops  # noqa: F401  (registers formulas)
 from ._version import __version__
-from .backends import backends, use_backend
+from .backends.registry import backends, use_backend
 from .functional import focal_modulation, gated_aggregation
 from .modules import FocalModulation
+from .operators import flops as _flops  # noqa: F401  (registers formulas)
 
 if TYPE_CHECKING:
-    from .auto import register_auto_classes
-    from .checkpoints.loading import Conversion, convert_checkpoint, load_checkpoint
     from .configuration import FocalNetConfig
-    from .modeling import (
+    from .models.auto import register_auto_classes
+    from .models.loading import Conversion, convert_checkpoint, load_checkpoint
+    from .models.modeling import (
         FocalNetBackbone,
         FocalNetForImageClassification,
         FocalNetForMaskedImageModeling,
@@ -51,16 +51,16 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "register_auto_classes": "auto",
+    "register_auto_classes": "models.auto",
     "FocalNetConfig": "configuration",
-    "Conversion": "checkpoints.loading",
-    "convert_checkpoint": "checkpoints.loading",
-    "load_checkpoint": "checkpoints.loading",
-    "FocalNetBackbone": "modeling",
-    "FocalNetForImageClassification": "modeling",
-    "FocalNetForMaskedImageModeling": "modeling",
-    "FocalNetModel": "modeling",
-    "FocalNetPreTrainedModel": "modeling",
+    "Conversion": "models.loading",
+    "convert_checkpoint": "models.loading",
+    "load_checkpoint": "models.loading",
+    "FocalNetBackbone": "models.modeling",
+    "FocalNetForImageClassification": "models.modeling",
+    "FocalNetForMaskedImageModeling": "models.modeling",
+    "FocalNetModel": "models.modeling",
+    "FocalNetPreTrainedModel": "models.modeling",
     "PatchReport": "patching",
     "patch": "patching",
     "unpatch": "patching",

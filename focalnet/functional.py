@@ -1,6 +1,6 @@
 """The two operators as functions: arguments are checked here, before any kernel runs.
 
-Only once for each kind of call: `direct` says when a call can do without the checks and the operator.
+Only once for each kind of call: `eager` says when a call can do without the checks and the operator.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import direct, reference
-from . import ops as _ops  # noqa: F401  (registers the operators)
-from .backends import requested
+from . import reference
+from .backends.registry import requested
+from .operators import eager
+from .operators import focal_modulation as _ops  # noqa: F401  (registers the operators)
 
 
 def focal_modulation(
@@ -53,8 +54,8 @@ def focal_modulation(
         RuntimeError: the backend that was asked for cannot run this call; the message says why.
     """
     given = (q, ctx, gates, weight) if bias is None else (q, ctx, gates, weight, bias)
-    key = direct.key("focal_modulation", given, focal_weights, backend)
-    if (run := direct.known(key)) is not None:
+    key = eager.key("focal_modulation", given, focal_weights, backend)
+    if (run := eager.known(key)) is not None:
         matrix = weight if weight.ndim == 2 else weight.flatten(1)
         return run(q, ctx, gates, focal_weights, matrix, bias, normalize_modulator)
     tensors = {"q": q, "ctx": ctx, "gates": gates, **_named_weights(focal_weights), "weight": weight}
@@ -76,7 +77,7 @@ def focal_modulation(
     if _must_be_plain(backend):
         return reference.focal_modulation(q, ctx, gates, focal_weights, weight, bias, normalize_modulator)
     if key is not None:
-        direct.remember(key, "focal_modulation", ctx, focal_weights, backend)
+        eager.remember(key, "focal_modulation", ctx, focal_weights, backend)
     return torch.ops.focalnet.focal_modulation(
         q, ctx, gates, focal_weights, weight, bias, normalize_modulator, backend
     )
@@ -101,8 +102,8 @@ def gated_aggregation(
     Returns:
         ``(B, H, W, C)``, contiguous, with the dtype of ``ctx``.
     """
-    key = direct.key("gated_aggregation", (ctx, gates), focal_weights, backend)
-    if (run := direct.known(key)) is not None:
+    key = eager.key("gated_aggregation", (ctx, gates), focal_weights, backend)
+    if (run := eager.known(key)) is not None:
         return run(ctx, gates, focal_weights, normalize_modulator)
     tensors = {"ctx": ctx, "gates": gates, **_named_weights(focal_weights)}
     ctx, gates, focal_weights, _ = _prepare(tensors, len(focal_weights), images=("ctx", "gates"))
@@ -110,7 +111,7 @@ def gated_aggregation(
     if _must_be_plain(backend):
         return reference.gated_aggregation(ctx, gates, focal_weights, normalize_modulator)
     if key is not None:
-        direct.remember(key, "gated_aggregation", ctx, focal_weights, backend)
+        eager.remember(key, "gated_aggregation", ctx, focal_weights, backend)
     return torch.ops.focalnet.gated_aggregation(ctx, gates, focal_weights, normalize_modulator, backend)
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch.fx
 from torch import Tensor, nn
 
-from .backends import requested
-from .context_parts import parameter, unusual_context, widest_kernel
+from .backends.registry import requested
 from .functional import focal_modulation
-from .normed import normed_linear
+from .fusion.context_parts import parameter, unusual_context, widest_kernel
+from .fusion.module_checks import is_proxy
+from .fusion.norm_branches import norm_linear
 from .onednn import guarded
-from .plain import is_proxy
 
 # A node of its own in graphs of torch.fx, which cannot look into it.
 torch.fx.wrap("focal_modulation")
@@ -106,7 +106,7 @@ class FocalModulation(nn.Module):
 
     def of_normed(self, norm: nn.Module, hidden_state: Tensor) -> Tensor:
         """``self(norm(hidden_state))``; in training, what ``norm`` returns is not kept for backward."""
-        return self._modulate(normed_linear(norm, self.projection_in, hidden_state))
+        return self._modulate(norm_linear(norm, self.projection_in, hidden_state))
 
     def _modulate(self, projected: Tensor) -> Tensor:
         q, ctx, gates = projected.split([self.dim, self.dim, self.focal_level + 1], dim=-1)
@@ -114,7 +114,7 @@ class FocalModulation(nn.Module):
         changed = unusual_context(self, "projection_context", "activation")
         out = self._fused(q, ctx, gates) if changed is None else self._module_by_module(q, ctx, gates, changed)
         if self.use_post_layernorm_in_modulation:
-            return self.projection_dropout(normed_linear(self.layernorm, self.projection_out, out))
+            return self.projection_dropout(norm_linear(self.layernorm, self.projection_out, out))
         return self.projection_dropout(self.projection_out(out))
 
     def _fused(self, q: Tensor, ctx: Tensor, gates: Tensor) -> Tensor:

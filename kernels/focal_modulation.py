@@ -11,15 +11,7 @@ import math
 import torch
 
 from . import gated_aggregation
-from .config import (
-    BACKWARD,
-    FORWARD,
-    LevelConfig,
-    ProductConfig,
-    level_config,
-    product_config,
-    weight_product_config,
-)
+from .config import BACKWARD, FORWARD, LevelConfig, ProductConfig, level_config, product_config, weight_product_config
 from .gated_aggregation_bwd import Backward
 from .modulator import dagg_kernel, dweight_kernel, modulator_bwd_kernel, modulator_fwd_kernel
 from .plan import Buffer, Case, Device, Launch, Plan, chunks, largest_chunk, with_scratch

@@ -9,7 +9,7 @@ Forward reads two tensors [rows, C] and writes one. Backward reads dout, and upd
 writes dupdate; dout is the gradient of hidden_state as it is. PyTorch's operators one by one, in training with all of
 them: 11 passes forward where these are 3, and 15 backward where these are 3.
 
-`composed` in focalnet/residual.py is the specification.
+`composed` in focalnet/operators/residual.py is the specification.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ and writes dhidden_state and, where it is another one, dupdate; normed and its s
 again from out. PyTorch's operators one by one, in training without layer scale: 9 passes forward where these are 4,
 and 14 backward where these are 5.
 
-`composed` in focalnet/residual_norm.py is the specification.
+`composed` in focalnet/operators/residual_norm.py is the specification.
 """
 
 from __future__ import annotations

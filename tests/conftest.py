@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-# importlib mode puts nothing on sys.path; tests/ itself holds only modules of tests, none of which shadows a package.
-sys.path.insert(0, str(Path(__file__).parent))
-# The scripts of bench/ import each other by name; last, so that they shadow nothing either.
-sys.path.append(str(Path(__file__).parent.parent / "bench"))
+TESTS = Path(__file__).parent
+# importlib mode puts nothing on sys.path. The scripts of bench/ import each other by name; they come last, so that
+# they shadow no package.
+sys.path.insert(0, str(TESTS / "helpers"))
+sys.path += [str(TESTS.parent / "bench" / folder) for folder in ("", "gpu", "static")]
 
 # Inductor's cache does not tell code for one instruction set from that for another: what a run with this variable
 # leaves would be found by one without it, and write past the ends of its arrays.

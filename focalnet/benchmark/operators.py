@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..backends import backends
+from ..backends.registry import backends
 from ..functional import focal_modulation
 from ..variants import VARIANTS
 from .runtimes import Case

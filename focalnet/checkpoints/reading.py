@@ -1,7 +1,7 @@
 """Checkpoints in every published format: recognised by their keys, their configuration inferred from their shapes.
 
 Formats: "transformers"; "authors" (microsoft/FocalNet's classifiers); "authors-detection" (its detection backbones,
-with a norm for each output); "timm". `focalnet.checkpoints.loading` makes models of what is read here.
+with a norm for each output); "timm". `focalnet.models.loading` makes models of what is read here.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ..configuration import FocalNetConfig
-from ..imagenet import class_names
 from ..variants import VARIANTS
 from .files import read_json, read_weights, weights_of_directory
 from .foreign import check_architecture, configuration_in
+from .imagenet import class_names
 from .key_maps import rename
 from .recognition import BODY, Taken, bare_name, naming_of, prefixed, recognise, shortened, take_apart
 from .structure import UNSETTLED_BY_SHAPES, USUAL_STEM_PADDING, matching_variants

@@ -30,7 +30,7 @@ def device_for(device: Device, backend: str | None) -> torch.device:
     """The device to run on, once it is sure that it is there and that the backend can run."""
     import torch
 
-    from .. import backends
+    from ..backends.registry import backends
 
     known = backends()
     if backend is not None and backend not in known:

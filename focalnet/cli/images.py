@@ -119,7 +119,7 @@ def published_processor(config: FocalNetConfig) -> BaseImageProcessor:
     from PIL import Image
     from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-    from ..patch_embeddings import as_pair
+    from ..models.patch_embeddings import as_pair
 
     height, width = as_pair(config.image_size)
     # Early versions 5 of transformers have the Pillow processor under the plain name.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import BaseImageProcessor
 
-    from ..modeling import FocalNetForImageClassification
+    from ..models.modeling import FocalNetForImageClassification
 
 
 @dataclass(frozen=True)

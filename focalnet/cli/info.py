@@ -40,7 +40,7 @@ def info(
 
 def gather() -> dict[str, Any]:
     """Everything that `focalnet info` shows, as JSON has it."""
-    from ..backends import backends
+    from ..backends.registry import backends
 
     return {
         "versions": _versions(),
@@ -56,8 +56,8 @@ def automatic_backend(device: str) -> str:
     """The backend that takes a float32 call of a published size on a device ("cpu", "cuda") when none is asked for."""
     import torch
 
-    from ..backends import automatic
-    from ..problem import Problem
+    from ..backends.problem import Problem
+    from ..backends.registry import automatic
 
     kernel_sizes = ((3, 3), (5, 5), (7, 7))
     problem = Problem("focal_modulation", torch.device(device), torch.float32, 1, 56, 56, 96, kernel_sizes)
@@ -125,7 +125,7 @@ def _cpu_name() -> str:
 def _instruction_sets() -> str:
     import torch
 
-    from ..extension import cpu_capabilities
+    from ..backends.extension import cpu_capabilities
 
     present = [name for name, there in cpu_capabilities().items() if there]
     used_by_torch = f"torch uses {torch.backends.cpu.get_cpu_capability()}"
@@ -149,7 +149,7 @@ def _gpus() -> list[str]:
 
 
 def _extension() -> dict[str, Any]:
-    from .. import extension
+    from ..backends import extension
 
     reason = extension.missing()
     return {"loaded": reason is None, "reason": reason, **extension.build_info()}

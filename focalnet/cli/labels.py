@@ -43,7 +43,7 @@ def use_labels(config: FocalNetConfig, file: Path | None) -> list[str] | None:
     Raises:
         UserError: the file cannot be read, or has not one label for each output.
     """
-    from ..imagenet import class_ids
+    from ..checkpoints.imagenet import class_ids
 
     known = class_ids(config.num_labels)
     if file is None:

@@ -15,7 +15,7 @@ from .errors import UserError, in_one_line
 from .sources import refuse_what_is_no_checkpoint
 
 if TYPE_CHECKING:
-    from ..modeling import FocalNetForImageClassification
+    from ..models.modeling import FocalNetForImageClassification
 
 _SECONDS_TO_ANSWER = 4
 

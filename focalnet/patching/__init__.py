@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .. import extension
-from ..backends import requested
+from ..backends import extension
+from ..backends.registry import requested
 from ..modules import FocalModulation
 from . import block, embeddings, modulation, probe
 from .report import Entry, PatchReport

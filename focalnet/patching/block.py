@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .. import fused_block
-from ..block_parts import BlockNames
-from ..plain import is_proxy
+from ..fusion import cpu_block
+from ..fusion.block_parts import BlockNames
+from ..fusion.module_checks import is_proxy
 from . import modulation
 
 NAMES = {
@@ -66,10 +66,10 @@ def reason_against(block: nn.Module, source: str) -> str | None:
 
 def fused(block: nn.Module, x: Tensor, source: str) -> Tensor:
     """What the operator makes of x (B, H, W, C), whatever the block says of itself; for the trial."""
-    arguments = fused_block.weights(block, NAMES[source])
+    arguments = cpu_block.weights(block, NAMES[source])
     if isinstance(arguments, str):
         raise ValueError(arguments)
-    return fused_block.run(x, arguments)
+    return cpu_block.run(x, arguments)
 
 
 def forward_tokens(
@@ -88,10 +88,10 @@ def forward_sized(block: nn.Module, x: Tensor, *, backend: str | None = None) ->
 
 def forward_map(block: nn.Module, x: Tensor, *, backend: str | None = None) -> Tensor:
     """The forward of a patched block of timm, (B, C, H, W) -> (B, C, H, W), which lies channels-last in memory."""
-    arguments = fused_block.arguments(block, NAMES["timm"], x, backend) if _is_map(x) else "x is no map"
+    arguments = cpu_block.arguments(block, NAMES["timm"], x, backend) if _is_map(x) else "x is no map"
     if isinstance(arguments, str):
         return type(block).forward(block, x)
-    return fused_block.run(x.permute(0, 2, 3, 1).contiguous(), arguments).permute(0, 3, 1, 2)
+    return cpu_block.run(x.permute(0, 2, 3, 1).contiguous(), arguments).permute(0, 3, 1, 2)
 
 
 def _of_grid(
@@ -101,8 +101,8 @@ def _of_grid(
     grid = _grid(tokens, size)
     if grid is None:
         return None
-    arguments = fused_block.arguments(block, NAMES[source], grid, backend)
-    return None if isinstance(arguments, str) else fused_block.run(grid, arguments).flatten(1, 2)
+    arguments = cpu_block.arguments(block, NAMES[source], grid, backend)
+    return None if isinstance(arguments, str) else cpu_block.run(grid, arguments).flatten(1, 2)
 
 
 FORWARD = {"transformers": forward_tokens, "authors": forward_sized, "timm": forward_map}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..padding import pad_to_multiple
+from ..models.padding import pad_to_multiple
 from .probe import twin_of
 
 NAMES = {"transformers": "projection", "authors": "proj"}  # timm's do not pad

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch.fx
 from torch import Tensor, nn
 
-from ..backends import requested
-from ..context_parts import parameter, unusual_context, widest_kernel
+from ..backends.registry import requested
 from ..functional import focal_modulation, gated_aggregation
+from ..fusion.context_parts import parameter, unusual_context, widest_kernel
+from ..fusion.module_checks import is_exact_gelu
 from ..onednn import guarded
-from ..plain import is_exact_gelu
 
 # Nodes of their own in graphs of torch.fx, which cannot look into them.
 torch.fx.wrap("focal_modulation")

@@ -1,0 +1,1 @@
+"""Who can run an operator: the registry, and a file for each backend."""

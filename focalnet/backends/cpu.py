@@ -1,0 +1,70 @@
+"""The backend `cpu`: aggregation by the C++ kernels of csrc/cpu, the modulator's matrix product by PyTorch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import composed, extension
+from .problem import Problem
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def missing() -> str | None:
+    """Why this machine cannot run the backend, or None."""
+    return extension.missing()
+
+
+def refuses(problem: Problem) -> str | None:
+    """Why the backend does not take this call, or None."""
+    if problem.device.type != "cpu":
+        return f"the tensors are on {problem.device}, not on the CPU"
+    if problem.dtype not in DTYPES:
+        return f"{problem.dtype} is not one of {', '.join(map(str, DTYPES))}"
+    return None
+
+
+def gated_aggregation(
+    ctx: Tensor, gates: Tensor, focal_weights: Sequence[Tensor], normalize_modulator: bool
+) -> Tensor:
+    return torch.ops.focalnet.cpu_gated_aggregation(ctx, gates, focal_weights, normalize_modulator)
+
+
+def gated_aggregation_bwd(
+    dagg: Tensor,
+    ctx: Tensor,
+    gates: Tensor,
+    focal_weights: Sequence[Tensor],
+    normalize_modulator: bool,
+    output_mask: Sequence[bool],
+    sums: Tensor | None = None,
+) -> list[Tensor]:
+    """``sums`` (B, C), float32: of the last level over the map, as a forward has found them."""
+    return torch.ops.focalnet.cpu_gated_aggregation_bwd(
+        dagg, ctx, gates, focal_weights, normalize_modulator, output_mask, sums
+    )
+
+
+def _bwd_with_agg(
+    dagg: Tensor,
+    ctx: Tensor,
+    gates: Tensor,
+    focal_weights: Sequence[Tensor],
+    normalize_modulator: bool,
+    output_mask: Sequence[bool],
+) -> list[Tensor | None]:
+    need_ctx, need_gates, need_agg, need_focal = output_mask
+    mask = (need_ctx, need_gates, need_focal)
+    agg = sums = None
+    if need_agg:
+        agg, sums = torch.ops.focalnet.cpu_gated_aggregation_and_sums(ctx, gates, focal_weights, normalize_modulator)
+    dctx, dgates, *dfocal = gated_aggregation_bwd(dagg, ctx, gates, focal_weights, normalize_modulator, mask, sums)
+    return [dctx, dgates, agg, *dfocal]
+
+
+focal_modulation = functools.partial(composed.focal_modulation, gated_aggregation)
+focal_modulation_bwd = functools.partial(composed.focal_modulation_bwd, gated_aggregation, _bwd_with_agg)

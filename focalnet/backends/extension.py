@@ -1,0 +1,116 @@
+"""Loads the compiled extension, focalnet._C, and says precisely why it is missing where it is.
+
+An extension that was never built is normal: the package then runs without it. One that was built and does not load is
+a broken installation. Both leave the package usable; :func:`missing` tells them apart.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import json
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+# Imported before the extension is: the extension links libtorch, which importing torch loads.
+import torch
+
+__all__ = ["build_info", "cpu_capabilities", "cuda_missing", "missing"]
+
+NAME = "focalnet._C"
+PACKAGE = Path(__file__).resolve().parents[1]
+REBUILD = (
+    "run `FOCALNET_BUILD=cpu pip install --no-build-isolation --no-deps --force-reinstall .` in focalnet's sources, "
+    "with torch, setuptools, ninja and a C++20 compiler installed"
+)
+
+
+def recorded_build(package: Path = PACKAGE) -> dict[str, Any]:
+    """What setup.py wrote down when this package was built; {} when it was not built by setup.py."""
+    path = package / "_build_info.json"
+    try:
+        recorded = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        return {"reason": f"{path} cannot be read: {error}"}
+    return recorded if isinstance(recorded, dict) else {}
+
+
+def why_absent(package: Path = PACKAGE) -> str:
+    """Why there is no extension that this interpreter would load."""
+    others = sorted(path.name for pattern in ("_C.*so", "_C*.pyd") for path in package.glob(pattern))
+    if others:
+        suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+        return (
+            f"the compiled extension {NAME} was built for another Python: found {', '.join(others)}, "
+            f"this interpreter loads _C{suffix}; to build it for this one, {REBUILD}"
+        )
+    recorded = recorded_build(package)
+    if recorded.get("built"):
+        cause = "it was built, but its file is gone"
+    else:
+        cause = recorded.get("reason") or "these sources were never built or installed"
+    return f"the compiled extension {NAME} was not built: {cause}; to build it, {REBUILD}"
+
+
+def load() -> tuple[ModuleType | None, str | None]:
+    """Returns the extension and None, or None and the reason."""
+    # Asked of this folder alone: importlib.util.find_spec would also take the one of an editable install elsewhere.
+    if importlib.machinery.PathFinder.find_spec(NAME, [str(PACKAGE)]) is None:
+        return None, why_absent()
+    try:
+        return importlib.import_module(NAME), None
+    except ImportError as error:
+        built_with = recorded_build().get("torch")
+        versions = f" (built with torch {built_with}, running torch {torch.__version__})" if built_with else ""
+        broken = f"the compiled extension {NAME} was built but does not load{versions}: {error}"
+        return None, f"{broken}; to build it anew, {REBUILD}"
+
+
+_module, _missing = load()
+_warned = False
+
+
+def missing() -> str | None:
+    """None when the extension is loaded, else the reason, with what to do about it."""
+    return _missing
+
+
+def warn_if_missing() -> None:
+    """Says, once in a process, that a call would have used the extension. A kernel of the hub never has one."""
+    global _warned
+    if _missing is None or _warned or not __name__.startswith("focalnet."):
+        return
+    _warned = True
+    message = (
+        f"focalnet runs without its compiled CPU kernels: {_missing}. Until then PyTorch's own operators take their "
+        f"place, with which a model takes up to twice as long on a CPU. Where that is intended, "
+        f"FOCALNET_BACKEND=reference says so and ends this warning."
+    )
+    warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def cuda_missing() -> str | None:
+    """None when the extension is loaded and holds the CUDA kernels, else the reason, with what to do about it."""
+    if _missing is not None:
+        return _missing
+    if hasattr(torch.ops.focalnet, "cuda_gated_aggregation"):
+        return None
+    cause = recorded_build().get("cuda", {}).get("reason") or "it was built by a version that had none"
+    return (
+        f"the compiled extension {NAME} has no CUDA kernels: {cause}; to build them, "
+        f"{REBUILD.replace('FOCALNET_BUILD=cpu', 'FOCALNET_BUILD=cuda')} and the CUDA toolkit's nvcc"
+    )
+
+
+def build_info() -> dict[str, Any]:
+    """How the extension was compiled: compiler, C++ standard, torch versions, instruction sets; {} when missing."""
+    return _module.build_info() if _module is not None else {}
+
+
+def cpu_capabilities() -> dict[str, bool]:
+    """Instruction set, named as in Linux's /proc/cpuinfo, -> whether this machine has it; {} when missing."""
+    return _module.cpu_capabilities() if _module is not None else {}

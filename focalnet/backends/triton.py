@@ -1,0 +1,258 @@
+"""The backend `triton`: operands as the kernels take them, and the plan of a call, made once for each kind of call.
+
+Named so that ``import triton`` inside the package cannot mean this file.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+from operator import or_
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .problem import Problem
+
+if TYPE_CHECKING:
+    from ..kernels.config import LevelConfig
+    from ..kernels.plan import Plan
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_LEVELS, LARGEST_KERNEL = 4, 15
+OLDEST_TRITON, OLDEST_ARCH = (3, 6), (8, 0)
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why this machine cannot run the backend, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+        return f"triton {triton.__version__} is too old, 3.6 is needed: pip install --upgrade triton"
+    if triton.knobs.runtime.interpret:
+        return None
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if torch.cuda.get_device_capability() < OLDEST_ARCH:
+        return "the CUDA device has a compute capability below 8.0"
+    return None
+
+
+def refuses(problem: Problem) -> str | None:
+    """Why the backend does not take this call, or None."""
+    import triton
+
+    expected = "cpu" if triton.knobs.runtime.interpret else "cuda"
+    if problem.device.type != expected:
+        return f"the tensors are on {problem.device}, not on a {expected} device"
+    if problem.dtype not in DTYPES:
+        return f"{problem.dtype} is not one of {', '.join(map(str, DTYPES))}"
+    if len(problem.kernel_sizes) > MOST_LEVELS:
+        return f"{len(problem.kernel_sizes)} levels are more than {MOST_LEVELS}"
+    if max(map(max, problem.kernel_sizes)) > LARGEST_KERNEL:
+        return f"kernel {max(map(max, problem.kernel_sizes))} is larger than {LARGEST_KERNEL}"
+    if problem.batch * problem.height * problem.width >= 2**31:
+        return "there are 2^31 positions or more"
+    return None
+
+
+def gated_aggregation(
+    ctx: Tensor, gates: Tensor, focal_weights: Sequence[Tensor], normalize_modulator: bool
+) -> Tensor:
+    if not ctx.shape[0]:
+        return ctx.new_empty(ctx.shape)
+    return _run("gated_aggregation", _named(ctx, gates, focal_weights), normalize_modulator)["agg"]
+
+
+def focal_modulation(
+    q: Tensor,
+    ctx: Tensor,
+    gates: Tensor,
+    focal_weights: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    normalize_modulator: bool,
+) -> Tensor:
+    if not ctx.shape[0]:
+        return ctx.new_empty(ctx.shape)
+    operands = _named(ctx, gates, focal_weights, q, weight, bias)
+    return _run("focal_modulation", operands, normalize_modulator)["out"]
+
+
+def gated_aggregation_bwd(
+    dagg: Tensor,
+    ctx: Tensor,
+    gates: Tensor,
+    focal_weights: Sequence[Tensor],
+    normalize_modulator: bool,
+    output_mask: Sequence[bool],
+) -> list[Tensor | None]:
+    need_ctx, need_gates, need_focal = output_mask
+    wanted = [need_ctx, need_gates, *[need_focal] * len(focal_weights)]
+    if not ctx.shape[0] or not any(output_mask):
+        return _zeros([ctx, gates, *focal_weights], wanted)
+    operands = _named(ctx, gates, focal_weights) | {"dagg": dagg}
+    made = _run("gated_aggregation_bwd", operands, normalize_modulator, tuple(output_mask))
+    return [made.get(name) for name in ("dctx", "dgates", *_gradients_of(focal_weights))]
+
+
+def focal_modulation_bwd(
+    dout: Tensor,
+    q: Tensor,
+    ctx: Tensor,
+    gates: Tensor,
+    focal_weights: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    normalize_modulator: bool,
+    output_mask: Sequence[bool],
+) -> list[Tensor | None]:
+    *needs, need_focal = output_mask
+    if not ctx.shape[0] or not any(output_mask):
+        like_bias = weight[0] if bias is None else bias
+        return _zeros([q, ctx, gates, weight, like_bias, *focal_weights], [*needs, *[need_focal] * len(focal_weights)])
+    operands = _named(ctx, gates, focal_weights, q, weight, bias) | {"dout": dout}
+    made = _run("focal_modulation_bwd", operands, normalize_modulator, tuple(output_mask))
+    return [made.get(n) for n in ("dq", "dctx", "dgates", "dweight", "dbias", *_gradients_of(focal_weights))]
+
+
+def _gradients_of(focal_weights: Sequence[Tensor]) -> list[str]:
+    return [f"dw{level}" for level in range(len(focal_weights))]
+
+
+def _zeros(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients of an empty batch."""
+    return [t.new_zeros(t.shape) if want else None for t, want in zip(tensors, wanted, strict=True)]
+
+
+# ---- operands -------------------------------------------------------------------------------------------------------
+
+_FOCAL_WEIGHTS = tuple(f"w{level}" for level in range(MOST_LEVELS))
+_IMAGES = ("ctx", "gates", "q")
+
+
+def _named(
+    ctx: Tensor,
+    gates: Tensor,
+    focal_weights: Sequence[Tensor],
+    q: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """In the order of a plan's operands."""
+    operands = {"ctx": ctx, "gates": gates, **dict(zip(_FOCAL_WEIGHTS, focal_weights, strict=False))}
+    if q is not None:
+        operands["q"], operands["weight"] = q, weight
+    if bias is not None:
+        operands["bias"] = bias
+    return operands
+
+
+def _as_the_kernels_take_them(operands: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Images as evenly spaced rows of channels, all else contiguous; a copy where it is not."""
+    return {
+        name: tensor if name in _IMAGES and _pitch(tensor) is not None else tensor.contiguous()
+        for name, tensor in operands.items()
+    }
+
+
+def _pitch(tensor: Tensor) -> int | None:
+    """Elements from one position to the next, if that is the same everywhere and channels lie side by side."""
+    batch, height, width, channels = tensor.shape
+    to_image, to_row, to_column, to_channel = tensor.stride()
+    if to_channel != 1 and channels != 1:
+        return None
+    if width == 1:
+        to_column = to_row if height > 1 else to_image if batch > 1 else channels
+    if (height > 1 and to_row != width * to_column) or (batch > 1 and to_image != height * width * to_column):
+        return None
+    return to_column
+
+
+# ---- plans ----------------------------------------------------------------------------------------------------------
+
+# A plan, and whether the kernels take operands with this key as they are.
+_plans: dict[tuple, tuple[Plan, bool]] = {}
+_MOST_PLANS = 4096
+
+
+def _run(
+    operator: str, operands: dict[str, Tensor], normalize: bool, mask: tuple[bool, ...] = ()
+) -> dict[str, Tensor]:
+    # What a plan and its compiled code rely on: sizes, strides, and whether a pointer is aligned to 16 bytes.
+    ctx, tensors = operands["ctx"], operands.values()
+    device = ctx.device
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    aligned = functools.reduce(or_, addresses) & 15 == 0 or tuple([address & 15 == 0 for address in addresses])
+    shapes = [(tensor.shape, tensor.stride()) for tensor in tensors]
+    precise = not torch.backends.cuda.matmul.allow_tf32
+    key = (operator, device, ctx.dtype, normalize, mask, precise, aligned, *shapes)
+    found = _plans.get(key)
+    if found is None:
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        taken = _as_the_kernels_take_them(operands)
+        as_given = all(taken[name] is tensor for name, tensor in operands.items())
+        found = _plans[key] = _plan(operator, taken, normalize, mask, precise), as_given
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _run_plan(*found, operands, addresses)
+    with torch.cuda.device(device):
+        return _run_plan(*found, operands, addresses)
+
+
+def _run_plan(plan: Plan, as_given: bool, operands: dict[str, Tensor], addresses: list[int]) -> dict[str, Tensor]:
+    if as_given and plan.is_warm:
+        return plan.run_at(addresses, operands["ctx"].device)
+    return plan.run(_as_the_kernels_take_them(operands), operands["ctx"].device)
+
+
+def _plan(operator: str, tensors: dict[str, Tensor], normalize: bool, mask: tuple[bool, ...], precise: bool) -> Plan:
+    from ..kernels import autotune, focal_modulation, gated_aggregation, gated_aggregation_bwd
+    from ..kernels.plan import Case, Device
+
+    ctx = tensors["ctx"]
+    device = ctx.device
+    case = Case(
+        *ctx.shape,
+        tuple(tuple(tensors[name].shape[2:]) for name in _FOCAL_WEIGHTS if name in tensors),
+        ctx.dtype,
+        normalize,
+        _pitch(ctx),
+        _pitch(tensors["gates"]),
+        _pitch(tensors["q"]) if "q" in tensors else 0,
+        "bias" in tensors,
+        mask,
+    )
+    properties = Device.of(device)
+    precision = {"precision": "ieee" if precise else "tf32"} if "q" in tensors else {}
+    make = {
+        "gated_aggregation": gated_aggregation.forward_plan,
+        "gated_aggregation_bwd": gated_aggregation_bwd.backward_plan,
+        "focal_modulation": focal_modulation.forward_plan,
+        "focal_modulation_bwd": focal_modulation.backward_plan,
+    }[operator]
+    config = None
+    if autotune.enabled() and device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+
+        def seconds(candidate: LevelConfig) -> float:
+            return _seconds(make(case, properties, candidate, **precision), tensors, device)
+
+        config = autotune.choose(operator, case, torch.cuda.get_device_name(device), seconds)
+    return make(case, properties, config, **precision)
+
+
+def _seconds(plan: Plan, tensors: dict[str, Tensor], device: torch.device, repeats: int = 10) -> float:
+    """Of one run, on the device, compiled beforehand."""
+    plan.run(tensors, device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        plan.run(tensors, device)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats

@@ -1,0 +1,1 @@
+"""Several modules as one operator: whether their parts are what the operator takes them for, and the call."""

@@ -1,0 +1,228 @@
+"""What a block is made of, whatever its code base calls the parts.
+
+`cpu_block` computes every block of this make: a focal modulation and an MLP, each a residual branch, with LayerNorm
+before or behind the branch and a scale behind that.
+
+All of this is asked in every call of every block. So parts are looked up in the dictionaries of their modules: the
+attribute protocol of nn.Module takes ten times as long.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .context_parts import is_pointwise, unusual_level
+from .module_checks import is_changed, is_exact_gelu, is_hooked
+
+Role = Callable[[nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class BlockNames:
+    """What a code base calls the parts of its block.
+
+    ``post_norm`` is the flag that says where the norms act; without one, it is the names of the norms that act behind
+    the branch, which are identities otherwise. ``modulation`` and ``mlp`` are the classes of those parts; without one,
+    their structure decides. ``forward`` is the function that the modulation's forward may be bound to, if it is not
+    that of its class. ``random`` are the parts of block, modulation and MLP that do nothing in inference.
+    """
+
+    modulation: type | None = None
+    mlp: type | None = None
+
+    post_norm: str | tuple[str, str] = "use_post_layernorm"
+    projection_in: str = "projection_in"
+    projection_context: str = "projection_context"
+    projection_out: str = "projection_out"
+    layernorm: str = "layernorm"
+    use_layernorm: str | None = "use_post_layernorm_in_modulation"
+    normalize: tuple[str, ...] = ("normalize_modulator",)
+    activation: str = "activation"
+    scales: tuple[str, str] = ("gamma_1", "gamma_2")
+    random: tuple[str, ...] = ("projection_dropout", "drop", "drop_path")
+    forward: Callable | None = None
+
+    def weights_of(self, block: nn.Module) -> tuple[tuple, list[Tensor | None]] | str:
+        """The arguments of the operator cpu_block after ``hidden_state``, and the tensors among them.
+
+        The reason instead, where a part of ``block`` is not what the operator takes it for.
+        """
+        if reason := self.unusual_part(block) or self._random_part(block):
+            return reason
+        parts, modulation, mlp = block._modules, block._modules["modulation"], block._modules["mlp"]._modules
+        inner = modulation._modules
+        norm1, norm2, post_norm = self._norms(block)
+        convolutions = [level._modules["0"] for level in inner["focal_layers"]._modules.values()]
+        focal_weights = [convolution._parameters["weight"] for convolution in convolutions]
+        linears = (
+            *_weight_and_bias(inner[self.projection_context]),
+            *_weight_and_bias(inner[self.projection_out]),
+            *_weight_and_bias(mlp["fc1"]),
+            *_weight_and_bias(mlp["fc2"]),
+        )
+        projection_in = _weight_and_bias(inner[self.projection_in])
+        norm1_weights, norm2_weights = _weight_and_bias(parts[norm1]), _weight_and_bias(parts[norm2])
+        layernorm = self._layernorm(modulation)
+        inner_norm = (None, None) if layernorm is None else _weight_and_bias(layernorm)
+        scales = (_scale(block, self.scales[0]), _scale(block, self.scales[1]))
+        arguments = (
+            *projection_in,
+            focal_weights,
+            *linears,
+            *norm1_weights,
+            parts[norm1].eps,
+            *norm2_weights,
+            parts[norm2].eps,
+            *inner_norm,
+            None if layernorm is None else layernorm.eps,
+            *scales,
+            post_norm,
+            any(getattr(modulation, name, False) for name in self.normalize),
+        )
+        norms = (*norm1_weights, *norm2_weights, *inner_norm)
+        return arguments, [*projection_in, *focal_weights, *linears, *norms, *scales]
+
+    def unusual_part(self, block: nn.Module) -> str | None:
+        """Why a part of ``block`` is not what the operator takes it for, or None if all are."""
+        modulation, mlp = block._modules["modulation"], block._modules["mlp"]
+        reason = (
+            _unusual(block, "", self._block_roles, self.forward)
+            or _unusual(modulation, "modulation.", self._modulation_roles)
+            or _unusual(mlp, "mlp.", self._mlp_roles)
+            or _unusual_level(modulation)
+        )
+        if reason is None and any(scale != 1 for scale in self._plain_scales(block)):
+            return f"{' and '.join(self.scales)} are numbers other than 1"
+        return reason
+
+    def _random_part(self, block: nn.Module) -> str | None:
+        """Why a part of ``block`` draws random numbers although the block itself is in evaluation mode."""
+        for owner in (block, block._modules["modulation"], block._modules["mlp"]):
+            for name in self.random:
+                part = owner._modules.get(name)
+                if part is not None and part.training and type(part) is not nn.Identity:
+                    return f"{name} is in training mode"
+        return None
+
+    def _norms(self, block: nn.Module) -> tuple[str, str, bool]:
+        """The names of the norms that act, and whether they act behind their branch."""
+        if isinstance(self.post_norm, str):
+            return "norm1", "norm2", bool(getattr(block, self.post_norm, False))
+        if type(block._modules["norm1"]) is nn.Identity:
+            return *self.post_norm, True
+        return "norm1", "norm2", False
+
+    def _layernorm(self, modulation: nn.Module) -> nn.LayerNorm | None:
+        if self.use_layernorm is not None and not getattr(modulation, self.use_layernorm, False):
+            return None
+        layernorm = modulation._modules.get(self.layernorm)
+        return None if type(layernorm) is nn.Identity else layernorm
+
+    def _plain_scales(self, block: nn.Module) -> list[float]:
+        scales = (block.__dict__.get(name) for name in self.scales)
+        return [scale for scale in scales if isinstance(scale, (int, float))]
+
+    @functools.cached_property
+    def _block_roles(self) -> dict[str, Role]:
+        names = self.post_norm if isinstance(self.post_norm, tuple) else ()
+        return {
+            **dict.fromkeys(("norm1", "norm2", *names), _is_norm),
+            "modulation": lambda module: self.modulation in (None, type(module)),
+            "mlp": lambda module: self.mlp in (None, type(module)),
+            **dict.fromkeys(self.random, _is_random),
+            "ls1": _is_layer_scale,
+            "ls2": _is_layer_scale,
+        }
+
+    @functools.cached_property
+    def _modulation_roles(self) -> dict[str, Role]:
+        projections = (self.projection_in, self.projection_context, self.projection_out)
+        return {
+            **dict.fromkeys(projections, _is_linear),
+            "focal_layers": lambda module: type(module) is nn.ModuleList,
+            self.activation: is_exact_gelu,
+            "act": is_exact_gelu,
+            self.layernorm: _is_norm,
+            **dict.fromkeys(self.random, _is_random),
+        }
+
+    @functools.cached_property
+    def _mlp_roles(self) -> dict[str, Role]:
+        return {
+            **dict.fromkeys(("fc1", "fc2"), _is_linear),
+            self.activation: is_exact_gelu,
+            "norm": lambda module: type(module) is nn.Identity,
+            **dict.fromkeys(self.random, _is_random),
+        }
+
+
+def _unusual(owner: nn.Module, prefix: str, roles: dict[str, Role], forward: Callable | None = None) -> str | None:
+    """Why a child of ``owner`` does not play its role; ``forward`` is what that of the modulation may be bound to."""
+    for name, module in owner._modules.items():
+        if not roles.get(name, _never)(module) or is_changed(module):
+            bound = None if module is None or is_hooked(module) else module.__dict__.get("forward")
+            if name != "modulation" or forward is None or getattr(bound, "func", None) is not forward:
+                return _is_unusual(prefix + name, module)
+    return None
+
+
+def _unusual_level(modulation: nn.Module) -> str | None:
+    name = unusual_level(modulation._modules["focal_layers"])
+    if name is not None:
+        return _is_unusual(f"modulation.{name}", modulation.get_submodule(name))
+    # Computed weights would be attributes.
+    levels = modulation._modules["focal_layers"]._modules.values()
+    return None if all(_has_parameters(level._modules["0"]) for level in levels) else "a weight is computed"
+
+
+def _is_unusual(name: str, module: nn.Module | None) -> str:
+    return f"{name} is {type(module).__name__}, or was wrapped or hooked; expected a plain part of a block"
+
+
+def _weight_and_bias(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    parameters = module._parameters
+    return parameters["weight"], parameters["bias"]
+
+
+def _scale(block: nn.Module, name: str) -> Tensor | None:
+    """A parameter, a module with one, or None: a plain number, which is 1 wherever there is no layer scale."""
+    if (module := block._modules.get(name)) is not None:
+        return module._parameters.get("gamma")
+    return block._parameters.get(name)
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    """Whether weight and bias are registered, with a tensor or with None. Computed ones would be attributes."""
+    parameters = module._parameters
+    return "weight" in parameters and "bias" in parameters
+
+
+def _never(_: nn.Module) -> bool:
+    return False
+
+
+def _is_norm(module: nn.Module) -> bool:
+    kind = type(module)
+    # LayerNorm2d is timm's: the same norm of a channels-first map, which it is not here.
+    if kind is nn.LayerNorm or kind.__name__ == "LayerNorm2d":
+        return len(module.normalized_shape) == 1 and _has_parameters(module)
+    return kind is nn.Identity
+
+
+def _is_linear(module: nn.Module) -> bool:
+    kind = type(module)
+    return (kind is nn.Linear or (kind is nn.Conv2d and is_pointwise(module))) and _has_parameters(module)
+
+
+def _is_layer_scale(module: nn.Module) -> bool:
+    return type(module) is nn.Identity or type(module).__name__ == "LayerScale2d"
+
+
+def _is_random(module: nn.Module) -> bool:
+    """Dropout and stochastic depth: nothing in inference, so the operator leaves them out."""
+    kind = type(module)
+    return kind is nn.Dropout or kind is nn.Identity or kind.__name__ in ("DropPath", "FocalNetDropPath")

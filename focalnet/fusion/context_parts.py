@@ -1,0 +1,91 @@
+"""Whether the modules that gather context are what the operators take them for: these take weights and call no module.
+
+What acts when a module is called (hooks, adapters, offloading, another activation), what a convolution is set to, and
+parameters that stand for something else (quantised, sharded, sparse) would go unnoticed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..backends.problem import is_plain_tensor
+from .module_checks import is_changed, is_exact_gelu
+
+
+def unusual_context(modulation: nn.Module, projection_context: str, activation: str) -> str | None:
+    """The name of a part of ``modulation`` between its two projections that has to be called, or None: all may not be.
+
+    ``projection_context`` and ``activation`` are the names of two of them; the others are ``focal_layers``. There may
+    be no activation.
+    """
+    parts = modulation._modules
+    if (name := unusual_level(parts["focal_layers"])) is not None:
+        return name
+    convolutions = [level._modules["0"] for level in parts["focal_layers"]._modules.values()]
+    for index, convolution in enumerate(convolutions):
+        if not _is_readable(parameter(convolution, "weight")):
+            return f"focal_layers.{index}.0"
+    context = parts[projection_context]
+    if type(context) is not nn.Conv2d or not is_pointwise(context) or is_changed(context):
+        return projection_context
+    bias = parameter(context, "bias")
+    if not _is_readable(parameter(context, "weight")) or not (bias is None or _is_readable(bias)):
+        return projection_context
+    gelu = parts.get(activation)
+    if gelu is not None and (not is_exact_gelu(gelu) or is_changed(gelu)):
+        return activation
+    return None
+
+
+def unusual_level(focal_layers: nn.Module) -> str | None:
+    """The name of a level, or of a part of one, that is no depthwise convolution and exact GELU, or None."""
+    for index, level in focal_layers._modules.items():
+        if type(level) is not nn.Sequential or is_changed(level) or len(level._modules) != 2:
+            return f"focal_layers.{index}"
+        convolution, activation = level._modules.values()
+        if not is_depthwise(convolution) or is_changed(convolution):
+            return f"focal_layers.{index}.0"
+        if not is_exact_gelu(activation) or is_changed(activation):
+            return f"focal_layers.{index}.1"
+    return None
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether ``module`` is a depthwise convolution without bias that keeps the map's size."""
+    if type(module) is not nn.Conv2d or parameter(module, "bias") is not None:
+        return False
+    height, width = module.kernel_size
+    return (
+        height % 2 == width % 2 == 1
+        and module.groups == module.in_channels == module.out_channels
+        and module.padding in ((height // 2, width // 2), "same")
+        and module.stride == (1, 1)
+        and module.dilation == (1, 1)
+        and module.padding_mode == "zeros"
+    )
+
+
+def is_pointwise(conv: nn.Conv2d) -> bool:
+    """Whether ``conv`` is a matrix product at every position."""
+    is_matrix = conv.kernel_size == (1, 1) and conv.groups == 1
+    return is_matrix and conv.stride == (1, 1) and conv.padding in ((0, 0), "same", "valid")
+
+
+def widest_kernel(focal_layers: nn.Module) -> int:
+    """The width of the widest convolution in ``focal_layers``, whatever stands there."""
+    return max((conv.kernel_size[1] for conv in focal_layers.modules() if isinstance(conv, nn.Conv2d)), default=1)
+
+
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """What ``module`` computes with under ``name``: replicas of DataParallel have tensors for parameters."""
+    # Not getattr, for which torch.fx has a proxy where there is a parameter.
+    found = module._parameters.get(name)
+    return module.__dict__.get(name) if found is None else found
+
+
+def _is_readable(tensor: Tensor | None) -> bool:
+    if is_plain_tensor(tensor):
+        return True
+    # Exporters put tensors of their own in the place of parameters.
+    return type(tensor).__module__.startswith("torch._subclasses") and tensor.layout is torch.strided

@@ -1,0 +1,101 @@
+"""Linear layers and MLPs behind a LayerNorm: one operator in training, the modules one by one where that is not right.
+
+The operators (operators/norm_linear.py, norm_mlp.py) save less for backward than the modules do, and call no module.
+They are taken only where nothing hangs on one: whatever acts when a module is called (hooks, adapters, offloading,
+sharding) keeps being called.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..backends.registry import requested
+from ..operators import norm_linear as _norm_linear  # noqa: F401  (registers the operators)
+from ..operators import norm_mlp as _norm_mlp  # noqa: F401
+from .module_checks import all_are_watched, is_changed, is_exact_gelu, is_plain, is_proxy
+
+
+def norm_linear(norm: nn.Module, linear: nn.Module, hidden_state: Tensor) -> Tensor:
+    """``linear(norm(hidden_state))``, of which the input is saved for backward and not the norm of it."""
+    operands = None
+    if _is_norm(norm, hidden_state) and is_plain(linear, nn.Linear):
+        operands = _operands(norm, (linear,), hidden_state)
+    if operands is None:
+        return linear(norm(hidden_state))
+    hidden_state, norm_weight, norm_bias, weights = operands
+    return torch.ops.focalnet.norm_linear(hidden_state, norm_weight, norm_bias, norm.eps, *weights)
+
+
+def norm_mlp(
+    norm: nn.Module | None, mlp: nn.Module, hidden_state: Tensor, normed: Tensor | None = None
+) -> Tensor | None:
+    """``mlp.fc2(GELU(mlp.fc1(norm(hidden_state))))``, of which the input and fc1's output are saved for backward.
+
+    ``norm`` may be None; ``normed`` is ``norm(hidden_state)`` where that is there already. Returns None where ``mlp``
+    has to be called as it is.
+    """
+    if norm is not None and not _is_norm(norm, hidden_state):
+        return None
+    if not (is_plain(mlp.fc1, nn.Linear) and is_plain(mlp.fc2, nn.Linear)) or is_changed(mlp.activation):
+        return None
+    if not is_exact_gelu(mlp.activation) or type(mlp.drop) is not nn.Dropout or is_changed(mlp.drop):
+        return None
+    operands = None
+    if mlp.drop.p == 0.0 or not mlp.drop.training:
+        operands = _operands(norm, (mlp.fc1, mlp.fc2), hidden_state)
+    if operands is None:
+        return None
+    hidden_state, norm_weight, norm_bias, weights = operands
+    eps = None if norm is None else norm.eps
+    if normed is not None:
+        normed = normed.to(weights[0].dtype)
+    return torch.ops.focalnet.norm_mlp(hidden_state, norm_weight, norm_bias, eps, *weights, normed)[0]
+
+
+def _is_norm(norm: nn.Module, hidden_state: Tensor) -> bool:
+    if is_proxy(hidden_state):
+        return False
+    return is_plain(norm, nn.LayerNorm) and tuple(norm.normalized_shape) == (hidden_state.shape[-1],)
+
+
+def _operands(
+    norm: nn.Module | None, linears: tuple[nn.Module, ...], hidden_state: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor | None]] | None:
+    """(hidden_state, norm weight, norm bias, [weight, bias of every linear]), or None: call the modules.
+
+    Under autocast the norm runs in float32 and the products in autocast's dtype, as they do one by one.
+    """
+    modules = linears if norm is None else (norm, *linears)
+    if _must_stay_visible(hidden_state) or not (torch.is_grad_enabled() or any(m.training for m in modules)):
+        return None
+    norm_weight, norm_bias = (None, None) if norm is None else (norm.weight, norm.bias)
+    weights = [parameter for linear in linears for parameter in (linear.weight, linear.bias)]
+    parameters = [p for p in (norm_weight, norm_bias, *weights) if p is not None]
+    device_type = hidden_state.device.type
+    if any(p.device.type != device_type for p in parameters):
+        return None
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        if any(p.dtype != torch.float32 for p in parameters) or hidden_state.dtype == torch.float64:
+            return None
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden_state = hidden_state.to(dtype if norm is None else torch.float32)
+        return hidden_state, norm_weight, norm_bias, [None if w is None else w.to(dtype) for w in weights]
+    if any(p.dtype != hidden_state.dtype for p in parameters):
+        return None
+    return hidden_state, norm_weight, norm_bias, weights
+
+
+def _must_stay_visible(hidden_state: Tensor) -> bool:
+    """Whether someone looks at, transforms or compiles the single steps."""
+    if type(hidden_state) not in (Tensor, nn.Parameter):
+        return True
+    if torch.compiler.is_compiling():
+        # A compiler for GPUs fuses the steps, and recomputes what is cheap, by itself.
+        return torch.compiler.is_exporting() or hidden_state.device.type != "cpu"
+    return (
+        requested(None) == "reference"
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or all_are_watched()
+    )

@@ -1,0 +1,1 @@
+"""The FocalNet models, from their layers to loading a checkpoint."""

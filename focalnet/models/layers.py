@@ -1,0 +1,251 @@
+"""The parts of a FocalNet from the stem to the last stage: embeddings, blocks, stages.
+
+Everything between the stem's convolution and the head is channels-last, ``(B, H, W, C)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..configuration import FocalNetConfig
+from ..fusion import cpu_block, cpu_inference
+from ..fusion.block_parts import BlockNames
+from ..fusion.module_checks import all_are_watched, is_changed, is_proxy
+from ..modules import FocalModulation
+from . import gpu_block, patch_embeddings
+from .mlp import DropPath, FocalNetMlp
+from .patch_embeddings import FocalNetPatchEmbeddings, embed
+
+TokensAndMap = tuple[Tensor, Tensor]
+OURS = BlockNames(modulation=FocalModulation, mlp=FocalNetMlp)
+
+
+class FocalNetEmbeddings(nn.Module):
+    """Images (B, num_channels, H, W) to normalised patches (B, h, w, embed_dim); masked ones become the mask token."""
+
+    def __init__(self, config: FocalNetConfig, use_mask_token: bool = False) -> None:
+        super().__init__()
+        self.patch_embeddings = FocalNetPatchEmbeddings.stem(config)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.embed_dim)) if use_mask_token else None
+        self.norm = nn.LayerNorm(config.embed_dim, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
+        if not is_proxy(pixel_values):
+            self._check_images(pixel_values)
+        # The image processors give float32 whatever the model's dtype is.
+        pixel_values = pixel_values.to(self.patch_embeddings.projection.weight.dtype)
+        embeddings = embed(self.patch_embeddings, self.norm, pixel_values.permute(0, 2, 3, 1))
+        if bool_masked_pos is not None:
+            masked = self._mask_of_grid(bool_masked_pos, embeddings)
+            embeddings = torch.where(masked, self.mask_token, embeddings)
+        return self.dropout(embeddings)
+
+    def _check_images(self, pixel_values: Tensor | None) -> None:
+        channels = self.patch_embeddings.num_channels
+        if pixel_values is None:
+            raise ValueError(f"You have to specify pixel_values: expected images (B, {channels}, H, W), got None")
+        if not isinstance(pixel_values, (Tensor, torch.fx.Proxy)):
+            raise TypeError(f"pixel_values: expected a torch.Tensor (B, {channels}, H, W), {_what_came(pixel_values)}")
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+            shape = tuple(pixel_values.shape)
+            hint = "; channels come first here: .permute(0, 3, 1, 2)" if shape[3:] == (channels,) else ""
+            raise ValueError(
+                f"pixel_values: expected shape (B, {channels}, H, W), since config.num_channels is {channels}, "
+                f"got {shape}{hint}"
+            )
+        if not pixel_values.is_floating_point():
+            raise TypeError(
+                f"pixel_values: expected floating point, got {pixel_values.dtype}; an image processor "
+                f"(AutoImageProcessor) rescales and normalises integer images"
+            )
+
+    def _mask_of_grid(self, bool_masked_pos: Tensor, embeddings: Tensor) -> Tensor:
+        batch, height, width, _ = embeddings.shape
+        if self.mask_token is None:
+            raise ValueError(
+                "bool_masked_pos: this model has no mask token to put at masked positions; "
+                "make it with use_mask_token=True, or use FocalNetForMaskedImageModeling"
+            )
+        if tuple(bool_masked_pos.shape) != (batch, height * width):
+            raise ValueError(
+                f"bool_masked_pos: expected shape ({batch}, {height * width}), one value for each patch of the "
+                f"{height} x {width} grid, got {tuple(bool_masked_pos.shape)}"
+            )
+        return bool_masked_pos.bool().view(batch, height, width, 1)
+
+
+def _what_came(images: object) -> str:
+    """What was given in the place of a tensor of images, and how to make one of it."""
+    name = f"{type(images).__module__}.{type(images).__qualname__}".removeprefix("builtins.")
+    if isinstance(images, Mapping):
+        return f"got {name}, which holds arguments by name: call model(**inputs)"
+    processor = 'an image processor makes one: model(**processor(images, return_tensors="pt"))'
+    if hasattr(images, "__array_interface__") and hasattr(images, "shape"):
+        converted = "torch.from_numpy(array) if it is prepared as the model wants it, channels first"
+        return f"got {name} of shape {images.shape}; pass {converted}, else {processor}"
+    return f"got {name}; {processor}"
+
+
+class FocalNetLayer(GradientCheckpointingLayer):
+    """One block: focal modulation, then an MLP, each a residual branch. (B, H, W, dim) -> (B, H, W, dim).
+
+    Gradient checkpointing recomputes one block at a time.
+    """
+
+    def __init__(self, config: FocalNetConfig, stage: int, drop_path: float) -> None:
+        super().__init__()
+        dim = config.stage_dims[stage]
+        self.use_post_layernorm = config.use_post_layernorm
+        self.norm1 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.modulation = FocalModulation(
+            dim,
+            focal_window=config.focal_windows[stage],
+            focal_level=config.focal_levels[stage],
+            proj_drop=config.hidden_dropout_prob,
+            use_post_layernorm_in_modulation=config.use_post_layernorm_in_modulation,
+            normalize_modulator=config.normalize_modulator,
+            layer_norm_eps=config.layer_norm_eps,
+        )
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=config.layer_norm_eps)
+        self.mlp = FocalNetMlp(config, dim)
+        self.gamma_1 = self.gamma_2 = None
+        if config.use_layerscale:
+            self.gamma_1 = nn.Parameter(torch.full((dim,), float(config.layerscale_value)))
+            self.gamma_2 = nn.Parameter(torch.full((dim,), float(config.layerscale_value)))
+
+    @property
+    def backend(self) -> str | None:
+        """The one that was asked of its modulation; what was put into its place may know of none."""
+        return getattr(self.modulation, "backend", None)
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        arguments = cpu_block.arguments(self, OURS, hidden_state, self.backend)
+        if not isinstance(arguments, str):
+            return cpu_block.run(hidden_state, arguments)
+        if gpu_block.reason_against(self, hidden_state, self.backend) is None:
+            return gpu_block.run(self, hidden_state)
+        hidden_state = self._residual(hidden_state, self.norm1, self.modulation, self.gamma_1)
+        return self._residual(hidden_state, self.norm2, self.mlp, self.gamma_2)
+
+    def _residual(self, hidden_state: Tensor, norm: nn.Module, branch: nn.Module, gamma: Tensor | None) -> Tensor:
+        if self.use_post_layernorm:
+            return self.add(hidden_state, norm(branch(hidden_state)), gamma)
+        return self.add(hidden_state, self.branch_of_normed(branch, norm, hidden_state), gamma)
+
+    @staticmethod
+    def branch_of_normed(branch: nn.Module, norm: nn.Module, hidden_state: Tensor) -> Tensor:
+        """``branch(norm(hidden_state))``"""
+        if type(branch) in (FocalModulation, FocalNetMlp) and not (is_changed(branch) or all_are_watched()):
+            return branch.of_normed(norm, hidden_state)
+        return branch(norm(hidden_state))
+
+    def add(self, hidden_state: Tensor, update: Tensor, gamma: Tensor | None) -> Tensor:
+        """The sum of the residual and what a branch made of it."""
+        if gamma is not None:
+            update = gamma * update
+        return hidden_state + self.drop_path(update)
+
+
+class FocalNetStage(nn.Module):
+    """Blocks of one width, then the downsampling to the next stage, if there is one."""
+
+    def __init__(self, config: FocalNetConfig, stage: int) -> None:
+        super().__init__()
+        first = sum(config.depths[:stage])
+        rates = torch.linspace(0, config.drop_path_rate, sum(config.depths), device="cpu").tolist()
+        self.layers = nn.ModuleList(
+            FocalNetLayer(config, stage, rates[first + layer]) for layer in range(config.depths[stage])
+        )
+        is_last = stage == len(config.depths) - 1
+        self.downsample = None if is_last else FocalNetPatchEmbeddings.downsampling(config, config.stage_dims[stage])
+
+    def forward(self, hidden_state: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, W, C) -> the maps after and before the downsampling; the same one where there is none."""
+        for layer in self.layers:
+            hidden_state = layer(hidden_state)
+        return hidden_state if self.downsample is None else self.downsample(hidden_state), hidden_state
+
+    def arguments(self) -> list[tuple] | str:
+        """Those of the operators of all blocks and of the downsampling, or why not all of these can take operators."""
+        found = [cpu_block.weights(layer, OURS) for layer in self.layers]
+        if self.downsample is not None:
+            found.append(patch_embeddings.weights(self.downsample, self.downsample.norm, is_owner=True))
+        return next((reason for reason in found if isinstance(reason, str)), found)
+
+    def by_operators(self, hidden_state: Tensor, arguments: list[tuple]) -> tuple[Tensor, Tensor]:
+        """What forward returns, by operators alone."""
+        blocks, downsampling = arguments[: len(self.layers)], arguments[len(self.layers) :]
+        for block in blocks:
+            hidden_state = cpu_block.run(hidden_state, block)
+        if not downsampling:
+            return hidden_state, hidden_state
+        return patch_embeddings.run(self.downsample, hidden_state, *downsampling), hidden_state
+
+
+class FocalNetEncoder(nn.Module):
+    """All stages, one after the other."""
+
+    def __init__(self, config: FocalNetConfig) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(FocalNetStage(config, stage) for stage in range(len(config.depths)))
+
+    def forward(
+        self, hidden_state: Tensor, collect: bool = False, before_downsampling: bool = False
+    ) -> tuple[Tensor, tuple[TokensAndMap, ...]]:
+        """(B, H, W, C) -> the last map, and with ``collect`` what the stem and every stage gave."""
+        taps: tuple[TokensAndMap, ...] = ()
+        if collect:
+            hidden_state, taps = _tap(hidden_state, taps)
+        arguments = self._arguments(hidden_state)
+        for index, stage in enumerate(self.stages):
+            if isinstance(arguments, str):
+                hidden_state, before = stage(hidden_state)
+            else:
+                hidden_state, before = stage.by_operators(hidden_state, arguments[index])
+            if collect and before_downsampling:
+                _, taps = _tap(before, taps)
+            elif collect:
+                hidden_state, taps = _tap(hidden_state, taps)
+        return hidden_state, taps
+
+    def _arguments(self, hidden_state: Tensor) -> list[list[tuple]] | str:
+        """Those of all operators, stage by stage, where inference on a CPU needs no module between them; or why not.
+
+        Asked for all at once: before every single one it costs twice as much, since what an operator leaves in the
+        caches is weights.
+        """
+        stages = list(self.stages._modules.values())
+        if not _are(FocalNetStage, stages):
+            return "a stage was replaced, wrapped or hooked"
+        layers = [layer for stage in stages for layer in stage.layers._modules.values()]
+        downsamplings = [stage.downsample for stage in stages if stage.downsample is not None]
+        if not _are(FocalNetLayer, layers) or not _are(FocalNetPatchEmbeddings, downsamplings):
+            return "a block or a downsampling was replaced, wrapped or hooked"
+        backends = {layer.backend for layer in layers}
+        if len(backends) != 1:
+            return "the blocks were asked for different backends"
+        if reason := cpu_inference.reason_against_call(hidden_state, *backends):
+            return reason
+        found = [stage.arguments() for stage in stages]
+        return next((reason for reason in found if isinstance(reason, str)), found)
+
+
+def _are(kind: type[nn.Module], modules: list[nn.Module]) -> bool:
+    """Whether calling any of ``modules`` does what ``kind`` says, and no more."""
+    return all(type(module) is kind and not is_changed(module) for module in modules)
+
+
+def _tap(hidden_state: Tensor, taps: tuple[TokensAndMap, ...]) -> tuple[Tensor, tuple[TokensAndMap, ...]]:
+    """Adds (tokens (B, H * W, C), map (B, C, H, W)) of ``hidden_state`` (B, H, W, C), and returns it again.
+
+    What is returned is made from the tokens: so they lie on the way to the loss, and have a gradient to retain.
+    """
+    tokens = hidden_state.flatten(1, 2)
+    hidden_state = tokens.view(hidden_state.shape)
+    return hidden_state, (*taps, (tokens, hidden_state.permute(0, 3, 1, 2)))

@@ -1,0 +1,318 @@
+"""Models out of checkpoints of any format, and checkpoints from one format to another."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.files import IN_DIRECTORY, SUFFIXES, parts_of, read_json, write_tensors
+from ..checkpoints.foreign import check_architecture
+from ..checkpoints.key_maps import rename
+from ..checkpoints.reading import Checkpoint, check_arguments, comparable, read_checkpoint, told_fields
+from ..checkpoints.recognition import FORMATS, KINDS, bare_name, naming_of
+from ..checkpoints.structure import DROPPING_FORMATS, UNSETTLED_BY_SHAPES
+from ..configuration import FocalNetConfig
+from .modeling import (
+    FocalNetBackbone,
+    FocalNetForImageClassification,
+    FocalNetForMaskedImageModeling,
+    FocalNetModel,
+    FocalNetPreTrainedModel,
+)
+from .patch_embeddings import as_pair
+
+logger = logging.getLogger(__name__)
+
+_CLASSES = {
+    model.__name__: model
+    for model in (FocalNetBackbone, FocalNetForImageClassification, FocalNetForMaskedImageModeling, FocalNetModel)
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+# Fields that change what a model computes and that a file outside transformers' format may not tell.
+_RESULT_FIELDS = ("normalize_modulator", "use_post_layernorm", "use_conv_embed", "stem_padding", "patch_size")
+_RESULT_FIELDS += ("hidden_act", "layer_norm_eps", "drop_incomplete_patches")
+# What the classifier is called where it is not called so.
+_HEADS = {"authors": "head.weight", "timm": "head.fc.weight"}
+
+
+def load_checkpoint(
+    path_or_id: str | os.PathLike, *, variant: str | None = None, use_ema: bool | None = None, **config_fields: Any
+) -> FocalNetPreTrainedModel:
+    """The model that a checkpoint holds, of the class that fits it, in evaluation mode.
+
+    Reads transformers' directories and hub ids, the authors' .pth files (classifiers and detection backbones) and
+    timm's state dicts, as safetensors or pickles; a pickle is never allowed to run code, and objects that a training
+    script left beside the weights are not built. The format is recognised by its keys and the configuration inferred
+    from the shapes. What those cannot tell is taken from ``config_fields``, else from ``variant``, else from the one
+    published variant that has this structure. Activation, epsilon and image size leave no trace either: without an
+    argument or a variant they have their defaults. Choices that a user may want to know of (averaged weights, the
+    padding of a detector's stem, parts that were dropped) are logged as warnings.
+
+    Files of timm and of the authors' classifiers get ``drop_incomplete_patches``, since that is what those models do,
+    and with 1000 or 21,842 outputs the names of ImageNet-1K's or 22K's classes.
+
+    A file with a head gives FocalNetForImageClassification or FocalNetForMaskedImageModeling, one without gives
+    FocalNetModel, and a detection backbone of the authors FocalNetBackbone with its maps before downsampling and
+    their norms.
+
+    Args:
+        path_or_id: a file, a directory as save_pretrained writes it, or an id on the Hugging Face hub.
+        variant: name of a published variant, such as "large_fl4".
+        use_ema: for a training script's file that has the average of the weights over training beside them: True for
+            the average, False for the plain weights, None for the average if there is one (as timm does).
+        config_fields: arguments of FocalNetConfig, such as ``normalize_modulator=True``, or ``stem_padding=3`` for a
+            detector of the authors' mmdet code with the overlapping stem.
+
+    Raises:
+        ValueError: the file is damaged, refused or no FocalNet, lacks tensors or has others than its configuration
+            wants (all listed at once), contradicts the arguments, or leaves its configuration open. A head of another
+            size than the file's is from_pretrained's to make.
+        TypeError: an argument is no field of the configuration.
+        OSError: there is no such file, or the hub cannot be reached; FileNotFoundError for a path.
+    """
+    checkpoint = _read(path_or_id, variant, use_ema, config_fields)
+    checkpoint.tell()
+    model = _model_class(checkpoint).from_pretrained(
+        None, config=checkpoint.config, state_dict=checkpoint.state_dict, **_model_arguments(checkpoint)
+    )
+    model.config.name_or_path = str(path_or_id)
+    return model
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert_checkpoint` did.
+
+    source, path: from where, and the file or directory that was written. source_format, format: of FORMATS.
+    kind: what the model is, e.g. "classifier". tensors, parameters: how many. config: the model's configuration.
+    pass_when_reading: fields that the written file does not tell, to be given to `load_checkpoint` with it.
+    notes: choices that were made in reading the source, and what its format's own library will make of the result.
+    """
+
+    source: str
+    path: Path
+    source_format: str
+    format: str
+    kind: str
+    tensors: int
+    parameters: int
+    config: FocalNetConfig
+    pass_when_reading: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def convert_checkpoint(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    format: str = "transformers",
+    *,
+    variant: str | None = None,
+    use_ema: bool | None = None,
+    **config_fields: Any,
+) -> Conversion:
+    """Write a checkpoint of any format in another one. No value changes: a round trip gives the same bits.
+
+    Args:
+        src, variant, use_ema, config_fields: as in `load_checkpoint`.
+        dst: for "transformers" a directory, which gets config.json and model.safetensors; for the other formats a
+            file, safetensors by its suffix and otherwise (.pth, .pt, .bin) written by torch.save, with the tensors
+            under "model" in the authors' formats. What is there is replaced.
+        format: "transformers", "authors", "authors-detection" or "timm".
+
+    Returns:
+        A `Conversion`. Its ``pass_when_reading`` lists settings that only transformers' format records.
+
+    Raises:
+        ValueError: ``format`` or the suffix of ``dst`` is unknown, or the format cannot hold this model; and as
+            `load_checkpoint`. TypeError, OSError: likewise.
+    """
+    dst = Path(dst)
+    _check_destination(dst, format)
+    checkpoint = _read(src, variant, use_ema, config_fields)
+    if reason := _why_not(checkpoint, format):
+        raise ValueError(f"format: {format!r} cannot hold this {checkpoint.kind} from {checkpoint.source}: {reason}")
+    if format == "transformers":
+        _write_directory(checkpoint, dst)
+        open_fields = {}
+    else:
+        tensors = _renamed(checkpoint, format)
+        write_tensors(dst, tensors, wrapper=None if format == "timm" else "model")
+        open_fields = _not_told(checkpoint, tensors)
+    notes = checkpoint.notes + _differences(checkpoint.config, format)
+    for note in notes:
+        logger.warning("%s: %s", src, note)
+    if open_fields:
+        logger.warning("%s does not record %s: pass that when reading it", dst, open_fields)
+    return Conversion(
+        source=str(src),
+        path=dst,
+        source_format=checkpoint.format,
+        format=format,
+        kind=checkpoint.kind,
+        tensors=len(checkpoint.state_dict),
+        parameters=sum(tensor.numel() for tensor in checkpoint.state_dict.values()),
+        config=checkpoint.config,
+        pass_when_reading=open_fields,
+        notes=notes,
+    )
+
+
+def _read(
+    path_or_id: str | os.PathLike, variant: str | None, use_ema: bool | None, config_fields: dict[str, Any]
+) -> Checkpoint:
+    """A checkpoint that fits the class of its kind, from wherever it is."""
+    check_arguments(variant, config_fields)
+    path = Path(path_or_id).expanduser()
+    if not str(path_or_id) or not path.exists():  # "" is a path to the current directory
+        path = _download(str(path_or_id))
+    checkpoint = read_checkpoint(path, variant=variant, use_ema=use_ema, **config_fields)
+    _check_head(checkpoint, config_fields)
+    with torch.device("meta"):
+        model = _model_class(checkpoint)(checkpoint.config, **_model_arguments(checkpoint))
+    checkpoint.verify(model.state_dict())
+    return checkpoint
+
+
+def _check_head(checkpoint: Checkpoint, config_fields: dict[str, Any]) -> None:
+    """Raise where another number of labels is asked for than the file has: a model is given as the file holds it."""
+    given = [name for name in ("num_labels", "id2label") if name in config_fields]
+    weight = checkpoint.state_dict.get("classifier.weight")
+    wanted = checkpoint.config.num_labels
+    if not given or (weight is not None and weight.ndim == 2 and len(weight) == wanted):
+        return
+    has = "the file has no head"
+    if weight is not None:
+        name = _HEADS.get(checkpoint.format, "classifier.weight")
+        has = f"{name} is {tuple(weight.shape)}, expected {(wanted, *weight.shape[1:])}"
+    settings = "".join(f", {name}={value!r}" for name, value in config_fields.items() if name not in given)
+    raise ValueError(
+        f"{checkpoint.source}: {given[0]}: {wanted} labels are asked for, but {has}. load_checkpoint gives the model "
+        f"as the file holds it: leave {given[0]} out; for a new head to be trained use FocalNetForImageClassification."
+        f"from_pretrained({checkpoint.source!r}, num_labels={wanted}, ignore_mismatched_sizes=True{settings})"
+    )
+
+
+def _differences(config: FocalNetConfig, format: str) -> tuple[str, ...]:
+    """What the models that ``format`` belongs to will do otherwise with the weights."""
+    drops = bool(config.drop_incomplete_patches)
+    if drops == (format in DROPPING_FORMATS):
+        return ()
+    does = "fill incomplete patches up with zeros" if drops else "drop incomplete patches"
+    kept = "; config.json keeps drop_incomplete_patches for focalnet" if format == "transformers" else ""
+    return (
+        f"models of the format {format} {does}, this one does not: results differ where an image is no whole number "
+        f"of patches in every stage{kept}",
+    )
+
+
+def _model_class(checkpoint: Checkpoint) -> type[FocalNetPreTrainedModel]:
+    return _CLASSES[KINDS[checkpoint.kind]]
+
+
+def _model_arguments(checkpoint: Checkpoint) -> dict[str, Any]:
+    has_mask_token = "embeddings.mask_token" in checkpoint.state_dict
+    return {"use_mask_token": True} if checkpoint.kind == "base" and has_mask_token else {}
+
+
+def _download(name: str) -> Path:
+    """The directory in the hub's cache with the configuration and weights of ``name``."""
+    if not _HUB_ID.fullmatch(name) or name.endswith((*SUFFIXES, ".json")):
+        raise FileNotFoundError(
+            f"path_or_id: expected a file, a directory, or an id on the Hugging Face hub such as "
+            f"microsoft/focalnet-tiny, got {name!r}, where nothing is"
+        )
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+
+    try:
+        configuration = Path(hf_hub_download(name, "config.json"))
+    except (OSError, EntryNotFoundError, HFValidationError) as error:
+        raise OSError(
+            f"path_or_id: {name!r} is no file or directory here, and its config.json could not be had from the "
+            f"Hugging Face hub nor from its cache ({type(error).__name__}); check the spelling and the connection, or "
+            f"pass the path of a downloaded checkpoint"
+        ) from None
+    check_architecture(name, read_json(configuration))
+    for weights in IN_DIRECTORY:
+        try:
+            found = Path(hf_hub_download(name, weights))
+            for part in parts_of(found):
+                hf_hub_download(name, part.name)
+        except (OSError, EntryNotFoundError):
+            continue
+        return configuration.parent
+    raise OSError(
+        f"path_or_id: none of {', '.join(IN_DIRECTORY)} of {name!r} could be had from the Hugging Face hub nor from "
+        f"its cache; check the connection, or pass the path of a downloaded checkpoint"
+    )
+
+
+def _check_destination(dst: Path, format: str) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+    if format == "transformers":
+        if dst.is_file() or dst.suffix in SUFFIXES:
+            raise ValueError(f"dst: expected a directory for format 'transformers', got the file {str(dst)!r}")
+    elif dst.is_dir() or dst.suffix not in SUFFIXES:
+        raise ValueError(f"dst: expected a file ending in {', '.join(SUFFIXES)} for {format!r}, got {str(dst)!r}")
+
+
+def _why_not(checkpoint: Checkpoint, format: str) -> str | None:
+    """Why ``format`` cannot hold the checkpoint; None if it can."""
+    if format == "transformers":
+        return None
+    config = checkpoint.config
+    _, without_place = rename(_bare(checkpoint), "transformers", naming_of(format))
+    if without_place:
+        return f"it has no place for {', '.join(sorted(without_place))}"
+    if format == "authors-detection":
+        if checkpoint.kind != "backbone" or not config.use_feature_map_norms:
+            return "it is for backbones with a norm for each map (use_feature_map_norms)"
+        if not config.feature_maps_before_downsampling:
+            return "its maps are taken before downsampling (feature_maps_before_downsampling)"
+        return None
+    if checkpoint.kind not in ("classifier", "base"):
+        return "it is for classifiers and models without a head"
+    if format == "timm" and not config.use_conv_embed and as_pair(config.patch_size) != (4, 4):
+        return f"timm's FocalNet has patches of 4, this model has {config.patch_size}"
+    if config.stem_padding not in (None, 2):
+        return f"its stem has padding 2, this model has stem_padding={config.stem_padding}"
+    return None
+
+
+def _bare(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    return {bare_name(name): tensor for name, tensor in checkpoint.state_dict.items()}
+
+
+def _renamed(checkpoint: Checkpoint, format: str) -> dict[str, Tensor]:
+    post_norm = checkpoint.config.use_post_layernorm
+    return rename(_bare(checkpoint), "transformers", naming_of(format), post_norm)[0]
+
+
+def _not_told(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The settings of the checkpoint that a reader of ``tensors`` alone would miss or get wrong."""
+    usual = {name: getattr(FocalNetConfig(), name) for name in _RESULT_FIELDS if name not in UNSETTLED_BY_SHAPES}
+    told = {**usual, **told_fields(tensors, checkpoint.source)}
+    settings = {name: getattr(checkpoint.config, name) for name in _RESULT_FIELDS}
+    return {
+        name: value if name != "drop_incomplete_patches" else bool(value)
+        for name, value in settings.items()
+        if name not in told or comparable(name, told[name]) != comparable(name, value)
+    }
+
+
+def _write_directory(checkpoint: Checkpoint, directory: Path) -> None:
+    # Not by a model's save_pretrained: a model has one dtype, a file may have several.
+    config = FocalNetConfig.from_dict(checkpoint.config.to_dict())
+    config.architectures = [KINDS[checkpoint.kind]]
+    config.dtype = next((t.dtype for t in checkpoint.state_dict.values() if t.is_floating_point()), None)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tensors(directory / "model.safetensors", checkpoint.state_dict)
+    config.save_pretrained(directory)

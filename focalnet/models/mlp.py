@@ -1,0 +1,66 @@
+"""The second branch of a block, and the stochastic depth of both."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..configuration import FocalNetConfig, activation
+from ..fusion.norm_branches import norm_mlp
+
+
+class FocalNetMlp(nn.Module):
+    """Two linear layers with ``hidden_act`` between them, (..., dim) -> (..., dim)."""
+
+    def __init__(self, config: FocalNetConfig, dim: int) -> None:
+        super().__init__()
+        hidden_dim = int(dim * config.mlp_ratio)
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.activation = activation(config.hidden_act)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        fused = norm_mlp(None, self, hidden_state)
+        return self._by_modules(hidden_state) if fused is None else fused
+
+    def of_normed(self, norm: nn.Module, hidden_state: Tensor, normed: Tensor | None = None) -> Tensor:
+        """``self(norm(hidden_state))``; in training, what ``norm`` returns is not kept for backward.
+
+        ``normed`` is ``norm(hidden_state)`` where that is there already.
+        """
+        fused = norm_mlp(norm, self, hidden_state, normed)
+        if fused is not None:
+            return fused
+        return self._by_modules(norm(hidden_state) if normed is None else normed)
+
+    def _by_modules(self, hidden_state: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.activation(self.fc1(hidden_state)))))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., arXiv:1603.09382): a branch is left out for whole samples while training."""
+
+    def __init__(self, drop_prob: float) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        if self.drop_prob == 1.0 and self.training:
+            return torch.zeros_like(hidden_state)
+        kept = self.draw(hidden_state, hidden_state.dtype)
+        return hidden_state if kept is None else hidden_state.div(self.keep_prob) * kept
+
+    @property
+    def keep_prob(self) -> float:
+        return 1 - self.drop_prob
+
+    def draw(self, hidden_state: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """(B, 1, ...), 1 for samples of (B, ...) whose branch is kept, else 0; None where all are."""
+        if self.drop_prob == 0.0 or not self.training:
+            return None
+        shape = (hidden_state.shape[0],) + (1,) * (hidden_state.ndim - 1)
+        return torch.floor(self.keep_prob + torch.rand(shape, dtype=dtype, device=hidden_state.device))
+
+    def extra_repr(self) -> str:
+        return f"p={self.drop_prob}"

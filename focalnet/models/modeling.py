@@ -1,0 +1,438 @@
+"""The FocalNet models, drop-in for transformers': the same names, parameters, arguments and outputs.
+
+Yang et al., "Focal Modulation Networks", NeurIPS 2022 (arXiv:2203.11926). docs/differences.md lists where these models
+do more, or other, than transformers'.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_outputs import BackboneOutput
+from transformers.utils import ModelOutput
+
+from ..checkpoints.foreign import is_foreign
+from ..checkpoints.reading import pretrained_arguments
+from ..configuration import FocalNetConfig
+from ..fusion.module_checks import all_are_watched, is_mean
+from .layers import FocalNetEmbeddings, FocalNetEncoder, FocalNetLayer
+from .padding import cut_to
+
+
+@dataclass
+class FocalNetModelOutput(ModelOutput):
+    """What FocalNetModel returns.
+
+    last_hidden_state (B, N, C): tokens of the last stage after the final LayerNorm.
+    pooler_output (B, C): their mean; None without pooling layer.
+    hidden_states: tokens (B, N_i, C_i) of the stem and of every stage after its downsampling, if asked for.
+    reshaped_hidden_states: the same as maps (B, C_i, H_i, W_i).
+    """
+
+    last_hidden_state: Tensor | None = None
+    pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    reshaped_hidden_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class FocalNetMaskedImageModelingOutput(ModelOutput):
+    """What FocalNetForMaskedImageModeling returns.
+
+    loss (): mean absolute error over masked pixels, given ``bool_masked_pos``.
+    reconstruction (B, num_channels, H, W): reconstructed pixel values; ``logits`` is another name for it.
+    hidden_states, reshaped_hidden_states: as in FocalNetModelOutput.
+    """
+
+    loss: Tensor | None = None
+    reconstruction: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    reshaped_hidden_states: tuple[Tensor, ...] | None = None
+
+    @property
+    def logits(self) -> Tensor | None:
+        """The reconstruction, under the name that published examples read."""
+        return self.reconstruction
+
+
+@dataclass
+class FocalNetImageClassifierOutput(ModelOutput):
+    """What FocalNetForImageClassification returns.
+
+    loss (): given ``labels``. logits (B, num_labels): before softmax, or the regression's values.
+    hidden_states, reshaped_hidden_states: as in FocalNetModelOutput.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    reshaped_hidden_states: tuple[Tensor, ...] | None = None
+
+
+class FocalNetPreTrainedModel(PreTrainedModel):
+    """Weights: initialisation, loading and saving, as in every model of transformers."""
+
+    config: FocalNetConfig
+    config_class = FocalNetConfig
+    base_model_prefix = "focalnet"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["FocalNetStage"]  # noqa: RUF012  (read by accelerate as a list)
+
+    def __init__(self, config: FocalNetConfig) -> None:
+        super().__init__(config)
+        config.validate_fields()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: object, **kwargs: object
+    ) -> FocalNetPreTrainedModel:
+        """As in transformers, and of a single file too, in any format that `focalnet.load_checkpoint` reads.
+
+        For a file, ``variant`` names the published variant, ``use_ema`` chooses between a training script's averaged
+        weights and the plain ones, and fields of the configuration settle what its shapes cannot tell. A head that
+        this class lacks or has anew is reported as for every checkpoint. A directory of timm is read likewise.
+
+        Raises:
+            ValueError: the file does not fit, or the directory holds a model of another architecture.
+        """
+        path = pretrained_model_name_or_path
+        if path is None or not is_foreign(Path(path).expanduser(), kwargs.get("config") or kwargs.get("subfolder")):
+            return super().from_pretrained(path, *model_args, **kwargs)
+        arguments = pretrained_arguments(cls, Path(path).expanduser(), kwargs)
+        loaded = super().from_pretrained(None, *model_args, **arguments)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        model.name_or_path = model.config.name_or_path = str(path)
+        return loaded
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, FocalNetEmbeddings) and module.mask_token is not None:
+            init.zeros_(module.mask_token)
+        elif isinstance(module, FocalNetLayer) and module.gamma_1 is not None:
+            init.constant_(module.gamma_1, self.config.layerscale_value)
+            init.constant_(module.gamma_2, self.config.layerscale_value)
+
+
+class FocalNetModel(FocalNetPreTrainedModel):
+    """The network without a head: stem, stages, a final LayerNorm and the mean over positions.
+
+    Args:
+        config: the configuration.
+        add_pooling_layer: compute ``pooler_output``.
+        use_mask_token: learn a token that stands in for masked patches.
+    """
+
+    def __init__(self, config: FocalNetConfig, add_pooling_layer: bool = True, use_mask_token: bool = False) -> None:
+        super().__init__(config)
+        self.num_stages = len(config.depths)
+        self.num_features = config.stage_dims[-1]
+        self.embeddings = FocalNetEmbeddings(config, use_mask_token)
+        self.encoder = FocalNetEncoder(config)
+        self.layernorm = nn.LayerNorm(self.num_features, eps=config.layer_norm_eps)
+        self.pooler = nn.AdaptiveAvgPool1d(1) if add_pooling_layer else None
+        self.post_init()
+
+    @property
+    def add_pooling_layer(self) -> bool:
+        return self.pooler is not None
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embeddings
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: object,
+    ) -> tuple | FocalNetModelOutput:
+        """
+        Args:
+            pixel_values: images, ``(B, num_channels, H, W)``, floating point, any H and W.
+            bool_masked_pos: ``(B, N)``, true where a patch of the stem's ``h x w = N`` grid is masked.
+            output_hidden_states: return the tokens of every stage; None: ``config.output_hidden_states``.
+            return_dict: a FocalNetModelOutput, or a tuple; None: ``config.return_dict``.
+
+        Raises:
+            ValueError, TypeError: the images or the mask do not fit; the message names the argument.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        embeddings = self.embeddings(pixel_values, bool_masked_pos)
+        last, maps = self.encoder(embeddings, collect=bool(output_hidden_states))
+        last = self.layernorm(last).flatten(1, 2)
+        output = FocalNetModelOutput(
+            last_hidden_state=last,
+            pooler_output=None if self.pooler is None else self._pooled(last),
+            hidden_states=tuple(tokens for tokens, _ in maps) if maps else None,
+            reshaped_hidden_states=tuple(reshaped for _, reshaped in maps) if maps else None,
+        )
+        if _wants_dict(self.config, return_dict):
+            return output
+        # transformers keeps the place of a missing pooler_output, so that hidden states are always third.
+        rest = (output.hidden_states, output.reshaped_hidden_states) if maps else ()
+        return (output.last_hidden_state, output.pooler_output, *rest)
+
+    def _pooled(self, tokens: Tensor) -> Tensor:
+        """(B, N, C) -> (B, C)"""
+        if is_mean(self.pooler) and not all_are_watched():
+            return tokens.mean(1)  # one kernel less
+        return self.pooler(tokens.transpose(1, 2)).flatten(1)
+
+
+class FocalNetForMaskedImageModeling(FocalNetPreTrainedModel):
+    """FocalNet with a decoder that reconstructs masked patches, as in SimMIM (Xie et al., arXiv:2111.09886).
+
+    Images of any height and width; the mask is given per patch of the grid that the image makes.
+    """
+
+    def __init__(self, config: FocalNetConfig) -> None:
+        super().__init__(config)
+        self.focalnet = FocalNetModel(config, add_pooling_layer=False, use_mask_token=True)
+        out_channels = config.encoder_stride**2 * config.num_channels
+        self.decoder = nn.Sequential(
+            nn.Conv2d(self.focalnet.num_features, out_channels, kernel_size=1),
+            nn.PixelShuffle(config.encoder_stride),
+        )
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: object,
+    ) -> tuple | FocalNetMaskedImageModelingOutput:
+        """Arguments and errors as in `FocalNetModel.forward`; with ``bool_masked_pos`` the loss is computed.
+
+        >>> height, width = (size // config.patch_size for size in pixel_values.shape[-2:])
+        >>> bool_masked_pos = torch.rand(len(pixel_values), height * width) < 0.6
+        >>> loss = model(pixel_values, bool_masked_pos=bool_masked_pos).loss
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        # Tokens do not say which grid they came from; the maps do.
+        outputs = self.focalnet(pixel_values, bool_masked_pos, output_hidden_states=True, return_dict=True)
+        stem, *_, last = outputs.reshaped_hidden_states
+        tokens = outputs.last_hidden_state.transpose(1, 2).view(last.shape)
+        # The stem and the downsamplings pad at the bottom and the right: what they added is cut off again.
+        reconstruction = self.decoder(tokens)
+        if not self.config.drop_incomplete_patches:
+            reconstruction = cut_to(reconstruction, pixel_values.shape[-2:])
+        loss = None
+        if bool_masked_pos is not None:
+            loss = self._masked_loss(pixel_values, reconstruction, bool_masked_pos.view(-1, *stem.shape[2:]))
+        output = FocalNetMaskedImageModelingOutput(
+            loss=loss,
+            reconstruction=reconstruction,
+            hidden_states=outputs.hidden_states if output_hidden_states else None,
+            reshaped_hidden_states=outputs.reshaped_hidden_states if output_hidden_states else None,
+        )
+        return output if _wants_dict(self.config, return_dict) else output.to_tuple()
+
+    def _masked_loss(self, pixel_values: Tensor, reconstruction: Tensor, mask: Tensor) -> Tensor:
+        """Mean absolute error over the pixels of masked patches; ``mask`` (B, h, w)."""
+        if reconstruction.shape != pixel_values.shape and self.config.drop_incomplete_patches:
+            raise ValueError(
+                f"pixel_values: expected a height and a width of whole patches in every stage, since "
+                f"config.drop_incomplete_patches is set, got {tuple(pixel_values.shape[-2:])}, of which the "
+                f"reconstruction covers {tuple(reconstruction.shape[-2:])}"
+            )
+        if reconstruction.shape != pixel_values.shape:
+            raise ValueError(
+                f"encoder_stride: expected the network's stride, so that the reconstruction covers the image of "
+                f"{tuple(pixel_values.shape[-2:])}, got {self.config.encoder_stride}, which makes it "
+                f"{tuple(reconstruction.shape[-2:])}"
+            )
+        # The stem's stride, not config.patch_size: overlapping patches are 4 apart whatever it says.
+        patch_height, patch_width = self.focalnet.embeddings.patch_embeddings.projection.stride
+        mask = mask.repeat_interleave(patch_height, 1).repeat_interleave(patch_width, 2)[:, None]
+        mask = cut_to(mask, pixel_values.shape[-2:])
+        error = nn.functional.l1_loss(reconstruction, pixel_values.to(reconstruction.dtype), reduction="none")
+        return (error * mask).sum() / (mask.sum() + 1e-5) / self.config.num_channels
+
+
+class FocalNetForImageClassification(FocalNetPreTrainedModel):
+    """FocalNet with a linear classifier on the mean of the last stage's tokens, e.g. for ImageNet."""
+
+    def __init__(self, config: FocalNetConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.focalnet = FocalNetModel(config)
+        features = self.focalnet.num_features
+        self.classifier = nn.Linear(features, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: object,
+    ) -> tuple | FocalNetImageClassifierOutput:
+        """
+        Args:
+            pixel_values, output_hidden_states, return_dict: as in `FocalNetModel.forward`.
+            labels: ``(B,)`` class indices, ``(B, num_labels)`` floats for several labels at once, or the regression's
+                targets. ``config.problem_type`` says which; None: one label a number, integers a class, floats many.
+
+        Raises:
+            ValueError: a class index is outside ``[0, num_labels)`` (checked for labels on the CPU).
+        """
+        outputs = self.focalnet(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
+        logits = self.classifier(outputs.pooler_output)
+        loss = None
+        if labels is not None:
+            self._check_labels(labels)
+            loss = self.loss_function(labels, logits, self.config)
+        output = FocalNetImageClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            reshaped_hidden_states=outputs.reshaped_hidden_states,
+        )
+        return output if _wants_dict(self.config, return_dict) else output.to_tuple()
+
+    def _check_labels(self, labels: Tensor) -> None:
+        are_classes = self.num_labels > 1 and not labels.is_floating_point()
+        # Reading values from a GPU would wait for it; its own assertion speaks there. A graph cannot read them at all.
+        if torch.compiler.is_compiling() or labels.device.type != "cpu" or not are_classes:
+            return
+        if self.config.problem_type not in (None, "single_label_classification"):
+            return
+        outside = labels[(labels != -100) & ((labels < 0) | (labels >= self.num_labels))]
+        if outside.numel():
+            raise ValueError(
+                f"labels: expected class indices from 0 to {self.num_labels - 1} (config.num_labels is "
+                f"{self.num_labels}), or -100 to ignore one, got {outside[0].item()}"
+            )
+
+
+class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
+    """FocalNet as a backbone: maps of the stages that ``config.out_features`` or ``config.out_indices`` name.
+
+    By default a stage's map is taken after its downsampling, as in transformers: strides 8, 16, 32, 32. With
+    ``config.feature_maps_before_downsampling`` it is taken before: strides 4, 8, 16, 32, as dense prediction wants.
+    ``channels`` says what the chosen maps have.
+
+    What no map comes from (the final LayerNorm, stages behind the last map) needs no gradient: ``requires_grad`` is
+    False there, so that DistributedDataParallel waits for none. Its parameters stay in the state dict. Where hidden
+    states are asked for, all stages want their gradients; for DistributedDataParallel, which asks but once, set
+    ``config.output_hidden_states``.
+    """
+
+    has_attentions = False
+
+    def __init__(self, config: FocalNetConfig) -> None:
+        super().__init__(config)
+        dims = config.stage_dims
+        stages = dims if config.feature_maps_before_downsampling else [*dims[1:], dims[-1]]
+        self.num_features = [config.embed_dim, *stages]
+        self.focalnet = FocalNetModel(config)
+        if config.use_feature_map_norms:
+            # The maps have norms of their own then, and the published checkpoints no final one.
+            self.focalnet.layernorm = nn.Identity()
+            self.hidden_states_norms = nn.ModuleDict(
+                {
+                    stage: nn.LayerNorm(self.out_feature_channels[stage], eps=config.layer_norm_eps)
+                    for stage in self.out_features
+                }
+            )
+        self._frozen: tuple[str, ...] = ()
+        self.post_init()
+        self._freeze_what_no_map_comes_from()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.focalnet.get_input_embeddings()
+
+    def train(self, mode: bool = True) -> FocalNetBackbone:
+        # from_pretrained, also that of a head, makes all parameters anew and calls this when they are there.
+        self._freeze_what_no_map_comes_from()
+        return super().train(mode)
+
+    def _freeze_what_no_map_comes_from(self) -> None:
+        unused = ("focalnet.layernorm", *self._parts_behind_the_maps())
+        parts = {name: part for name, part in self.named_modules() if name in (*unused, *self._frozen)}
+        for name, part in parts.items():
+            # True where the configuration names other maps now than when this was frozen.
+            part.requires_grad_(name not in unused)
+        self._frozen = unused
+
+    def _let_all_stages_train(self) -> None:
+        """Hidden states were asked for, and come from all stages; but who froze the whole backbone has it frozen."""
+        behind_the_maps = self._frozen[1:]
+        if behind_the_maps and any(parameter.requires_grad for parameter in self.parameters()):
+            for name in behind_the_maps:
+                self.get_submodule(name).requires_grad_(True)
+            self._frozen = self._frozen[:1]
+
+    def _parts_behind_the_maps(self) -> list[str]:
+        """Names of stages, and of a downsampling, that neither a map nor a hidden state comes from."""
+        if self.config.output_hidden_states:
+            return []
+        last = max(self.stage_names.index(stage) for stage in self.out_features)  # 0 is the stem
+        stages = self.focalnet.encoder.stages
+        names = [f"focalnet.encoder.stages.{index}" for index in range(last, len(stages))]
+        if self.config.feature_maps_before_downsampling and 0 < last < len(stages):
+            names.append(f"focalnet.encoder.stages.{last - 1}.downsample")
+        return names
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | int | Sequence[int] | None = None,
+        return_dict: bool | None = None,
+        **kwargs: object,
+    ) -> tuple | BackboneOutput:
+        """``pixel_values`` (B, num_channels, H, W) -> ``feature_maps``, a (B, C_i, H_i, W_i) for each out_feature.
+
+        ``output_hidden_states`` may also be an index or several: the other hidden states are then None.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_hidden_states and torch.is_grad_enabled():
+            self._let_all_stages_train()
+        embeddings = self.focalnet.embeddings(pixel_values)
+        before = self.config.feature_maps_before_downsampling
+        _, maps = self.focalnet.encoder(embeddings, collect=True, before_downsampling=before)
+        output = BackboneOutput(
+            feature_maps=tuple(
+                self._feature_map(stage, reshaped)
+                for stage, (_, reshaped) in zip(self.stage_names, maps, strict=True)
+                if stage in self.out_features
+            ),
+            hidden_states=_selected(tuple(tokens for tokens, _ in maps), output_hidden_states),
+        )
+        return output if _wants_dict(self.config, return_dict) else output.to_tuple()
+
+    def _feature_map(self, stage: str, reshaped: Tensor) -> Tensor:
+        if not self.config.use_feature_map_norms:
+            return reshaped
+        return self.hidden_states_norms[stage](reshaped.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _selected(hidden_states: tuple[Tensor, ...], wanted: bool | int | Sequence[int]) -> Sequence[Tensor | None] | None:
+    if isinstance(wanted, bool) or not wanted:
+        return hidden_states if wanted else None
+    count = len(hidden_states)
+    indices = [wanted] if isinstance(wanted, int) else wanted
+    kept = {index % count for index in indices if -count <= index < count}
+    return [tokens if index in kept else None for index, tokens in enumerate(hidden_states)]
+
+
+def _wants_dict(config: FocalNetConfig, return_dict: bool | None) -> bool:
+    return config.return_dict if return_dict is None else return_dict

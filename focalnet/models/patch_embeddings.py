@@ -1,0 +1,122 @@
+"""Patches to channels, the stem's and those between stages: a strided convolution, in CPU inference one operator with
+the LayerNorm behind it.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..configuration import FocalNetConfig
+from ..fusion import cpu_patch_embed
+from ..fusion.cpu_inference import reason_against_call
+from ..fusion.module_checks import is_changed, is_proxy
+from .padding import pad_to_multiple
+
+
+def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """``size`` as (height, width)."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+class FocalNetPatchEmbeddings(nn.Module):
+    """Patches to channels by a strided convolution, ``(B, H, W, C_in) -> (B, ceil(H / s), ceil(W / s), C_out)``.
+
+    Images whose size is not a multiple of the patch size are padded with zeros at the bottom and the right; with
+    ``drops_incomplete`` they are not, and what fills no patch is left out.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        patch_size: tuple[int, int],
+        conv: nn.Conv2d,
+        drops_incomplete: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_channels = in_channels
+        self.patch_size = patch_size
+        self.drops_incomplete = drops_incomplete
+        self.projection = conv
+        self.norm: nn.LayerNorm | None = None
+
+    @classmethod
+    def stem(cls, config: FocalNetConfig) -> FocalNetPatchEmbeddings:
+        patch_size = as_pair(config.patch_size)
+        if config.use_conv_embed:
+            padding = 2 if config.stem_padding is None else config.stem_padding
+            conv = nn.Conv2d(config.num_channels, config.embed_dim, kernel_size=7, stride=4, padding=padding)
+        else:
+            conv = nn.Conv2d(config.num_channels, config.embed_dim, kernel_size=patch_size, stride=patch_size)
+        return cls(config.num_channels, config.embed_dim, patch_size, conv, bool(config.drop_incomplete_patches))
+
+    @classmethod
+    def downsampling(cls, config: FocalNetConfig, dim: int) -> FocalNetPatchEmbeddings:
+        """Between two stages: half the size, twice the channels, then a LayerNorm."""
+        if config.use_conv_embed:
+            conv = nn.Conv2d(dim, 2 * dim, kernel_size=3, stride=2, padding=1)
+        else:
+            conv = nn.Conv2d(dim, 2 * dim, kernel_size=2, stride=2)
+        embeddings = cls(dim, 2 * dim, (2, 2), conv, bool(config.drop_incomplete_patches))
+        embeddings.norm = nn.LayerNorm(2 * dim, eps=config.layer_norm_eps)
+        return embeddings
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._by_modules(x) if self.norm is None else embed(self, self.norm, x, is_owner=True)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """The grid of patches that a map of this size gives.
+
+        Raises:
+            ValueError: it has not even one, and is not filled up to one.
+        """
+        conv, sizes = self.projection, (height, width)
+        padded = (
+            size + added + 2 * pad
+            for size, added, pad in zip(sizes, self._added(height, width), conv.padding, strict=True)
+        )
+        grid = tuple((n - k) // s + 1 for n, k, s in zip(padded, conv.kernel_size, conv.stride, strict=True))
+        if self.drops_incomplete and min(grid) < 1:
+            raise ValueError(
+                f"pixel_values: expected larger images, since config.drop_incomplete_patches is set and a map of "
+                f"{height} x {width} is left without a patch of {conv.kernel_size[0]} x {conv.kernel_size[1]}"
+            )
+        return grid
+
+    def _added(self, height: int, width: int) -> tuple[int, int]:
+        """Rows at the bottom and columns at the right that fill up the last patches."""
+        return (0, 0) if self.drops_incomplete else (-height % self.patch_size[0], -width % self.patch_size[1])
+
+    def _by_modules(self, x: Tensor) -> Tensor:
+        if not self.drops_incomplete:
+            x = pad_to_multiple(x, self.patch_size)
+        elif not is_proxy(x):
+            self.output_size(*x.shape[1:3])  # raises where there is no whole patch
+        # A channels-last input makes the convolution write channels-last: the image is the smaller thing to reorder.
+        nchw = x.contiguous().permute(0, 3, 1, 2)
+        return self.projection(nchw).permute(0, 2, 3, 1)
+
+
+def embed(embeddings: nn.Module, norm: nn.Module, x: Tensor, *, is_owner: bool = False) -> Tensor:
+    """``norm(embeddings(x))``; ``is_owner``: the norm is a part of ``embeddings``, whose forward asks for this."""
+    found = arguments(embeddings, norm, x, is_owner=is_owner)
+    if not isinstance(found, str):
+        return run(embeddings, x, found)
+    return norm(embeddings._by_modules(x) if is_owner else embeddings(x))
+
+
+def arguments(embeddings: nn.Module, norm: nn.Module, x: Tensor, *, is_owner: bool = False) -> tuple | str:
+    """What `run` takes in the place of the modules; the reason instead, where these have to be called."""
+    return reason_against_call(x, None) or weights(embeddings, norm, is_owner=is_owner)
+
+
+def weights(embeddings: nn.Module, norm: nn.Module, *, is_owner: bool = False) -> tuple | str:
+    """The same, whatever the call is."""
+    if type(embeddings) is not FocalNetPatchEmbeddings or (is_changed(embeddings) and not is_owner):
+        return "the embeddings were replaced, wrapped or hooked"
+    return cpu_patch_embed.weights(embeddings._modules["projection"], norm)
+
+
+def run(embeddings: FocalNetPatchEmbeddings, x: Tensor, arguments: tuple) -> Tensor:
+    """`embed`, given its `arguments`."""
+    return cpu_patch_embed.run(x, embeddings.output_size(*x.shape[1:3]), arguments)

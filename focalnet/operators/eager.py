@@ -1,0 +1,66 @@
+"""Calls that nothing observes go straight to the backend that ran their like before.
+
+PyTorch's dispatch of an operator written in Python and the checks of its arguments cost more than the host needs to
+launch the kernels. What the checks and the choice of a backend find depends on a few facts of the arguments alone, the
+`key` of a call: so a call whose key has passed once need not be checked again. And the operator is there for those
+who look at it (autograd, compilers, tracers, modes, transformations, profilers): where none does, it is left out.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..backends.problem import Problem, is_plain_tensor
+from ..backends.registry import choose, logger, requested
+
+_MOST_KEYS = 4096
+_facts = operator.attrgetter("shape", "dtype", "device")
+_runs: dict[tuple, Callable] = {}
+
+
+def key(name: str, tensors: tuple, focal_weights: Sequence[Tensor], backend: str | None) -> tuple | None:
+    """What decides whether a call of the operator ``name`` is valid and which backend runs it.
+
+    None where the call has to go through the operator, or where its arguments are not even tensors.
+    """
+    if _is_observed() or type(focal_weights) not in (list, tuple):
+        return None
+    tensors = (*tensors, *focal_weights)
+    wants_grad = torch.is_grad_enabled()
+    for tensor in tensors:
+        if not is_plain_tensor(tensor) or tensor.is_neg() or (wants_grad and tensor.requires_grad):
+            return None
+    return (name, len(focal_weights), requested(backend), *map(_facts, tensors))
+
+
+def known(key: tuple | None) -> Callable | None:
+    """The function of the backend that takes calls with this key, as far as one has passed before."""
+    return None if key is None else _runs.get(key)
+
+
+def remember(key: tuple, name: str, ctx: Tensor, focal_weights: Sequence[Tensor], backend: str | None) -> None:
+    """The arguments have been checked: choose their backend for all calls with this key."""
+    if len(_runs) >= _MOST_KEYS:
+        _runs.clear()
+    if ctx.device.type in ("cpu", "cuda"):
+        _runs[key] = choose(Problem.of(name, ctx, focal_weights), backend)
+
+
+def _is_observed() -> bool:
+    """Whether anything could tell an operator from the function that it runs."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+        or logger.isEnabledFor(10)  # DEBUG: every choice is to be said
+    )

@@ -1,0 +1,273 @@
+"""The operators as torch.library knows them: schema, backend choice, fake tensors, autograd.
+
+One public operator per function of `focalnet.functional`, and one for its backward. The public operators choose their
+backend in their body, so a compiled graph holds one node whatever runs it. Backward recomputes the focal levels: only
+the inputs are saved, which are views of one packed projection.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends.problem import Problem
+from ..backends.registry import choose, requested
+from .gradients import pack, unpack
+
+_TENSORS = "Tensor ctx, Tensor gates, Tensor[] focal_weights"
+_SCHEMAS = {
+    "gated_aggregation": f"({_TENSORS}, bool normalize_modulator, str? backend) -> Tensor",
+    "gated_aggregation_bwd": (
+        f"(Tensor dagg, {_TENSORS}, bool normalize_modulator, bool[] output_mask, str? backend) -> Tensor[]"
+    ),
+    "focal_modulation": (
+        f"(Tensor q, {_TENSORS}, Tensor weight, Tensor? bias, bool normalize_modulator, str? backend) -> Tensor"
+    ),
+    "focal_modulation_bwd": (
+        f"(Tensor dout, Tensor q, {_TENSORS}, Tensor weight, Tensor? bias, bool normalize_modulator, "
+        "bool[] output_mask, str? backend) -> Tensor[]"
+    ),
+}
+
+for _name, _schema in _SCHEMAS.items():
+    torch.library.define(f"focalnet::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+# ---- what runs ------------------------------------------------------------------------------------------------------
+
+
+@torch.library.impl("focalnet::gated_aggregation", "CompositeExplicitAutograd")
+def _gated_aggregation(
+    ctx: Tensor, gates: Tensor, focal_weights: list[Tensor], normalize_modulator: bool, backend: str | None
+) -> Tensor:
+    run = choose(Problem.of("gated_aggregation", ctx, focal_weights), backend)
+    return run(ctx, gates, focal_weights, normalize_modulator)
+
+
+@torch.library.impl("focalnet::focal_modulation", "CompositeExplicitAutograd")
+def _focal_modulation(
+    q: Tensor,
+    ctx: Tensor,
+    gates: Tensor,
+    focal_weights: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    normalize_modulator: bool,
+    backend: str | None,
+) -> Tensor:
+    run = choose(Problem.of("focal_modulation", ctx, focal_weights), backend)
+    return run(q, ctx, gates, focal_weights, weight, bias, normalize_modulator)
+
+
+@torch.library.impl("focalnet::gated_aggregation_bwd", "CompositeExplicitAutograd")
+def _gated_aggregation_bwd(
+    dagg: Tensor,
+    ctx: Tensor,
+    gates: Tensor,
+    focal_weights: list[Tensor],
+    normalize_modulator: bool,
+    output_mask: list[bool],
+    backend: str | None,
+) -> list[Tensor]:
+    run = choose(Problem.of("gated_aggregation_bwd", ctx, focal_weights), backend)
+    return pack(run(dagg, ctx, gates, focal_weights, normalize_modulator, output_mask), ctx)
+
+
+@torch.library.impl("focalnet::focal_modulation_bwd", "CompositeExplicitAutograd")
+def _focal_modulation_bwd(
+    dout: Tensor,
+    q: Tensor,
+    ctx: Tensor,
+    gates: Tensor,
+    focal_weights: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    normalize_modulator: bool,
+    output_mask: list[bool],
+    backend: str | None,
+) -> list[Tensor]:
+    run = choose(Problem.of("focal_modulation_bwd", ctx, focal_weights), backend)
+    return pack(run(dout, q, ctx, gates, focal_weights, weight, bias, normalize_modulator, output_mask), ctx)
+
+
+# ---- shapes without data --------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("focalnet::gated_aggregation")
+def _gated_aggregation_fake(
+    ctx: Tensor, gates: Tensor, focal_weights: list[Tensor], normalize_modulator: bool, backend: str | None
+) -> Tensor:
+    return ctx.new_empty(ctx.shape)
+
+
+@torch.library.register_fake("focalnet::focal_modulation")
+def _focal_modulation_fake(
+    q: Tensor,
+    ctx: Tensor,
+    gates: Tensor,
+    focal_weights: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    normalize_modulator: bool,
+    backend: str | None,
+) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("focalnet::gated_aggregation_bwd")
+def _gated_aggregation_bwd_fake(
+    dagg: Tensor,
+    ctx: Tensor,
+    gates: Tensor,
+    focal_weights: list[Tensor],
+    normalize_modulator: bool,
+    output_mask: list[bool],
+    backend: str | None,
+) -> list[Tensor]:
+    need_ctx, need_gates, need_focal = output_mask
+    wanted = [need_ctx, need_gates, *[need_focal] * len(focal_weights)]
+    return _fake_gradients([ctx, gates, *focal_weights], wanted, ctx)
+
+
+@torch.library.register_fake("focalnet::focal_modulation_bwd")
+def _focal_modulation_bwd_fake(
+    dout: Tensor,
+    q: Tensor,
+    ctx: Tensor,
+    gates: Tensor,
+    focal_weights: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    normalize_modulator: bool,
+    output_mask: list[bool],
+    backend: str | None,
+) -> list[Tensor]:
+    *needs, need_focal = output_mask
+    bias_like = weight[0] if bias is None else bias
+    wanted = [*needs, *[need_focal] * len(focal_weights)]
+    return _fake_gradients([q, ctx, gates, weight, bias_like, *focal_weights], wanted, ctx)
+
+
+def _fake_gradients(inputs: list[Tensor], wanted: list[bool], like: Tensor) -> list[Tensor]:
+    return [like.new_empty(tensor.shape if want else 0) for tensor, want in zip(inputs, wanted, strict=True)]
+
+
+# ---- autograd -------------------------------------------------------------------------------------------------------
+
+
+def _save(ctx: object, tensors: Sequence[Tensor | None], normalize_modulator: bool, backend: str | None) -> None:
+    ctx.save_for_backward(*tensors)
+    ctx.normalize_modulator = normalize_modulator
+    # Read now: backward may run on another thread, or after the `with use_backend(...)` block has ended.
+    ctx.backend = requested(backend)
+
+
+def _gated_aggregation_setup(ctx: object, inputs: tuple, output: Tensor) -> None:
+    context, gates, focal_weights, normalize_modulator, backend = inputs
+    _save(ctx, (context, gates, *focal_weights), normalize_modulator, backend)
+
+
+def _gated_aggregation_autograd(ctx: object, dagg: Tensor) -> tuple:
+    context, gates, *focal_weights = ctx.saved_tensors
+    need_ctx, need_gates, need_focal, *_ = ctx.needs_input_grad
+    mask = [need_ctx, need_gates, any(need_focal)]
+    gradients = torch.ops.focalnet.gated_aggregation_bwd(
+        dagg, context, gates, focal_weights, ctx.normalize_modulator, mask, ctx.backend
+    )
+    dctx, dgates, *dfocal_weights = unpack(gradients, [need_ctx, need_gates, *need_focal])
+    return dctx, dgates, dfocal_weights, None, None
+
+
+def _focal_modulation_setup(ctx: object, inputs: tuple, output: Tensor) -> None:
+    q, context, gates, focal_weights, weight, bias, normalize_modulator, backend = inputs
+    _save(ctx, (q, context, gates, weight, bias, *focal_weights), normalize_modulator, backend)
+
+
+def _focal_modulation_autograd(ctx: object, dout: Tensor) -> tuple:
+    q, context, gates, weight, bias, *focal_weights = ctx.saved_tensors
+    need_q, need_ctx, need_gates, need_focal, need_weight, need_bias, *_ = ctx.needs_input_grad
+    needs = [need_q, need_ctx, need_gates, need_weight, need_bias]
+    gradients = torch.ops.focalnet.focal_modulation_bwd(
+        dout,
+        q,
+        context,
+        gates,
+        focal_weights,
+        weight,
+        bias,
+        ctx.normalize_modulator,
+        [*needs, any(need_focal)],
+        ctx.backend,
+    )
+    dq, dctx, dgates, dweight, dbias, *dfocal_weights = unpack(gradients, [*needs, *need_focal])
+    return dq, dctx, dgates, dfocal_weights, dweight, dbias, None, None
+
+
+for _name, _backward, _setup in (
+    ("gated_aggregation", _gated_aggregation_autograd, _gated_aggregation_setup),
+    ("focal_modulation", _focal_modulation_autograd, _focal_modulation_setup),
+):
+    torch.library.register_autograd(f"focalnet::{_name}", _backward, setup_context=_setup)
+
+
+# ---- gradients of gradients: the reference's backward is plain PyTorch, so autograd differentiates it ---------------
+
+
+def _map_tensors(function: Callable, arguments: Sequence) -> list:
+    """``function`` on every tensor of an argument list that may hold lists of tensors."""
+    mapped = []
+    for argument in arguments:
+        if isinstance(argument, (list, tuple)):
+            mapped.append(_map_tensors(function, argument))
+        else:
+            mapped.append(function(argument) if isinstance(argument, Tensor) else argument)
+    return mapped
+
+
+def _double_setup(ctx: object, inputs: tuple, output: list[Tensor]) -> None:
+    tensors: list[Tensor] = []
+
+    def save(tensor: Tensor) -> int:
+        tensors.append(tensor)
+        return len(tensors) - 1
+
+    *arguments, output_mask, _ = inputs
+    ctx.positions = _map_tensors(save, arguments)
+    ctx.output_mask = output_mask
+    ctx.save_for_backward(*tensors)
+
+
+def _restore(positions: Sequence, tensors: Sequence) -> list:
+    """The argument list that `_double_setup` took apart; a position is an int, a flag a bool."""
+    restored = []
+    for position in positions:
+        if isinstance(position, list):
+            restored.append(_restore(position, tensors))
+        else:
+            is_position = isinstance(position, int) and not isinstance(position, bool)
+            restored.append(tensors[position] if is_position else None)
+    return restored
+
+
+def _double_backward(specification: Callable, ctx: object, douts: list[Tensor | None]) -> tuple:
+    normalize_modulator = ctx.positions[-1]
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        arguments = _restore(ctx.positions[:-1], leaves)
+        outputs = specification(*arguments, normalize_modulator, ctx.output_mask)
+        pairs = [(o, d) for o, d in zip(outputs, douts, strict=True) if o is not None and d is not None]
+        gradients = torch.autograd.grad([o for o, _ in pairs], leaves, [d for _, d in pairs], allow_unused=True)
+    return (*_restore(ctx.positions[:-1], gradients), None, None, None)
+
+
+for _name, _specification in (
+    ("gated_aggregation_bwd", reference.gated_aggregation_bwd),
+    ("focal_modulation_bwd", reference.focal_modulation_bwd),
+):
+    torch.library.register_autograd(
+        f"focalnet::{_name}", functools.partial(_double_backward, _specification), setup_context=_double_setup
+    )

@@ -1,0 +1,135 @@
+"""LayerNorm and the linear layer behind it as one operator, which saves the input of the norm, not its output.
+
+    norm_linear(x) = Linear(LayerNorm(x))          x (..., K) -> (..., N)
+
+Composed of two modules, autograd keeps x for the norm and LayerNorm(x) for the gradient of the linear weight. Here x
+is kept, and LayerNorm(x) computed once more in backward: K elements a token less, for two passes over K. On a GPU the
+kernel of the norm's gradient writes it (kernels/layer_norm.py): four passes where PyTorch's operators make seven.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends import triton_rows
+from .gradients import composed_gradients, pack, unpack
+
+_TENSORS = "Tensor hidden_state, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight, Tensor? bias"
+_PT2 = (torch.Tag.pt2_compliant_tag,)
+torch.library.define("focalnet::norm_linear", f"({_TENSORS}) -> Tensor", tags=_PT2)
+torch.library.define(
+    "focalnet::norm_linear_bwd", f"(Tensor dout, {_TENSORS}, bool[] output_mask) -> Tensor[]", tags=_PT2
+)
+
+
+def composed(
+    hidden_state: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """The specification: LayerNorm in the dtype of ``hidden_state``, the product in that of ``weight``."""
+    normed = F.layer_norm(hidden_state, hidden_state.shape[-1:], norm_weight, norm_bias, eps)
+    return F.linear(normed.to(weight.dtype), weight, bias)
+
+
+@torch.library.impl("focalnet::norm_linear", "CompositeExplicitAutograd")
+def _forward(
+    hidden_state: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    return composed(hidden_state, norm_weight, norm_bias, eps, weight, bias)
+
+
+@torch.library.impl("focalnet::norm_linear_bwd", "CompositeExplicitAutograd")
+def _backward(
+    dout: Tensor,
+    hidden_state: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    output_mask: list[bool],
+) -> list[Tensor]:
+    *need_norm, need_weight, need_bias = output_mask
+    dim = hidden_state.shape[-1:]
+    rows = dout.flatten(0, -2)
+    dbias = rows.sum(0) if need_bias else None
+    if any(need_norm) and triton_rows.reason_against_norm(hidden_state, norm_weight, norm_bias, eps) is None:
+        normed, *from_norm = triton_rows.layer_norm_bwd(
+            dout @ weight, hidden_state, norm_weight, norm_bias, eps, need_norm, weight.dtype if need_weight else None
+        )
+        dweight = rows.T @ normed.flatten(0, -2) if need_weight else None
+        return pack([*from_norm, dweight, dbias], hidden_state)
+    normed, mean, rstd = torch.native_layer_norm(hidden_state, dim, norm_weight, norm_bias, eps)
+    dweight = rows.T @ normed.flatten(0, -2).to(weight.dtype) if need_weight else None
+    from_norm: Sequence[Tensor | None] = (None, None, None)
+    if any(need_norm):
+        dnormed = (dout @ weight).to(hidden_state.dtype)
+        from_norm = torch.ops.aten.native_layer_norm_backward(
+            dnormed, hidden_state, dim, mean, rstd, norm_weight, norm_bias, need_norm
+        )
+    return pack([*unpack(from_norm, need_norm), dweight, dbias], hidden_state)
+
+
+@torch.library.register_fake("focalnet::norm_linear")
+def _forward_fake(
+    hidden_state: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    return weight.new_empty((*hidden_state.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("focalnet::norm_linear_bwd")
+def _backward_fake(
+    dout: Tensor,
+    hidden_state: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    output_mask: list[bool],
+) -> list[Tensor]:
+    inputs = (hidden_state, norm_weight, norm_bias, weight, bias)
+    wanted = zip(inputs, output_mask, strict=True)
+    return pack([tensor.new_empty(tensor.shape) if want else None for tensor, want in wanted], hidden_state)
+
+
+def _setup(ctx: object, inputs: tuple, output: Tensor) -> None:
+    hidden_state, norm_weight, norm_bias, ctx.eps, weight, bias = inputs
+    ctx.save_for_backward(hidden_state, norm_weight, norm_bias, weight, bias)
+
+
+def _autograd(ctx: object, dout: Tensor) -> tuple:
+    hidden_state, norm_weight, norm_bias, weight, bias = tensors = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        gradients = composed_gradients(lambda x, g, s, w, b: composed(x, g, s, ctx.eps, w, b), tensors, dout)
+    else:
+        need = ctx.needs_input_grad
+        mask = [need[0], need[1], need[2], need[4], need[5]]
+        gradients = unpack(
+            torch.ops.focalnet.norm_linear_bwd(
+                dout.contiguous(), hidden_state, norm_weight, norm_bias, ctx.eps, weight, bias, mask
+            ),
+            mask,
+        )
+    return (*gradients[:3], None, *gradients[3:])
+
+
+torch.library.register_autograd("focalnet::norm_linear", _autograd, setup_context=_setup)

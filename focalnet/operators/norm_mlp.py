@@ -1,0 +1,280 @@
+"""The MLP of a block, with or without the LayerNorm before it, as one operator that saves little for backward.
+
+    norm_mlp(x) = Linear(GELU(Linear(LayerNorm(x))))          x (..., C) -> (..., hidden) -> (..., C)
+
+Composed of modules, autograd keeps x, LayerNorm(x), fc1's output and its GELU: 2 C + 2 hidden elements a token. Here x
+and fc1's output are kept, C + hidden, and the other two computed once more in backward, a pass each.
+
+Where LayerNorm(x) is there already, since the pass that made x made it too (`residual_norm`), it is given as
+``normed``, and the gradient goes there and not to x. It is not saved all the same, but computed once more from x.
+
+On a CPU in float32 the bias and both GELUs are the kernels of csrc/cpu/gelu_rows.inc: one pass over the hidden units
+before the second product, one in backward, in place where that is possible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backends import extension, triton_rows
+from .gradients import composed_gradients, pack, unpack
+
+_TENSORS = (
+    "Tensor hidden_state, Tensor? norm_weight, Tensor? norm_bias, float? eps, "
+    "Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2"
+)
+_PT2 = (torch.Tag.pt2_compliant_tag,)
+torch.library.define("focalnet::norm_mlp", f"({_TENSORS}, Tensor? normed) -> (Tensor out, Tensor fc1)", tags=_PT2)
+torch.library.define(
+    "focalnet::norm_mlp_bwd",
+    f"(Tensor dout, Tensor fc1, {_TENSORS}, bool[] output_mask, bool of_normed=False) -> Tensor[]",
+    tags=_PT2,
+)
+
+
+def composed(
+    hidden_state: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float | None,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    normed: Tensor | None = None,
+) -> Tensor:
+    """The specification. ``eps`` None: no norm. The norm has ``hidden_state``'s dtype, the rest that of weights."""
+    if normed is None:
+        normed = _norm(hidden_state, norm_weight, norm_bias, eps)[0].to(weight1.dtype)
+    return F.linear(F.gelu(F.linear(normed, weight1, bias1)), weight2, bias2)
+
+
+def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> Sequence[Tensor | None]:
+    """LayerNorm(x), and the mean and 1 / deviation it took; x itself without norm."""
+    return (x, None, None) if eps is None else torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def _norm_bwd(
+    dnormed: Tensor,
+    x: Tensor,
+    statistics: Sequence[Tensor | None],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mask: list[bool],
+) -> Sequence[Tensor | None]:
+    dnormed = dnormed.to(x.dtype)
+    if statistics[0] is None:
+        return dnormed, None, None
+    gradients = torch.ops.aten.native_layer_norm_backward(dnormed, x, x.shape[-1:], *statistics, weight, bias, mask)
+    return unpack(gradients, mask)
+
+
+def _runs_compiled(tensor: Tensor) -> bool:
+    """Whether csrc/cpu has the GELU for this tensor."""
+    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and extension.missing() is None
+
+
+# ---- forward --------------------------------------------------------------------------------------------------------
+
+
+@torch.library.impl("focalnet::norm_mlp", "CompositeExplicitAutograd")
+def _forward(
+    hidden_state: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float | None,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    normed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if normed is None:
+        normed = _norm(hidden_state, norm_weight, norm_bias, eps)[0].to(weight1.dtype)
+    fc1, act = _fc1_and_gelu(normed.flatten(0, -2), weight1, bias1)
+    leading = hidden_state.shape[:-1]
+    return F.linear(act, weight2, bias2).view(*leading, weight2.shape[0]), fc1.view(*leading, weight1.shape[0])
+
+
+def _fc1_and_gelu(normed: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not _runs_compiled(normed):
+        fc1 = F.linear(normed, weight, bias)
+        return fc1, F.gelu(fc1)
+    fc1 = normed @ weight.T
+    act = torch.empty_like(fc1)
+    torch.ops.focalnet.cpu_bias_gelu_(fc1, bias, act)
+    return fc1, act
+
+
+# ---- backward -------------------------------------------------------------------------------------------------------
+
+
+@torch.library.impl("focalnet::norm_mlp_bwd", "CompositeExplicitAutograd")
+def _backward(
+    dout: Tensor,
+    fc1: Tensor,
+    hidden_state: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float | None,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    output_mask: list[bool],
+    of_normed: bool = False,
+) -> list[Tensor]:
+    """The gradients; ``of_normed``: that of the norm in the place of that of its input."""
+    *need_norm, need_weight1, need_bias1, need_weight2, need_bias2 = output_mask
+    dweight1 = dbias1 = dweight2 = None
+    from_norm: Sequence[Tensor | None] = (None, None, None)
+    x, dout, fc1 = (tensor.flatten(0, -2) for tensor in (hidden_state, dout, fc1))
+    dbias2 = dout.sum(0) if need_bias2 else None
+    if any((*need_norm, need_weight1, need_bias1, need_weight2)):
+        act, dfc1 = _gelu_bwd(dout @ weight2, fc1)
+        dweight2 = dout.T @ act if need_weight2 else None
+        del act
+        dbias1 = dfc1.sum(0) if need_bias1 else None
+    if need_weight1 or any(need_norm):
+        run = _fc1_bwd_of_normed if of_normed else _fc1_bwd
+        dweight1, dx, *dnorm = run(dfc1, x, norm_weight, norm_bias, eps, weight1, need_norm, need_weight1)
+        from_norm = (None if dx is None else dx.view_as(hidden_state), *dnorm)
+    return pack([*from_norm, dweight1, dbias1, dweight2, dbias2], hidden_state)
+
+
+def _fc1_bwd(
+    dfc1: Tensor,
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float | None,
+    weight1: Tensor,
+    need_norm: list[bool],
+    need_weight1: bool,
+) -> list[Tensor | None]:
+    """[dweight1, dx, dnorm_weight, dnorm_bias]"""
+    if any(need_norm) and triton_rows.reason_against_norm(x, norm_weight, norm_bias, eps) is None:
+        normed_dtype = dfc1.dtype if need_weight1 else None
+        normed, *from_norm = triton_rows.layer_norm_bwd(
+            dfc1 @ weight1, x, norm_weight, norm_bias, eps, need_norm, normed_dtype
+        )
+        return [dfc1.T @ normed if need_weight1 else None, *from_norm]
+    normed, *statistics = _norm(x, norm_weight, norm_bias, eps)
+    dweight1 = dfc1.T @ normed.to(dfc1.dtype) if need_weight1 else None
+    if not any(need_norm):
+        return [dweight1, None, None, None]
+    return [dweight1, *_norm_bwd(dfc1 @ weight1, x, statistics, norm_weight, norm_bias, need_norm)]
+
+
+def _fc1_bwd_of_normed(
+    dfc1: Tensor,
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float | None,
+    weight1: Tensor,
+    need_norm: list[bool],
+    need_weight1: bool,
+) -> list[Tensor | None]:
+    """[dweight1, gradient of the norm, None, None]"""
+    dweight1 = None
+    if need_weight1:
+        dweight1 = dfc1.T @ _norm(x, norm_weight, norm_bias, eps)[0].to(dfc1.dtype)
+    return [dweight1, dfc1 @ weight1 if need_norm[0] else None, None, None]
+
+
+def _gelu_bwd(dact: Tensor, fc1: Tensor) -> tuple[Tensor, Tensor]:
+    """GELU(fc1) and dfc1; the latter may take the place of ``dact``."""
+    if not _runs_compiled(fc1):
+        return F.gelu(fc1), torch.ops.aten.gelu_backward(dact, fc1)
+    act = torch.empty_like(fc1)
+    torch.ops.focalnet.cpu_gelu_backward_(dact, fc1, act)
+    return act, dact
+
+
+# ---- shapes without data --------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("focalnet::norm_mlp")
+def _forward_fake(
+    hidden_state: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float | None,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    normed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    leading = hidden_state.shape[:-1]
+    return weight2.new_empty((*leading, weight2.shape[0])), weight1.new_empty((*leading, weight1.shape[0]))
+
+
+@torch.library.register_fake("focalnet::norm_mlp_bwd")
+def _backward_fake(
+    dout: Tensor,
+    fc1: Tensor,
+    hidden_state: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float | None,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    output_mask: list[bool],
+    of_normed: bool = False,
+) -> list[Tensor]:
+    inputs = (hidden_state, norm_weight, norm_bias, weight1, bias1, weight2, bias2)
+    wanted = zip(inputs, output_mask, strict=True)
+    return pack([tensor.new_empty(tensor.shape) if want else None for tensor, want in wanted], hidden_state)
+
+
+# ---- autograd -------------------------------------------------------------------------------------------------------
+
+
+def _setup(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    hidden_state, norm_weight, norm_bias, ctx.eps, *weights, normed = inputs
+    ctx.is_given = normed is not None
+    ctx.save_for_backward(output[1], hidden_state, norm_weight, norm_bias, *weights)
+    ctx.set_materialize_grads(
+        False
+    )  # nobody has a gradient for fc1: zeros for it would be a pass over the largest map
+
+
+def _autograd(ctx: object, dout: Tensor | None, _: Tensor | None) -> tuple:
+    if dout is None:
+        return (None,) * 9
+    fc1, *tensors = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        *from_norm, dweight1, dbias1, dweight2, dbias2 = _differentiable(ctx, dout, tensors)
+    else:
+        need_hidden, need_weight, need_bias, _, *needs, need_normed = ctx.needs_input_grad
+        need_norm = [need_normed, False, False] if ctx.is_given else [need_hidden, need_weight, need_bias]
+        mask = [*need_norm, *needs]
+        made = torch.ops.focalnet.norm_mlp_bwd(
+            dout.contiguous(), fc1, *tensors[:3], ctx.eps, *tensors[3:], mask, ctx.is_given
+        )
+        *from_norm, dweight1, dbias1, dweight2, dbias2 = unpack(made, mask)
+    dnormed = None
+    if ctx.is_given:
+        dnormed, *from_norm = from_norm[0], None, None, None
+    return (*from_norm, None, dweight1, dbias1, dweight2, dbias2, dnormed)
+
+
+def _differentiable(ctx: object, dout: Tensor, tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """The gradients, with gradients of their own."""
+    hidden_state, norm_weight, norm_bias, *weights = tensors
+    if not ctx.is_given:
+        return composed_gradients(lambda x, g, s, *w: composed(x, g, s, ctx.eps, *w), tensors, dout)
+    normed = _norm(hidden_state, norm_weight, norm_bias, ctx.eps)[0].to(weights[0].dtype)
+    dnormed, *rest = composed_gradients(lambda n, *w: composed(n, None, None, None, *w), [normed, *weights], dout)
+    return [dnormed, None, None, *rest]
+
+
+torch.library.register_autograd("focalnet::norm_mlp", _autograd, setup_context=_setup)

@@ -1,0 +1,177 @@
+"""Building the extension with its CUDA kernels: what is refused and in which words, what is left when it fails, and,
+where there is nvcc, that the result loads on a machine without CUDA and that no kernel spills registers.
+"""
+
+import importlib.util
+import re
+import shutil
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from builds import COMPILERS, ROOT, SUFFIX, environment, packages, python, run, sources, wheel_info  # noqa: F401
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not COMPILERS, reason="needs a C++ compiler: none of c++, g++, clang++ is on PATH"),
+]
+
+WHEEL_LIMIT = 20 * 2**20  # bytes
+SHARED_LIMIT = 48 * 2**10  # bytes of static shared memory, on every architecture
+UNSUPPORTED = "crt/host_config.h:143:2: error: #error -- unsupported GNU version! gcc versions later than 9"
+
+
+@pytest.fixture
+def toolkit(tmp_path):
+    """A CUDA toolkit whose nvcc is a script: it answers questions, and compiles nothing."""
+
+    def make(release="13.0"):
+        program = tmp_path / "toolkit" / "bin" / "nvcc"
+        program.parent.mkdir(parents=True)
+        program.write_text(
+            "#!/bin/sh\n"
+            'case "$*" in\n'
+            f'*--version*) echo "Cuda compilation tools, release {release}, V{release}.1" ;;\n'
+            "*--list-gpu-arch*) echo compute_80; echo compute_90 ;;\n"
+            """*--dryrun*) echo '#$ LIBRARIES=  "-L/nowhere"' ;;\n"""
+            f'*) echo "{UNSUPPORTED}" >&2; exit 1 ;;\n'
+            "esac\n"
+        )
+        program.chmod(program.stat().st_mode | stat.S_IXUSR)
+        return str(program.parent.parent)
+
+    return make
+
+
+def torch_of_cuda(folder, version):
+    """For PYTHONPATH: makes the installed torch say that it was built with that CUDA."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(f"import torch\n\ntorch.version.cuda = {version!r}\n")
+    return str(folder)
+
+
+def path_without_nvcc(folder):
+    folder.mkdir()
+    for name in ("ninja", COMPILERS[0]):
+        (folder / name).symlink_to(shutil.which(name, path=environment()["PATH"]))
+    return str(folder)
+
+
+def refusal(sources, **changes):
+    """What setup.py prints when FOCALNET_BUILD=cuda cannot be done."""
+    env = environment(FOCALNET_BUILD="cuda", **changes)
+    output = run(sys.executable, "setup.py", "build", cwd=sources, env=env, fails=True)
+    assert "FOCALNET_BUILD=cuda, but the CUDA kernels cannot be built: " in output
+    assert "Traceback" not in output
+    assert not list(sources.glob("build/lib*/focalnet/*.so"))
+    return output
+
+
+def test_without_nvcc(sources, tmp_path):
+    output = refusal(sources, PATH=path_without_nvcc(tmp_path / "bin"))
+    assert "no nvcc: it is not on PATH, and CUDA_HOME is not set; install the CUDA toolkit" in output
+
+
+def test_cuda_home_without_nvcc(sources, tmp_path):
+    output = refusal(sources, CUDA_HOME=str(tmp_path))
+    assert f"CUDA_HOME is {str(tmp_path)!r}, which has no bin/nvcc; let it name a CUDA toolkit" in output
+
+
+def test_toolkit_that_is_too_old(sources, toolkit):
+    assert "is of CUDA 11.8; expected 12.0 or later" in refusal(sources, CUDA_HOME=toolkit("11.8"))
+
+
+def test_toolkit_of_another_major_version_than_torchs(sources, toolkit, tmp_path):
+    torch_12 = torch_of_cuda(tmp_path / "site", "12.8")
+    output = refusal(sources, CUDA_HOME=toolkit("13.0"), PYTHONPATH=torch_12)
+    assert "is of CUDA 13.0, but torch was built with CUDA 12.8; set CUDA_HOME to a toolkit of CUDA 12" in output
+
+
+def test_architecture_that_nvcc_does_not_know(sources, toolkit):
+    output = refusal(sources, CUDA_HOME=toolkit(), TORCH_CUDA_ARCH_LIST="7.0")
+    assert "TORCH_CUDA_ARCH_LIST is '7.0'" in output and "it knows 8.0, 9.0" in output
+
+
+def test_host_compiler_that_nvcc_does_not_take(sources, toolkit):
+    output = refusal(sources, CUDA_HOME=toolkit())
+    assert "unsupported GNU version" in output and "set NVCC_CCBIN to a host compiler that this nvcc takes" in output
+
+
+def test_auto_installs_without_the_kernels_and_keeps_the_reason(sources, toolkit, python, tmp_path):
+    env = environment(CUDA_HOME=toolkit(), PYTHONPATH=torch_of_cuda(tmp_path / "site", "13.0"))
+    wheel = python.wheel(sources, env=env)
+    info = wheel_info(wheel)
+    assert info["built"] and not info["cuda"]["built"]
+    assert "unsupported GNU version" in info["cuda"]["reason"]
+    python.pip("install", wheel)
+    missing, cuda_missing = python.run("""
+        from focalnet.backends import extension
+        print(extension.missing())
+        print(extension.cuda_missing())
+    """).splitlines()
+    assert missing == "None"
+    assert "has no CUDA kernels: compiling failed: " in cuda_missing and "unsupported GNU version" in cuda_missing
+    assert "FOCALNET_BUILD=cuda pip install" in cuda_missing
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA: auto builds the kernels")
+def test_auto_leaves_the_kernels_out_where_torch_has_no_cuda(sources, toolkit, python):
+    info = wheel_info(python.wheel(sources, env=environment(CUDA_HOME=toolkit())))
+    assert info["built"]
+    assert info["cuda"] == {
+        "built": False,
+        "reason": f"torch {torch.__version__} was built without CUDA (FOCALNET_BUILD=cuda builds them all the same)",
+    }
+
+
+def reported(log):
+    """The kernels in ptxas' report, by the script that makes the table of them."""
+    path = ROOT / "bench" / "ptxas.py"
+    spec = importlib.util.spec_from_file_location("bench_ptxas", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module.kernels(log)
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_wheel_with_kernels_loads_without_cuda_and_nothing_spills(sources, python):
+    env = environment(
+        FOCALNET_BUILD="cuda", TORCH_CUDA_ARCH_LIST="9.0+PTX", NVCC_APPEND_FLAGS="-Xptxas=-v", CUDA_HOME=None
+    )
+    log = run(sys.executable, "setup.py", "bdist_wheel", cwd=sources, env=env)
+    (wheel,) = (sources / "dist").iterdir()
+    assert wheel.stat().st_size < WHEEL_LIMIT
+    assert wheel_info(wheel)["cuda"]["architectures"] == ["sm_90", "compute_90"]
+
+    kernels = reported(log)
+    assert {kernel["architecture"] for kernel in kernels} == {"sm_90"}
+    written = {
+        name
+        for path in (ROOT / "csrc" / "cuda").glob("*.cu")
+        for name in re.findall(r"(\w+_kernel)\(", path.read_text())
+    }
+    assert {re.sub("<.*", "", kernel["kernel"]) for kernel in kernels} == written
+    for kernel in kernels:
+        assert kernel["stack"] == kernel["spill_stores"] == kernel["spill_loads"] == 0, kernel
+        assert kernel["static_shared"] <= SHARED_LIMIT, kernel
+
+    python.pip("install", wheel)
+    facts = python.run("""
+        import torch, focalnet
+        from focalnet.backends import extension
+        print(extension.__file__)
+        print(extension.cuda_missing())
+        print(torch.ops.focalnet.cuda_gated_aggregation.default._schema.name)
+        print(focalnet.backends()["cuda"])
+    """).splitlines()
+    assert Path(facts[0]).parent == python.site / "focalnet"
+    assert (python.site / "focalnet" / f"_C{SUFFIX}").exists()
+    assert facts[1:3] == ["None", "focalnet::cuda_gated_aggregation"]
+    if torch.version.cuda is None:
+        assert facts[3] == f"torch {torch.__version__} was built without CUDA"

@@ -1,0 +1,119 @@
+"""The backend `cuda` on a GPU: the numbers of test_cuda_kernels.py on the device itself, and what only one shows."""
+
+import pytest
+import torch
+from operands import SHAPES, Shape, operands
+
+import focalnet
+from focalnet.backends import cuda
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(cuda.missing() is not None, reason=f"the backend cuda cannot run here: {cuda.missing()}"),
+]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# The stages of a model at 224 and 384, a detection map, and what only the general path takes.
+STAGES = [
+    Shape(2, 56, 56, 96, (3, 5, 7)),
+    Shape(2, 28, 28, 192, (3, 5, 7)),
+    Shape(2, 14, 14, 384, (3, 5, 7)),
+    Shape(2, 7, 7, 768, (3, 5)),
+    Shape(1, 96, 96, 192, (3, 5, 7, 9), normalize=True),
+    Shape(1, 200, 334, 96, (11, 13, 15)),
+    Shape(1, 33, 21, 101, (31, 17)),
+]
+
+
+def results(arguments, dtype, normalize, backend, device="cuda"):
+    """out, then the gradients of all arguments, on the CPU."""
+    *images, focal_weights, weight, bias = arguments
+    leaves = [t.detach().to(device, dtype).requires_grad_() for t in (*images, *focal_weights, weight)]
+    if bias is not None:
+        leaves.append(bias.detach().to(device, dtype).requires_grad_())
+    q, ctx, gates, *rest = leaves
+    levels = len(focal_weights)
+    out = focalnet.focal_modulation(
+        q, ctx, gates, rest[:levels], *rest[levels:], normalize_modulator=normalize, backend=backend
+    )
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    gradients = torch.autograd.grad(out, leaves, dout.to(arguments[0].dtype).to(device, dtype))
+    return [t.detach().cpu() for t in (out, *gradients)]
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, *STAGES], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_outputs_and_gradients_obey_the_rule(shape, dtype):
+    arguments = operands(shape, dtype)
+    exact = results(arguments, torch.float64, shape.normalize, "reference", "cpu")
+    rounded = results(arguments, dtype, shape.normalize, "reference")
+    mine = results(arguments, dtype, shape.normalize, "cuda")
+    for position, (m, r, e) in enumerate(zip(mine, rounded, exact, strict=True)):
+        if e.numel():
+            ulp = torch.finfo(dtype).eps * e.abs().max()
+            assert (m - e).abs().max() <= 2 * (r - e).abs().max() + ulp, f"tensor {position}"
+
+
+def on_device(shape, dtype=torch.bfloat16):
+    _, ctx, gates, focal_weights, *_ = operands(shape, dtype, "cuda")
+    return ctx, gates, focal_weights, torch.randn_like(ctx)
+
+
+def call(ctx, gates, focal_weights, dagg):
+    agg = cuda.gated_aggregation(ctx, gates, focal_weights, False)
+    return [agg, *cuda.gated_aggregation_bwd(dagg, ctx, gates, focal_weights, False, [True] * 3)]
+
+
+@pytest.mark.parametrize("shape", STAGES, ids=str)
+def test_the_same_bits_run_after_run(shape):
+    arguments = on_device(shape)
+    assert all(torch.equal(a, b) for a, b in zip(call(*arguments), call(*arguments), strict=True))
+
+
+@pytest.mark.parametrize("shape", STAGES, ids=str)
+def test_nothing_waits_for_the_device(shape):
+    arguments = on_device(shape)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("shape", STAGES, ids=str)
+def test_a_captured_graph_gives_the_same_bits(shape):
+    arguments = on_device(shape)
+    expected = call(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call(*arguments)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+def test_runs_on_the_current_stream():
+    arguments = on_device(Shape(8, 56, 56, 96, (3, 5, 7)))
+    expected = call(*arguments)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        mine = call(*arguments)
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(mine, expected, strict=True))
+
+
+@pytest.mark.slow
+def test_tensors_of_more_than_two_to_the_31_elements():
+    needed = 20 * 2**30
+    if torch.cuda.mem_get_info()[0] < needed:
+        pytest.skip(f"needs {needed / 2**30:.0f} GiB of free GPU memory")
+    shape = Shape(5400, 64, 64, 98, (3,))
+    ctx = torch.zeros(shape.batch, 64, 64, 98, dtype=torch.bfloat16, device="cuda")
+    ctx[-1] = torch.randn(64, 64, 98, generator=torch.Generator("cuda").manual_seed(0), device="cuda")
+    gates = torch.ones(1, 1, 1, 2, dtype=torch.bfloat16, device="cuda").expand(shape.batch, 64, 64, 2)
+    weights = [torch.randn(98, 1, 3, 3, device="cuda").to(torch.bfloat16)]
+    agg = cuda.gated_aggregation(ctx, gates, weights, False)
+    last = cuda.gated_aggregation(ctx[-1:].clone(), gates[-1:], weights, False)
+    assert torch.equal(agg[-1:], last)
+    assert not agg[:-1].any()

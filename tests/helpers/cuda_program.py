@@ -1,0 +1,133 @@
+"""The kernels of csrc/cuda as a program for the CPU (cuda_on_cpu/), and one call of it: operands in, results out."""
+
+import concurrent.futures
+import os
+import shlex
+import struct
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+TESTS = Path(__file__).parents[1]
+CUDA = TESTS.parent / "csrc" / "cuda"
+SOURCES = [
+    *(CUDA / name for name in ("backward.cu", "backward_planes.cu", "forward.cu", "plan.cpp")),
+    TESTS / "cuda" / "cuda_on_cpu" / "main.cpp",
+]
+# Aliasing: a pair is read as one word, which is CUDA's manner and not C++'s.
+FLAGS = "-O1 -g1 -std=c++17 -Wall -Wextra -Werror -Wno-unknown-pragmas -fno-strict-aliasing"
+SANITIZERS = "-fsanitize=address,alignment,integer-divide-by-zero,signed-integer-overflow -fno-sanitize-recover=all"
+
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@dataclass(frozen=True)
+class Device:
+    """Shared memory a block may have, and a multiprocessor has, in KiB; multiprocessors."""
+
+    shared_per_block: int
+    shared_per_multiprocessor: int
+    multiprocessors: int
+
+    def numbers(self):
+        return [1024 * self.shared_per_block, 1024 * self.shared_per_multiprocessor, self.multiprocessors]
+
+
+SM_80 = Device(163, 164, 108)
+SM_86 = Device(99, 100, 84)
+SM_90 = Device(227, 228, 132)
+
+
+def compile_sources(folder, sources=SOURCES):
+    """Compiles ``sources`` and links the program, with what objects the folder holds of the others."""
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    flags = [*shlex.split(FLAGS), *shlex.split(SANITIZERS), f"-I{TESTS / 'cuda_on_cpu'}", f"-I{CUDA}"]
+
+    def compile_one(source):
+        run([*compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(folder / f"{source.name}.o")])
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(compile_one, sources))
+    objects = [str(folder / f"{source.name}.o") for source in SOURCES]
+    run([*compiler, *shlex.split(SANITIZERS), *objects, "-o", str(folder / "kernels")])
+    return folder / "kernels"
+
+
+def run(command):
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    assert result.returncode == 0, f"{' '.join(map(str, command))}\n{result.stdout}\n{result.stderr[-8000:]}"
+    return result.stdout
+
+
+def raw(tensor):
+    """The bytes of a tensor's elements, in the order of its shape."""
+    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def storage_of(*views):
+    """The elements that the views of one storage lie in, as one flat tensor."""
+    storage = views[0].untyped_storage()
+    assert all(view.untyped_storage().data_ptr() == storage.data_ptr() for view in views)
+    return torch.empty(0, dtype=views[0].dtype).set_(storage)
+
+
+def layout(view, size):
+    return [size, view.storage_offset(), *view.stride()[:3]]
+
+
+def case(numbers):
+    return struct.pack(f"<{len(numbers)}q", *numbers)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a launch cuts the maps; ``fits`` on the device."""
+
+    what: str  # "forward" or "backward"
+    block_c: int
+    tile_h: int
+    tile_w: int
+    threads: int
+    shared_bytes: int
+    fits: bool
+
+
+def plan(program, folder, shape, dtype, device):
+    """(path of forward, path of backward, cuts of their launches) for a contiguous problem of that shape."""
+    numbers = [0, 0, ELEMENTS[dtype], shape.batch, shape.height, shape.width, shape.channels, len(shape.kernels), 0]
+    numbers += [*device.numbers(), *[0] * 15]
+    for sizes in shape.kernel_sizes:
+        numbers += sizes
+    (folder / "case").write_bytes(case([*numbers, 1, 1, 1, 1]))
+    forward, backward, *cuts = run([str(program), str(folder / "case")]).splitlines()
+    fields = (line.split() for line in cuts)
+    return forward, backward, [Cut(what, *map(int, rest[:-1]), rest[-1] == "1") for what, *rest in fields]
+
+
+def call(program, folder, ctx, gates, focal_weights, normalize, dagg=None, mask=(True,) * 4, device=SM_90, seed=0):
+    """(path taken, outputs): agg, or with ``dagg`` what ``mask`` wants of [dctx, dgates, agg, *dfocal_weights]."""
+    packed = storage_of(ctx, gates)
+    dout = ctx.new_empty(ctx.shape) if dagg is None else dagg
+    numbers = [int(dagg is not None), seed, ELEMENTS[ctx.dtype], *ctx.shape, len(focal_weights), int(normalize)]
+    numbers += device.numbers()
+    numbers += [*layout(ctx, packed.numel()), *layout(gates, packed.numel()), *layout(dout, storage_of(dout).numel())]
+    for weight in focal_weights:
+        numbers += weight.shape[2:]
+    numbers += map(int, mask)
+    data = case(numbers) + raw(packed) + b"".join(map(raw, focal_weights))
+    if dagg is not None:
+        data += raw(storage_of(dagg))
+    (folder / "case").write_bytes(data)
+    path = run([str(program), str(folder / "case"), str(folder / "result")]).strip()
+    outputs = [ctx.shape]
+    if dagg is not None:
+        wanted = [*mask[:3], *[mask[3]] * len(focal_weights)]
+        shapes = [ctx.shape, gates.shape, ctx.shape, *(weight.shape for weight in focal_weights)]
+        outputs = [shape if want else (0,) for shape, want in zip(shapes, wanted, strict=True)]
+    counts = [torch.Size(shape).numel() for shape in outputs]
+    data = bytearray((folder / "result").read_bytes())
+    flat = torch.frombuffer(data, dtype=ctx.dtype) if data else torch.empty(0, dtype=ctx.dtype)
+    assert flat.numel() == sum(counts)
+    return path, [part.view(shape) for part, shape in zip(flat.split(counts), outputs, strict=True)]

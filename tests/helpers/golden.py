@@ -1,0 +1,51 @@
+"""The small random models of the authors' code and of timm in tests/data/golden, with what those computed.
+
+manifest.json says each one's source and configuration. A safetensors file has ``param.NAME``, ``input``,
+``output.I``, the gradient ``cotangent.I`` that was put into each output, and ``grad.NAME`` (``grad.input`` always).
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+FOLDER = Path(__file__).parents[1] / "data" / "golden"
+MODELS = {entry["name"]: entry for entry in json.loads((FOLDER / "manifest.json").read_text())}
+
+
+def tensors_of(name, part):
+    """The tensors ``part.X`` of a model, by X."""
+    stored = load_file(FOLDER / f"{name}.safetensors")
+    return {key.removeprefix(f"{part}."): tensor for key, tensor in stored.items() if key.startswith(f"{part}.")}
+
+
+def input_of(name):
+    return load_file(FOLDER / f"{name}.safetensors")["input"]
+
+
+def format_of(name):
+    source = MODELS[name]["source"]
+    return {"timm": "timm", "microsoft/FocalNet detection": "authors-detection"}.get(source, "authors")
+
+
+def settings_of(name):
+    """What the weights do not tell and a user has to say."""
+    config = MODELS[name]["config"]
+    settings = {"normalize_modulator": config.get("normalize_modulator", False)}
+    if format_of(name) != "timm":
+        settings["use_post_layernorm"] = config.get("use_postln", False)
+    if format_of(name) == "authors-detection" and config.get("use_conv_embed"):
+        settings["stem_padding"] = 3  # the authors' mmdet code; everybody else's detectors have 2
+    return settings
+
+
+def write(name, folder):
+    """The model's weights as its source would publish them."""
+    if format_of(name) == "timm":
+        path = folder / f"{name}.safetensors"
+        save_file(tensors_of(name, "param"), path)
+    else:
+        path = folder / f"{name}.pth"
+        torch.save({"model": tensors_of(name, "param")}, path)
+    return path

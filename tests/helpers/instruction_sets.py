@@ -1,0 +1,58 @@
+"""The compiled CPU operators, and every instruction set that runs here.
+
+FOCALNET_CPU_LIBRARY names a library of the kernels alone, built otherwise than setup.py does (asan_cpu.sh). It then
+stands in for the package's extension, which would register the same operators.
+"""
+
+import contextlib
+import os
+import sys
+import types
+
+import pytest
+import torch
+
+LIBRARY = os.environ.get("FOCALNET_CPU_LIBRARY")
+if LIBRARY:
+    torch.ops.load_library(LIBRARY)
+    sys.modules["focalnet._C"] = types.ModuleType("focalnet._C")
+else:
+    from focalnet.backends import extension  # noqa: F401  (loads the extension, which registers the operators)
+
+OPS = torch.ops.focalnet
+
+
+def require(operator):
+    """Skip the test module where the operator was not compiled."""
+    if not hasattr(OPS, operator):
+        pytest.skip("the extension was built without the CPU kernels", allow_module_level=True)
+
+
+def available_isas():
+    if not hasattr(OPS, "cpu_isa"):
+        return []
+    before = OPS.cpu_isa()
+    found = []
+    for name in ("plain", "avx2", "avx512", "neon"):
+        with contextlib.suppress(RuntimeError):
+            OPS.cpu_set_isa(name)
+            found.append(name)
+    OPS.cpu_set_isa(before)
+    return found
+
+
+@pytest.fixture(params=available_isas())
+def isa(request):
+    before = OPS.cpu_set_isa(request.param)
+    yield request.param
+    OPS.cpu_set_isa(before)
+
+
+@contextlib.contextmanager
+def threads(n):
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

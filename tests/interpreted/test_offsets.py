@@ -1,0 +1,88 @@
+"""Tensors of 2^31 elements and more: no address wraps around.
+
+Nothing is loaded or stored: the interpreter's loads and stores are replaced by ones that keep the addresses, so a
+tensor can be as large as it likes.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from focalnet.kernels import focal_modulation, gated_aggregation
+from focalnet.kernels.config import LevelConfig
+from focalnet.kernels.gated_aggregation_bwd import Backward
+from focalnet.kernels.plan import H100, Case
+from triton.runtime import interpreter
+
+# The last images of 4.3 million maps of 4 x 4 x 32: elements 2.2e9 and on.
+LAST = 4_300_000
+CASE = Case.packed(LAST + 2, 4, 4, 32, (3,), torch.bfloat16, has_bias=True, mask=(True,) * 6)
+LEVELS = LevelConfig(8, 32, rows=4, back_rows=4, whole_plane=True)
+
+
+def addresses_of(launch, tensors, monkeypatch):
+    """(loaded, stored): all addresses that the programs of a launch touch."""
+    loaded, stored = [], []
+
+    def load(builder, pointers, mask, other, *_):
+        wanted, addresses = np.broadcast_arrays(mask.data, pointers.data)
+        loaded.append(addresses[wanted])
+        element = pointers.get_element_ty()
+        return interpreter.TensorHandle(np.zeros(addresses.shape, interpreter._get_np_dtype(element)), element)
+
+    def store(builder, pointers, value, mask, *_):
+        wanted, addresses = np.broadcast_arrays(mask.data, pointers.data)
+        stored.append(addresses[wanted])
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_load", load)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_masked_store", store)
+    arguments = {name: tensors[value] if isinstance(value, str) else value for name, value in launch.arguments.items()}
+    launch.kernel[launch.grid](**arguments, **launch.constexprs, num_warps=launch.num_warps)
+    return np.concatenate(loaded), np.concatenate(stored)
+
+
+def elements_of_the_last_images(tensor, images, pitch, channels):
+    """Addresses of the channels of every position of ``images`` images from LAST on."""
+    positions = np.arange(LAST * CASE.positions, (LAST + images) * CASE.positions, dtype=np.uint64)
+    elements = positions[:, None] * np.uint64(pitch) + np.arange(channels, dtype=np.uint64)
+    assert elements.max() > 2**31
+    return np.uint64(tensor.data_ptr()) + elements * np.uint64(tensor.itemsize)
+
+
+def launches():
+    """One of each kernel that takes tensors of all images, on two images or one."""
+    groups = 1
+    down = Backward(CASE, H100, LEVELS, (True, True, True), 1).down(LAST, 1, "agg", 0)
+    return {
+        "modulator_fwd_kernel": focal_modulation.modulator_launch(CASE, H100, LAST, 2, "ieee"),
+        "modulator_bwd_kernel": focal_modulation.modulator_bwd_launch(CASE, groups, LAST, 2, True, "ieee"),
+        "gated_aggregation_fwd_kernel": gated_aggregation.forward_launches(CASE, H100, LEVELS, LAST, 1)[0][0],
+        "gated_aggregation_bwd_kernel": down,
+    }
+
+
+@pytest.mark.parametrize(
+    "kernel, images, loaded, stored",
+    [
+        ("modulator_fwd_kernel", 2, {"q": CASE.q_pitch}, {"out": CASE.channels}),
+        ("modulator_bwd_kernel", 2, {"q": CASE.q_pitch, "dout": CASE.channels}, {"dq": CASE.channels}),
+        ("gated_aggregation_fwd_kernel", 1, {"ctx": CASE.ctx_pitch}, {}),
+        ("gated_aggregation_bwd_kernel", 1, {"ctx": CASE.ctx_pitch}, {"dctx": CASE.channels}),
+    ],
+)
+def test_no_offset_wraps_around(kernel, images, loaded, stored, monkeypatch):
+    launch = launches()[kernel]
+    floats = ("mean", "packed", "back_packed", "dfocal", "dgates_parts", "dbias_parts")
+    tensors = {
+        value: torch.empty(1, dtype=torch.float32 if value in floats else torch.bfloat16)
+        for value in launch.arguments.values()
+        if isinstance(value, str)
+    }
+    if kernel.startswith("modulator"):
+        launch = replace(launch, grid=(-(-CASE.channels // launch.constexprs["BLOCK_N"]), 1, 1))
+    touched = addresses_of(launch, tensors, monkeypatch)
+    for found, wanted in zip(touched, (loaded, stored), strict=True):
+        for name, pitch in wanted.items():
+            expected = elements_of_the_last_images(tensors[name], images, pitch, CASE.channels)
+            assert np.isin(expected, found).all(), f"{kernel} does not reach all of {name}"

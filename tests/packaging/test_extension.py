@@ -1,0 +1,148 @@
+"""Is the compiled extension there, and if not, is the reason given the right one?"""
+
+import importlib.machinery
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from focalnet.backends import extension
+
+SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
+KEYS = {"avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16"}
+KEYS |= {"neon", "sve"}
+
+needs_extension = pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A package focalnet of extension.py alone, to put any binary beside it."""
+    folder = tmp_path / "focalnet"
+    (folder / "backends").mkdir(parents=True)
+    for package in (folder, folder / "backends"):
+        (package / "__init__.py").touch()
+    shutil.copy(extension.__file__, folder / "backends")
+    return folder
+
+
+def ask(package):
+    """What a new interpreter says about the extension of that package."""
+    code = (
+        "import json; from focalnet.backends import extension as e; "
+        "print(json.dumps([e.missing(), e.build_info(), e.cpu_capabilities()]))"
+    )
+    env = os.environ | {"PYTHONPATH": str(package.parent)}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=env,
+        cwd=package.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    return json.loads(result.stdout)
+
+
+def record(package, **facts):
+    (package / "_build_info.json").write_text(json.dumps(facts))
+
+
+def test_is_there_wherever_it_can_be():
+    """Installed by setup.py on a machine with a compiler, the extension loads: no build breaks in silence."""
+    recorded = extension.recorded_build()
+    compiler = any(shutil.which(name) for name in ("c++", "g++", "clang++"))
+    if recorded.get("mode") == "none" or not compiler:
+        assert extension.missing() is not None
+    else:
+        assert extension.missing() is None
+
+
+@needs_extension
+def test_build_info():
+    info = extension.build_info()
+    assert info["torch_target_version"] == "2.10"
+    assert info["cxx_standard"] >= 202002
+    assert info["compiler"]
+    assert info["built_with_torch"] == extension.recorded_build()["torch"]
+    if platform.machine() in ("x86_64", "AMD64") and not os.environ.get("CXXFLAGS"):
+        # One build for every machine: nothing beyond the architecture's baseline outside the kernels that ask first.
+        assert info["baseline_instruction_sets"] == ["sse2"]
+
+
+@needs_extension
+def test_cpu_capabilities_have_every_name():
+    capabilities = extension.cpu_capabilities()
+    assert set(capabilities) == KEYS
+    assert all(type(value) is bool for value in capabilities.values())
+
+
+@needs_extension
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="compares with /proc/cpuinfo, which only Linux has")
+def test_cpu_capabilities_match_the_kernels():
+    flags = set()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            flags = set(value.split())
+            break
+    if "asimd" in flags:
+        flags.add("neon")
+    assert extension.cpu_capabilities() == {name: name in flags for name in KEYS}
+
+
+def test_absent_without_a_record(package):
+    assert ask(package) == [extension.why_absent(package), {}, {}]
+    reason = extension.why_absent(package)
+    assert "focalnet._C was not built: these sources were never built or installed" in reason
+    assert "FOCALNET_BUILD=cpu pip install --no-build-isolation" in reason
+
+
+def test_absent_with_the_recorded_reason(package):
+    record(package, mode="auto", built=False, reason="no C++ compiler: CXX is 'x'")
+    reason, info, capabilities = ask(package)
+    assert "was not built: no C++ compiler: CXX is 'x'; to build it, run" in reason
+    assert info == {} and capabilities == {}
+
+
+def test_absent_although_built(package):
+    record(package, mode="cpu", built=True, reason=None)
+    assert "it was built, but its file is gone" in extension.why_absent(package)
+
+
+def test_absent_with_an_unreadable_record(package):
+    (package / "_build_info.json").write_text("{")
+    assert f"{package / '_build_info.json'} cannot be read" in extension.why_absent(package)
+
+
+def test_built_for_another_python(package):
+    (package / "_C.cpython-39-x86_64-linux-gnu.so").touch()
+    reason = ask(package)[0]
+    assert "was built for another Python: found _C.cpython-39-x86_64-linux-gnu.so" in reason
+    assert f"this interpreter loads _C{SUFFIX}" in reason
+
+
+@pytest.mark.parametrize("content", [b"", b"not a library" * 100])
+def test_broken_binary_is_told_from_an_absent_one(package, content):
+    (package / f"_C{SUFFIX}").write_bytes(content)
+    record(package, mode="cpu", built=True, reason=None, torch="2.10.0")
+    reason, info, capabilities = ask(package)
+    assert "focalnet._C was built but does not load (built with torch 2.10.0, running torch" in reason
+    assert f"_C{SUFFIX}: " in reason, "the loader's own words"
+    assert "to build it anew, run" in reason
+    assert info == {} and capabilities == {}
+
+
+@needs_extension
+def test_whole_binary_in_another_package(package):
+    shutil.copy(sys.modules["focalnet._C"].__file__, package)
+    reason, info, capabilities = ask(package)
+    assert reason is None
+    assert info == extension.build_info()
+    assert capabilities == extension.cpu_capabilities()
