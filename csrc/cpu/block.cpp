@@ -3,7 +3,7 @@
 //     hidden_state (B, H, W, C)
 //       |  1  by tokens     [LayerNorm] -> projection_in                      reads C, writes 2C + L + 1 a token
 //     projection [tokens][pitch]: q | ctx | gates
-//       |  2  by planes     gated aggregation, see forward.inc                reads C + L + 1, writes C
+//       |  2  by planes     gated aggregation, gated_aggregation_fwd.inc  reads C + L + 1, writes C
 //     agg [tokens][pitch]
 //       |  3  by tokens     everything that is local to a token               reads 3C (agg, q, hidden), writes C
 //     result (B, H, W, C)
@@ -32,10 +32,10 @@
 #include <algorithm>
 
 #include "gated_aggregation.h"
+#include "gemm_driver.h"
 #include "isa.h"
-#include "memory.h"
-#include "product.h"
-#include "share.h"
+#include "scratch.h"
+#include "work_sharing.h"
 
 namespace focalnet::cpu {
 namespace {

@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "isa.h"
-#include "memory.h"
-#include "share.h"
+#include "scratch.h"
+#include "work_sharing.h"
 
 namespace focalnet::cpu {
 namespace {
@@ -102,7 +102,7 @@ int64_t bands_for(const Problem& p, const std::vector<LevelLayout>& levels) {
     return bands;
 }
 
-// Plays the schedule of forward.inc and keeps the largest number of rows that each ring has to hold.
+// Plays the schedule of gated_aggregation_fwd.inc and keeps the largest number of rows that each ring has to hold.
 void simulate(const Problem& p, const ForwardPlan& plan, int64_t y0, std::vector<LevelLayout>& levels, int64_t* agg) {
     const int64_t y1 = std::min(p.H, y0 + plan.band_rows);
     std::vector<int64_t> low(p.L + 1, y0), high(p.L + 1, y1);

@@ -52,7 +52,7 @@ struct LevelLayout {
     int64_t offset;    // floats from the start of a vector's scratch
 };
 
-// Forward: (image, block of channels, band of rows). See forward.inc.
+// Forward: (image, block of channels, band of rows). See gated_aggregation_fwd.inc.
 struct ForwardPlan {
     int64_t bands, band_rows;
     int64_t step;  // rows that enter the chain at a time
@@ -80,7 +80,7 @@ struct ForwardTask {
     int64_t b, block, band;
 };
 
-// Backward: (image, block of channels). See backward.inc.
+// Backward: (image, block of channels). See gated_aggregation_bwd.inc.
 struct BackwardPlan {
     int64_t steps, step;     // rows that enter the chain at a time
     int64_t bands, columns;  // of the map, in bands of columns

@@ -26,8 +26,8 @@ namespace {
 #include "vec.inc"
 #include "gelu.inc"
 #include "depthwise.inc"
-#include "forward.inc"
-#include "backward.inc"
+#include "gated_aggregation_fwd.inc"
+#include "gated_aggregation_bwd.inc"
 #include "gemm.inc"
 #include "gelu_rows.inc"
 // clang-format on

@@ -23,10 +23,10 @@
 #include "block.h"
 #include "checks.h"
 #include "gated_aggregation.h"
+#include "gemm_driver.h"
 #include "isa.h"
-#include "memory.h"
-#include "product.h"
-#include "share.h"
+#include "scratch.h"
+#include "work_sharing.h"
 
 namespace focalnet::cpu {
 namespace {

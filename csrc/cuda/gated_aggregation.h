@@ -1,5 +1,6 @@
-// What the operators (ops.cpp), the planner (plan.cpp) and the launchers (forward.cu, backward.cu) agree on. Plain
-// data: nothing here knows torch, so the kernels also compile, and are tested, where there is neither torch nor a GPU.
+// What the operators (gated_aggregation_ops.cpp), the planner (plan.cpp) and the launchers (gated_aggregation_fwd.cu,
+// gated_aggregation_bwd.cu) agree on. Plain data: nothing here knows torch, so the kernels also compile, and are
+// tested, where there is neither torch nor a GPU.
 
 #pragma once
 

@@ -128,7 +128,7 @@ def test_auto_leaves_the_kernels_out_where_torch_has_no_cuda(sources, toolkit, p
 
 def reported(log):
     """The kernels in ptxas' report, by the script that makes the table of them."""
-    path = ROOT / "bench" / "ptxas.py"
+    path = ROOT / "bench" / "static" / "ptxas.py"
     spec = importlib.util.spec_from_file_location("bench_ptxas", path)
     module = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(path.parent))

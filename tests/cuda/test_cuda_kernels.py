@@ -213,11 +213,11 @@ def test_nan_and_infinity_reach_the_output(run):
 
 def test_a_barrier_that_is_missing_is_seen(program, tmp_path):
     """The barrier between the levels of the chain, turned off: the numbers are wrong, the tests above would fail."""
-    text = (CUDA / "forward.cu").read_text()
+    text = (CUDA / "gated_aggregation_fwd.cu").read_text()
     changed = text.replace("        inside = outputs;\n        __syncthreads();\n", "        inside = outputs;\n")
     assert changed != text
     broken = shutil.copytree(program.parent, tmp_path / "broken")
-    (broken / "forward.cu").write_text(changed)
-    program = compile_sources(broken, [broken / "forward.cu"])
+    (broken / "gated_aggregation_fwd.cu").write_text(changed)
+    program = compile_sources(broken, [broken / "gated_aggregation_fwd.cu"])
     with pytest.raises(AssertionError):
         check_forward(lambda *a, **o: call(program, tmp_path, *a, **o), Shape(1, 14, 14, 32, (3, 5, 7)), torch.float32)

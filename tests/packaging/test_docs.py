@@ -81,5 +81,6 @@ def test_snippets_about_checkpoints_run(tmp_path, monkeypatch):
 def test_the_table_of_compatibility_names_tests_that_exist():
     table = (PAGE.parent / "compatibility.md").read_text()
     named = set(re.findall(r"test_\w+\.py", table))
-    assert named and all(Path(__file__).with_name(name).is_file() for name in named)
+    tests = {path.name for path in Path(__file__).parents[1].rglob("test_*.py")}
+    assert named and named <= tests
     assert os.path.basename(PAGE) == "patching.md"

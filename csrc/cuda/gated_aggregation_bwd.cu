@@ -1,9 +1,8 @@
 // Gated aggregation, backward. Nothing was kept from forward but its inputs. Maps whose planes, two for each level,
-// fit shared memory go through backward_planes.cu in one launch; here are the others, level by level:
+// fit shared memory go through gated_aggregation_bwd_planes.cu in one launch; here are the others, level by level:
 //
-//     1  focal_chain_kernel (forward.cu)   z_l of every level again, the sums of the last one, and agg if it is wanted
-//     2  gate_sums_kernel                  sum over positions of dagg * the global gate            (for dctx,
-//     dweights)
+//     1  focal_chain_kernel, of forward    z_l of every level again, the sums of the last one, and agg if it is wanted
+//     2  gate_sums_kernel                  sum over positions of dagg * the global gate  (for dctx, dweights)
 //        global_bwd_kernel                 GELU(mean); the gradient that every position of the last level receives
 //     3  dgates_kernel                     sums over channels of dagg * level                      (for dgates)
 //     4  focal_level_bwd_kernel            from the last level to the first: dz_l -> dz_{l-1} or dctx, and dweights
@@ -13,9 +12,9 @@
 // input, dagg, z and one write. z and dz are kept in the inputs' element type, sums in float32. No sum depends on the
 // order in which blocks run.
 
-#include "backward.cuh"
 #include "correlate.cuh"
 #include "gated_aggregation.h"
+#include "gated_aggregation_bwd.cuh"
 #include "launch.cuh"
 #include "tile.cuh"
 

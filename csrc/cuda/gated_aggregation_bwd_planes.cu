@@ -15,9 +15,9 @@
 // 2 L + 1 planes. dagg is read L + 2 times, from L2 but for the first. Partials: dgates, L + 1 numbers a position for
 // every block_c channels; dweights, one kernel an image. Two small kernels add them up in a fixed order.
 
-#include "backward.cuh"
 #include "correlate.cuh"
 #include "gated_aggregation.h"
+#include "gated_aggregation_bwd.cuh"
 #include "tile.cuh"
 
 namespace focalnet::cuda {

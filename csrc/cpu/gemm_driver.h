@@ -10,8 +10,8 @@
 
 #include "block.h"
 #include "gated_aggregation.h"
-#include "memory.h"
-#include "share.h"
+#include "scratch.h"
+#include "work_sharing.h"
 
 namespace focalnet::cpu {
 

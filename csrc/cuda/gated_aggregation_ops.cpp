@@ -1,6 +1,6 @@
 // The operators focalnet::cuda_gated_aggregation and focalnet::cuda_gated_aggregation_bwd: argument checks, views
 // turned into plain pointers and strides, results and scratch from torch's allocator, the device and the stream. The
-// kernels are in forward.cu and backward.cu.
+// kernels are in gated_aggregation_fwd.cu and gated_aggregation_bwd.cu.
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>

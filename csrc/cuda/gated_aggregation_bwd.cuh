@@ -1,4 +1,5 @@
-// What the two ways of going backward share: whole planes (backward_planes.cu) and level by level (backward.cu).
+// What the two ways of going backward share: whole planes (gated_aggregation_bwd_planes.cu) and level by level
+// (gated_aggregation_bwd.cu).
 
 #pragma once
 
