@@ -6,11 +6,11 @@ import contextlib
 from collections.abc import Callable
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .fusion.module_checks import is_proxy
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: object, **kwargs: object) -> Tensor:
@@ -49,6 +49,6 @@ class _Guarded(TorchFunctionMode):
 
 def guarded(x: Tensor, kernel_width: int) -> contextlib.AbstractContextManager:
     """Inside it, modules that are called on maps like ``x`` run `conv2d` of this file."""
-    if is_proxy(x) or not may_hang(x.device, _computed_in(x), kernel_width):
+    if isinstance(x, torch.fx.Proxy) or not may_hang(x.device, _computed_in(x), kernel_width):
         return contextlib.nullcontext()
     return _Guarded()
