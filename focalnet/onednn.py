@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: object, **kwargs: object) -> Tensor:
     """``F.conv2d``, in float32 where oneDNN might never return; the result has the dtype that it would have had."""
     dtype = _computed_in(x)
