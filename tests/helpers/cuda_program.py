@@ -13,7 +13,8 @@ import torch
 TESTS = Path(__file__).parents[1]
 CUDA = TESTS.parent / "csrc" / "cuda"
 SOURCES = [
-    *(CUDA / name for name in ("gated_aggregation_bwd.cu", "gated_aggregation_bwd_planes.cu", "gated_aggregation_fwd.cu", "plan.cpp")),
+    *(CUDA / f"gated_aggregation_{name}.cu" for name in ("bwd", "bwd_planes", "fwd")),
+    CUDA / "plan.cpp",
     TESTS / "cuda" / "cuda_on_cpu" / "main.cpp",
 ]
 # Aliasing: a pair is read as one word, which is CUDA's manner and not C++'s.

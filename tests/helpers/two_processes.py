@@ -1,4 +1,4 @@
-"""What each of two processes does for tests/models/test_training_tools.py: started by name, so in a module of its own."""
+"""What each of two processes does for test_training_tools.py: started by name, so in a module of its own."""
 
 import torch
 from small_models import images
