@@ -1,10 +1,11 @@
-"""What was given in the place of a checkpoint, where one look at it tells that it is something else."""
+"""What was given in the place of a checkpoint, where one look at it tells that it is something else.
+
+Checkpoints of other architectures and configurations are named by what reads checkpoints (checkpoints/foreign.py).
+"""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from .errors import UserError
 from .images import EXTENSIONS
@@ -23,21 +24,10 @@ def refuse_what_is_no_checkpoint(model: str) -> None:
 def _reason_against_file(path: Path) -> str | None:
     if path.suffix.lower() in EXTENSIONS:
         return "this is an image; expected a checkpoint: a file of weights, a folder with them, or a hub id"
-    if path.suffix != ".json":
-        return None
-    if _weights_in(path.parent):
-        return f"this is a JSON file beside weights; give the folder that holds both, {path.parent}"
-    return "this is a JSON file, which holds no weights; give a file of weights, or a folder that has both"
+    return None
 
 
 def _reason_against_folder(path: Path) -> str | None:
-    config = _json(path / "config.json")
-    # transformers' folders name a model_type, timm's an architecture.
-    kind = config.get("model_type") or config.get("architecture")
-    if isinstance(kind, str) and not kind.startswith("focalnet"):
-        names = config.get("architectures")
-        named = f" ({', '.join(map(str, names))})" if isinstance(names, list) and names else ""
-        return f"expected a FocalNet, this folder holds another architecture: {kind}{named}; see its config.json"
     if _weights_in(path):
         return None
     if any(entry.suffix.lower() in EXTENSIONS for entry in path.iterdir()):
@@ -50,12 +40,3 @@ def _reason_against_folder(path: Path) -> str | None:
 
 def _weights_in(folder: Path) -> list[Path]:
     return [entry for entry in folder.iterdir() if entry.suffix in WEIGHTS]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """What a JSON file holds, as far as it holds an object; reading it properly is not the matter here."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

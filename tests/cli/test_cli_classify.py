@@ -241,10 +241,10 @@ def test_damaged_model_file_is_one_clear_line(photos, tmp_path):
 @pytest.mark.parametrize(
     "given, words",
     [
-        ("other", ["another architecture", "resnet", "ResNetForImageClassification"]),
-        ("timms", ["another architecture", "resnet50"]),
-        ("other/config.json", ["JSON file beside weights", "give the folder"]),
-        ("lonely/config.json", ["JSON file, which holds no weights"]),
+        ("other", ["expected 'focalnet'", "resnet", "ResNetForImageClassification"]),
+        ("timms", ["expected 'focalnet'", "resnet50"]),
+        ("other/config.json", ["this is JSON", "pass its folder"]),
+        ("lonely/config.json", ["this is JSON", "holds no weights"]),
         ("photos", ["folder of images"]),
         ("photos/cat.png", ["this is an image"]),
         ("runs", ["no weights itself", "checkpoint-10"]),
