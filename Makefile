@@ -25,7 +25,7 @@ help:
 	@echo "make test      ruff and the test suite (ARGS='-k name' goes to pytest, and leaves the Triton kernels out)"
 	@echo "make lint      ruff alone"
 	@echo "make bench     FocalNet on this CPU against every runtime that can be installed (ARGS go to bench/models.py)"
-	@echo "make report    the README's tables and the plots, from the rows in bench/results/"
+	@echo "make report    the tables of docs/performance.md and the plots, from the rows in bench/results/"
 	@echo "make install   .venv with the tested versions, the extension compiled and focalnet installed (editable)"
 	@echo "make clean     remove .venv and everything that was built"
 

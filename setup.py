@@ -459,7 +459,7 @@ setup(
         "focalnet.patching",
     ],
     package_dir={"focalnet.kernels": "kernels"},
-    package_data={"focalnet": ["*.json"], "focalnet.checkpoints": ["*.tsv"]},
+    package_data={"focalnet": ["*.json", "py.typed"], "focalnet.checkpoints": ["*.tsv"]},
     include_package_data=False,
     ext_modules=EXTENSIONS,
     cmdclass={"build_ext": BUILD_EXT, "build_py": BuildPackage},

@@ -18,7 +18,7 @@ OURS = "focalnet"
 
 
 def name_of(what: str, device: str) -> str:
-    """The file's name; README's links are made of it too."""
+    """The file's name; links to it are made of it too."""
     return f"{what.replace(' ', '-')}-{rows.folder(device).name}.svg"
 
 

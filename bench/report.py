@@ -1,8 +1,8 @@
-"""The README's tables and the plots, made from the committed rows: `make report`.
+"""The tables of docs/performance.md and the plots, made from the committed rows: `make report`.
 
     python bench/report.py
 
-Each part of the README between <!-- report: NAME --> and <!-- end --> is written anew from bench/results/; plots go to
+Each part of the page between <!-- report: NAME --> and <!-- end --> is written anew from bench/results/; plots go to
 docs/plots/, and one whose rows are gone goes with them. A part whose rows are missing says so. Nothing here measures
 anything. A table or plot of figures from a processor says which one gave them.
 """
@@ -20,7 +20,7 @@ from scaling import fitted
 from focalnet.benchmark import rows
 from focalnet.benchmark.environment import ROOT
 
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "performance.md"
 MISSING = "Not measured yet."
 MISSING_GPU = "Not measured on a GPU yet."
 
@@ -57,7 +57,7 @@ ARCHITECTURES = {
 
 
 def main() -> None:
-    README.write_text(filled(README.read_text()))
+    PAGE.write_text(filled(PAGE.read_text()))
     devices = {device for kind in ("models", "operators", "kernels", "scaling") for device in rows.devices(kind)}
     drawn = [path for device in sorted(devices) for path in plots.all_of(device)]
     for path in drawn:
@@ -241,7 +241,7 @@ def _markdown(head: list[str], lines: list[list[str]]) -> str:
 
 
 def _image(text: str, what: str, device: str) -> str:
-    return f"\n\n![{text}](docs/plots/{plots.name_of(what, device)})"
+    return f"\n\n![{text}](plots/{plots.name_of(what, device)})"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The README's figures are those of the committed rows; plots are drawn from them."""
+"""The figures of docs/performance.md are those of the committed rows; plots are drawn from them."""
 
 import re
 
@@ -11,16 +11,18 @@ from focalnet.benchmark import rows
 DEVICE = "Some CPU, family 1 model 2, avx2, 2 cores"
 
 
-def test_every_table_of_the_readme_is_what_the_committed_rows_say():
-    text = report.README.read_text()
+def test_every_table_of_the_page_is_what_the_committed_rows_say():
+    text = report.PAGE.read_text()
     assert text.count("<!-- report: ") == text.count("<!-- end -->") > 0
     assert report.filled(text) == text, "`make report` writes the tables anew"
 
 
-def test_every_plot_of_the_readme_is_there():
-    shown = re.findall(r"\]\((docs/plots/[^)]+)\)", report.README.read_text())
+@pytest.mark.parametrize("page", ["README.md", "docs/performance.md"])
+def test_every_plot_of_a_page_is_there(page):
+    path = report.ROOT / page
+    shown = re.findall(r"\]\(([^)]*plots/[^)]+)\)", path.read_text())
     assert shown
-    assert [path for path in shown if not (report.ROOT / path).is_file()] == [], "`make report` draws them"
+    assert [plot for plot in shown if not (path.parent / plot).is_file()] == [], "`make report` draws them"
 
 
 @pytest.fixture
@@ -134,7 +136,7 @@ def test_plots_are_the_same_bytes_for_the_same_rows_and_the_tables_show_them(mea
     paths = plots.all_of(DEVICE)
     first = {path.name: path.read_bytes() for path in paths}
     assert all(b"</svg>" in content for content in first.values())
-    shown = set(re.findall(r"docs/plots/(\S+)\)", "".join(part() for part in report.PARTS.values())))
+    shown = set(re.findall(r"plots/(\S+)\)", "".join(part() for part in report.PARTS.values())))
     expected = {"inference", "roofline", "growth-batch", "growth-levels"}
     assert first.keys() == shown == {f"{name}-some-cpu-family-1-model-2-avx2-2-cores.svg" for name in expected}
     assert {path.name: path.read_bytes() for path in plots.all_of(DEVICE)} == first

@@ -10,7 +10,7 @@ from wide_kernels import CASES, name_of
 
 from focalnet import onednn
 
-SCRIPT = Path(__file__).parent / "wide_kernels.py"
+SCRIPT = Path(__file__).parents[1] / "helpers" / "wide_kernels.py"
 SECONDS = 240
 
 
