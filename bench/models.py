@@ -2,7 +2,7 @@
 
     python bench/models.py --variant tiny_lrf --size 224 --batch 1 --batch 8
     python bench/models.py --runtime focalnet --runtime "transformers, max-autotune"
-    python bench/models.py --standard            the table of docs/performance.md, on a CPU: 12 to 15 minutes on two cores
+    python bench/models.py --standard            the table of docs/performance.md, on a CPU: 12 to 15 minutes
     python bench/models.py --standard --train    its table of training steps: 3 to 4 minutes
 
 Each runtime has a process of its own, and all take turns (`focalnet.benchmark.turns`). Runtimes that take minutes to
