@@ -181,8 +181,8 @@ def with_sparse_weights(model):
 CHANGES = [in_place, through_data, data_replaced, through_set, through_detach, through_storage, through_numpy]
 CHANGES += [through_a_pointer, by_another_process, parameters_replaced, loaded, loaded_by_assigning, swapped]
 CHANGES += [by_optimizer, functools.partial(by_optimizer, foreach=True), functools.partial(by_optimizer, fused=True)]
-CHANGES += [by_averaging, rounded, with_a_parametrization, with_weight_norm, with_weights_pruned]
-CHANGES += [with_a_subclass, with_sparse_weights]
+OTHER_MODULES = [with_a_parametrization, with_weight_norm, with_weights_pruned, with_a_subclass, with_sparse_weights]
+CHANGES += [by_averaging, rounded, *OTHER_MODULES]
 
 
 def name_of(change):
@@ -226,15 +226,25 @@ def test_weights_count_however_they_are_written(source, change):
 @torch._dynamo.config.patch(recompile_limit=len(CHANGES))
 def test_a_compiled_models_weights_count_however_they_are_written(source):
     """One after the other: each way starts from a graph that ran on the weights before."""
-    changes = [c for c in CHANGES if not name_of(c).startswith("with_")]
     model, x = fast(source), images()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for change in changes:
-        with torch.no_grad():
-            before = compiled(x)
-        change(model)
-        with torch.no_grad():
-            assert_is_of(model, compiled(x), x, before)
+    for change in CHANGES:
+        if change not in OTHER_MODULES:
+            assert_follows(model, compiled, change, x)
+
+
+@pytest.mark.parametrize("change", [with_a_parametrization, with_weight_norm, with_weights_pruned], ids=name_of)
+def test_a_compiled_models_modules_may_compute_their_weights(change):
+    model = fast("focalnet")
+    assert_follows(model, torch.compile(model, backend="aot_eager"), change, images())
+
+
+def assert_follows(model, compiled, change, x):
+    with torch.no_grad():
+        before = compiled(x)
+    change(model)
+    with torch.no_grad():
+        assert_is_of(model, compiled(x), x, before)
 
 
 @SOURCE
