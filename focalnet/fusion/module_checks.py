@@ -11,12 +11,19 @@ from ..backends.problem import is_plain_tensor
 
 def is_changed(module: nn.Module) -> bool:
     """Whether calling ``module`` does more than its class says: hooks, or a forward of its own."""
-    return "forward" in module.__dict__ or is_hooked(module)
+    # Asked of every part of a block in every call: plain dictionary look-ups, no attribute protocol.
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether hooks are called when ``module`` is."""
-    # Asked of every part of a block in every call: plain dictionary look-ups, no attribute protocol.
     own = module.__dict__
     return bool(
         own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
