@@ -44,7 +44,7 @@ SM_90 = Device(227, 228, 132)
 def compile_sources(folder, sources=SOURCES):
     """Compiles ``sources`` and links the program, with what objects the folder holds of the others."""
     compiler = shlex.split(os.environ.get("CXX", "g++"))
-    flags = [*shlex.split(FLAGS), *shlex.split(SANITIZERS), f"-I{TESTS / 'cuda_on_cpu'}", f"-I{CUDA}"]
+    flags = [*shlex.split(FLAGS), *shlex.split(SANITIZERS), f"-I{TESTS / 'cuda' / 'cuda_on_cpu'}", f"-I{CUDA}"]
 
     def compile_one(source):
         run([*compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(folder / f"{source.name}.o")])
