@@ -33,8 +33,11 @@ class LevelConfig:
         return max(1, self.block_w * self.block_c // 128)
 
     def registers(self, rows: int) -> int | None:
-        """Bound for a thread that holds so many rows: all that it can have, or ptxas would spill a few to fit one
-        program more on a processor, which nobody launches. Eight rows take so many that it is not tempted."""
+        """Register limit of a thread that holds ``rows`` rows; None: no limit.
+
+        Without one, ptxas spills a few registers to fit one more program on a multiprocessor, although none is
+        launched. With eight rows a thread needs too many registers for that.
+        """
         return min(255, 2048 // self.num_warps) if rows < 8 else None
 
 

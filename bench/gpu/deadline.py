@@ -1,4 +1,4 @@
-"""Commands one after another within one deadline: who comes late gets less, nobody makes the whole late.
+"""Runs commands one after another within one deadline: a late part gets less time, and the deadline holds.
 
 A part may run for the least of its own limit and of what is left, less what the parts behind it and the end are
 promised. So every part has at least its promise, whatever those before it do; one that was promised nothing and finds

@@ -43,7 +43,7 @@ def reason_against_norm(rows: Tensor, weight: Tensor | None, bias: Tensor | None
     if weight is None or bias is None:
         return "the norm has no weight or no bias"
     if not eps:
-        return "the norm has no eps, which keeps rows beyond the last one finite"
+        return "the norm has eps 0; the kernels divide by the deviation of rows of zeros beyond the last one"
     return reason_against(rows)
 
 

@@ -217,8 +217,8 @@ class FocalNetEncoder(nn.Module):
     def _arguments(self, hidden_state: Tensor) -> list[list[tuple]] | str:
         """Those of all operators, stage by stage, where inference on a CPU needs no module between them; or why not.
 
-        Asked for all at once: before every single one it costs twice as much, since what an operator leaves in the
-        caches is weights.
+        Asked once, before the first block. Asked before every block it costs twice as much: each operator evicts the
+        Python objects from the caches.
         """
         stages = list(self.stages._modules.values())
         if not _are(FocalNetStage, stages):
