@@ -94,10 +94,18 @@ class BlockNames:
             or _unusual(modulation, "modulation.", self._modulation_roles)
             or _unusual(mlp, "mlp.", self._mlp_roles)
             or _unusual_level(modulation)
+            or self._missing_norm(block)
         )
         if reason is None and any(scale != 1 for scale in self._plain_scales(block)):
             return f"{' and '.join(self.scales)} are numbers other than 1"
         return reason
+
+    def _missing_norm(self, block: nn.Module) -> str | None:
+        """Why a norm that acts is none. An identity is usual only in the place of one that does not act."""
+        for name in self._norms(block)[:2]:
+            if type(block._modules[name]) is nn.Identity:
+                return _is_unusual(name, block._modules[name])
+        return None
 
     def _random_part(self, block: nn.Module) -> str | None:
         """Why a part of ``block`` draws random numbers although the block itself is in evaluation mode."""

@@ -164,6 +164,10 @@ def computed(layer):
     layer.mlp.fc1.weight = 2 * weight
 
 
+def without_a_norm(layer):
+    layer.norm2 = torch.nn.Identity()
+
+
 def dilated(layer):
     layer.modulation.focal_layers[0][0].dilation = (2, 2)
 
@@ -188,6 +192,7 @@ def with_dropout(layer):
         (in_double, "mlp.fc1.weight is Parameter, torch.strided, torch.float64"),
         (sparse, "mlp.fc1.weight is Parameter, torch.sparse_csr"),
         (computed, "mlp.fc1 is Linear"),
+        (without_a_norm, "norm2 is Identity"),
         (dilated, "modulation.focal_layers.0.0 is Conv2d"),
         (circular, "modulation.focal_layers.0.0 is Conv2d"),
         (with_dropout, "drop is in training mode"),
