@@ -79,7 +79,8 @@ def cuda_sources() -> list[str]:
 
 
 def cpu_sources() -> list[str]:
-    return ["csrc/module.cpp", *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/cpu/*.cpp"))]
+    sources = [*sorted(ROOT.glob("csrc/*.cpp")), *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
+    return [path.relative_to(ROOT).as_posix() for path in sources]
 
 
 def import_torch() -> str:

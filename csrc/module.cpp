@@ -1,10 +1,13 @@
-// focalnet._C: facts about the build and the machine. The operators are in csrc/cpu/; they register themselves with
-// torch when this module is loaded. Nothing here includes torch, so the module's ABI is Python's alone.
+// focalnet._C: facts about the build and the machine, and the record of a module's structure. The operators are in
+// csrc/cpu/; they register themselves with torch when this module is loaded. Nothing here includes torch, so the
+// module's ABI is Python's alone.
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
 #include <string>
+
+#include "structure.h"
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
@@ -137,5 +140,11 @@ py::dict cpu_capabilities() {
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Build facts and CPU capabilities; loading it registers the compiled operators with torch.";
     m.def("build_info", &build_info, "How this extension was compiled.");
+    py::class_<focalnet::Structure>(m, "Structure",
+                                    "What a tree of modules is made of, apart from the numbers in its "
+                                    "tensors.")
+        .def(py::init<py::handle>(), py::arg("module"))
+        .def("parameters_of", &focalnet::Structure::parameters_of, py::arg("module"),
+             "The module's parameters in the order of the walk; None where it differs from the record.");
     m.def("cpu_capabilities", &cpu_capabilities, "Instruction set name -> whether this machine has it.");
 }

@@ -104,9 +104,9 @@ class FocalModulation(nn.Module):
                 f"channels come last here, NCHW tensors want .permute(0, 2, 3, 1)"
             )
 
-    def of_normed(self, norm: nn.Module, hidden_state: Tensor) -> Tensor:
+    def of_normed(self, norm: nn.Module, hidden_state: Tensor, *, backend: str | None = None) -> Tensor:
         """``self(norm(hidden_state))``; in training, what ``norm`` returns is not kept for backward."""
-        return self._modulate(norm_linear(norm, self.projection_in, hidden_state))
+        return self._modulate(norm_linear(norm, self.projection_in, hidden_state, backend or self.backend))
 
     def _modulate(self, projected: Tensor) -> Tensor:
         q, ctx, gates = projected.split([self.dim, self.dim, self.focal_level + 1], dim=-1)
@@ -114,7 +114,7 @@ class FocalModulation(nn.Module):
         changed = unusual_context(self, "projection_context", "activation")
         out = self._fused(q, ctx, gates) if changed is None else self._module_by_module(q, ctx, gates, changed)
         if self.use_post_layernorm_in_modulation:
-            return self.projection_dropout(norm_linear(self.layernorm, self.projection_out, out))
+            return self.projection_dropout(norm_linear(self.layernorm, self.projection_out, out, self.backend))
         return self.projection_dropout(self.projection_out(out))
 
     def _fused(self, q: Tensor, ctx: Tensor, gates: Tensor) -> Tensor:

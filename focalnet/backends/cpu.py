@@ -19,12 +19,13 @@ def missing() -> str | None:
     return extension.missing()
 
 
-def refuses(problem: Problem) -> str | None:
-    """Why the backend does not take this call, or None."""
+def why_not(problem: Problem) -> str | None:
+    """Why the kernels do not take this call, or None."""
     if problem.device.type != "cpu":
         return f"the tensors are on {problem.device}, not on the CPU"
-    if problem.dtype not in DTYPES:
-        return f"{problem.dtype} is not one of {', '.join(map(str, DTYPES))}"
+    dtypes = (torch.float32,) if problem.operator in OPTIONAL else DTYPES
+    if problem.dtype not in dtypes:
+        return f"{problem.dtype} is not one of {', '.join(map(str, dtypes))}"
     return None
 
 
@@ -68,3 +69,12 @@ def _bwd_with_agg(
 
 focal_modulation = functools.partial(composed.focal_modulation, gated_aggregation)
 focal_modulation_bwd = functools.partial(composed.focal_modulation_bwd, gated_aggregation, _bwd_with_agg)
+
+# Operators of the extension that only this backend has; without the extension, `missing` says so first.
+_COMPILED = {
+    "block": "cpu_block",
+    "patch_embed": "cpu_patch_embed",
+    "bias_gelu": "cpu_bias_gelu_",
+    "gelu_bwd": "cpu_gelu_backward_",
+}
+OPTIONAL = {operator: getattr(torch.ops.focalnet, name, None) for operator, name in _COMPILED.items()}

@@ -12,7 +12,7 @@ from . import composed, extension
 from .problem import Problem
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OLDEST_CAPABILITY = (8, 0)
+MIN_CAPABILITY = (8, 0)
 # As in csrc/cuda/gated_aggregation.h.
 MAX_LEVELS = 8
 MAX_KERNEL = 31
@@ -35,8 +35,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def refuses(problem: Problem) -> str | None:
-    """Why the backend does not take this call, or None."""
+def why_not(problem: Problem) -> str | None:
+    """Why the kernels do not take this call, or None."""
     if problem.device.type != "cuda":
         return f"the tensors are on {problem.device}, not on a CUDA device"
     if problem.dtype not in DTYPES:
@@ -48,7 +48,7 @@ def refuses(problem: Problem) -> str | None:
         return f"a focal kernel is {largest} wide, more than {MAX_KERNEL}"
     if problem.height * problem.width >= 2**31:
         return f"a map of {problem.height} x {problem.width} has 2^31 positions or more"
-    if (capability := _capability(problem.device)) < OLDEST_CAPABILITY:
+    if (capability := _capability(problem.device)) < MIN_CAPABILITY:
         return f"{problem.device} has compute capability {capability[0]}.{capability[1]}, less than 8.0"
     return None
 

@@ -111,6 +111,11 @@ def build_info() -> dict[str, Any]:
     return _module.build_info() if _module is not None else {}
 
 
+def structure() -> Any:
+    """The class of csrc/structure.h. Raises AttributeError when the extension is missing."""
+    return _module.Structure
+
+
 def cpu_capabilities() -> dict[str, bool]:
     """Instruction set, named as in Linux's /proc/cpuinfo, -> whether this machine has it; {} when missing."""
     return _module.cpu_capabilities() if _module is not None else {}

@@ -1,8 +1,12 @@
-"""Who can run an operator, and why not.
+"""Who runs an operator, and why not another: the one place that decides, for every operator.
 
 A backend answers two questions, each with None ("yes") or the reason against it: ``missing()`` about this machine and
-``refuses(problem)`` about one call. The same answer decides and explains: `choose` raises it for a backend that was
-asked for by name, and logs it at debug level where the choice is automatic.
+``why_not(problem)`` about one call. The same answer decides and explains. A backend that was asked for by argument, by
+context or by the environment wins over the automatic order.
+
+Focal modulation and gated aggregation have an implementation in every backend: `choose` finds it, or raises the reason
+why the backend that was asked for cannot run. Every other operator is optional: some backends have a kernel for it,
+and PyTorch's own operators do the same elsewhere. `optional` returns the kernel, or the reason why there is none.
 """
 
 from __future__ import annotations
@@ -25,38 +29,39 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Backend:
-    """A set of implementations: ``operators`` maps an operator's name to a function with the signature that
-    `focalnet.reference` gives it."""
+    """A set of implementations: ``operators`` maps an operator's name to the function that runs it.
+
+    Those of focal modulation and gated aggregation have the signatures that `focalnet.reference` gives them; every
+    other one has that of the operator of its name, without ``backend``.
+    """
 
     name: str
     operators: dict[str, Callable]
     missing: Callable[[], str | None]
-    refuses: Callable[[Problem], str | None]
+    accepts: Callable[[Problem], str | None]
 
-    def reason_against(self, problem: Problem) -> str | None:
-        reason = self.missing() or self.refuses(problem)
-        if reason is None and problem.operator not in self.operators:
-            return f"it does not implement {problem.operator}"
-        return reason
+    def why_not(self, problem: Problem) -> str | None:
+        """Why this backend cannot run ``problem`` here, or None if it can."""
+        if reason := self.missing():
+            return reason
+        if problem.operator not in self.operators:
+            return f"it has no kernel for {problem.operator}"
+        return self.accepts(problem)
 
 
-def _always(_: object = None) -> None:
+def _nothing(_: object = None) -> None:
     return None
 
 
-def _operators_of(module: ModuleType) -> dict[str, Callable]:
+def _backend(name: str, module: ModuleType) -> Backend:
     names = ("gated_aggregation", "gated_aggregation_bwd", "focal_modulation", "focal_modulation_bwd")
-    return {name: getattr(module, name) for name in names}
+    operators = {name: getattr(module, name) for name in names} | getattr(module, "OPTIONAL", {})
+    return Backend(name, operators, getattr(module, "missing", _nothing), getattr(module, "why_not", _nothing))
 
 
 _REGISTRY = {
-    backend.name: backend
-    for backend in (
-        Backend("triton", _operators_of(triton_backend), triton_backend.missing, triton_backend.refuses),
-        Backend("cuda", _operators_of(cuda), cuda.missing, cuda.refuses),
-        Backend("cpu", _operators_of(cpu), cpu.missing, cpu.refuses),
-        Backend("reference", _operators_of(reference), _always, _always),
-    )
+    name: _backend(name, module)
+    for name, module in (("triton", triton_backend), ("cuda", cuda), ("cpu", cpu), ("reference", reference))
 }
 _AUTOMATIC_ORDER = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
 _ENVIRONMENT_VARIABLE = "FOCALNET_BACKEND"
@@ -77,7 +82,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every operator inside the ``with`` block on the backend ``name``: "triton", "cuda", "cpu" or "reference".
 
     A ``backend=`` argument wins over the context, the context over the environment variable FOCALNET_BACKEND. The
-    backward of a forward that ran inside the block uses the same backend, wherever it runs.
+    backward of a forward that ran inside the block uses the same backend, wherever it runs. Operators that the backend
+    has no kernel for (LayerNorm, MLP and the residual, in some) are PyTorch's.
 
     Raises:
         ValueError: no backend has that name.
@@ -91,7 +97,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def requested(backend: str | None) -> str | None:
-    """The backend asked for by argument, context or environment, in this order; None leaves the choice to `choose`."""
+    """The backend asked for by argument, context or environment, in this order; None leaves the choice to us."""
     if backend is not None:
         return _known(backend, "backend")
     return _requested_around()
@@ -111,10 +117,14 @@ _requested_around._dynamo_marked_constant = True
 
 
 def choose(problem: Problem, backend: str | None) -> Callable:
-    """The implementation that runs ``problem``: that of the ``backend`` asked for, or the first that takes it."""
+    """The implementation that runs ``problem``: that of the ``backend`` asked for, or the first that can.
+
+    Raises:
+        RuntimeError: the backend that was asked for cannot; the message says why.
+    """
     name = requested(backend)
     if name is not None:
-        reason = _REGISTRY[name].reason_against(problem)
+        reason = _REGISTRY[name].why_not(problem)
         if reason is not None:
             raise RuntimeError(
                 f"backend {name!r} cannot run {problem.operator} here: {reason}. "
@@ -122,15 +132,31 @@ def choose(problem: Problem, backend: str | None) -> Callable:
             )
         return _REGISTRY[name].operators[problem.operator]
     name = automatic(problem)
-    if name == "reference" and problem.device.type == "cpu" and cpu.refuses(problem) is None:
+    if name == "reference" and problem.device.type == "cpu" and cpu.why_not(problem) is None:
         extension.warn_if_missing()
     return _REGISTRY[name].operators[problem.operator]
 
 
+def optional(problem: Problem, backend: str | None) -> Callable | str:
+    """The kernel that runs ``problem``, or the reason why PyTorch's operators have to."""
+    name = requested(backend)
+    candidates = _AUTOMATIC_ORDER.get(problem.device.type, ()) if name is None else (name,)
+    reasons = []
+    for candidate in candidates:
+        reason = _REGISTRY[candidate].why_not(problem)
+        if reason is None:
+            return _REGISTRY[candidate].operators[problem.operator]
+        if candidate != "reference":
+            reasons.append(f"not on backend {candidate}: {reason}")
+    reason = "; ".join(reasons) or f"backend {name!r} was asked for, which has no kernel of its own"
+    logger.debug("%s: %s", problem.operator, reason)
+    return reason
+
+
 def automatic(problem: Problem) -> str:
-    """The name of the first backend that takes ``problem``."""
+    """The name of the first backend that can run ``problem``."""
     for name in _AUTOMATIC_ORDER.get(problem.device.type, ("reference",)):
-        reason = _REGISTRY[name].reason_against(problem)
+        reason = _REGISTRY[name].why_not(problem)
         if reason is None:
             return name
         logger.debug("%s: not on backend %s: %s", problem.operator, name, reason)

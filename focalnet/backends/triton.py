@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from . import triton_rows
 from .problem import Problem
 
 if TYPE_CHECKING:
     from ..kernels.config import LevelConfig
     from ..kernels.plan import Plan
 
+OPTIONAL = triton_rows.OPERATORS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MOST_LEVELS, LARGEST_KERNEL = 4, 15
-OLDEST_TRITON, OLDEST_ARCH = (3, 6), (8, 0)
+MAX_LEVELS, MAX_KERNEL = 4, 15
+MIN_TRITON, MIN_CAPABILITY = (3, 6), (8, 0)
 
 
 @functools.cache
@@ -32,19 +34,19 @@ def missing() -> str | None:
         return "triton is not installed: pip install triton"
     import triton
 
-    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+    if tuple(map(int, triton.__version__.split(".")[:2])) < MIN_TRITON:
         return f"triton {triton.__version__} is too old, 3.6 is needed: pip install --upgrade triton"
     if triton.knobs.runtime.interpret:
         return None
     if not torch.cuda.is_available():
         return "no CUDA device"
-    if torch.cuda.get_device_capability() < OLDEST_ARCH:
+    if torch.cuda.get_device_capability() < MIN_CAPABILITY:
         return "the CUDA device has a compute capability below 8.0"
     return None
 
 
-def refuses(problem: Problem) -> str | None:
-    """Why the backend does not take this call, or None."""
+def why_not(problem: Problem) -> str | None:
+    """Why the kernels do not take this call, or None."""
     import triton
 
     expected = "cpu" if triton.knobs.runtime.interpret else "cuda"
@@ -52,10 +54,12 @@ def refuses(problem: Problem) -> str | None:
         return f"the tensors are on {problem.device}, not on a {expected} device"
     if problem.dtype not in DTYPES:
         return f"{problem.dtype} is not one of {', '.join(map(str, DTYPES))}"
-    if len(problem.kernel_sizes) > MOST_LEVELS:
-        return f"{len(problem.kernel_sizes)} levels are more than {MOST_LEVELS}"
-    if max(map(max, problem.kernel_sizes)) > LARGEST_KERNEL:
-        return f"kernel {max(map(max, problem.kernel_sizes))} is larger than {LARGEST_KERNEL}"
+    if problem.operator in OPTIONAL:
+        return triton_rows.why_not(problem)
+    if len(problem.kernel_sizes) > MAX_LEVELS:
+        return f"{len(problem.kernel_sizes)} levels are more than {MAX_LEVELS}"
+    if max(map(max, problem.kernel_sizes)) > MAX_KERNEL:
+        return f"kernel {max(map(max, problem.kernel_sizes))} is larger than {MAX_KERNEL}"
     if problem.batch * problem.height * problem.width >= 2**31:
         return "there are 2^31 positions or more"
     return None
@@ -132,7 +136,7 @@ def _zeros(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | N
 
 # ---- operands -------------------------------------------------------------------------------------------------------
 
-_FOCAL_WEIGHTS = tuple(f"w{level}" for level in range(MOST_LEVELS))
+_FOCAL_WEIGHTS = tuple(f"w{level}" for level in range(MAX_LEVELS))
 _IMAGES = ("ctx", "gates", "q")
 
 
@@ -178,7 +182,7 @@ def _pitch(tensor: Tensor) -> int | None:
 
 # A plan, and whether the kernels take operands with this key as they are.
 _plans: dict[tuple, tuple[Plan, bool]] = {}
-_MOST_PLANS = 4096
+_MAX_PLANS = 4096
 
 
 def _run(
@@ -194,7 +198,7 @@ def _run(
     key = (operator, device, ctx.dtype, normalize, mask, precise, aligned, *shapes)
     found = _plans.get(key)
     if found is None:
-        if len(_plans) >= _MOST_PLANS:
+        if len(_plans) >= _MAX_PLANS:
             _plans.clear()
         taken = _as_the_kernels_take_them(operands)
         as_given = all(taken[name] is tensor for name, tensor in operands.items())

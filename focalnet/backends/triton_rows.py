@@ -1,7 +1,7 @@
-"""The Triton kernels on whole rows of channels: who can take them, their operands, and the plan of a call.
+"""The operators on whole rows of channels that stand beside the focal modulation in a block, by Triton kernels.
 
-They stand beside the focal modulation in a block (kernels/residual.py, residual_norm.py, layer_norm.py), and the
-operators of `residual`, `residual_norm`, `norm_linear` and `norm_mlp` run them.
+Their operands are arranged here as the kernels take them (kernels/residual.py, residual_norm.py, layer_norm.py), and a
+plan is made for each kind of call, once.
 """
 
 from __future__ import annotations
@@ -12,39 +12,102 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from . import triton as triton_backend
+from .problem import Problem
 
 if TYPE_CHECKING:
     from ..kernels.plan import Plan
 
-MOST_CHANNELS, MOST_ROWS = 4096, 2**30
+MAX_CHANNELS, MAX_ROWS = 4096, 2**30
 
 
-def reason_against(rows: Tensor) -> str | None:
-    """Why the kernels do not take rows (..., C) like these, or None."""
-    if reason := triton_backend.missing():
-        return reason
-    import triton
-
-    expected = "cpu" if triton.knobs.runtime.interpret else "cuda"
-    if rows.device.type != expected:
-        return f"the tensors are on {rows.device}, not on a {expected} device"
-    if rows.dtype not in triton_backend.DTYPES:
-        return f"{rows.dtype} is not one of {', '.join(map(str, triton_backend.DTYPES))}"
-    if not 1 <= rows.shape[-1] <= MOST_CHANNELS:
-        return f"{rows.shape[-1]} channels are more than {MOST_CHANNELS}, or none"
-    if rows.shape[:-1].numel() >= MOST_ROWS:
-        return f"there are {MOST_ROWS} positions or more"
+def why_not(problem: Problem) -> str | None:
+    """Why the kernels do not take rows like these, or None."""
+    if not problem.has_affine_norm:
+        return "the norm has no weight, no bias, or an eps of 0, by which the padding of a row would be divided"
+    if not 1 <= problem.channels <= MAX_CHANNELS:
+        return f"{problem.channels} channels are more than {MAX_CHANNELS}, or none"
+    if problem.batch * problem.height * problem.width >= MAX_ROWS:
+        return f"there are {MAX_ROWS} positions or more"
     return None
 
 
-def reason_against_norm(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> str | None:
-    """Why the kernels do not take a LayerNorm of rows (..., C) like these, or None."""
-    if weight is None or bias is None:
-        return "the norm has no weight or no bias"
-    if not eps:
-        return "the norm has eps 0; the kernels divide by the deviation of rows of zeros beyond the last one"
-    return reason_against(rows)
+def residual(
+    hidden_state: Tensor,
+    update: Tensor,
+    gamma: Tensor | None,
+    kept: Tensor | None,
+    keep: float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    operands = {"hidden_state": hidden_state, "update": update, "gamma": gamma, "kept": kept}
+    operands |= {"weight": norm_weight, "bias": norm_bias}
+    out, _ = run("residual", operands, {"out": hidden_state.dtype}, keep=keep, eps=eps)
+    return out
+
+
+def residual_bwd(
+    dout: Tensor,
+    update: Tensor | None,
+    gamma: Tensor | None,
+    kept: Tensor | None,
+    keep: float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    update_dtype: torch.dtype,
+    output_mask: list[bool],
+) -> list[Tensor | None]:
+    need_update, need_parameters = output_mask
+    parameters = [p for p in (gamma, norm_weight, norm_bias) if p is not None]
+    operands = {"dout": dout, "update": update, "gamma": gamma, "kept": kept}
+    operands |= {"weight": norm_weight, "bias": norm_bias}
+    wanted = {"dupdate": update_dtype if need_update else None}
+    # With a norm the kernel always sums for three parameters. Without gamma, the first sum belongs to none.
+    sums = (3 if norm_weight is not None else 1, parameters[0].dtype) if need_parameters else None
+    dupdate, made = run("residual_bwd", operands, wanted, sums, keep=keep, eps=eps)
+    return [dupdate, None if made is None else made[-len(parameters) :]]
+
+
+def residual_norm(
+    hidden_state: Tensor,
+    update: Tensor,
+    gamma: Tensor | None,
+    kept: Tensor | None,
+    keep: float,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    norm_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    operands = {"hidden_state": hidden_state, "update": update, "gamma": gamma, "kept": kept}
+    operands |= {"weight": norm_weight, "bias": norm_bias}
+    wanted = {"out": hidden_state.dtype, "normed": norm_dtype}
+    out, normed, _ = run("residual_norm", operands, wanted, keep=keep, eps=eps)
+    return out, normed
+
+
+def residual_norm_bwd(
+    dout: Tensor,
+    dnormed: Tensor,
+    out: Tensor,
+    update: Tensor | None,
+    gamma: Tensor | None,
+    kept: Tensor | None,
+    keep: float,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    update_dtype: torch.dtype,
+    output_mask: list[bool],
+) -> list[Tensor | None]:
+    need_hidden, need_update, need_parameters = output_mask
+    operands = {"dout": dout, "dnormed": dnormed, "out": out, "update": update, "gamma": gamma, "kept": kept}
+    operands["weight"] = norm_weight
+    wanted = {"dhidden_state": out.dtype if need_hidden else None, "dupdate": update_dtype if need_update else None}
+    sums = (2 if gamma is None else 3, norm_weight.dtype) if need_parameters else None
+    return run("residual_norm_bwd", operands, wanted, sums, keep=keep, eps=eps)
 
 
 def layer_norm_bwd(
@@ -107,7 +170,7 @@ def run(
 # ---- plans ----------------------------------------------------------------------------------------------------------
 
 _plans: dict[tuple, Plan] = {}
-_MOST_PLANS = 4096
+_MAX_PLANS = 4096
 
 
 def _run(
@@ -124,7 +187,7 @@ def _run(
     key = (operator, first.device, first.shape, *kinds, *outputs.items(), sums, keep, eps)
     plan = _plans.get(key)
     if plan is None:
-        if len(_plans) >= _MOST_PLANS:
+        if len(_plans) >= _MAX_PLANS:
             _plans.clear()
         plan = _plans[key] = _plan(operator, operands, outputs, sums, keep, eps)
     if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
@@ -158,3 +221,12 @@ def _plan(
     count, outputs = (0, outputs) if sums is None else (sums[0], {**outputs, "sums": sums[1]})
     case = RowsCase(rows, rows // first.shape[0], first.shape[-1], types, outputs, count, keep, eps)
     return make(case, Device.of(first.device))
+
+
+OPERATORS = {
+    "residual": residual,
+    "residual_bwd": residual_bwd,
+    "residual_norm": residual_norm,
+    "residual_norm_bwd": residual_norm_bwd,
+    "layer_norm_bwd": layer_norm_bwd,
+}

@@ -16,18 +16,18 @@ WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
 def refuse_what_is_no_checkpoint(model: str) -> None:
     """Raises UserError, with what ``model`` is and what to give instead; a hub id or a likely path passes."""
     path = Path(model).expanduser()
-    reason = _reason_against_folder(path) if path.is_dir() else _reason_against_file(path) if path.is_file() else None
+    reason = _why_not_folder(path) if path.is_dir() else _why_not_file(path) if path.is_file() else None
     if reason is not None:
         raise UserError(reason)
 
 
-def _reason_against_file(path: Path) -> str | None:
+def _why_not_file(path: Path) -> str | None:
     if path.suffix.lower() in EXTENSIONS:
         return "this is an image; expected a checkpoint: a file of weights, a folder with them, or a hub id"
     return None
 
 
-def _reason_against_folder(path: Path) -> str | None:
+def _why_not_folder(path: Path) -> str | None:
     if _weights_in(path):
         return None
     if any(entry.suffix.lower() in EXTENSIONS for entry in path.iterdir()):

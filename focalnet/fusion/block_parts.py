@@ -171,11 +171,20 @@ class BlockNames:
 def _unusual(owner: nn.Module, prefix: str, roles: dict[str, Role], forward: Callable | None = None) -> str | None:
     """Why a child of ``owner`` does not play its role; ``forward`` is what that of the modulation may be bound to."""
     for name, module in owner._modules.items():
-        if not roles.get(name, _never)(module) or is_changed(module):
-            bound = None if module is None or is_hooked(module) else module.__dict__.get("forward")
-            if name != "modulation" or forward is None or getattr(bound, "func", None) is not forward:
-                return _is_unusual(prefix + name, module)
+        is_bound = name == "modulation" and forward is not None and _is_bound_to(module, forward)
+        if not is_bound and (not roles.get(name, _never)(module) or is_changed(module)):
+            return _is_unusual(prefix + name, module)
     return None
+
+
+def _is_bound_to(modulation: nn.Module | None, forward: Callable) -> bool:
+    """Whether ``modulation`` is unchanged but for a ``forward`` that computes the same, and keeps nothing of it."""
+    if modulation is None or is_hooked(modulation):
+        return False
+    bound = modulation.__dict__.get("forward")
+    if getattr(bound, "func", None) is not forward:
+        return False
+    return not bound.keywords.get("keep_modulator") and bound.keywords.get("backend") in (None, "cpu")
 
 
 def _unusual_level(modulation: nn.Module) -> str | None:

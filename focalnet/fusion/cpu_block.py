@@ -1,36 +1,48 @@
-"""The block in inference on a CPU: one operator instead of some twenty.
-
-`arguments` gives what the operator takes, or says why it cannot take a call; `run` calls it.
-"""
+"""The block in inference on a CPU: one operator instead of some twenty."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from ..backends.registry import requested
 from .block_parts import BlockNames
-from .cpu_inference import reason_against_call, reason_against_weights
+from .cpu_inference import kernel, why_not_call, why_not_weights
+from .unchanged import while_unchanged
+
+Call = list  # [operator, its arguments behind the map]
 
 
-def arguments(block: nn.Module, names: BlockNames, hidden_state: Tensor, backend: str | None = None) -> tuple | str:
-    """What the operator takes beside ``hidden_state`` for this call of a block whose parts have ``names``.
+def runner(
+    block: nn.Module, names: BlockNames, hidden_state: Tensor, backend: str | None = None
+) -> Callable[[Tensor], Tensor] | str:
+    """What computes ``block``, whose parts have ``names``, on maps (B, H, W, C) like ``hidden_state``.
 
     The reason instead, where the block has to be called module by module.
     """
-    return reason_against_call(hidden_state, backend) or weights(block, names)
+    if reason := why_not_call(hidden_state):
+        return reason
+    found = _call(block, names, hidden_state.dtype, requested(backend))
+    if isinstance(found, str):
+        return found
+    operator, arguments = found
+    return lambda x: operator(x, *arguments)
 
 
-def weights(block: nn.Module, names: BlockNames) -> tuple | str:
-    """The same, whatever the call is."""
+def call(block: nn.Module, names: BlockNames, dtype: torch.dtype, backend: str | None) -> Call | str:
+    """[the operator, its arguments behind the map] for maps of ``dtype``, or the reason why there is none."""
     if block.training:
         return "the block is in training mode"
+    run = kernel("block", dtype, backend)
+    if isinstance(run, str):
+        return run
     found = names.weights_of(block)
     if isinstance(found, str):
         return found
     arguments, tensors = found
-    return reason_against_weights(tensors, block) or arguments
+    return why_not_weights(tensors, dtype, block) or [run, list(arguments)]
 
 
-def run(hidden_state: Tensor, arguments: tuple) -> Tensor:
-    """What the block makes of ``hidden_state``, (B, H, W, C) -> (B, H, W, C); ``arguments`` are not a reason."""
-    return torch.ops.focalnet.cpu_block(hidden_state, *arguments)
+_call = while_unchanged(call)

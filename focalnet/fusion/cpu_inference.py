@@ -1,53 +1,49 @@
-"""What every fused operator of CPU inference asks: of a call, whatever the weights are, and of each weight.
+"""What every operator of CPU inference asks of a call, and of the weights.
 
-The operators read parameters where the modules have them, at every call. Nothing is kept between calls, so nothing can
-go stale, however a weight is written and whoever writes it.
+The operators read parameters where the modules have them, at every call. Nothing of a weight is kept between calls, so
+nothing can go stale, however a weight is written and whoever writes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
-from ..backends import extension
-from ..backends.problem import is_plain_tensor
-from ..backends.registry import requested
+from ..backends.problem import Problem, is_plain_tensor
+from ..backends.registry import optional
+from .observers import why_not_fused
+
+CPU = torch.device("cpu")
 
 
-def reason_against_call(input: Tensor, backend: str | None) -> str | None:
-    """Why no fused operator can take a call with ``input``, whatever its weights are; or None."""
+def why_not_call(input: Tensor) -> str | None:
+    """Why no operator of CPU inference can take a call with ``input``, whatever the modules are; or None."""
     if torch.is_grad_enabled():
         return "gradients are being computed"
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-        return "the call is being traced or transformed"
-    if type(input) is not Tensor:
-        return f"expected a plain tensor, got {type(input).__name__}"
-    if input.device.type != "cpu" or input.dtype != torch.float32:
-        return f"expected float32 on the CPU, got {input.dtype} on {input.device}"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is on"
-    if torch.nn.modules.module._has_any_global_hook():
-        return "there are hooks on all modules"
-    if (wanted := requested(backend)) not in (None, "cpu"):
-        return f"backend {wanted!r} was asked for"
-    return extension.missing()
+    if reason := why_not_fused(input):
+        return reason
+    if input.device.type != "cpu":
+        return f"expected a tensor on the CPU, got one on {input.device}"
+    return "autocast is on" if torch.is_autocast_enabled("cpu") else None
 
 
-def reason_against_weights(weights: Iterable[Tensor | None], *owners: nn.Module) -> str | None:
+def kernel(operator: str, dtype: torch.dtype, backend: str | None) -> Callable | str:
+    """What runs ``operator`` on a map of ``dtype``, or the reason why modules have to."""
+    return optional(Problem(operator, CPU, dtype), backend)
+
+
+def why_not_weights(weights: Iterable[Tensor | None], dtype: torch.dtype, *owners: nn.Module) -> str | None:
     """Why the operators cannot read ``weights``, parameters of ``owners`` and their parts, or None if they can."""
     for weight in weights:
-        if weight is None or (is_plain_tensor(weight) and weight.dtype is torch.float32 and weight.is_cpu):
+        if weight is None or (is_plain_tensor(weight) and weight.dtype is dtype and weight.is_cpu):
             continue
-        return f"{_name_of(weight, owners)} is {type(weight).__name__}, {_facts(weight)}; expected plain float32"
+        kind = f"{type(weight).__name__}, {weight.layout}, {weight.dtype}, on {weight.device}"
+        return f"{_name_of(weight, owners)} is {kind}; expected plain {dtype}"
     return None
 
 
 def _name_of(weight: Tensor, owners: Iterable[nn.Module]) -> str:
     named = (pair for owner in owners for pair in owner.named_parameters())
     return next((name for name, parameter in named if parameter is weight), "a weight")
-
-
-def _facts(weight: Tensor) -> str:
-    return f"{weight.layout}, {weight.dtype}, on {weight.device}"

@@ -1,7 +1,5 @@
 """Patches to channels in inference on a CPU: a strided convolution and its LayerNorm as one operator, a matrix product
 on channels-last tokens.
-
-`weights` gives what the operator takes of the modules, or says why these have to be called; `run` calls it.
 """
 
 from __future__ import annotations
@@ -9,23 +7,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .cpu_inference import reason_against_weights
+from .cpu_inference import kernel, why_not_weights
 from .module_checks import is_changed
 
 
-def weights(conv: nn.Module, norm: nn.Module) -> tuple | str:
-    """What the operator takes of ``conv`` and ``norm``; the reason instead, where these have to be called."""
+def call(conv: nn.Module, norm: nn.Module, dtype: torch.dtype, backend: str | None) -> list | str:
+    """What `run` calls instead of ``conv`` and ``norm``; the reason instead, where these have to be called."""
+    operator = kernel("patch_embed", dtype, backend)
+    if isinstance(operator, str):
+        return operator
     if reason := _unusual_part(conv, norm):
         return reason
     affine = (norm._parameters["weight"], norm._parameters["bias"])
     projection = (conv._parameters["weight"], conv._parameters["bias"])
-    reason = reason_against_weights((*projection, *affine), conv, norm)
-    return reason or (*projection, conv.stride, conv.padding, *affine, norm.eps)
+    reason = why_not_weights((*projection, *affine), dtype, conv, norm)
+    return reason or [operator, [*projection, conv.stride, conv.padding], [*affine, norm.eps]]
 
 
-def run(x: Tensor, size: tuple[int, int], arguments: tuple) -> Tensor:
-    """``norm(conv(x))``, (B, H, W, C) -> (B, *size, N), of the `weights`."""
-    return torch.ops.focalnet.cpu_patch_embed(x, *arguments[:4], size, *arguments[4:])
+def run(x: Tensor, size: tuple[int, int], call: list) -> Tensor:
+    """``norm(conv(x))``, (B, H, W, C) -> (B, *size, N), by the `call` that they gave."""
+    operator, before_size, behind_size = call
+    return operator(x, *before_size, size, *behind_size)
 
 
 def _unusual_part(conv: nn.Module, norm: nn.Module) -> str | None:

@@ -13,22 +13,27 @@ from torch import Tensor, nn
 from ..backends.registry import requested
 from ..operators import norm_linear as _norm_linear  # noqa: F401  (registers the operators)
 from ..operators import norm_mlp as _norm_mlp  # noqa: F401
-from .module_checks import all_are_watched, is_changed, is_exact_gelu, is_plain, is_proxy
+from .module_checks import is_changed, is_exact_gelu, is_plain, is_proxy
+from .observers import why_not_fused
 
 
-def norm_linear(norm: nn.Module, linear: nn.Module, hidden_state: Tensor) -> Tensor:
+def norm_linear(norm: nn.Module, linear: nn.Module, hidden_state: Tensor, backend: str | None = None) -> Tensor:
     """``linear(norm(hidden_state))``, of which the input is saved for backward and not the norm of it."""
     operands = None
     if _is_norm(norm, hidden_state) and is_plain(linear, nn.Linear):
-        operands = _operands(norm, (linear,), hidden_state)
+        operands = _operands(norm, (linear,), hidden_state, backend)
     if operands is None:
         return linear(norm(hidden_state))
     hidden_state, norm_weight, norm_bias, weights = operands
-    return torch.ops.focalnet.norm_linear(hidden_state, norm_weight, norm_bias, norm.eps, *weights)
+    return torch.ops.focalnet.norm_linear(hidden_state, norm_weight, norm_bias, norm.eps, *weights, backend)
 
 
 def norm_mlp(
-    norm: nn.Module | None, mlp: nn.Module, hidden_state: Tensor, normed: Tensor | None = None
+    norm: nn.Module | None,
+    mlp: nn.Module,
+    hidden_state: Tensor,
+    normed: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor | None:
     """``mlp.fc2(GELU(mlp.fc1(norm(hidden_state))))``, of which the input and fc1's output are saved for backward.
 
@@ -43,14 +48,14 @@ def norm_mlp(
         return None
     operands = None
     if mlp.drop.p == 0.0 or not mlp.drop.training:
-        operands = _operands(norm, (mlp.fc1, mlp.fc2), hidden_state)
+        operands = _operands(norm, (mlp.fc1, mlp.fc2), hidden_state, backend)
     if operands is None:
         return None
     hidden_state, norm_weight, norm_bias, weights = operands
     eps = None if norm is None else norm.eps
     if normed is not None:
         normed = normed.to(weights[0].dtype)
-    return torch.ops.focalnet.norm_mlp(hidden_state, norm_weight, norm_bias, eps, *weights, normed)[0]
+    return torch.ops.focalnet.norm_mlp(hidden_state, norm_weight, norm_bias, eps, *weights, normed, backend)[0]
 
 
 def _is_norm(norm: nn.Module, hidden_state: Tensor) -> bool:
@@ -60,14 +65,14 @@ def _is_norm(norm: nn.Module, hidden_state: Tensor) -> bool:
 
 
 def _operands(
-    norm: nn.Module | None, linears: tuple[nn.Module, ...], hidden_state: Tensor
+    norm: nn.Module | None, linears: tuple[nn.Module, ...], hidden_state: Tensor, backend: str | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor | None]] | None:
     """(hidden_state, norm weight, norm bias, [weight, bias of every linear]), or None: call the modules.
 
     Under autocast the norm runs in float32 and the products in autocast's dtype, as they do one by one.
     """
     modules = linears if norm is None else (norm, *linears)
-    if _must_stay_visible(hidden_state) or not (torch.is_grad_enabled() or any(m.training for m in modules)):
+    if _must_stay_visible(hidden_state, backend) or not (torch.is_grad_enabled() or any(m.training for m in modules)):
         return None
     norm_weight, norm_bias = (None, None) if norm is None else (norm.weight, norm.bias)
     weights = [parameter for linear in linears for parameter in (linear.weight, linear.bias)]
@@ -86,16 +91,11 @@ def _operands(
     return hidden_state, norm_weight, norm_bias, weights
 
 
-def _must_stay_visible(hidden_state: Tensor) -> bool:
-    """Whether someone looks at, transforms or compiles the single steps."""
-    if type(hidden_state) not in (Tensor, nn.Parameter):
+def _must_stay_visible(hidden_state: Tensor, backend: str | None) -> bool:
+    """Whether the single steps are asked for, or someone looks at, transforms or compiles them."""
+    if requested(backend) == "reference":
         return True
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and type(hidden_state) in (Tensor, nn.Parameter):
         # A compiler for GPUs fuses the steps, and recomputes what is cheap, by itself.
         return torch.compiler.is_exporting() or hidden_state.device.type != "cpu"
-    return (
-        requested(None) == "reference"
-        or torch._C._are_functorch_transforms_active()
-        or torch.jit.is_tracing()
-        or all_are_watched()
-    )
+    return why_not_fused(hidden_state) is not None

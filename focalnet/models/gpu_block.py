@@ -4,44 +4,40 @@
                                           hidden_state = residual(hidden_state, mlp of normed)
     behind them:                          hidden_state = residual(hidden_state, branch(hidden_state), norm), twice
 
-`reason_against` says whether a call can go there; everywhere else the block's modules run one by one. The branches
-themselves are called as they are.
+`runner` gives what computes such a block, or says why its modules have to run one by one. The branches themselves are
+called as they are.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from ..backends import triton_rows
-from ..backends.registry import requested
-from ..fusion.module_checks import all_are_watched, is_changed, is_plain
+from ..backends.problem import Problem
+from ..backends.registry import optional, requested
+from ..fusion.module_checks import is_changed, is_plain
+from ..fusion.observers import why_not_fused
 from ..operators import residual as _residual  # noqa: F401  (registers the operators)
 from ..operators import residual_norm as _residual_norm  # noqa: F401
 from .mlp import DropPath, FocalNetMlp
 
 
-def reason_against(block: nn.Module, hidden_state: Tensor, backend: str | None = None) -> str | None:
-    """Why the kernels cannot take the ends of the branches in this call, or None if they can."""
-    return _reason_against_call(hidden_state, backend) or _reason_against_parts(block, hidden_state)
+def runner(block: nn.Module, hidden_state: Tensor, backend: str | None = None) -> Callable[[Tensor], Tensor] | str:
+    """What computes ``block`` of ``hidden_state`` (B, H, W, C), or why its modules have to run one by one."""
+    if reason := why_not_fused(hidden_state):
+        return reason
+    backend = requested(backend)
+    kernel = optional(Problem.of_rows("residual", hidden_state), backend)
+    if isinstance(kernel, str):
+        return kernel
+    reason = _why_not_parts(block, hidden_state)
+    return reason or functools.partial(_run, block, backend)
 
 
-def _reason_against_call(hidden_state: Tensor, backend: str | None) -> str | None:
-    if torch.compiler.is_compiling():
-        return "a compiler fuses these steps by itself"
-    if type(hidden_state) not in (Tensor, nn.Parameter):
-        return f"expected a plain tensor, got {type(hidden_state).__name__}"
-    wanted = requested(backend)
-    if wanted not in (None, "triton"):
-        return f"backend {wanted!r} was asked for"
-    if wanted is None and hidden_state.device.type == "cpu":
-        return "on a CPU the kernels are interpreted, which is only done if asked for"
-    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing() or all_are_watched():
-        return "the call is being traced, transformed or watched"
-    return triton_rows.reason_against(hidden_state)
-
-
-def _reason_against_parts(block: nn.Module, hidden_state: Tensor) -> str | None:
+def _why_not_parts(block: nn.Module, hidden_state: Tensor) -> str | None:
     channels = hidden_state.shape[-1:]
     norms = {"norm2": block.norm2}
     if block.use_post_layernorm:
@@ -49,8 +45,8 @@ def _reason_against_parts(block: nn.Module, hidden_state: Tensor) -> str | None:
     for name, norm in norms.items():
         if not is_plain(norm, nn.LayerNorm) or tuple(norm.normalized_shape) != tuple(channels):
             return f"{name} was replaced, wrapped or hooked"
-        if reason := triton_rows.reason_against_norm(hidden_state, norm.weight, norm.bias, norm.eps):
-            return reason
+        if norm.weight is None or norm.bias is None or not norm.eps:
+            return f"{name} has no weight, no bias, or an eps of 0"
     drop_path = block.drop_path
     if type(drop_path) not in (DropPath, nn.Identity) or is_changed(drop_path):
         return "drop_path was replaced, wrapped or hooked"
@@ -73,18 +69,22 @@ def _autocast_dtype(hidden_state: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
-def run(block: nn.Module, hidden_state: Tensor) -> Tensor:
-    """``block(hidden_state)``, (B, H, W, C) -> (B, H, W, C), where `reason_against` has none."""
+def _run(block: nn.Module, backend: str | None, hidden_state: Tensor) -> Tensor:
     if block.use_post_layernorm:
-        hidden_state = _add(block, hidden_state, block.modulation(hidden_state), block.gamma_1, block.norm1)
-        return _add(block, hidden_state, block.mlp(hidden_state), block.gamma_2, block.norm2)
+        hidden_state = _add(block, backend, hidden_state, block.modulation(hidden_state), block.gamma_1, block.norm1)
+        return _add(block, backend, hidden_state, block.mlp(hidden_state), block.gamma_2, block.norm2)
     update = block.branch_of_normed(block.modulation, block.norm1, hidden_state)
-    hidden_state, update = _add_and_norm_for_mlp(block, hidden_state, update)
-    return _add(block, hidden_state, update, block.gamma_2)
+    hidden_state, update = _add_and_norm_for_mlp(block, backend, hidden_state, update)
+    return _add(block, backend, hidden_state, update, block.gamma_2)
 
 
 def _add(
-    block: nn.Module, hidden_state: Tensor, update: Tensor, gamma: Tensor | None, norm: nn.LayerNorm | None = None
+    block: nn.Module,
+    backend: str | None,
+    hidden_state: Tensor,
+    update: Tensor,
+    gamma: Tensor | None,
+    norm: nn.LayerNorm | None = None,
 ) -> Tensor:
     """The branch's end: norm, layer scale, stochastic depth, sum."""
     if not _is_update(update, hidden_state):
@@ -92,11 +92,13 @@ def _add(
     kept = _draw(block, hidden_state, update, hidden_state if norm is not None else gamma)
     if gamma is None and kept is None and norm is None:
         return hidden_state + update
-    weight, bias, eps = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
-    return torch.ops.focalnet.residual(hidden_state, update, gamma, kept, _keep(block), weight, bias, eps)
+    affine = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    return torch.ops.focalnet.residual(hidden_state, update, gamma, kept, _keep(block), *affine, backend)
 
 
-def _add_and_norm_for_mlp(block: nn.Module, hidden_state: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+def _add_and_norm_for_mlp(
+    block: nn.Module, backend: str | None, hidden_state: Tensor, update: Tensor
+) -> tuple[Tensor, Tensor]:
     """The first branch's end, and the second branch: its norm is made by the pass that ends the first."""
     norm, mlp = block.norm2, block.mlp
     if not _is_update(update, hidden_state):
@@ -106,10 +108,13 @@ def _add_and_norm_for_mlp(block: nn.Module, hidden_state: Tensor, update: Tensor
     is_ours = type(mlp) is FocalNetMlp and not is_changed(mlp) and is_plain(mlp.fc1, nn.Linear)
     # fc1 would cast to autocast's dtype first of all; whatever else is called sees the norm's own.
     norm_dtype = (_autocast_dtype(hidden_state) if is_ours else None) or hidden_state.dtype
+    affine = (norm.weight, norm.bias, norm.eps)
     hidden_state, normed = torch.ops.focalnet.residual_norm(
-        hidden_state, update, block.gamma_1, kept, _keep(block), norm.weight, norm.bias, norm.eps, norm_dtype
+        hidden_state, update, block.gamma_1, kept, _keep(block), *affine, norm_dtype, backend
     )
-    return hidden_state, mlp.of_normed(norm, hidden_state, normed) if is_ours else mlp(normed)
+    if not is_ours:
+        return hidden_state, mlp(normed)
+    return hidden_state, mlp.of_normed(norm, hidden_state, normed, backend=backend)
 
 
 def _is_update(update: Tensor, hidden_state: Tensor) -> bool:

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..backends.registry import requested
 from ..configuration import FocalNetConfig
-from ..fusion import cpu_block, cpu_inference
+from ..fusion import cpu_block
 from ..fusion.block_parts import BlockNames
-from ..fusion.module_checks import all_are_watched, is_changed, is_proxy
+from ..fusion.cpu_inference import why_not_call
+from ..fusion.module_checks import all_are_watched, is_changed
+from ..fusion.unchanged import while_unchanged
 from ..modules import FocalModulation
 from . import gpu_block, patch_embeddings
 from .mlp import DropPath, FocalNetMlp
-from .patch_embeddings import FocalNetPatchEmbeddings, embed
+from .patch_embeddings import FocalNetPatchEmbeddings
 
 TokensAndMap = tuple[Tensor, Tensor]
 OURS = BlockNames(modulation=FocalModulation, mlp=FocalNetMlp)
@@ -35,15 +38,22 @@ class FocalNetEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
-        if not is_proxy(pixel_values):
+        if not isinstance(pixel_values, torch.fx.Proxy):
             self._check_images(pixel_values)
         # The image processors give float32 whatever the model's dtype is.
         pixel_values = pixel_values.to(self.patch_embeddings.projection.weight.dtype)
-        embeddings = embed(self.patch_embeddings, self.norm, pixel_values.permute(0, 2, 3, 1))
+        embeddings = self._patches(pixel_values.permute(0, 2, 3, 1))
         if bool_masked_pos is not None:
             masked = self._mask_of_grid(bool_masked_pos, embeddings)
             embeddings = torch.where(masked, self.mask_token, embeddings)
         return self.dropout(embeddings)
+
+    def _patches(self, images: Tensor) -> Tensor:
+        """(B, H, W, num_channels) -> (B, h, w, embed_dim)"""
+        found = why_not_call(images) or _stem_call(self, images.dtype, requested(None))
+        if isinstance(found, str):
+            return self.norm(self.patch_embeddings(images))
+        return self.patch_embeddings.by_operator(images, found)
 
     def _check_images(self, pixel_values: Tensor | None) -> None:
         channels = self.patch_embeddings.num_channels
@@ -77,6 +87,11 @@ class FocalNetEmbeddings(nn.Module):
                 f"{height} x {width} grid, got {tuple(bool_masked_pos.shape)}"
             )
         return bool_masked_pos.bool().view(batch, height, width, 1)
+
+
+@while_unchanged
+def _stem_call(stem: FocalNetEmbeddings, dtype: torch.dtype, backend: str | None) -> list | str:
+    return patch_embeddings.call(stem.patch_embeddings, stem.norm, dtype, backend)
 
 
 def _what_came(images: object) -> str:
@@ -125,11 +140,11 @@ class FocalNetLayer(GradientCheckpointingLayer):
         return getattr(self.modulation, "backend", None)
 
     def forward(self, hidden_state: Tensor) -> Tensor:
-        arguments = cpu_block.arguments(self, OURS, hidden_state, self.backend)
-        if not isinstance(arguments, str):
-            return cpu_block.run(hidden_state, arguments)
-        if gpu_block.reason_against(self, hidden_state, self.backend) is None:
-            return gpu_block.run(self, hidden_state)
+        run = cpu_block.runner(self, OURS, hidden_state, self.backend)
+        if isinstance(run, str):
+            run = gpu_block.runner(self, hidden_state, self.backend)
+        if not isinstance(run, str):
+            return run(hidden_state)
         hidden_state = self._residual(hidden_state, self.norm1, self.modulation, self.gamma_1)
         return self._residual(hidden_state, self.norm2, self.mlp, self.gamma_2)
 
@@ -138,11 +153,10 @@ class FocalNetLayer(GradientCheckpointingLayer):
             return self.add(hidden_state, norm(branch(hidden_state)), gamma)
         return self.add(hidden_state, self.branch_of_normed(branch, norm, hidden_state), gamma)
 
-    @staticmethod
-    def branch_of_normed(branch: nn.Module, norm: nn.Module, hidden_state: Tensor) -> Tensor:
+    def branch_of_normed(self, branch: nn.Module, norm: nn.Module, hidden_state: Tensor) -> Tensor:
         """``branch(norm(hidden_state))``"""
         if type(branch) in (FocalModulation, FocalNetMlp) and not (is_changed(branch) or all_are_watched()):
-            return branch.of_normed(norm, hidden_state)
+            return branch.of_normed(norm, hidden_state, backend=self.backend)
         return branch(norm(hidden_state))
 
     def add(self, hidden_state: Tensor, update: Tensor, gamma: Tensor | None) -> Tensor:
@@ -171,21 +185,14 @@ class FocalNetStage(nn.Module):
             hidden_state = layer(hidden_state)
         return hidden_state if self.downsample is None else self.downsample(hidden_state), hidden_state
 
-    def arguments(self) -> list[tuple] | str:
-        """Those of the operators of all blocks and of the downsampling, or why not all of these can take operators."""
-        found = [cpu_block.weights(layer, OURS) for layer in self.layers]
-        if self.downsample is not None:
-            found.append(patch_embeddings.weights(self.downsample, self.downsample.norm, is_owner=True))
-        return next((reason for reason in found if isinstance(reason, str)), found)
-
-    def by_operators(self, hidden_state: Tensor, arguments: list[tuple]) -> tuple[Tensor, Tensor]:
-        """What forward returns, by operators alone."""
-        blocks, downsampling = arguments[: len(self.layers)], arguments[len(self.layers) :]
-        for block in blocks:
-            hidden_state = cpu_block.run(hidden_state, block)
-        if not downsampling:
+    def by_operators(self, hidden_state: Tensor, calls: list) -> tuple[Tensor, Tensor]:
+        """What forward returns, by the `_calls` of the stage alone."""
+        blocks, downsampling = calls
+        for operator, arguments in blocks:
+            hidden_state = operator(hidden_state, *arguments)
+        if downsampling is None:
             return hidden_state, hidden_state
-        return patch_embeddings.run(self.downsample, hidden_state, *downsampling), hidden_state
+        return self.downsample.by_operator(hidden_state, downsampling), hidden_state
 
 
 class FocalNetEncoder(nn.Module):
@@ -202,43 +209,47 @@ class FocalNetEncoder(nn.Module):
         taps: tuple[TokensAndMap, ...] = ()
         if collect:
             hidden_state, taps = _tap(hidden_state, taps)
-        arguments = self._arguments(hidden_state)
+        # Asked once, before the first block: an operator evicts Python's objects from the caches.
+        calls = why_not_call(hidden_state) or _calls(self, hidden_state.dtype, requested(None))
         for index, stage in enumerate(self.stages):
-            if isinstance(arguments, str):
+            if isinstance(calls, str):
                 hidden_state, before = stage(hidden_state)
             else:
-                hidden_state, before = stage.by_operators(hidden_state, arguments[index])
+                hidden_state, before = stage.by_operators(hidden_state, calls[index])
             if collect and before_downsampling:
                 _, taps = _tap(before, taps)
             elif collect:
                 hidden_state, taps = _tap(hidden_state, taps)
         return hidden_state, taps
 
-    def _arguments(self, hidden_state: Tensor) -> list[list[tuple]] | str:
-        """Those of all operators, stage by stage, where inference on a CPU needs no module between them; or why not.
 
-        Asked once, before the first block. Asked before every block it costs twice as much: each operator evicts the
-        Python objects from the caches.
-        """
-        stages = list(self.stages._modules.values())
-        if not _are(FocalNetStage, stages):
-            return "a stage was replaced, wrapped or hooked"
-        layers = [layer for stage in stages for layer in stage.layers._modules.values()]
-        downsamplings = [stage.downsample for stage in stages if stage.downsample is not None]
-        if not _are(FocalNetLayer, layers) or not _are(FocalNetPatchEmbeddings, downsamplings):
-            return "a block or a downsampling was replaced, wrapped or hooked"
-        backends = {layer.backend for layer in layers}
-        if len(backends) != 1:
-            return "the blocks were asked for different backends"
-        if reason := cpu_inference.reason_against_call(hidden_state, *backends):
-            return reason
-        found = [stage.arguments() for stage in stages]
-        return next((reason for reason in found if isinstance(reason, str)), found)
+@while_unchanged
+def _calls(encoder: FocalNetEncoder, dtype: torch.dtype, around: str | None) -> list | str:
+    """For each stage the calls of its blocks and that of its downsampling or None, by which CPU inference goes.
+
+    The reason instead, where a module between them has to be called. ``around`` is the backend that was asked for by
+    context or environment.
+    """
+    found = []
+    for stage in encoder.stages._modules.values():
+        calls = _calls_of_stage(stage, dtype, around)
+        if isinstance(calls, str):
+            return calls
+        found.append(calls)
+    return found
 
 
-def _are(kind: type[nn.Module], modules: list[nn.Module]) -> bool:
-    """Whether calling any of ``modules`` does what ``kind`` says, and no more."""
-    return all(type(module) is kind and not is_changed(module) for module in modules)
+def _calls_of_stage(stage: nn.Module, dtype: torch.dtype, around: str | None) -> list | str:
+    if type(stage) is not FocalNetStage or is_changed(stage):
+        return "a stage was replaced, wrapped or hooked"
+    blocks, downsample = list(stage.layers._modules.values()), stage.downsample
+    if any(type(block) is not FocalNetLayer or is_changed(block) for block in blocks):
+        return "a block was replaced, wrapped or hooked"
+    found = [cpu_block.call(block, OURS, dtype, block.backend or around) for block in blocks]
+    downsampling = None
+    if downsample is not None:
+        downsampling = patch_embeddings.call(downsample, downsample._modules.get("norm"), dtype, around)
+    return next((reason for reason in (*found, downsampling) if isinstance(reason, str)), [found, downsampling])
 
 
 def _tap(hidden_state: Tensor, taps: tuple[TokensAndMap, ...]) -> tuple[Tensor, tuple[TokensAndMap, ...]]:

@@ -24,12 +24,14 @@ class FocalNetMlp(nn.Module):
         fused = norm_mlp(None, self, hidden_state)
         return self._by_modules(hidden_state) if fused is None else fused
 
-    def of_normed(self, norm: nn.Module, hidden_state: Tensor, normed: Tensor | None = None) -> Tensor:
+    def of_normed(
+        self, norm: nn.Module, hidden_state: Tensor, normed: Tensor | None = None, *, backend: str | None = None
+    ) -> Tensor:
         """``self(norm(hidden_state))``; in training, what ``norm`` returns is not kept for backward.
 
         ``normed`` is ``norm(hidden_state)`` where that is there already.
         """
-        fused = norm_mlp(norm, self, hidden_state, normed)
+        fused = norm_mlp(norm, self, hidden_state, normed, backend)
         if fused is not None:
             return fused
         return self._by_modules(norm(hidden_state) if normed is None else normed)

@@ -4,12 +4,15 @@ the LayerNorm behind it.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
+from ..backends.registry import requested
 from ..configuration import FocalNetConfig
 from ..fusion import cpu_patch_embed
-from ..fusion.cpu_inference import reason_against_call
+from ..fusion.cpu_inference import why_not_call
 from ..fusion.module_checks import is_changed, is_proxy
+from ..fusion.unchanged import while_unchanged
 from .padding import pad_to_multiple
 
 
@@ -62,7 +65,14 @@ class FocalNetPatchEmbeddings(nn.Module):
         return embeddings
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._by_modules(x) if self.norm is None else embed(self, self.norm, x, is_owner=True)
+        if self.norm is None:
+            return self._by_modules(x)
+        found = why_not_call(x) or _own_call(self, x.dtype, requested(None))
+        return self.norm(self._by_modules(x)) if isinstance(found, str) else self.by_operator(x, found)
+
+    def by_operator(self, x: Tensor, call: list) -> Tensor:
+        """What the projection and the norm behind it give, by the operator that stands for both."""
+        return cpu_patch_embed.run(x, self.output_size(*x.shape[1:3]), call)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """The grid of patches that a map of this size gives.
@@ -97,26 +107,18 @@ class FocalNetPatchEmbeddings(nn.Module):
         return self.projection(nchw).permute(0, 2, 3, 1)
 
 
-def embed(embeddings: nn.Module, norm: nn.Module, x: Tensor, *, is_owner: bool = False) -> Tensor:
-    """``norm(embeddings(x))``; ``is_owner``: the norm is a part of ``embeddings``, whose forward asks for this."""
-    found = arguments(embeddings, norm, x, is_owner=is_owner)
-    if not isinstance(found, str):
-        return run(embeddings, x, found)
-    return norm(embeddings._by_modules(x) if is_owner else embeddings(x))
+def call(
+    embeddings: nn.Module, norm: nn.Module, dtype: torch.dtype, backend: str | None, *, is_owner: bool = False
+) -> list | str:
+    """What `by_operator` takes for ``norm(embeddings(x))``; the reason instead, where both have to be called.
 
-
-def arguments(embeddings: nn.Module, norm: nn.Module, x: Tensor, *, is_owner: bool = False) -> tuple | str:
-    """What `run` takes in the place of the modules; the reason instead, where these have to be called."""
-    return reason_against_call(x, None) or weights(embeddings, norm, is_owner=is_owner)
-
-
-def weights(embeddings: nn.Module, norm: nn.Module, *, is_owner: bool = False) -> tuple | str:
-    """The same, whatever the call is."""
+    ``is_owner``: the norm is a part of ``embeddings``, whose forward asks.
+    """
     if type(embeddings) is not FocalNetPatchEmbeddings or (is_changed(embeddings) and not is_owner):
         return "the embeddings were replaced, wrapped or hooked"
-    return cpu_patch_embed.weights(embeddings._modules["projection"], norm)
+    return cpu_patch_embed.call(embeddings._modules["projection"], norm, dtype, backend)
 
 
-def run(embeddings: FocalNetPatchEmbeddings, x: Tensor, arguments: tuple) -> Tensor:
-    """`embed`, given its `arguments`."""
-    return cpu_patch_embed.run(x, embeddings.output_size(*x.shape[1:3]), arguments)
+@while_unchanged
+def _own_call(embeddings: FocalNetPatchEmbeddings, dtype: torch.dtype, backend: str | None) -> list | str:
+    return call(embeddings, embeddings.norm, dtype, backend, is_owner=True)

@@ -3,11 +3,14 @@
 PyTorch's dispatch of an operator written in Python and the checks of its arguments cost more than the host needs to
 launch the kernels. What the checks and the choice of a backend find depends on a few facts of the arguments alone, the
 `key` of a call: so a call whose key has passed once need not be checked again. And the operator is there for those
-who look at it (autograd, compilers, tracers, modes, transformations, profilers): where none does, it is left out.
+who look at it (autograd, compilers, tracers, modes, transformations): where none does, it is left out. Profilers and
+the level of logging change nothing: a profile shows the name of the operator all the same, and a choice is logged once
+for each kind of call.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 
@@ -16,9 +19,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backends.problem import Problem, is_plain_tensor
-from ..backends.registry import choose, logger, requested
+from ..backends.registry import choose, requested
 
-_MOST_KEYS = 4096
+_MAX_KEYS = 4096
 _facts = operator.attrgetter("shape", "dtype", "device")
 _runs: dict[tuple, Callable] = {}
 
@@ -40,12 +43,20 @@ def key(name: str, tensors: tuple, focal_weights: Sequence[Tensor], backend: str
 
 def known(key: tuple | None) -> Callable | None:
     """The function of the backend that takes calls with this key, as far as one has passed before."""
-    return None if key is None else _runs.get(key)
+    run = None if key is None else _runs.get(key)
+    if run is None or not torch.autograd._profiler_enabled():
+        return run
+    return functools.partial(_profiled, f"focalnet::{key[0]}", run)
+
+
+def _profiled(name: str, run: Callable, *arguments: object) -> Tensor:
+    with torch.profiler.record_function(name):
+        return run(*arguments)
 
 
 def remember(key: tuple, name: str, ctx: Tensor, focal_weights: Sequence[Tensor], backend: str | None) -> None:
     """The arguments have been checked: choose their backend for all calls with this key."""
-    if len(_runs) >= _MOST_KEYS:
+    if len(_runs) >= _MAX_KEYS:
         _runs.clear()
     if ctx.device.type in ("cpu", "cuda"):
         _runs[key] = choose(Problem.of(name, ctx, focal_weights), backend)
@@ -60,7 +71,5 @@ def _is_observed() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_any_autocast_enabled()
         or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
         or forward_ad._current_level >= 0
-        or logger.isEnabledFor(10)  # DEBUG: every choice is to be said
     )

@@ -16,40 +16,22 @@ from torch import Tensor
 from .. import reference
 from ..backends.problem import Problem
 from ..backends.registry import choose, requested
+from .define import operator
 from .gradients import pack, unpack
-
-_TENSORS = "Tensor ctx, Tensor gates, Tensor[] focal_weights"
-_SCHEMAS = {
-    "gated_aggregation": f"({_TENSORS}, bool normalize_modulator, str? backend) -> Tensor",
-    "gated_aggregation_bwd": (
-        f"(Tensor dagg, {_TENSORS}, bool normalize_modulator, bool[] output_mask, str? backend) -> Tensor[]"
-    ),
-    "focal_modulation": (
-        f"(Tensor q, {_TENSORS}, Tensor weight, Tensor? bias, bool normalize_modulator, str? backend) -> Tensor"
-    ),
-    "focal_modulation_bwd": (
-        f"(Tensor dout, Tensor q, {_TENSORS}, Tensor weight, Tensor? bias, bool normalize_modulator, "
-        "bool[] output_mask, str? backend) -> Tensor[]"
-    ),
-}
-
-for _name, _schema in _SCHEMAS.items():
-    torch.library.define(f"focalnet::{_name}", _schema, tags=(torch.Tag.pt2_compliant_tag,))
-
 
 # ---- what runs ------------------------------------------------------------------------------------------------------
 
 
-@torch.library.impl("focalnet::gated_aggregation", "CompositeExplicitAutograd")
-def _gated_aggregation(
+@operator
+def gated_aggregation(
     ctx: Tensor, gates: Tensor, focal_weights: list[Tensor], normalize_modulator: bool, backend: str | None
 ) -> Tensor:
     run = choose(Problem.of("gated_aggregation", ctx, focal_weights), backend)
     return run(ctx, gates, focal_weights, normalize_modulator)
 
 
-@torch.library.impl("focalnet::focal_modulation", "CompositeExplicitAutograd")
-def _focal_modulation(
+@operator
+def focal_modulation(
     q: Tensor,
     ctx: Tensor,
     gates: Tensor,
@@ -63,8 +45,8 @@ def _focal_modulation(
     return run(q, ctx, gates, focal_weights, weight, bias, normalize_modulator)
 
 
-@torch.library.impl("focalnet::gated_aggregation_bwd", "CompositeExplicitAutograd")
-def _gated_aggregation_bwd(
+@operator
+def gated_aggregation_bwd(
     dagg: Tensor,
     ctx: Tensor,
     gates: Tensor,
@@ -77,8 +59,8 @@ def _gated_aggregation_bwd(
     return pack(run(dagg, ctx, gates, focal_weights, normalize_modulator, output_mask), ctx)
 
 
-@torch.library.impl("focalnet::focal_modulation_bwd", "CompositeExplicitAutograd")
-def _focal_modulation_bwd(
+@operator
+def focal_modulation_bwd(
     dout: Tensor,
     q: Tensor,
     ctx: Tensor,
@@ -98,24 +80,9 @@ def _focal_modulation_bwd(
 
 
 @torch.library.register_fake("focalnet::gated_aggregation")
-def _gated_aggregation_fake(
-    ctx: Tensor, gates: Tensor, focal_weights: list[Tensor], normalize_modulator: bool, backend: str | None
-) -> Tensor:
-    return ctx.new_empty(ctx.shape)
-
-
 @torch.library.register_fake("focalnet::focal_modulation")
-def _focal_modulation_fake(
-    q: Tensor,
-    ctx: Tensor,
-    gates: Tensor,
-    focal_weights: list[Tensor],
-    weight: Tensor,
-    bias: Tensor | None,
-    normalize_modulator: bool,
-    backend: str | None,
-) -> Tensor:
-    return q.new_empty(q.shape)
+def _fake(like: Tensor, *_: object) -> Tensor:
+    return like.new_empty(like.shape)
 
 
 @torch.library.register_fake("focalnet::gated_aggregation_bwd")
@@ -124,9 +91,9 @@ def _gated_aggregation_bwd_fake(
     ctx: Tensor,
     gates: Tensor,
     focal_weights: list[Tensor],
-    normalize_modulator: bool,
+    _: bool,
     output_mask: list[bool],
-    backend: str | None,
+    *rest: object,
 ) -> list[Tensor]:
     need_ctx, need_gates, need_focal = output_mask
     wanted = [need_ctx, need_gates, *[need_focal] * len(focal_weights)]
@@ -144,7 +111,7 @@ def _focal_modulation_bwd_fake(
     bias: Tensor | None,
     normalize_modulator: bool,
     output_mask: list[bool],
-    backend: str | None,
+    *rest: object,
 ) -> list[Tensor]:
     *needs, need_focal = output_mask
     bias_like = weight[0] if bias is None else bias

@@ -15,15 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import triton_rows
+from ..backends.problem import Problem
+from ..backends.registry import optional, requested
+from .define import operator
 from .gradients import composed_gradients, pack, unpack
-
-_TENSORS = "Tensor hidden_state, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor weight, Tensor? bias"
-_PT2 = (torch.Tag.pt2_compliant_tag,)
-torch.library.define("focalnet::norm_linear", f"({_TENSORS}) -> Tensor", tags=_PT2)
-torch.library.define(
-    "focalnet::norm_linear_bwd", f"(Tensor dout, {_TENSORS}, bool[] output_mask) -> Tensor[]", tags=_PT2
-)
 
 
 def composed(
@@ -39,20 +34,21 @@ def composed(
     return F.linear(normed.to(weight.dtype), weight, bias)
 
 
-@torch.library.impl("focalnet::norm_linear", "CompositeExplicitAutograd")
-def _forward(
+@operator
+def norm_linear(
     hidden_state: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
     weight: Tensor,
     bias: Tensor | None,
+    backend: str | None = None,
 ) -> Tensor:
     return composed(hidden_state, norm_weight, norm_bias, eps, weight, bias)
 
 
-@torch.library.impl("focalnet::norm_linear_bwd", "CompositeExplicitAutograd")
-def _backward(
+@operator
+def norm_linear_bwd(
     dout: Tensor,
     hidden_state: Tensor,
     norm_weight: Tensor | None,
@@ -61,13 +57,15 @@ def _backward(
     weight: Tensor,
     bias: Tensor | None,
     output_mask: list[bool],
+    backend: str | None = None,
 ) -> list[Tensor]:
     *need_norm, need_weight, need_bias = output_mask
     dim = hidden_state.shape[-1:]
     rows = dout.flatten(0, -2)
     dbias = rows.sum(0) if need_bias else None
-    if any(need_norm) and triton_rows.reason_against_norm(hidden_state, norm_weight, norm_bias, eps) is None:
-        normed, *from_norm = triton_rows.layer_norm_bwd(
+    run = optional(Problem.of_rows("layer_norm_bwd", hidden_state, norm_weight, norm_bias, eps), backend)
+    if any(need_norm) and not isinstance(run, str):
+        normed, *from_norm = run(
             dout @ weight, hidden_state, norm_weight, norm_bias, eps, need_norm, weight.dtype if need_weight else None
         )
         dweight = rows.T @ normed.flatten(0, -2) if need_weight else None
@@ -84,19 +82,14 @@ def _backward(
 
 
 @torch.library.register_fake("focalnet::norm_linear")
-def _forward_fake(
-    hidden_state: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor | None,
+def _fake(
+    hidden_state: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, weight: Tensor, *_: object
 ) -> Tensor:
     return weight.new_empty((*hidden_state.shape[:-1], weight.shape[0]))
 
 
 @torch.library.register_fake("focalnet::norm_linear_bwd")
-def _backward_fake(
+def _bwd_fake(
     dout: Tensor,
     hidden_state: Tensor,
     norm_weight: Tensor | None,
@@ -105,6 +98,7 @@ def _backward_fake(
     weight: Tensor,
     bias: Tensor | None,
     output_mask: list[bool],
+    *_: object,
 ) -> list[Tensor]:
     inputs = (hidden_state, norm_weight, norm_bias, weight, bias)
     wanted = zip(inputs, output_mask, strict=True)
@@ -112,7 +106,8 @@ def _backward_fake(
 
 
 def _setup(ctx: object, inputs: tuple, output: Tensor) -> None:
-    hidden_state, norm_weight, norm_bias, ctx.eps, weight, bias = inputs
+    hidden_state, norm_weight, norm_bias, ctx.eps, weight, bias, backend = inputs
+    ctx.backend = requested(backend)
     ctx.save_for_backward(hidden_state, norm_weight, norm_bias, weight, bias)
 
 
@@ -125,11 +120,11 @@ def _autograd(ctx: object, dout: Tensor) -> tuple:
         mask = [need[0], need[1], need[2], need[4], need[5]]
         gradients = unpack(
             torch.ops.focalnet.norm_linear_bwd(
-                dout.contiguous(), hidden_state, norm_weight, norm_bias, ctx.eps, weight, bias, mask
+                dout.contiguous(), hidden_state, norm_weight, norm_bias, ctx.eps, weight, bias, mask, ctx.backend
             ),
             mask,
         )
-    return (*gradients[:3], None, *gradients[3:])
+    return (*gradients[:3], None, *gradients[3:], None)
 
 
 torch.library.register_autograd("focalnet::norm_linear", _autograd, setup_context=_setup)

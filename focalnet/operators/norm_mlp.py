@@ -20,20 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import extension, triton_rows
+from ..backends.problem import Problem
+from ..backends.registry import optional, requested
+from .define import operator
 from .gradients import composed_gradients, pack, unpack
-
-_TENSORS = (
-    "Tensor hidden_state, Tensor? norm_weight, Tensor? norm_bias, float? eps, "
-    "Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2"
-)
-_PT2 = (torch.Tag.pt2_compliant_tag,)
-torch.library.define("focalnet::norm_mlp", f"({_TENSORS}, Tensor? normed) -> (Tensor out, Tensor fc1)", tags=_PT2)
-torch.library.define(
-    "focalnet::norm_mlp_bwd",
-    f"(Tensor dout, Tensor fc1, {_TENSORS}, bool[] output_mask, bool of_normed=False) -> Tensor[]",
-    tags=_PT2,
-)
 
 
 def composed(
@@ -73,16 +63,11 @@ def _norm_bwd(
     return unpack(gradients, mask)
 
 
-def _runs_compiled(tensor: Tensor) -> bool:
-    """Whether csrc/cpu has the GELU for this tensor."""
-    return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and extension.missing() is None
-
-
 # ---- forward --------------------------------------------------------------------------------------------------------
 
 
-@torch.library.impl("focalnet::norm_mlp", "CompositeExplicitAutograd")
-def _forward(
+@operator
+def norm_mlp(
     hidden_state: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -92,29 +77,32 @@ def _forward(
     weight2: Tensor,
     bias2: Tensor | None,
     normed: Tensor | None,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """The result, and fc1's output, which backward needs."""
     if normed is None:
         normed = _norm(hidden_state, norm_weight, norm_bias, eps)[0].to(weight1.dtype)
-    fc1, act = _fc1_and_gelu(normed.flatten(0, -2), weight1, bias1)
+    fc1, act = _fc1_and_gelu(normed.flatten(0, -2), weight1, bias1, backend)
     leading = hidden_state.shape[:-1]
     return F.linear(act, weight2, bias2).view(*leading, weight2.shape[0]), fc1.view(*leading, weight1.shape[0])
 
 
-def _fc1_and_gelu(normed: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    if not _runs_compiled(normed):
+def _fc1_and_gelu(normed: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
+    run = optional(Problem.of_rows("bias_gelu", normed), backend)
+    if isinstance(run, str):
         fc1 = F.linear(normed, weight, bias)
         return fc1, F.gelu(fc1)
     fc1 = normed @ weight.T
     act = torch.empty_like(fc1)
-    torch.ops.focalnet.cpu_bias_gelu_(fc1, bias, act)
+    run(fc1, bias, act)
     return fc1, act
 
 
 # ---- backward -------------------------------------------------------------------------------------------------------
 
 
-@torch.library.impl("focalnet::norm_mlp_bwd", "CompositeExplicitAutograd")
-def _backward(
+@operator
+def norm_mlp_bwd(
     dout: Tensor,
     fc1: Tensor,
     hidden_state: Tensor,
@@ -127,6 +115,7 @@ def _backward(
     bias2: Tensor | None,
     output_mask: list[bool],
     of_normed: bool = False,
+    backend: str | None = None,
 ) -> list[Tensor]:
     """The gradients; ``of_normed``: that of the norm in the place of that of its input."""
     *need_norm, need_weight1, need_bias1, need_weight2, need_bias2 = output_mask
@@ -135,13 +124,13 @@ def _backward(
     x, dout, fc1 = (tensor.flatten(0, -2) for tensor in (hidden_state, dout, fc1))
     dbias2 = dout.sum(0) if need_bias2 else None
     if any((*need_norm, need_weight1, need_bias1, need_weight2)):
-        act, dfc1 = _gelu_bwd(dout @ weight2, fc1)
+        act, dfc1 = _gelu_bwd(dout @ weight2, fc1, backend)
         dweight2 = dout.T @ act if need_weight2 else None
         del act
         dbias1 = dfc1.sum(0) if need_bias1 else None
     if need_weight1 or any(need_norm):
         run = _fc1_bwd_of_normed if of_normed else _fc1_bwd
-        dweight1, dx, *dnorm = run(dfc1, x, norm_weight, norm_bias, eps, weight1, need_norm, need_weight1)
+        dweight1, dx, *dnorm = run(dfc1, x, norm_weight, norm_bias, eps, weight1, need_norm, need_weight1, backend)
         from_norm = (None if dx is None else dx.view_as(hidden_state), *dnorm)
     return pack([*from_norm, dweight1, dbias1, dweight2, dbias2], hidden_state)
 
@@ -155,13 +144,13 @@ def _fc1_bwd(
     weight1: Tensor,
     need_norm: list[bool],
     need_weight1: bool,
+    backend: str | None,
 ) -> list[Tensor | None]:
     """[dweight1, dx, dnorm_weight, dnorm_bias]"""
-    if any(need_norm) and triton_rows.reason_against_norm(x, norm_weight, norm_bias, eps) is None:
+    run = optional(Problem.of_rows("layer_norm_bwd", x, norm_weight, norm_bias, eps), backend)
+    if any(need_norm) and not isinstance(run, str):
         normed_dtype = dfc1.dtype if need_weight1 else None
-        normed, *from_norm = triton_rows.layer_norm_bwd(
-            dfc1 @ weight1, x, norm_weight, norm_bias, eps, need_norm, normed_dtype
-        )
+        normed, *from_norm = run(dfc1 @ weight1, x, norm_weight, norm_bias, eps, need_norm, normed_dtype)
         return [dfc1.T @ normed if need_weight1 else None, *from_norm]
     normed, *statistics = _norm(x, norm_weight, norm_bias, eps)
     dweight1 = dfc1.T @ normed.to(dfc1.dtype) if need_weight1 else None
@@ -179,6 +168,7 @@ def _fc1_bwd_of_normed(
     weight1: Tensor,
     need_norm: list[bool],
     need_weight1: bool,
+    backend: str | None,
 ) -> list[Tensor | None]:
     """[dweight1, gradient of the norm, None, None]"""
     dweight1 = None
@@ -187,12 +177,13 @@ def _fc1_bwd_of_normed(
     return [dweight1, dfc1 @ weight1 if need_norm[0] else None, None, None]
 
 
-def _gelu_bwd(dact: Tensor, fc1: Tensor) -> tuple[Tensor, Tensor]:
+def _gelu_bwd(dact: Tensor, fc1: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
     """GELU(fc1) and dfc1; the latter may take the place of ``dact``."""
-    if not _runs_compiled(fc1):
+    run = optional(Problem.of_rows("gelu_bwd", fc1), backend)
+    if isinstance(run, str):
         return F.gelu(fc1), torch.ops.aten.gelu_backward(dact, fc1)
     act = torch.empty_like(fc1)
-    torch.ops.focalnet.cpu_gelu_backward_(dact, fc1, act)
+    run(dact, fc1, act)
     return act, dact
 
 
@@ -200,7 +191,7 @@ def _gelu_bwd(dact: Tensor, fc1: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("focalnet::norm_mlp")
-def _forward_fake(
+def _fake(
     hidden_state: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -208,15 +199,14 @@ def _forward_fake(
     weight1: Tensor,
     bias1: Tensor | None,
     weight2: Tensor,
-    bias2: Tensor | None,
-    normed: Tensor | None,
+    *_: object,
 ) -> tuple[Tensor, Tensor]:
     leading = hidden_state.shape[:-1]
     return weight2.new_empty((*leading, weight2.shape[0])), weight1.new_empty((*leading, weight1.shape[0]))
 
 
 @torch.library.register_fake("focalnet::norm_mlp_bwd")
-def _backward_fake(
+def _bwd_fake(
     dout: Tensor,
     fc1: Tensor,
     hidden_state: Tensor,
@@ -228,7 +218,7 @@ def _backward_fake(
     weight2: Tensor,
     bias2: Tensor | None,
     output_mask: list[bool],
-    of_normed: bool = False,
+    *_: object,
 ) -> list[Tensor]:
     inputs = (hidden_state, norm_weight, norm_bias, weight1, bias1, weight2, bias2)
     wanted = zip(inputs, output_mask, strict=True)
@@ -239,32 +229,32 @@ def _backward_fake(
 
 
 def _setup(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    hidden_state, norm_weight, norm_bias, ctx.eps, *weights, normed = inputs
+    hidden_state, norm_weight, norm_bias, ctx.eps, *weights, normed, backend = inputs
+    ctx.backend = requested(backend)
     ctx.is_given = normed is not None
     ctx.save_for_backward(output[1], hidden_state, norm_weight, norm_bias, *weights)
-    ctx.set_materialize_grads(
-        False
-    )  # nobody has a gradient for fc1: zeros for it would be a pass over the largest map
+    # There is no gradient for fc1, and zeros in its place would be a pass over the largest map.
+    ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx: object, dout: Tensor | None, _: Tensor | None) -> tuple:
     if dout is None:
-        return (None,) * 9
+        return (None,) * 10
     fc1, *tensors = ctx.saved_tensors
     if torch.is_grad_enabled():
         *from_norm, dweight1, dbias1, dweight2, dbias2 = _differentiable(ctx, dout, tensors)
     else:
-        need_hidden, need_weight, need_bias, _, *needs, need_normed = ctx.needs_input_grad
+        need_hidden, need_weight, need_bias, _, *needs, need_normed = ctx.needs_input_grad[:9]
         need_norm = [need_normed, False, False] if ctx.is_given else [need_hidden, need_weight, need_bias]
         mask = [*need_norm, *needs]
         made = torch.ops.focalnet.norm_mlp_bwd(
-            dout.contiguous(), fc1, *tensors[:3], ctx.eps, *tensors[3:], mask, ctx.is_given
+            dout.contiguous(), fc1, *tensors[:3], ctx.eps, *tensors[3:], mask, ctx.is_given, ctx.backend
         )
         *from_norm, dweight1, dbias1, dweight2, dbias2 = unpack(made, mask)
     dnormed = None
     if ctx.is_given:
         dnormed, *from_norm = from_norm[0], None, None, None
-    return (*from_norm, None, dweight1, dbias1, dweight2, dbias2, dnormed)
+    return (*from_norm, None, dweight1, dbias1, dweight2, dbias2, dnormed, None)
 
 
 def _differentiable(ctx: object, dout: Tensor, tensors: list[Tensor | None]) -> list[Tensor | None]:

@@ -15,17 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import triton_rows
+from ..backends.problem import Problem
+from ..backends.registry import optional, requested
+from .define import operator
 from .gradients import composed_gradients, pack, unpack
-
-_TENSORS = "Tensor? gamma, Tensor? kept, float keep, Tensor? norm_weight, Tensor? norm_bias, float eps"
-_PT2 = (torch.Tag.pt2_compliant_tag,)
-torch.library.define("focalnet::residual", f"(Tensor hidden_state, Tensor update, {_TENSORS}) -> Tensor", tags=_PT2)
-torch.library.define(
-    "focalnet::residual_bwd",
-    f"(Tensor dout, Tensor? update, {_TENSORS}, ScalarType update_dtype, bool[] output_mask) -> Tensor[]",
-    tags=_PT2,
-)
 
 
 def composed(
@@ -51,8 +44,8 @@ def scaled(update: Tensor, gamma: Tensor | None, kept: Tensor | None, keep: floa
     return update if kept is None else update.div(keep) * kept
 
 
-@torch.library.impl("focalnet::residual", "CompositeExplicitAutograd")
-def _forward(
+@operator
+def residual(
     hidden_state: Tensor,
     update: Tensor,
     gamma: Tensor | None,
@@ -61,17 +54,15 @@ def _forward(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
+    backend: str | None = None,
 ) -> Tensor:
-    if triton_rows.reason_against(hidden_state) is not None:
-        return composed(hidden_state, update, gamma, kept, keep, norm_weight, norm_bias, eps)
-    operands = {"hidden_state": hidden_state, "update": update, "gamma": gamma, "kept": kept}
-    operands |= {"weight": norm_weight, "bias": norm_bias}
-    out, _ = triton_rows.run("residual", operands, {"out": hidden_state.dtype}, keep=keep, eps=eps)
-    return out
+    run = optional(Problem.of_rows("residual", hidden_state), backend)
+    run = composed if isinstance(run, str) else run
+    return run(hidden_state, update, gamma, kept, keep, norm_weight, norm_bias, eps)
 
 
-@torch.library.impl("focalnet::residual_bwd", "CompositeExplicitAutograd")
-def _backward(
+@operator
+def residual_bwd(
     dout: Tensor,
     update: Tensor | None,
     gamma: Tensor | None,
@@ -82,20 +73,13 @@ def _backward(
     eps: float,
     update_dtype: torch.dtype,
     output_mask: list[bool],
+    backend: str | None = None,
 ) -> list[Tensor]:
     """[dupdate, gradients (number, C) of gamma, norm_weight and norm_bias, of those that there are]"""
-    need_update, need_parameters = output_mask
-    parameters = [p for p in (gamma, norm_weight, norm_bias) if p is not None]
-    if triton_rows.reason_against(dout) is not None:
-        made = _composed_bwd(dout, update, gamma, kept, keep, norm_weight, norm_bias, eps, update_dtype, output_mask)
-        return pack(made, dout)
-    operands = {"dout": dout, "update": update, "gamma": gamma, "kept": kept}
-    operands |= {"weight": norm_weight, "bias": norm_bias}
-    wanted = {"dupdate": update_dtype if need_update else None}
-    # With a norm the kernel always sums for three: without gamma, the first is not anyone's.
-    sums = (3 if norm_weight is not None else 1, parameters[0].dtype) if need_parameters else None
-    dupdate, made = triton_rows.run("residual_bwd", operands, wanted, sums, keep=keep, eps=eps)
-    return pack([dupdate, None if made is None else made[-len(parameters) :]], dout)
+    run = optional(Problem.of_rows("residual_bwd", dout), backend)
+    run = _composed_bwd if isinstance(run, str) else run
+    made = run(dout, update, gamma, kept, keep, norm_weight, norm_bias, eps, update_dtype, output_mask)
+    return pack(made, dout)
 
 
 def _composed_bwd(
@@ -132,21 +116,12 @@ def _composed_bwd(
 
 
 @torch.library.register_fake("focalnet::residual")
-def _forward_fake(
-    hidden_state: Tensor,
-    update: Tensor,
-    gamma: Tensor | None,
-    kept: Tensor | None,
-    keep: float,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float,
-) -> Tensor:
+def _fake(hidden_state: Tensor, *_: object) -> Tensor:
     return hidden_state.new_empty(hidden_state.shape)
 
 
 @torch.library.register_fake("focalnet::residual_bwd")
-def _backward_fake(
+def _bwd_fake(
     dout: Tensor,
     update: Tensor | None,
     gamma: Tensor | None,
@@ -157,6 +132,7 @@ def _backward_fake(
     eps: float,
     update_dtype: torch.dtype,
     output_mask: list[bool],
+    *_: object,
 ) -> list[Tensor]:
     need_update, need_parameters = output_mask
     dupdate = dout.new_empty(dout.shape, dtype=update_dtype) if need_update else None
@@ -166,7 +142,8 @@ def _backward_fake(
 
 
 def _setup(ctx: object, inputs: tuple, output: Tensor) -> None:
-    _, update, gamma, kept, ctx.keep, norm_weight, norm_bias, ctx.eps = inputs
+    _, update, gamma, kept, ctx.keep, norm_weight, norm_bias, ctx.eps, backend = inputs
+    ctx.backend = requested(backend)
     ctx.update_dtype = update.dtype
     is_needed = gamma is not None or norm_weight is not None
     ctx.save_for_backward(update if is_needed else None, gamma, kept, norm_weight, norm_bias)
@@ -174,19 +151,19 @@ def _setup(ctx: object, inputs: tuple, output: Tensor) -> None:
 
 def _autograd(ctx: object, dout: Tensor) -> tuple:
     update, gamma, kept, norm_weight, norm_bias = ctx.saved_tensors
-    need_hidden, need_update, need_gamma, _, _, *need_norm, _ = ctx.needs_input_grad
+    need_hidden, need_update, need_gamma, _, _, *need_norm, _ = ctx.needs_input_grad[:8]
     if torch.is_grad_enabled():
         dupdate, dgamma, *dnorm = _differentiable(ctx, dout, update, gamma, kept, norm_weight, norm_bias)
     else:
         need_parameters = need_gamma or any(need_norm)
         mask = [need_update, need_parameters]
         made = torch.ops.focalnet.residual_bwd(
-            dout, update, gamma, kept, ctx.keep, norm_weight, norm_bias, ctx.eps, ctx.update_dtype, mask
+            dout, update, gamma, kept, ctx.keep, norm_weight, norm_bias, ctx.eps, ctx.update_dtype, mask, ctx.backend
         )
         dupdate, sums = unpack(made, mask)
         rows = iter(() if sums is None else sums.unbind())
         dgamma, *dnorm = (None if p is None else next(rows, None) for p in (gamma, norm_weight, norm_bias))
-    return dout if need_hidden else None, dupdate, dgamma, None, None, *dnorm, None
+    return dout if need_hidden else None, dupdate, dgamma, None, None, *dnorm, None, None
 
 
 def _differentiable(

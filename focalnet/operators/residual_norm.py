@@ -14,23 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends import triton_rows
+from ..backends.problem import Problem
+from ..backends.registry import optional, requested
+from .define import operator
 from .gradients import composed_gradients, pack, unpack
 from .residual import scaled
-
-_TENSORS = "Tensor? gamma, Tensor? kept, float keep, Tensor norm_weight, Tensor norm_bias, float eps"
-_PT2 = (torch.Tag.pt2_compliant_tag,)
-torch.library.define(
-    "focalnet::residual_norm",
-    f"(Tensor hidden_state, Tensor update, {_TENSORS}, ScalarType norm_dtype) -> (Tensor out, Tensor normed)",
-    tags=_PT2,
-)
-torch.library.define(
-    "focalnet::residual_norm_bwd",
-    f"(Tensor dout, Tensor dnormed, Tensor out, Tensor? update, {_TENSORS}, ScalarType update_dtype, "
-    "bool[] output_mask) -> Tensor[]",
-    tags=_PT2,
-)
 
 
 def composed(
@@ -49,8 +37,8 @@ def composed(
     return out, F.layer_norm(out, out.shape[-1:], norm_weight, norm_bias, eps).to(norm_dtype)
 
 
-@torch.library.impl("focalnet::residual_norm", "CompositeExplicitAutograd")
-def _forward(
+@operator
+def residual_norm(
     hidden_state: Tensor,
     update: Tensor,
     gamma: Tensor | None,
@@ -60,18 +48,15 @@ def _forward(
     norm_bias: Tensor,
     eps: float,
     norm_dtype: torch.dtype,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    if triton_rows.reason_against(hidden_state) is not None:
-        return composed(hidden_state, update, gamma, kept, keep, norm_weight, norm_bias, eps, norm_dtype)
-    operands = {"hidden_state": hidden_state, "update": update, "gamma": gamma, "kept": kept}
-    operands |= {"weight": norm_weight, "bias": norm_bias}
-    wanted = {"out": hidden_state.dtype, "normed": norm_dtype}
-    out, normed, _ = triton_rows.run("residual_norm", operands, wanted, keep=keep, eps=eps)
-    return out, normed
+    run = optional(Problem.of_rows("residual_norm", hidden_state, norm_weight, norm_bias, eps), backend)
+    run = composed if isinstance(run, str) else run
+    return run(hidden_state, update, gamma, kept, keep, norm_weight, norm_bias, eps, norm_dtype)
 
 
-@torch.library.impl("focalnet::residual_norm_bwd", "CompositeExplicitAutograd")
-def _backward(
+@operator
+def residual_norm_bwd(
     dout: Tensor,
     dnormed: Tensor,
     out: Tensor,
@@ -84,18 +69,30 @@ def _backward(
     eps: float,
     update_dtype: torch.dtype,
     output_mask: list[bool],
+    backend: str | None = None,
 ) -> list[Tensor]:
-    """[dhidden_state, dupdate, gradients of norm_weight, norm_bias and, where there is one, gamma (number, C)]."""
+    """[dhidden_state, dupdate, gradients of norm_weight, norm_bias and, where there is one, gamma (number, C)]"""
+    run = optional(Problem.of_rows("residual_norm_bwd", out, norm_weight, norm_bias, eps), backend)
+    run = _composed_bwd if isinstance(run, str) else run
+    made = run(dout, dnormed, out, update, gamma, kept, keep, norm_weight, norm_bias, eps, update_dtype, output_mask)
+    return pack(made, out)
+
+
+def _composed_bwd(
+    dout: Tensor,
+    dnormed: Tensor,
+    out: Tensor,
+    update: Tensor | None,
+    gamma: Tensor | None,
+    kept: Tensor | None,
+    keep: float,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    update_dtype: torch.dtype,
+    output_mask: list[bool],
+) -> list[Tensor | None]:
     need_hidden, need_update, need_parameters = output_mask
-    if triton_rows.reason_against(out) is None:
-        operands = {"dout": dout, "dnormed": dnormed, "out": out, "update": update, "gamma": gamma, "kept": kept}
-        wanted = {
-            "dhidden_state": out.dtype if need_hidden else None,
-            "dupdate": update_dtype if need_update else None,
-        }
-        sums = (2 if gamma is None else 3, norm_weight.dtype) if need_parameters else None
-        operands["weight"] = norm_weight
-        return pack(triton_rows.run("residual_norm_bwd", operands, wanted, sums, keep=keep, eps=eps), out)
     dim = out.shape[-1:]
     _, *statistics = torch.native_layer_norm(out, dim, norm_weight, norm_bias, eps)
     dhidden, *dparameters = torch.ops.aten.native_layer_norm_backward(
@@ -106,28 +103,17 @@ def _backward(
     if gamma is not None and need_parameters:
         dparameters.append((dbranch * update).flatten(0, -2).sum(0))
     dupdate = scaled(dbranch, gamma, None, 1.0).to(update_dtype) if need_update else None
-    return pack(
-        [dhidden if need_hidden else None, dupdate, torch.stack(dparameters) if need_parameters else None], out
-    )
+    return [dhidden if need_hidden else None, dupdate, torch.stack(dparameters) if need_parameters else None]
 
 
 @torch.library.register_fake("focalnet::residual_norm")
-def _forward_fake(
-    hidden_state: Tensor,
-    update: Tensor,
-    gamma: Tensor | None,
-    kept: Tensor | None,
-    keep: float,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    norm_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+def _fake(hidden_state: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+    norm_dtype = arguments[7]
     return hidden_state.new_empty(hidden_state.shape), hidden_state.new_empty(hidden_state.shape, dtype=norm_dtype)
 
 
 @torch.library.register_fake("focalnet::residual_norm_bwd")
-def _backward_fake(
+def _bwd_fake(
     dout: Tensor,
     dnormed: Tensor,
     out: Tensor,
@@ -140,6 +126,7 @@ def _backward_fake(
     eps: float,
     update_dtype: torch.dtype,
     output_mask: list[bool],
+    *_: object,
 ) -> list[Tensor]:
     need_hidden, need_update, need_parameters = output_mask
     dhidden = out.new_empty(out.shape) if need_hidden else None
@@ -149,26 +136,39 @@ def _backward_fake(
 
 
 def _setup(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    _, update, gamma, kept, ctx.keep, norm_weight, norm_bias, ctx.eps, _ = inputs
+    _, update, gamma, kept, ctx.keep, norm_weight, norm_bias, ctx.eps, _, backend = inputs
+    ctx.backend = requested(backend)
     ctx.update_dtype = update.dtype
     ctx.save_for_backward(output[0], None if gamma is None else update, gamma, kept, norm_weight, norm_bias)
 
 
 def _autograd(ctx: object, dout: Tensor, dnormed: Tensor) -> tuple:
-    need_hidden, need_update, need_gamma, _, _, *need_norm, _, _ = ctx.needs_input_grad
+    need_hidden, need_update, need_gamma, _, _, *need_norm, _, _ = ctx.needs_input_grad[:9]
     if torch.is_grad_enabled():
         dhidden, dupdate, dgamma, dweight, dbias = _differentiable(ctx, dout, dnormed)
-        return dhidden, dupdate, dgamma, None, None, dweight, dbias, None, None
+        return dhidden, dupdate, dgamma, None, None, dweight, dbias, None, None, None
     out, update, gamma, kept, norm_weight, norm_bias = ctx.saved_tensors
     # Where nothing scales the branch, both gradients are one tensor.
     is_one = gamma is None and kept is None and ctx.update_dtype == out.dtype
     mask = [need_hidden or (is_one and need_update), need_update and not is_one, need_gamma or any(need_norm)]
     made = torch.ops.focalnet.residual_norm_bwd(
-        dout, dnormed, out, update, gamma, kept, ctx.keep, norm_weight, norm_bias, ctx.eps, ctx.update_dtype, mask
+        dout,
+        dnormed,
+        out,
+        update,
+        gamma,
+        kept,
+        ctx.keep,
+        norm_weight,
+        norm_bias,
+        ctx.eps,
+        ctx.update_dtype,
+        mask,
+        ctx.backend,
     )
     dhidden, dupdate, sums = unpack(made, mask)
     dweight, dbias, dgamma = (None, None, None) if sums is None else (*sums.unbind(), None)[:3]
-    return dhidden, dhidden if is_one else dupdate, dgamma, None, None, dweight, dbias, None, None
+    return dhidden, dhidden if is_one else dupdate, dgamma, None, None, dweight, dbias, None, None, None
 
 
 def _differentiable(ctx: object, dout: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:

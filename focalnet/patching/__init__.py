@@ -123,9 +123,9 @@ def _is_patched(module: nn.Module) -> bool:
 
 
 def _patch_modulation(name: str, module: nn.Module, backend: str | None, keep_modulator: bool) -> Entry:
-    reason = _reason_against_rebinding(module)
+    reason = _why_not_rebinding(module)
     source = None if isinstance(module, torch.jit.ScriptModule) else modulation.source_of(module)
-    reason = reason or _reason_against_modulation(module, source)
+    reason = reason or _why_not_modulation(module, source)
     if reason is None:
         for kept in modulation.KEPT:
             module.__dict__.pop(kept, None)
@@ -135,7 +135,7 @@ def _patch_modulation(name: str, module: nn.Module, backend: str | None, keep_mo
 
 
 def _patch_embeddings(name: str, module: nn.Module) -> Entry:
-    reason = _reason_against_rebinding(module)
+    reason = _why_not_rebinding(module)
     if reason is None:
         module.forward = Rebound(embeddings.forward, module)
     return Entry(name, "patch embeddings", embeddings.source_of(module), reason)
@@ -146,7 +146,7 @@ def _patch_block(name: str, module: nn.Module, backend: str | None, keep_modulat
     if keep_modulator:
         reason = "keep_modulator asks for what only the modulation can give"
     else:
-        reason = extension.missing() or _reason_against_rebinding(module) or _reason_against_block(module, source)
+        reason = extension.missing() or _why_not_rebinding(module) or _why_not_block(module, source)
     if reason is None:
         module.forward = Rebound(block.FORWARD[source], module, backend=backend)
     elif _is_patched(module):
@@ -154,15 +154,15 @@ def _patch_block(name: str, module: nn.Module, backend: str | None, keep_modulat
     return Entry(name, "block", source, reason)
 
 
-def _reason_against_block(module: nn.Module, source: str) -> str | None:
-    return block.reason_against(module, source) or probe.difference(
+def _why_not_block(module: nn.Module, source: str) -> str | None:
+    return block.why_not(module, source) or probe.difference(
         module,
         own=functools.partial(block.own_forward, source=source),
         new=functools.partial(block.fused, source=source),
     )
 
 
-def _reason_against_rebinding(module: nn.Module) -> str | None:
+def _why_not_rebinding(module: nn.Module) -> str | None:
     if isinstance(module, FocalModulation):
         return "it is focalnet's own"
     if isinstance(module, torch.jit.ScriptModule):
@@ -172,10 +172,10 @@ def _reason_against_rebinding(module: nn.Module) -> str | None:
     return None
 
 
-def _reason_against_modulation(module: nn.Module, source: str | None) -> str | None:
+def _why_not_modulation(module: nn.Module, source: str | None) -> str | None:
     if source is None:
         return f"it has other parts than a focal modulation: {', '.join(module._modules)}"
-    reason = modulation.reason_against(module, source)
+    reason = modulation.why_not(module, source)
     return reason or probe.difference(
         module,
         own=lambda twin, x: _in_layout(type(twin).forward, twin, x, source),

@@ -54,7 +54,7 @@ def is_candidate(module: nn.Module) -> bool:
     return all(name in children for name in _IN_COMMON) and modulation.is_candidate(children["modulation"])
 
 
-def reason_against(block: nn.Module, source: str) -> str | None:
+def why_not(block: nn.Module, source: str) -> str | None:
     """Why ``block`` has other parts than the operator knows of a block of ``source``, or None if it has those."""
     children = block._modules.keys()
     if unknown := sorted(children - _REQUIRED[source] | block._buffers.keys()):
@@ -66,10 +66,11 @@ def reason_against(block: nn.Module, source: str) -> str | None:
 
 def fused(block: nn.Module, x: Tensor, source: str) -> Tensor:
     """What the operator makes of x (B, H, W, C), whatever the block says of itself; for the trial."""
-    arguments = cpu_block.weights(block, NAMES[source])
-    if isinstance(arguments, str):
-        raise ValueError(arguments)
-    return cpu_block.run(x, arguments)
+    found = cpu_block.call(block, NAMES[source], x.dtype, "cpu")
+    if isinstance(found, str):
+        raise ValueError(found)
+    operator, arguments = found
+    return operator(x, *arguments)
 
 
 def forward_tokens(
@@ -88,10 +89,10 @@ def forward_sized(block: nn.Module, x: Tensor, *, backend: str | None = None) ->
 
 def forward_map(block: nn.Module, x: Tensor, *, backend: str | None = None) -> Tensor:
     """The forward of a patched block of timm, (B, C, H, W) -> (B, C, H, W), which lies channels-last in memory."""
-    arguments = cpu_block.arguments(block, NAMES["timm"], x, backend) if _is_map(x) else "x is no map"
-    if isinstance(arguments, str):
+    run = cpu_block.runner(block, NAMES["timm"], x, backend) if _is_map(x) else "x is no map"
+    if isinstance(run, str):
         return type(block).forward(block, x)
-    return cpu_block.run(x.permute(0, 2, 3, 1).contiguous(), arguments).permute(0, 3, 1, 2)
+    return run(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
 
 
 def _of_grid(
@@ -101,8 +102,8 @@ def _of_grid(
     grid = _grid(tokens, size)
     if grid is None:
         return None
-    arguments = cpu_block.arguments(block, NAMES[source], grid, backend)
-    return None if isinstance(arguments, str) else cpu_block.run(grid, arguments).flatten(1, 2)
+    run = cpu_block.runner(block, NAMES[source], grid, backend)
+    return None if isinstance(run, str) else run(grid).flatten(1, 2)
 
 
 FORWARD = {"transformers": forward_tokens, "authors": forward_sized, "timm": forward_map}

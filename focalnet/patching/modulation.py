@@ -77,12 +77,12 @@ def source_of(module: nn.Module) -> str | None:
     return None
 
 
-def reason_against(module: nn.Module, source: str) -> str | None:
+def why_not(module: nn.Module, source: str) -> str | None:
     """Why ``module``, with the part names of ``source``, is no focal modulation by its parts, or None if it may be."""
     names = NAMES[source]
     if unknown := sorted((module._modules.keys() - names.known) | module._parameters.keys() | module._buffers.keys()):
         return f"it also has {', '.join(unknown)}, which is no part of a focal modulation"
-    if (reason := _reason_against_levels(module.focal_layers)) is not None:
+    if (reason := _why_not_levels(module.focal_layers)) is not None:
         return reason
     context = module._modules[names.projection_context]
     if not isinstance(context, nn.Conv2d) or context.kernel_size != (1, 1) or context.groups != 1:
@@ -93,7 +93,7 @@ def reason_against(module: nn.Module, source: str) -> str | None:
     return None
 
 
-def _reason_against_levels(focal_layers: nn.Module) -> str | None:
+def _why_not_levels(focal_layers: nn.Module) -> str | None:
     if not isinstance(focal_layers, nn.ModuleList) or len(focal_layers) == 0:
         return f"focal_layers is {type(focal_layers).__name__} of {len(list(focal_layers.children()))} levels"
     for index, level in enumerate(focal_layers):

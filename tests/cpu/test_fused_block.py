@@ -16,6 +16,7 @@ import transformers
 from small_models import EVERY_OPTION, SMALL, build, images, one_thread  # noqa: F401
 
 import focalnet
+from focalnet.backends import registry
 from focalnet.fusion import cpu_block
 from focalnet.models.layers import OURS
 
@@ -40,8 +41,8 @@ def a_block(fields=SMALL, stage=1):
 def reason(layer, hidden_state):
     """Why the operator cannot take a call, or None."""
     with torch.no_grad():
-        arguments = cpu_block.arguments(layer, OURS, hidden_state)
-    return arguments if isinstance(arguments, str) else None
+        run = cpu_block.runner(layer, OURS, hidden_state)
+    return run if isinstance(run, str) else None
 
 
 def outputs(layer, hidden_state):
@@ -56,8 +57,9 @@ def outputs(layer, hidden_state):
 @pytest.fixture
 def fused_calls(monkeypatch):
     """One entry for every block that ran as one operator."""
-    calls = []
-    monkeypatch.setattr(cpu_block, "run", lambda *args, run=cpu_block.run: calls.append(1) or run(*args))
+    calls, operator = [], registry._REGISTRY["cpu"].operators["block"]
+    counting = lambda *arguments: calls.append(1) or operator(*arguments)  # noqa: E731
+    monkeypatch.setitem(registry._REGISTRY["cpu"].operators, "block", counting)
     return calls
 
 
@@ -256,7 +258,7 @@ def test_another_module_in_the_place_of_a_modulation():
 
 def test_calls_that_need_the_modules():
     layer, hidden_state = a_block(), torch.randn(1, 5, 6, 16)
-    assert "gradients" in cpu_block.arguments(layer, OURS, hidden_state)
+    assert "gradients" in cpu_block.runner(layer, OURS, hidden_state)
     assert "torch.bfloat16" in reason(layer, hidden_state.bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
         assert "autocast" in reason(layer, hidden_state)

@@ -27,7 +27,7 @@ def takes(backend, shape, dtype):
     """Whether the backend takes the call; that it says so in words where it does not is tested below."""
     _, ctx, _, focal_weights, *_ = operands(shape, dtype, DEVICE[backend])
     problem = Problem.of("focal_modulation", ctx, focal_weights)
-    return registry._REGISTRY[backend].reason_against(problem) is None
+    return registry._REGISTRY[backend].why_not(problem) is None
 
 
 def outputs_and_gradients(shape, dtype, backend, exact_of=None):

@@ -61,12 +61,12 @@ def test_the_operators_of_cpu_inference_count_their_products():
     stem, their_stem = ours.embeddings, theirs_.embeddings
     tokens, batch = torch.randn(2, 5, 6, 8), images(21, 30)
     with torch.no_grad():
-        arguments = cpu_block.arguments(block, OURS, tokens)
+        run = cpu_block.runner(block, OURS, tokens)
         expected = flops_of(their_block, tokens.flatten(1, 2), (5, 6))
-        assert flops_of(cpu_block.run, tokens, arguments) == expected
+        assert flops_of(run, tokens) == expected
         x = batch.permute(0, 2, 3, 1)
-        arguments = patch_embeddings.arguments(stem.patch_embeddings, stem.norm, x)
-        assert flops_of(patch_embeddings.run, stem.patch_embeddings, x, arguments) == flops_of(their_stem, batch)
+        call = patch_embeddings.call(stem.patch_embeddings, stem.norm, torch.float32, None)
+        assert flops_of(stem.patch_embeddings.by_operator, x, call) == flops_of(their_stem, batch)
 
 
 def wanted_gradients(count):

@@ -18,8 +18,7 @@ from sources import AuthorsBlock, AuthorsModulation, XDecoderBlock, golden_model
 from torch import nn
 
 import focalnet
-from focalnet.backends import extension
-from focalnet.fusion import cpu_block
+from focalnet.backends import extension, registry
 
 needs_extension = pytest.mark.skipif(extension.missing() is not None, reason=f"{extension.missing()}")
 BLOCKS = {
@@ -41,8 +40,9 @@ def test_blocks_run_as_one_operator_in_inference_and_by_their_modules_elsewhere(
     report = focalnet.patch(patched)
     replaced = {entry.name for entry in report.entries if entry.kind != "patch embeddings"}
     assert set(blocks(patched)) | set(modulations(patched)) == replaced and not report.left
-    fused = []
-    monkeypatch.setattr(cpu_block, "run", lambda *args, run=cpu_block.run: fused.append(1) or run(*args))
+    fused, operator = [], registry._REGISTRY["cpu"].operators["block"]
+    counting = lambda *arguments: fused.append(1) or operator(*arguments)  # noqa: E731
+    monkeypatch.setitem(registry._REGISTRY["cpu"].operators, "block", counting)
     size = (64, 96)
     with torch.no_grad():
         assert_equal(patched(images(*size)), original(images(*size)))

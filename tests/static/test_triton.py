@@ -88,7 +88,7 @@ def problem(dtype=torch.bfloat16, kernel_sizes=((3, 3), (5, 5)), device="cuda", 
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_the_predicate_says_what_the_backend_takes_and_why_not(given, reason):
-    assert triton_backend.refuses(given) == reason
+    assert triton_backend.why_not(given) == reason
 
 
 def test_without_triton_the_backend_says_how_to_get_it(monkeypatch):

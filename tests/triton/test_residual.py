@@ -13,6 +13,7 @@ from focalnet.kernels.plan import Device
 from small_models import SMALL, build
 
 from focalnet.backends import triton_rows
+from focalnet.backends.registry import use_backend
 from focalnet.models import gpu_block
 from focalnet.operators import norm_linear, norm_mlp, residual, residual_norm
 
@@ -26,6 +27,16 @@ def one_processor(monkeypatch):
     """So few programs that each has several tiles of rows, the last one cut off."""
     monkeypatch.setattr(plan, "H100", Device(arch=90, sm_count=1, l2_bytes=50 * 2**20))
     monkeypatch.setattr(triton_rows, "_plans", {})
+
+
+@pytest.fixture(autouse=True)
+def on_triton(request):
+    """On a CPU the kernels run only where they are asked for. Tests of blocks ask for them by themselves."""
+    if "fused" in request.fixturenames:
+        yield
+    else:
+        with use_backend("triton"):
+            yield
 
 
 # ---- the operators against their specification ----------------------------------------------------------------------
@@ -270,7 +281,8 @@ def test_a_model_is_what_its_modules_are_one_by_one(name, training, fused, monke
 @pytest.mark.parametrize("name", VARIETIES)
 def test_inference_is_what_the_modules_are_one_by_one(name, fused, monkeypatch):
     model = a_model(VARIETIES[name])
-    monkeypatch.setattr("focalnet.fusion.cpu_block.weights", lambda *_: "not now")
+    monkeypatch.setattr("focalnet.models.layers.why_not_call", lambda _: "not now")
+    monkeypatch.setattr("focalnet.fusion.cpu_block.why_not_call", lambda _: "not now")
     ran = kernels_that_run(monkeypatch)
     results = []
     for on in (False, True):
@@ -338,10 +350,10 @@ def test_a_changed_block_runs_module_by_module(change, reason, fused):
     block = a_model(VARIETIES["pre, layer scale"]).focalnet.encoder.stages[1].layers[0]
     x = torch.randn(2, 4, 4, 16, device=DEVICE)
     fused(True)
-    assert gpu_block.reason_against(block, x) is None
+    assert not isinstance(gpu_block.runner(block, x), str)
     unchanged = block(x)
     change(block)
-    assert gpu_block.reason_against(block, x) == reason
+    assert gpu_block.runner(block, x) == reason
     changed = block(x)
     fused(False)
     assert torch.equal(changed, block(x))
@@ -386,11 +398,10 @@ def test_nothing_is_saved_but_the_rows_themselves(fused):
     assert saved(block, x) <= plain
 
 
-def test_on_a_cpu_the_kernels_run_only_if_asked_for():
+def test_on_a_cpu_the_kernels_run_only_if_asked_for(fused):
     block = a_model(VARIETIES["pre"]).focalnet.encoder.stages[1].layers[0]
     if DEVICE == "cpu":
-        reason = "on a CPU the kernels are interpreted, which is only done if asked for"
-        assert gpu_block.reason_against(block, torch.ones(1, 2, 2, 16)) == reason
+        assert gpu_block.runner(block, torch.ones(1, 2, 2, 16)) == "not on backend cpu: it has no kernel for residual"
     for backend in ("cuda", "cpu", "reference"):
-        reason = gpu_block.reason_against(block, torch.ones(1, 2, 2, 16, device=DEVICE), backend)
-        assert reason == f"backend {backend!r} was asked for"
+        reason = gpu_block.runner(block, torch.ones(1, 2, 2, 16, device=DEVICE), backend)
+        assert isinstance(reason, str) and backend in reason
