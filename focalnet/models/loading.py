@@ -119,8 +119,9 @@ def convert_checkpoint(
 ) -> Conversion:
     """Write a checkpoint of any format in another one. No value changes: a round trip gives the same bits.
 
+    ``src``, ``variant``, ``use_ema`` and ``config_fields`` are those of `load_checkpoint`.
+
     Args:
-        src, variant, use_ema, config_fields: as in `load_checkpoint`.
         dst: for "transformers" a directory, which gets config.json and model.safetensors; for the other formats a
             file, safetensors by its suffix and otherwise (.pth, .pt, .bin) written by torch.save, with the tensors
             under "model" in the authors' formats. What is there is replaced.

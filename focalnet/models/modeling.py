@@ -284,9 +284,9 @@ class FocalNetForImageClassification(FocalNetPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: object,
     ) -> tuple | FocalNetImageClassifierOutput:
-        """
+        """Logits, and with ``labels`` the loss. The other arguments are those of `FocalNetModel.forward`.
+
         Args:
-            pixel_values, output_hidden_states, return_dict: as in `FocalNetModel.forward`.
             labels: ``(B,)`` class indices, ``(B, num_labels)`` floats for several labels at once, or the regression's
                 targets. ``config.problem_type`` says which; None: one label a number, integers a class, floats many.
 
