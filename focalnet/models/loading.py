@@ -90,10 +90,17 @@ def load_checkpoint(
 class Conversion:
     """What `convert_checkpoint` did.
 
-    source, path: from where, and the file or directory that was written. source_format, format: of FORMATS.
-    kind: what the model is, e.g. "classifier". tensors, parameters: how many. config: the model's configuration.
-    pass_when_reading: fields that the written file does not tell, to be given to `load_checkpoint` with it.
-    notes: choices that were made in reading the source, and what its format's own library will make of the result.
+    Attributes:
+        source: where the checkpoint was read from.
+        path: the file or directory that was written.
+        source_format: format of the source: "transformers", "authors", "authors-detection" or "timm".
+        format: format of what was written.
+        kind: what the model is: "classifier", "masked-image-modeling", "backbone" or "base".
+        tensors: how many tensors there are.
+        parameters: how many values they hold.
+        config: the model's configuration.
+        pass_when_reading: settings that the written file does not record. Pass them to `load_checkpoint` with it.
+        notes: choices that were made in reading the source, and what the format's own library does differently.
     """
 
     source: str

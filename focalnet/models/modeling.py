@@ -158,7 +158,8 @@ class FocalNetModel(FocalNetPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: object,
     ) -> tuple | FocalNetModelOutput:
-        """
+        """Tokens of the last stage, and their mean if the model has a pooling layer.
+
         Args:
             pixel_values: images, ``(B, num_channels, H, W)``, floating point, any H and W.
             bool_masked_pos: ``(B, N)``, true where a patch of the stem's ``h x w = N`` grid is masked.
@@ -218,9 +219,10 @@ class FocalNetForMaskedImageModeling(FocalNetPreTrainedModel):
     ) -> tuple | FocalNetMaskedImageModelingOutput:
         """Arguments and errors as in `FocalNetModel.forward`; with ``bool_masked_pos`` the loss is computed.
 
-        >>> height, width = (size // config.patch_size for size in pixel_values.shape[-2:])
-        >>> bool_masked_pos = torch.rand(len(pixel_values), height * width) < 0.6
-        >>> loss = model(pixel_values, bool_masked_pos=bool_masked_pos).loss
+        Examples:
+            >>> height, width = (size // config.patch_size for size in pixel_values.shape[-2:])
+            >>> bool_masked_pos = torch.rand(len(pixel_values), height * width) < 0.6
+            >>> loss = model(pixel_values, bool_masked_pos=bool_masked_pos).loss
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
