@@ -186,7 +186,7 @@ def growth(device: str) -> str:
             memory = f"{first['peak_memory_bytes'] / 1e6:.0f} to {last['peak_memory_bytes'] / 1e6:.0f}"
         of = _of(first, "series", "subject", "runtime")
         lines.append([*of, f"{first['x']} to {last['x']}", f"{fitted(line):.2f}", memory])
-    head = ["what grows", "of", "runtime", "range", "time grows with its power", "peak memory, MB"]
+    head = ["what grows", "of", "runtime", "range", "power p of time", "peak memory, MB"]
     series = dict.fromkeys(line[0]["series"] for line in grown)
     images = [_image(f"Cost against {name}, {device}", f"growth {name}", device) for name in series]
     return _markdown(head, lines) + "".join(images)
