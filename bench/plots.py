@@ -1,4 +1,4 @@
-"""The plots of `make report`: each is drawn of what has rows, and returns None where there are none.
+"""The plots of `make report`. Each function draws one from the rows, or returns None if there are no rows for it.
 
 The same rows give the same file, byte for byte.
 """

@@ -1,12 +1,12 @@
-"""Python's share of a forward: all of its time that is not spent inside an operator.
+"""Python's share of a forward: the time that is not spent inside an operator.
 
     python bench/python_share.py [--variant tiny_lrf --size 224 --batch 1] [--write]
 
-The time of a forward is dominated by its operators and varies by more than Python takes, so the share is no difference
-of two measurements. The profiler says when each operator began and ended within one forward; what is left of that
-forward is Python's: modules, checks, the choice of operators, their arguments on the way into C++. The profiler's own
-work for each operator, about a microsecond, is counted as Python's too. Float32, inference, on a CPU; with --write the
-rows go to bench/results/<device>/python_share.json. Takes seconds.
+Operators dominate the time of a forward, and that time varies by more than Python's share. So the share cannot be
+measured as the difference of two runs. Instead the profiler records when each operator of one forward begins and ends.
+The rest of that forward is Python's: modules, checks, the choice of operators, and passing their arguments to C++. The
+profiler's own work, about a microsecond for each operator, is counted as Python's too. Float32, inference, on a CPU.
+With --write the rows go to bench/results/<device>/python_share.json. Takes seconds.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Share:
 
 
 def main(
-    variant: Annotated[str, typer.Option(help="A published variant.")] = "tiny_lrf",
+    variant: Annotated[str, typer.Option(help="Name of a published variant.")] = "tiny_lrf",
     size: Annotated[int, typer.Option(help="Image size.")] = 224,
-    batch: Annotated[int, typer.Option(help="Images in one pass.")] = 1,
-    rounds: Annotated[int, typer.Option(min=2, help="Forwards to measure.")] = 50,
-    keep: Annotated[bool, typer.Option("--write", help="Put the rows among the committed ones.")] = False,
+    batch: Annotated[int, typer.Option(help="Batch size.")] = 1,
+    rounds: Annotated[int, typer.Option(min=2, help="Number of forwards to measure.")] = 50,
+    keep: Annotated[bool, typer.Option("--write", help="Write the rows to bench/results/.")] = False,
 ) -> None:
     """Measure, print milliseconds, and with --write keep the rows."""
     case = Case(variant, size, batch)

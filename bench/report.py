@@ -1,10 +1,10 @@
-"""The tables of docs/performance.md and the plots, made from the committed rows: `make report`.
+"""Writes the tables of docs/performance.md and the plots from the committed rows: `make report`.
 
     python bench/report.py
 
-Each part of the page between <!-- report: NAME --> and <!-- end --> is written anew from bench/results/; plots go to
-docs/plots/, and one whose rows are gone goes with them. A part whose rows are missing says so. Nothing here measures
-anything. A table or plot of figures from a processor says which one gave them.
+Every part of the page between <!-- report: NAME --> and <!-- end --> is written anew from bench/results/. A part
+without rows says so. Plots go to docs/plots/; those without rows are deleted. Nothing is measured here. Every table and
+plot of measured figures names the processor.
 """
 
 from __future__ import annotations
