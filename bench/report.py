@@ -3,8 +3,8 @@
     python bench/report.py
 
 Every part of the page between <!-- report: NAME --> and <!-- end --> is written anew from bench/results/. A part
-without rows says so. Plots go to docs/plots/; those without rows are deleted. Nothing is measured here. Every table and
-plot of measured figures names the processor.
+without rows says so. Plots go to docs/plots/; those without rows are deleted. Nothing is measured here. Every table
+and plot of measured figures names the processor.
 """
 
 from __future__ import annotations
