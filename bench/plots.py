@@ -129,6 +129,8 @@ def growth(device: str, series: str) -> Path | None:
     lines = [line for line in lines_of(device) if line[0]["series"] == series]
     if not lines:
         return None
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
     has_memory = "peak_memory_bytes" in lines[0][0]
     figure, panels = _figure(width=9 if has_memory else 5, panels=2 if has_memory else 1)
     for line in lines:
@@ -140,6 +142,9 @@ def growth(device: str, series: str) -> Path | None:
     for axes, label in zip(panels, ("ms", "peak memory, MB"), strict=False):
         axes.set_xticks(xs, list(map(str, xs)))
         axes.minorticks_off()
+        if axes.dataLim.ymax < 10 * axes.dataLim.ymin:  # powers of ten would leave the axis with one tick or none
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+            axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.set_xlabel(series)
         axes.set_ylabel(label)
         axes.legend()
