@@ -18,7 +18,7 @@ COMMON_TESTS := $(VENV)/share/transformers-tests
 EXTENSION    := setup.py pyproject.toml focalnet/_version.py $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench report clean common-tests
+.PHONY: help install demo test lint bench report docs clean common-tests
 
 help:
 	@echo "make demo      classify a photograph with transformers' FocalNet and with this one, side by side"
@@ -26,6 +26,7 @@ help:
 	@echo "make lint      ruff alone"
 	@echo "make bench     FocalNet on this CPU against every runtime that can be installed (ARGS go to bench/models.py)"
 	@echo "make report    the tables of docs/performance.md and the plots, from the rows in bench/results/"
+	@echo "make docs      the documentation site, in build/site; a warning or a broken link is an error"
 	@echo "make install   .venv with the tested versions, the extension compiled and focalnet installed (editable)"
 	@echo "make clean     remove .venv and everything that was built"
 
@@ -50,6 +51,11 @@ bench: install $(VENV)/.peers
 
 report: install
 	@$(BIN)/python bench/report.py
+
+# Reads the sources and imports nothing, so it needs no installed package.
+docs: $(VENV)/.requirements
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "build/site/index.html"
 
 # timm wants torchvision, which has no CPU build to install beside torch's; focalnet.benchmark does without.
 $(VENV)/.peers: $(VENV)/.requirements

@@ -1,8 +1,8 @@
-"""FocalNet-T beside Swin-T, ConvNeXt-T and ViT-S, which have about its size: what an image costs.
+"""FocalNet-T beside Swin-T, ConvNeXt-T and ViT-S, networks of about its size: the cost of an image.
 
     python bench/architectures.py [--batch 8] [--train] [--device cuda --dtype bfloat16]     2 minutes on two cores
 
-The others run as transformers ships them, FocalNet by focalnet and by transformers. The rows go to
+FocalNet runs in focalnet and in transformers, the others in transformers. The rows go to
 bench/results/<device>/architectures.json.
 """
 
@@ -24,8 +24,8 @@ from focalnet.benchmark.runtimes import Case, MakeModel, flops_per_image, theirs
 def main(
     batch: Annotated[list[int], typer.Option(help="Batch sizes.")] = [1, 8],  # noqa: B006
     size: Annotated[int, typer.Option(help="Image size.")] = 224,
-    rounds: Annotated[int, typer.Option(min=2, help="Turns of each; more on a noisy machine.")] = 7,
-    train: Annotated[bool, typer.Option(help="A training step instead of inference.")] = False,
+    rounds: Annotated[int, typer.Option(min=2, help="Turns of each network; use more on a noisy machine.")] = 7,
+    train: Annotated[bool, typer.Option(help="Measure a training step instead of inference.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:

@@ -1,10 +1,10 @@
-"""Whether two runs of a table agree: every ratio of one against the same ratio of the other.
+"""Whether two runs of a table agree: compares every ratio of one run with the same ratio of the other.
 
     python bench/models.py --standard && cp bench/results/<device>/models.json first.json
     python bench/models.py --standard --compare-with first.json
     python bench/compare.py first.json bench/results/<device>/models.json
 
-Exits with 1 where a ratio differs by more than 10 percent.
+The exit code is 1 if a ratio differs by more than 10 percent.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Pair:
 
 
 def main(
-    before: Annotated[Path, typer.Argument(help="Rows of a run.")],
-    after: Annotated[Path, typer.Argument(help="Rows of another.")],
-    allowed: Annotated[float, typer.Option(help="The largest difference that passes.")] = ALLOWED,
+    before: Annotated[Path, typer.Argument(help="Rows of the first run.")],
+    after: Annotated[Path, typer.Argument(help="Rows of the second run.")],
+    allowed: Annotated[float, typer.Option(help="Largest relative difference that passes.")] = ALLOWED,
 ) -> None:
     """Print every ratio of both, the largest difference, and exit with 1 if it is too large."""
     if not agree(json.loads(before.read_text()), json.loads(after.read_text()), allowed):

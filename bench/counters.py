@@ -1,9 +1,9 @@
-"""Figures that no machine changes: operators launched, bytes moved, bytes saved for backward, per image.
+"""Counts that do not depend on the machine: operators called, bytes moved, bytes saved for backward, per image.
 
     python bench/counters.py [--variant tiny_lrf --size 224 --batch 8]
 
-FocalNet in float32, eager, for ours, transformers and timm where it is installed. "Moved" is what operators are given
-and give back, weights included; the rows go to bench/results/without-gpu/counters.json. Takes seconds.
+FocalNet in float32, eager, in focalnet, in transformers, and in timm if it is installed. "Moved" are the inputs and
+outputs of the operators, weights included. The rows go to bench/results/without-gpu/counters.json. Takes seconds.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ console = Console()
 
 
 def main(
-    variant: Annotated[str, typer.Option(help="A published variant.")] = "tiny_lrf",
+    variant: Annotated[str, typer.Option(help="Name of a published variant.")] = "tiny_lrf",
     size: Annotated[int, typer.Option(help="Image size.")] = 224,
-    batch: Annotated[int, typer.Option(help="Images in one pass.")] = 8,
+    batch: Annotated[int, typer.Option(help="Batch size.")] = 8,
 ) -> None:
     """Count, print the table, and write the rows."""
     rows = counted_rows(Case(variant, size, batch))

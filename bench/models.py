@@ -1,13 +1,13 @@
-"""A FocalNet on this machine: focalnet against every runtime that is installed, in one run.
+"""A FocalNet on this machine: focalnet against every installed runtime, in one run.
 
     python bench/models.py --variant tiny_lrf --size 224 --batch 1 --batch 8
     python bench/models.py --runtime focalnet --runtime "transformers, max-autotune"
     python bench/models.py --standard            the table of docs/performance.md, on a CPU: 12 to 15 minutes
     python bench/models.py --standard --train    its table of training steps: 3 to 4 minutes
 
-Each runtime has a process of its own, and all take turns (`focalnet.benchmark.turns`). Runtimes that take minutes to
-start (max-autotune) are measured where they are named. The rows go to bench/results/<device>/models.json
-(training.json with --train), one for each case and runtime.
+Each runtime has its own process, and all take turns (`focalnet.benchmark.turns`). Runtimes that take minutes to start
+(max-autotune) are measured only if they are named. The rows go to bench/results/<device>/models.json (training.json
+with --train), one for each case and runtime.
 """
 
 from __future__ import annotations
@@ -52,13 +52,13 @@ def main(
     size: Annotated[list[int], typer.Option(help="Image sizes.")] = [224],  # noqa: B006
     batch: Annotated[list[int], typer.Option(help="Batch sizes.")] = [1, 8],  # noqa: B006
     runtime: Annotated[
-        list[str] | None, typer.Option(help=f"Which of: {'; '.join(RUNTIMES)}. Else all that are installed.")
+        list[str] | None, typer.Option(help=f"One or more of: {'; '.join(RUNTIMES)}. Default: all that are installed.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=2, help="Turns of each runtime; more on a noisy machine.")] = 11,
-    train: Annotated[bool, typer.Option(help="A training step instead of inference.")] = False,
+    rounds: Annotated[int, typer.Option(min=2, help="Turns of each runtime; use more on a noisy machine.")] = 11,
+    train: Annotated[bool, typer.Option(help="Measure a training step instead of inference.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    standard: Annotated[bool, typer.Option("--standard", help="A fixed set of cases, not those named.")] = False,
+    standard: Annotated[bool, typer.Option("--standard", help="A fixed set of variants, sizes and batches.")] = False,
     compare_with: Annotated[
         Path | None, typer.Option(help="Rows of an earlier run: exit with 1 if a ratio differs by over 10 percent.")
     ] = None,

@@ -1,9 +1,9 @@
-"""The operator on a CPU, stage by stage, by each backend that runs here, beside the least it can cost.
+"""The operator on a CPU, stage by stage: every backend that runs here, and the floor.
 
     python bench/operators.py [--variant base_lrf --batch 1]        under a minute; on a GPU: bench/gpu/gpu_kernels.py
 
-The floor of a call is the larger of its bytes over the bandwidth and its multiply-adds over the FMA rate, both as
-measured in this very run; GELUs count nothing, so no kernel reaches it. Rows go to
+The floor of a call is the larger of two times: its bytes over the bandwidth, and its multiply-adds over the FMA rate.
+Both rates are measured in the same run. GELUs are not counted, so no kernel reaches the floor. The rows go to
 bench/results/<device>/operators.json.
 """
 
@@ -29,10 +29,10 @@ console = Console()
 
 
 def main(
-    variant: Annotated[str, typer.Option(help="A published variant.")] = "tiny_lrf",
+    variant: Annotated[str, typer.Option(help="Name of a published variant.")] = "tiny_lrf",
     size: Annotated[int, typer.Option(help="Image size.")] = 224,
-    batch: Annotated[int, typer.Option(help="Images.")] = 8,
-    rounds: Annotated[int, typer.Option(min=2, help="Measured blocks of calls of each.")] = 15,
+    batch: Annotated[int, typer.Option(help="Batch size.")] = 8,
+    rounds: Annotated[int, typer.Option(min=2, help="Measured blocks of calls for each backend.")] = 15,
 ) -> None:
     """Measure every stage and direction, print the table, and write the rows."""
     case = Case(variant, size, batch)

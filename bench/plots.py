@@ -1,4 +1,4 @@
-"""The plots of `make report`: each is drawn of what has rows, and returns None where there are none.
+"""The plots of `make report`. Each function draws one from the rows, or returns None if there are no rows for it.
 
 The same rows give the same file, byte for byte.
 """
@@ -49,7 +49,7 @@ def speedup(device: str) -> Path | None:
     if not cases:
         return None
     present = [name for name in dict.fromkeys(row["runtime"] for row in measured) if name != OURS]
-    figure, (axes,) = _figure(width=1.5 + 1.3 * len(cases))
+    figure, (axes,) = _figure(width=max(5, 1.5 + 1.3 * len(cases)))
     for place, name in enumerate(present):
         for position, found in enumerate(cases.values()):
             if name in found:
@@ -59,7 +59,7 @@ def speedup(device: str) -> Path | None:
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks(range(len(cases)), [f"{variant}\n{size}, batch {batch}" for variant, size, batch in cases])
     axes.set_ylabel("time over focalnet's (higher: focalnet is faster)")
-    axes.set_title(f"Inference, {measured[0]['dtype']}, {device}")
+    axes.set_title(f"Inference, {measured[0]['dtype']}\n{device}", fontsize="medium")
     figure.legend(loc="outside lower center", ncols=3)
     return _save(figure, name_of("inference", device))
 
@@ -93,7 +93,8 @@ def roofline(device: str) -> Path | None:
     axes.set_xlabel("operational intensity, FLOP / byte")
     axes.set_ylabel("GFLOP/s")
     first = measured[0]
-    axes.set_title(f"focal_modulation, {first['variant']}, batch {first['batch']}, {first['dtype']}, {device}")
+    of = f"focal_modulation, {first['variant']}, batch {first['batch']}, {first['dtype']}"
+    axes.set_title(f"{of}\n{device}", fontsize="medium")
     axes.legend(fontsize="small")
     return _save(figure, name_of("roofline", device))
 
@@ -128,6 +129,8 @@ def growth(device: str, series: str) -> Path | None:
     lines = [line for line in lines_of(device) if line[0]["series"] == series]
     if not lines:
         return None
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
     has_memory = "peak_memory_bytes" in lines[0][0]
     figure, panels = _figure(width=9 if has_memory else 5, panels=2 if has_memory else 1)
     for line in lines:
@@ -139,12 +142,15 @@ def growth(device: str, series: str) -> Path | None:
     for axes, label in zip(panels, ("ms", "peak memory, MB"), strict=False):
         axes.set_xticks(xs, list(map(str, xs)))
         axes.minorticks_off()
+        if axes.dataLim.ymax < 10 * axes.dataLim.ymin:  # powers of ten would leave the axis with one tick or none
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+            axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.set_xlabel(series)
         axes.set_ylabel(label)
         axes.legend()
     if has_memory:
         panels[1].set_ylim(bottom=0)
-    panels[0].set_title(f"{lines[0][0]['subject']}, {device}")
+    figure.suptitle(f"{lines[0][0]['subject']}\n{device}", fontsize="medium")
     return _save(figure, name_of(f"growth {series}", device))
 
 

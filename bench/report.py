@@ -1,10 +1,10 @@
-"""The tables of docs/performance.md and the plots, made from the committed rows: `make report`.
+"""Writes the tables of docs/performance.md and the plots from the committed rows: `make report`.
 
     python bench/report.py
 
-Each part of the page between <!-- report: NAME --> and <!-- end --> is written anew from bench/results/; plots go to
-docs/plots/, and one whose rows are gone goes with them. A part whose rows are missing says so. Nothing here measures
-anything. A table or plot of figures from a processor says which one gave them.
+Every part of the page between <!-- report: NAME --> and <!-- end --> is written anew from bench/results/. A part
+without rows says so. Plots go to docs/plots/; those without rows are deleted. Nothing is measured here. Every table
+and plot of measured figures names the processor.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def growth(device: str) -> str:
             memory = f"{first['peak_memory_bytes'] / 1e6:.0f} to {last['peak_memory_bytes'] / 1e6:.0f}"
         of = _of(first, "series", "subject", "runtime")
         lines.append([*of, f"{first['x']} to {last['x']}", f"{fitted(line):.2f}", memory])
-    head = ["what grows", "of", "runtime", "range", "time grows with its power", "peak memory, MB"]
+    head = ["what grows", "of", "runtime", "range", "power p of time", "peak memory, MB"]
     series = dict.fromkeys(line[0]["series"] for line in grown)
     images = [_image(f"Cost against {name}, {device}", f"growth {name}", device) for name in series]
     return _markdown(head, lines) + "".join(images)

@@ -1,14 +1,15 @@
-"""How the cost of a FocalNet grows: with the image, the batch, the levels and the kernels.
+"""How the cost of a FocalNet grows with the image, the batch, the levels and the kernel size.
 
     python bench/scaling.py [--device cuda --dtype bfloat16]        about 4 minutes on two cores
 
-The model at 224 to 1024 pixels and at batch 1 to 64, ours and transformers': a process for each point and runtime, so
-that its peak memory is the point's own, the two taking turns. The operator with 1 to 4 levels, and with one kernel of
-3 to 15, all points taking turns in one process. For each, the exponent p of time ~ x ** p, fitted over the larger half
-of the points, where fixed costs weigh least. Focal modulation is linear in the pixels: 2 for the side of the image, 1
-for the batch; an attention over all pixels tends to 4 in the side.
+The models of focalnet and transformers run at 224 to 1024 pixels and at batch 1 to 64. Every point and runtime has its
+own process, so that the peak memory is that of the point; the two runtimes take turns. The operator runs with 1 to 4
+levels, and with one kernel of 3 to 15; all these points take turns in one process. For each series the exponent p of
+time ~ x ** p is fitted over the larger half of the points, where fixed costs matter least. Focal modulation is linear
+in the number of pixels: p is 2 for the side of the image and 1 for the batch. Attention over all pixels tends to 4 for
+the side.
 
-The rows go to bench/results/<device>/scaling.json, those of a point as soon as it is measured.
+The rows go to bench/results/<device>/scaling.json, each as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ OPERATOR_ROUNDS = 11
 
 
 def main(
-    variant: Annotated[str, typer.Option(help="A published variant.")] = "tiny_lrf",
+    variant: Annotated[str, typer.Option(help="Name of a published variant.")] = "tiny_lrf",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    runtime: Annotated[list[str], typer.Option(help="Whose models.")] = ["focalnet", "transformers"],  # noqa: B006
+    runtime: Annotated[list[str], typer.Option(help="Runtimes to measure.")] = ["focalnet", "transformers"],  # noqa: B006
     size: Annotated[list[int], typer.Option(help="Image sizes, at batch 1.")] = list(SIZES),  # noqa: B006
     batch: Annotated[list[int], typer.Option(help="Batch sizes, at 224 pixels.")] = list(BATCHES),  # noqa: B006
-    rounds: Annotated[int, typer.Option(min=2, help="Turns of each at each point.")] = 3,
+    rounds: Annotated[int, typer.Option(min=2, help="Turns of each runtime at each point.")] = 3,
 ) -> None:
     """Measure each series, print a table with the fitted exponents, and write the rows."""
     environment = facts(device)

@@ -1,6 +1,6 @@
-"""One photograph through transformers' FocalNet and through this one: the same weights, the same answer.
+"""Classify one photograph with transformers' FocalNet and with this one: same weights, same answer.
 
-Run by ``make demo``. Exit code 1 if the two differ by more than rounding.
+``make demo`` runs this. The exit code is 1 if the two answers differ by more than rounding.
 """
 
 import os
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def find_weights(folder: str) -> str:
-    """The published weights' name if they can be had; otherwise ``folder``, with random weights written to it."""
+    """The name of the published weights if they are available, else ``folder``, with random weights written to it."""
     stay_offline_unless_reachable()
     try:
         AutoImageProcessor.from_pretrained(PUBLISHED, backend="pil")
@@ -69,9 +69,9 @@ def find_weights(folder: str) -> str:
         FocalNetForImageClassification(config).save_pretrained(folder)
         published_processor(config).save_pretrained(folder)
         console.print(
-            f"[yellow]{PUBLISHED}: not in the cache, and no download from here.\n"
-            "So both models get the same random weights (seed 0, the same architecture): the\n"
-            "labels have no names and mean nothing; that the two models agree means a lot.[/]\n"
+            f"[yellow]{PUBLISHED} is not in the cache and cannot be downloaded.\n"
+            "Both models get the same random weights instead (seed 0, same architecture). The\n"
+            "labels have no names and mean nothing, but the two models must still agree.[/]\n"
         )
         return folder
     console.print(f"Weights: {PUBLISHED}, as published.\n")
@@ -79,7 +79,7 @@ def find_weights(folder: str) -> str:
 
 
 def race(models: list, pixel_values: torch.Tensor) -> tuple[list[torch.Tensor], list[list[float]]]:
-    """The logits, and the seconds of each run: the models take turns for a while, after a run each to warm up."""
+    """The logits, and the seconds of each run. The models take turns, after one warm-up run each."""
     times = [[] for _ in models]
     end = time.perf_counter() + SECONDS
     with torch.inference_mode():

@@ -41,24 +41,26 @@ class FocalNetConfig(BackboneConfigMixin, PreTrainedConfig):
         mlp_ratio (float): hidden size of the MLP over the block's width.
         hidden_dropout_prob (float): dropout after the embeddings, the modulation and inside the MLP.
         drop_path_rate (float): stochastic depth of the last block; it grows linearly from 0.
-        use_layerscale (bool), layerscale_value (float): a learned scale per channel on both branches, and its start.
+        use_layerscale (bool): a learned scale per channel on both branches.
+        layerscale_value (float): its initial value.
         use_post_layernorm (bool): LayerNorm after each branch instead of before it.
         use_post_layernorm_in_modulation (bool): LayerNorm inside the modulation, before its last projection.
         normalize_modulator (bool): divide the aggregated context by L + 1.
         initializer_range (float): standard deviation of initial weights.
         layer_norm_eps (float): epsilon of every LayerNorm.
         encoder_stride (int): how much the decoder of masked image modelling enlarges the last map.
-        out_features (list of str), out_indices (list of int): what a FocalNetBackbone returns: "stem", "stage1", ...
-
-    Fields beyond transformers' (left out of the JSON while they keep their defaults):
+        out_features (list of str): names of the maps that a FocalNetBackbone returns: "stem", "stage1", ...
+        out_indices (list of int): the same by number; give one of the two.
         feature_maps_before_downsampling (bool): FocalNetBackbone returns each stage's map before the downsampling that
             ends it: strides 4, 8, 16, 32 for stages 1 to 4, as dense prediction wants them, instead of 8, 16, 32, 32.
         use_feature_map_norms (bool): FocalNetBackbone has a LayerNorm for each map that it returns, as the authors'
             detection backbone does.
-        stem_padding (int or None): padding of the overlapping stem; None is 2; the authors' mmdet code has 3.
-        drop_incomplete_patches (bool or None): images and maps that are no whole number of patches lose what is left
-            over at the bottom and the right, as in timm and the authors' classifiers, instead of being filled up with
-            zeros, as in transformers. None is False, except for weights in the format of a model that drops.
+        stem_padding (int or None): padding of the overlapping stem. None means 2; the authors' mmdet code has 3.
+        drop_incomplete_patches (bool or None): rows and columns that do not fill a patch are dropped at the bottom and
+            the right, as in timm and the authors' classifiers. Otherwise they are padded with zeros, as in
+            transformers. None means False, except for weights in the format of a model that drops.
+
+    The last four fields are not in transformers. They are left out of the JSON while they keep their defaults.
 
     Raises:
         ValueError, TypeError: a field is out of range, of the wrong type or length; the message names it.

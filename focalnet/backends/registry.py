@@ -71,8 +71,9 @@ _in_context: contextvars.ContextVar[str | None] = contextvars.ContextVar("focaln
 def backends() -> dict[str, str | None]:
     """Every backend's name, with the reason why it cannot run on this machine, or None where it can.
 
-    >>> focalnet.backends()["reference"] is None
-    True
+    Examples:
+        >>> focalnet.backends()["reference"] is None
+        True
     """
     return {name: backend.missing() for name, backend in _REGISTRY.items()}
 

@@ -15,10 +15,10 @@ from .modeling import FocalNetBackbone, FocalNetForImageClassification, FocalNet
 
 
 def register_auto_classes() -> None:
-    """From here on the Auto classes (AutoConfig, AutoModel..., AutoBackbone) give this package's "focalnet".
+    """Makes transformers' Auto classes (AutoConfig, AutoModel..., AutoBackbone) build this package's FocalNet.
 
-    transformers' own FocalNet is no longer what the Auto classes give in this process; it stays importable by name.
-    Calling it twice is harmless.
+    This holds for the whole process. transformers' own FocalNet can still be imported by name. A second call does
+    nothing.
     """
     AutoConfig.register("focalnet", FocalNetConfig, exist_ok=True)
     for auto_class, model_class in (

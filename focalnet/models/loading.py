@@ -45,37 +45,39 @@ _HEADS = {"authors": "head.weight", "timm": "head.fc.weight"}
 def load_checkpoint(
     path_or_id: str | os.PathLike, *, variant: str | None = None, use_ema: bool | None = None, **config_fields: Any
 ) -> FocalNetPreTrainedModel:
-    """The model that a checkpoint holds, of the class that fits it, in evaluation mode.
+    """Load a checkpoint as a model of the class that fits it, in evaluation mode.
 
     Reads transformers' directories and hub ids, the authors' .pth files (classifiers and detection backbones) and
-    timm's state dicts, as safetensors or pickles; a pickle is never allowed to run code, and objects that a training
-    script left beside the weights are not built. The format is recognised by its keys and the configuration inferred
-    from the shapes. What those cannot tell is taken from ``config_fields``, else from ``variant``, else from the one
-    published variant that has this structure. Activation, epsilon and image size leave no trace either: without an
-    argument or a variant they have their defaults. Choices that a user may want to know of (averaged weights, the
-    padding of a detector's stem, parts that were dropped) are logged as warnings.
+    timm's state dicts, as safetensors or pickles. A pickle never runs code, and objects that a training script stored
+    beside the weights are not built.
 
-    Files of timm and of the authors' classifiers get ``drop_incomplete_patches``, since that is what those models do,
-    and with 1000 or 21,842 outputs the names of ImageNet-1K's or 22K's classes.
+    The format is recognised by the names of the tensors, and the configuration is inferred from their shapes. What
+    the shapes leave open is taken from ``config_fields``, else from ``variant``, else from the one published variant
+    with this structure. Activation, epsilon and image size are not recorded either; without an argument or a variant
+    they have their defaults. Choices that matter to a user (averaged weights, the padding of a detector's stem,
+    dropped parts) are logged as warnings.
 
-    A file with a head gives FocalNetForImageClassification or FocalNetForMaskedImageModeling, one without gives
-    FocalNetModel, and a detection backbone of the authors FocalNetBackbone with its maps before downsampling and
+    Files of timm and of the authors' classifiers set ``drop_incomplete_patches``, because those models drop them.
+    With 1000 or 21,842 outputs they also get the names of the classes of ImageNet-1K or 22K.
+
+    A file with a head gives FocalNetForImageClassification or FocalNetForMaskedImageModeling. A file without one gives
+    FocalNetModel. A detection backbone of the authors gives FocalNetBackbone, with the maps before downsampling and
     their norms.
 
     Args:
-        path_or_id: a file, a directory as save_pretrained writes it, or an id on the Hugging Face hub.
+        path_or_id: a file, a directory written by save_pretrained, or an id on the Hugging Face hub.
         variant: name of a published variant, such as "large_fl4".
-        use_ema: for a training script's file that has the average of the weights over training beside them: True for
-            the average, False for the plain weights, None for the average if there is one (as timm does).
+        use_ema: for a file of a training script that holds both the weights and their average over training. True
+            takes the average, False the plain weights, None the average if there is one (as timm does).
         config_fields: arguments of FocalNetConfig, such as ``normalize_modulator=True``, or ``stem_padding=3`` for a
             detector of the authors' mmdet code with the overlapping stem.
 
     Raises:
-        ValueError: the file is damaged, refused or no FocalNet, lacks tensors or has others than its configuration
-            wants (all listed at once), contradicts the arguments, or leaves its configuration open. A head of another
-            size than the file's is from_pretrained's to make.
-        TypeError: an argument is no field of the configuration.
-        OSError: there is no such file, or the hub cannot be reached; FileNotFoundError for a path.
+        ValueError: the file is damaged, refused or not a FocalNet; its tensors do not match its configuration (all
+            mismatches are listed); it contradicts the arguments; or it leaves the configuration open. A head of
+            another size is an error too: use from_pretrained for that.
+        TypeError: an argument is not a field of the configuration.
+        OSError: the file does not exist (FileNotFoundError), or the hub cannot be reached.
     """
     checkpoint = _read(path_or_id, variant, use_ema, config_fields)
     checkpoint.tell()
@@ -90,10 +92,17 @@ def load_checkpoint(
 class Conversion:
     """What `convert_checkpoint` did.
 
-    source, path: from where, and the file or directory that was written. source_format, format: of FORMATS.
-    kind: what the model is, e.g. "classifier". tensors, parameters: how many. config: the model's configuration.
-    pass_when_reading: fields that the written file does not tell, to be given to `load_checkpoint` with it.
-    notes: choices that were made in reading the source, and what its format's own library will make of the result.
+    Attributes:
+        source: where the checkpoint was read from.
+        path: the file or directory that was written.
+        source_format: format of the source: "transformers", "authors", "authors-detection" or "timm".
+        format: format of what was written.
+        kind: what the model is: "classifier", "masked-image-modeling", "backbone" or "base".
+        tensors: how many tensors there are.
+        parameters: how many values they hold.
+        config: the model's configuration.
+        pass_when_reading: settings that the written file does not record. Pass them to `load_checkpoint` with it.
+        notes: choices that were made in reading the source, and what the format's own library does differently.
     """
 
     source: str
@@ -117,21 +126,22 @@ def convert_checkpoint(
     use_ema: bool | None = None,
     **config_fields: Any,
 ) -> Conversion:
-    """Write a checkpoint of any format in another one. No value changes: a round trip gives the same bits.
+    """Convert a checkpoint from any format to another. No value changes: a round trip gives the same bits.
+
+    ``src``, ``variant``, ``use_ema`` and ``config_fields`` are those of `load_checkpoint`.
 
     Args:
-        src, variant, use_ema, config_fields: as in `load_checkpoint`.
-        dst: for "transformers" a directory, which gets config.json and model.safetensors; for the other formats a
-            file, safetensors by its suffix and otherwise (.pth, .pt, .bin) written by torch.save, with the tensors
-            under "model" in the authors' formats. What is there is replaced.
+        dst: what to write; it is replaced if it exists. For "transformers" a directory, which gets config.json and
+            model.safetensors. For the other formats a file: .safetensors, or .pth, .pt or .bin for torch.save, with
+            the tensors under "model" in the authors' formats.
         format: "transformers", "authors", "authors-detection" or "timm".
 
     Returns:
         A `Conversion`. Its ``pass_when_reading`` lists settings that only transformers' format records.
 
     Raises:
-        ValueError: ``format`` or the suffix of ``dst`` is unknown, or the format cannot hold this model; and as
-            `load_checkpoint`. TypeError, OSError: likewise.
+        ValueError: ``format`` or the suffix of ``dst`` is unknown, or the format cannot hold this model. Reading the
+            source raises the errors of `load_checkpoint`.
     """
     dst = Path(dst)
     _check_destination(dst, format)

@@ -96,11 +96,11 @@ class FocalNetPreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: object, **kwargs: object
     ) -> FocalNetPreTrainedModel:
-        """As in transformers, and of a single file too, in any format that `focalnet.load_checkpoint` reads.
+        """As in transformers, and from a single file too, in any format that `focalnet.load_checkpoint` reads.
 
-        For a file, ``variant`` names the published variant, ``use_ema`` chooses between a training script's averaged
-        weights and the plain ones, and fields of the configuration settle what its shapes cannot tell. A head that
-        this class lacks or has anew is reported as for every checkpoint. A directory of timm is read likewise.
+        For a file or a directory of timm, ``variant`` names the published variant, ``use_ema`` chooses between the
+        averaged and the plain weights of a training script, and configuration fields settle what the shapes leave
+        open. A missing or unused head is reported as for every checkpoint.
 
         Raises:
             ValueError: the file does not fit, or the directory holds a model of another architecture.
@@ -158,12 +158,13 @@ class FocalNetModel(FocalNetPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: object,
     ) -> tuple | FocalNetModelOutput:
-        """
+        """Tokens of the last stage, and their mean if the model has a pooling layer.
+
         Args:
             pixel_values: images, ``(B, num_channels, H, W)``, floating point, any H and W.
             bool_masked_pos: ``(B, N)``, true where a patch of the stem's ``h x w = N`` grid is masked.
-            output_hidden_states: return the tokens of every stage; None: ``config.output_hidden_states``.
-            return_dict: a FocalNetModelOutput, or a tuple; None: ``config.return_dict``.
+            output_hidden_states: return the tokens of every stage. None means ``config.output_hidden_states``.
+            return_dict: return a FocalNetModelOutput instead of a tuple. None means ``config.return_dict``.
 
         Raises:
             ValueError, TypeError: the images or the mask do not fit; the message names the argument.
@@ -216,11 +217,12 @@ class FocalNetForMaskedImageModeling(FocalNetPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: object,
     ) -> tuple | FocalNetMaskedImageModelingOutput:
-        """Arguments and errors as in `FocalNetModel.forward`; with ``bool_masked_pos`` the loss is computed.
+        """The reconstruction, and with ``bool_masked_pos`` the loss. Arguments and errors: `FocalNetModel.forward`.
 
-        >>> height, width = (size // config.patch_size for size in pixel_values.shape[-2:])
-        >>> bool_masked_pos = torch.rand(len(pixel_values), height * width) < 0.6
-        >>> loss = model(pixel_values, bool_masked_pos=bool_masked_pos).loss
+        Examples:
+            >>> height, width = (size // config.patch_size for size in pixel_values.shape[-2:])
+            >>> bool_masked_pos = torch.rand(len(pixel_values), height * width) < 0.6
+            >>> loss = model(pixel_values, bool_masked_pos=bool_masked_pos).loss
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -284,11 +286,12 @@ class FocalNetForImageClassification(FocalNetPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: object,
     ) -> tuple | FocalNetImageClassifierOutput:
-        """
+        """Logits, and with ``labels`` the loss. The other arguments are those of `FocalNetModel.forward`.
+
         Args:
-            pixel_values, output_hidden_states, return_dict: as in `FocalNetModel.forward`.
-            labels: ``(B,)`` class indices, ``(B, num_labels)`` floats for several labels at once, or the regression's
-                targets. ``config.problem_type`` says which; None: one label a number, integers a class, floats many.
+            labels: ``(B,)`` class indices, ``(B, num_labels)`` floats for multi-label classification, or regression
+                targets. ``config.problem_type`` says which. If it is None: regression with one label, classes for
+                integers, multi-label for floats.
 
         Raises:
             ValueError: a class index is outside ``[0, num_labels)`` (checked for labels on the CPU).
@@ -326,13 +329,13 @@ class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
     """FocalNet as a backbone: maps of the stages that ``config.out_features`` or ``config.out_indices`` name.
 
     By default a stage's map is taken after its downsampling, as in transformers: strides 8, 16, 32, 32. With
-    ``config.feature_maps_before_downsampling`` it is taken before: strides 4, 8, 16, 32, as dense prediction wants.
-    ``channels`` says what the chosen maps have.
+    ``config.feature_maps_before_downsampling`` it is taken before: strides 4, 8, 16, 32, as dense prediction needs.
+    ``channels`` holds the number of channels of each returned map.
 
-    What no map comes from (the final LayerNorm, stages behind the last map) needs no gradient: ``requires_grad`` is
-    False there, so that DistributedDataParallel waits for none. Its parameters stay in the state dict. Where hidden
-    states are asked for, all stages want their gradients; for DistributedDataParallel, which asks but once, set
-    ``config.output_hidden_states``.
+    Parameters that no map depends on (the final LayerNorm, stages after the last map) have ``requires_grad=False``, so
+    that DistributedDataParallel does not wait for their gradients. They stay in the state dict. If hidden states are
+    requested, all stages get gradients. DistributedDataParallel looks at ``requires_grad`` only once, so set
+    ``config.output_hidden_states`` before wrapping the model.
     """
 
     has_attentions = False
@@ -398,9 +401,9 @@ class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: object,
     ) -> tuple | BackboneOutput:
-        """``pixel_values`` (B, num_channels, H, W) -> ``feature_maps``, a (B, C_i, H_i, W_i) for each out_feature.
+        """``pixel_values`` (B, num_channels, H, W) -> ``feature_maps``, one (B, C_i, H_i, W_i) for each out_feature.
 
-        ``output_hidden_states`` may also be an index or several: the other hidden states are then None.
+        ``output_hidden_states`` may also be an index or several. The hidden states at other indices are then None.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
