@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,20 +24,6 @@ class Problem(NamedTuple):
     channels: int = 1
     kernel_sizes: tuple[tuple[int, int], ...] = ()
     has_affine_norm: bool = True
-
-    @classmethod
-    def of(cls, operator: str, ctx: Tensor, focal_weights: Sequence[Tensor] = ()) -> Problem:
-        """Of a map ``ctx`` (B, H, W, C)."""
-        kernel_sizes = tuple((weight.shape[-2], weight.shape[-1]) for weight in focal_weights)
-        return cls(operator, ctx.device, ctx.dtype, *ctx.shape, kernel_sizes)
-
-    @classmethod
-    def of_rows(cls, operator: str, rows: Tensor, *norm: Tensor | float | None) -> Problem:
-        """Of ``rows`` (B, ..., C), of which only C lies side by side; ``norm`` are weight, bias and eps, if any."""
-        batch, *positions, channels = rows.shape if rows.ndim > 1 else (1, *rows.shape)
-        height = torch.Size(positions).numel()
-        has_affine_norm = not norm or (None not in norm[:2] and bool(norm[2]))
-        return cls(operator, rows.device, rows.dtype, batch, height, 1, channels, (), has_affine_norm)
 
 
 def is_plain_tensor(tensor: object) -> bool:

@@ -6,7 +6,7 @@ context or by the environment wins over the automatic order.
 
 Focal modulation and gated aggregation have an implementation in every backend: `choose` finds it, or raises the reason
 why the backend that was asked for cannot run. Every other operator is optional: some backends have a kernel for it,
-and PyTorch's own operators do the same elsewhere. `optional` returns the kernel, or the reason why there is none.
+and PyTorch's own operators do the same elsewhere. `optional` returns its kernel, or the reason why there is none.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ import contextlib
 import contextvars
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+
+import torch
+from torch import Tensor
 
 from .. import reference
 from . import cpu, cuda, extension
@@ -117,12 +120,14 @@ def _requested_around() -> str | None:
 _requested_around._dynamo_marked_constant = True
 
 
-def choose(problem: Problem, backend: str | None) -> Callable:
-    """The implementation that runs ``problem``: that of the ``backend`` asked for, or the first that can.
+def choose(operator: str, ctx: Tensor, focal_weights: Sequence[Tensor], backend: str | None) -> Callable:
+    """What runs ``operator`` on a map ``ctx`` (B, H, W, C): by the ``backend`` asked for, or by the first that can.
 
     Raises:
         RuntimeError: the backend that was asked for cannot; the message says why.
     """
+    kernel_sizes = tuple([weight.shape[-2:] for weight in focal_weights])
+    problem = Problem(operator, ctx.device, ctx.dtype, *ctx.shape, kernel_sizes)
     name = requested(backend)
     if name is not None:
         reason = _REGISTRY[name].why_not(problem)
@@ -138,7 +143,21 @@ def choose(problem: Problem, backend: str | None) -> Callable:
     return _REGISTRY[name].operators[problem.operator]
 
 
-def optional(problem: Problem, backend: str | None) -> Callable | str:
+def optional(
+    operator: str, rows: Tensor, backend: str | None, *, norm: tuple[Tensor | None, Tensor | None, float | None] = ()
+) -> Callable | str:
+    """The kernel of ``operator`` for ``rows`` (..., C), or the reason why PyTorch's operators have to run.
+
+    ``norm`` are weight, bias and eps of the LayerNorm in it, if there is one.
+    """
+    *positions, channels = rows.shape
+    has_affine_norm = not norm or (norm[0] is not None and norm[1] is not None and bool(norm[2]))
+    count = torch.Size(positions).numel()
+    problem = Problem(operator, rows.device, rows.dtype, 1, count, 1, channels, (), has_affine_norm)
+    return optional_kernel(problem, backend)
+
+
+def optional_kernel(problem: Problem, backend: str | None) -> Callable | str:
     """The kernel that runs ``problem``, or the reason why PyTorch's operators have to."""
     name = requested(backend)
     candidates = _AUTOMATIC_ORDER.get(problem.device.type, ()) if name is None else (name,)

@@ -51,7 +51,7 @@ class BlockNames:
 
         The reason instead, where a part of ``block`` is not what the operator takes it for.
         """
-        if reason := self.unusual_part(block) or self._random_part(block):
+        if reason := self.unusual_part(block):
             return reason
         parts, modulation, mlp = block._modules, block._modules["modulation"], block._modules["mlp"]._modules
         inner = modulation._modules
@@ -107,7 +107,7 @@ class BlockNames:
                 return _is_unusual(name, block._modules[name])
         return None
 
-    def _random_part(self, block: nn.Module) -> str | None:
+    def random_part(self, block: nn.Module) -> str | None:
         """Why a part of ``block`` draws random numbers although the block itself is in evaluation mode."""
         for owner in (block, block._modules["modulation"], block._modules["mlp"]):
             for name in self.random:
@@ -184,7 +184,7 @@ def _is_bound_to(modulation: nn.Module | None, forward: Callable) -> bool:
     bound = modulation.__dict__.get("forward")
     if getattr(bound, "func", None) is not forward:
         return False
-    return not bound.keywords.get("keep_modulator") and bound.keywords.get("backend") in (None, "cpu")
+    return not bound.keywords.get("keep_modulator")
 
 
 def _unusual_level(modulation: nn.Module) -> str | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..backends.registry import requested
 from .block_parts import BlockNames
 from .cpu_inference import kernel, why_not_call, why_not_weights
-from .unchanged import while_unchanged
+from .gate import while_unchanged
 
 Call = list  # [operator, its arguments behind the map]
 
@@ -38,7 +38,7 @@ def call(block: nn.Module, names: BlockNames, dtype: torch.dtype, backend: str |
     run = kernel("block", dtype, backend)
     if isinstance(run, str):
         return run
-    found = names.weights_of(block)
+    found = names.random_part(block) or names.weights_of(block)
     if isinstance(found, str):
         return found
     arguments, tensors = found

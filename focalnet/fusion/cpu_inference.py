@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.problem import Problem, is_plain_tensor
-from ..backends.registry import optional
-from .observers import why_not_fused
+from ..backends.registry import optional_kernel
+from .gate import why_not_fused
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def why_not_call(input: Tensor) -> str | None:
 
 def kernel(operator: str, dtype: torch.dtype, backend: str | None) -> Callable | str:
     """What runs ``operator`` on a map of ``dtype``, or the reason why modules have to."""
-    return optional(Problem(operator, CPU, dtype), backend)
+    return optional_kernel(Problem(operator, CPU, dtype), backend)
 
 
 def why_not_weights(weights: Iterable[Tensor | None], dtype: torch.dtype, *owners: nn.Module) -> str | None:

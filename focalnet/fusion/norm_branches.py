@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..backends.registry import requested
 from ..operators import norm_linear as _norm_linear  # noqa: F401  (registers the operators)
 from ..operators import norm_mlp as _norm_mlp  # noqa: F401
+from .gate import why_not_fused
 from .module_checks import is_changed, is_exact_gelu, is_plain, is_proxy
-from .observers import why_not_fused
 
 
 def norm_linear(norm: nn.Module, linear: nn.Module, hidden_state: Tensor, backend: str | None = None) -> Tensor:

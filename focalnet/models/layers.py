@@ -13,13 +13,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..backends.registry import requested
 from ..configuration import FocalNetConfig
-from ..fusion import cpu_block
+from ..fusion import cpu_block, gpu_block
 from ..fusion.block_parts import BlockNames
 from ..fusion.cpu_inference import why_not_call
+from ..fusion.gate import while_unchanged
 from ..fusion.module_checks import all_are_watched, is_changed
-from ..fusion.unchanged import while_unchanged
 from ..modules import FocalModulation
-from . import gpu_block, patch_embeddings
+from . import patch_embeddings
 from .mlp import DropPath, FocalNetMlp
 from .patch_embeddings import FocalNetPatchEmbeddings
 
@@ -140,9 +140,11 @@ class FocalNetLayer(GradientCheckpointingLayer):
         return getattr(self.modulation, "backend", None)
 
     def forward(self, hidden_state: Tensor) -> Tensor:
-        run = cpu_block.runner(self, OURS, hidden_state, self.backend)
+        run = "gradients are being computed"
+        if not torch.is_grad_enabled():
+            run = cpu_block.runner(self, OURS, hidden_state, self.backend)
         if isinstance(run, str):
-            run = gpu_block.runner(self, hidden_state, self.backend)
+            run = gpu_block.runner(self, OURS, hidden_state, self.backend)
         if not isinstance(run, str):
             return run(hidden_state)
         hidden_state = self._residual(hidden_state, self.norm1, self.modulation, self.gamma_1)

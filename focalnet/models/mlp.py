@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..configuration import FocalNetConfig, activation
+from ..fusion.gpu_block import draw
 from ..fusion.norm_branches import norm_mlp
 
 
@@ -61,8 +62,7 @@ class DropPath(nn.Module):
         """(B, 1, ...), 1 for samples of (B, ...) whose branch is kept, else 0; None where all are."""
         if self.drop_prob == 0.0 or not self.training:
             return None
-        shape = (hidden_state.shape[0],) + (1,) * (hidden_state.ndim - 1)
-        return torch.floor(self.keep_prob + torch.rand(shape, dtype=dtype, device=hidden_state.device))
+        return draw(hidden_state, self.keep_prob, dtype)
 
     def extra_repr(self) -> str:
         return f"p={self.drop_prob}"

@@ -11,8 +11,8 @@ from ..backends.registry import requested
 from ..configuration import FocalNetConfig
 from ..fusion import cpu_patch_embed
 from ..fusion.cpu_inference import why_not_call
+from ..fusion.gate import while_unchanged
 from ..fusion.module_checks import is_changed, is_proxy
-from ..fusion.unchanged import while_unchanged
 from .padding import pad_to_multiple
 
 

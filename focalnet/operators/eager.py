@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..backends.problem import Problem, is_plain_tensor
+from ..backends.problem import is_plain_tensor
 from ..backends.registry import choose, requested
 
 _MAX_KEYS = 4096
@@ -59,7 +59,7 @@ def remember(key: tuple, name: str, ctx: Tensor, focal_weights: Sequence[Tensor]
     if len(_runs) >= _MAX_KEYS:
         _runs.clear()
     if ctx.device.type in ("cpu", "cuda"):
-        _runs[key] = choose(Problem.of(name, ctx, focal_weights), backend)
+        _runs[key] = choose(name, ctx, focal_weights, backend)
 
 
 def _is_observed() -> bool:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends.problem import Problem
 from ..backends.registry import choose, requested
 from .define import operator
 from .gradients import pack, unpack
@@ -26,7 +25,7 @@ from .gradients import pack, unpack
 def gated_aggregation(
     ctx: Tensor, gates: Tensor, focal_weights: list[Tensor], normalize_modulator: bool, backend: str | None
 ) -> Tensor:
-    run = choose(Problem.of("gated_aggregation", ctx, focal_weights), backend)
+    run = choose("gated_aggregation", ctx, focal_weights, backend)
     return run(ctx, gates, focal_weights, normalize_modulator)
 
 
@@ -41,7 +40,7 @@ def focal_modulation(
     normalize_modulator: bool,
     backend: str | None,
 ) -> Tensor:
-    run = choose(Problem.of("focal_modulation", ctx, focal_weights), backend)
+    run = choose("focal_modulation", ctx, focal_weights, backend)
     return run(q, ctx, gates, focal_weights, weight, bias, normalize_modulator)
 
 
@@ -55,7 +54,7 @@ def gated_aggregation_bwd(
     output_mask: list[bool],
     backend: str | None,
 ) -> list[Tensor]:
-    run = choose(Problem.of("gated_aggregation_bwd", ctx, focal_weights), backend)
+    run = choose("gated_aggregation_bwd", ctx, focal_weights, backend)
     return pack(run(dagg, ctx, gates, focal_weights, normalize_modulator, output_mask), ctx)
 
 
@@ -72,7 +71,7 @@ def focal_modulation_bwd(
     output_mask: list[bool],
     backend: str | None,
 ) -> list[Tensor]:
-    run = choose(Problem.of("focal_modulation_bwd", ctx, focal_weights), backend)
+    run = choose("focal_modulation_bwd", ctx, focal_weights, backend)
     return pack(run(dout, q, ctx, gates, focal_weights, weight, bias, normalize_modulator, output_mask), ctx)
 
 

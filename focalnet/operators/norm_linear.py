@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.problem import Problem
 from ..backends.registry import optional, requested
 from .define import operator
 from .gradients import composed_gradients, pack, unpack
@@ -63,7 +62,7 @@ def norm_linear_bwd(
     dim = hidden_state.shape[-1:]
     rows = dout.flatten(0, -2)
     dbias = rows.sum(0) if need_bias else None
-    run = optional(Problem.of_rows("layer_norm_bwd", hidden_state, norm_weight, norm_bias, eps), backend)
+    run = optional("layer_norm_bwd", hidden_state, backend, norm=(norm_weight, norm_bias, eps))
     if any(need_norm) and not isinstance(run, str):
         normed, *from_norm = run(
             dout @ weight, hidden_state, norm_weight, norm_bias, eps, need_norm, weight.dtype if need_weight else None

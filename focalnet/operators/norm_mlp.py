@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.problem import Problem
 from ..backends.registry import optional, requested
 from .define import operator
 from .gradients import composed_gradients, pack, unpack
@@ -88,7 +87,7 @@ def norm_mlp(
 
 
 def _fc1_and_gelu(normed: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
-    run = optional(Problem.of_rows("bias_gelu", normed), backend)
+    run = optional("bias_gelu", normed, backend)
     if isinstance(run, str):
         fc1 = F.linear(normed, weight, bias)
         return fc1, F.gelu(fc1)
@@ -147,7 +146,7 @@ def _fc1_bwd(
     backend: str | None,
 ) -> list[Tensor | None]:
     """[dweight1, dx, dnorm_weight, dnorm_bias]"""
-    run = optional(Problem.of_rows("layer_norm_bwd", x, norm_weight, norm_bias, eps), backend)
+    run = optional("layer_norm_bwd", x, backend, norm=(norm_weight, norm_bias, eps))
     if any(need_norm) and not isinstance(run, str):
         normed_dtype = dfc1.dtype if need_weight1 else None
         normed, *from_norm = run(dfc1 @ weight1, x, norm_weight, norm_bias, eps, need_norm, normed_dtype)
@@ -179,7 +178,7 @@ def _fc1_bwd_of_normed(
 
 def _gelu_bwd(dact: Tensor, fc1: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
     """GELU(fc1) and dfc1; the latter may take the place of ``dact``."""
-    run = optional(Problem.of_rows("gelu_bwd", fc1), backend)
+    run = optional("gelu_bwd", fc1, backend)
     if isinstance(run, str):
         return F.gelu(fc1), torch.ops.aten.gelu_backward(dact, fc1)
     act = torch.empty_like(fc1)

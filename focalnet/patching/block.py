@@ -89,7 +89,7 @@ def forward_sized(block: nn.Module, x: Tensor, *, backend: str | None = None) ->
 
 def forward_map(block: nn.Module, x: Tensor, *, backend: str | None = None) -> Tensor:
     """The forward of a patched block of timm, (B, C, H, W) -> (B, C, H, W), which lies channels-last in memory."""
-    run = cpu_block.runner(block, NAMES["timm"], x, backend) if _is_map(x) else "x is no map"
+    run = cpu_block.runner(block, NAMES["timm"], x, _asked(block, backend)) if _is_map(x) else "x is no map"
     if isinstance(run, str):
         return type(block).forward(block, x)
     return run(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
@@ -102,8 +102,14 @@ def _of_grid(
     grid = _grid(tokens, size)
     if grid is None:
         return None
-    run = cpu_block.runner(block, NAMES[source], grid, backend)
+    run = cpu_block.runner(block, NAMES[source], grid, _asked(block, backend))
     return None if isinstance(run, str) else run(grid).flatten(1, 2)
+
+
+def _asked(block: nn.Module, backend: str | None) -> str | None:
+    """The backend that the block was patched with, or else its modulation, which may have been patched by itself."""
+    bound = block._modules["modulation"].__dict__.get("forward")
+    return backend or getattr(bound, "keywords", {}).get("backend")
 
 
 FORWARD = {"transformers": forward_tokens, "authors": forward_sized, "timm": forward_map}

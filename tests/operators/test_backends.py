@@ -26,7 +26,8 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 def takes(backend, shape, dtype):
     """Whether the backend takes the call; that it says so in words where it does not is tested below."""
     _, ctx, _, focal_weights, *_ = operands(shape, dtype, DEVICE[backend])
-    problem = Problem.of("focal_modulation", ctx, focal_weights)
+    kernel_sizes = tuple(tuple(weight.shape[2:]) for weight in focal_weights)
+    problem = Problem("focal_modulation", ctx.device, ctx.dtype, *ctx.shape, kernel_sizes)
     return registry._REGISTRY[backend].why_not(problem) is None
 
 

@@ -5,9 +5,10 @@ tests/triton/test_residual.py; here, on a CPU, the operators run their specifica
 import pytest
 import torch
 
-from focalnet.models import gpu_block
+from focalnet.fusion import gpu_block
+from focalnet.models.layers import OURS
 from focalnet.models.mlp import DropPath
-from focalnet.operators import residual, residual_norm
+from focalnet.operators import residual
 
 OPS = torch.ops.focalnet
 EPS = 1e-5
@@ -37,7 +38,7 @@ def cases():
     for parts in PARTS[:3] + PARTS[4:]:
         arguments = operands(f"{parts} norm")
         yield pytest.param(
-            OPS.residual_norm, residual_norm.composed, arguments, (torch.float64,), id=f"residual_norm, {parts}"
+            OPS.residual_norm, residual.composed_norm, arguments, (torch.float64,), id=f"residual_norm, {parts}"
         )
 
 
@@ -107,4 +108,4 @@ def test_stochastic_depth_draws_what_it_drew():
 
 
 def test_on_a_cpu_the_plain_path_runs():
-    assert gpu_block.runner(None, torch.ones(1, 2, 2, 8)) == "not on backend cpu: it has no kernel for residual"
+    assert gpu_block.runner(None, OURS, torch.ones(1, 2, 2, 8)) == "not on backend cpu: it has no kernel for residual"

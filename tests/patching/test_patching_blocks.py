@@ -28,21 +28,28 @@ BLOCKS = {
 }
 
 
+@pytest.fixture
+def fused(monkeypatch):
+    """One entry for every block that ran as one operator."""
+    calls, operator = [], registry._REGISTRY["cpu"].operators["block"]
+    counting = lambda *arguments: calls.append(1) or operator(*arguments)  # noqa: E731
+    monkeypatch.setitem(registry._REGISTRY["cpu"].operators, "block", counting)
+    return calls
+
+
 def blocks(model):
     return {name: m for name, m in model.named_modules() if hasattr(m, "modulation") and hasattr(m, "mlp")}
 
 
 @needs_extension
 @pytest.mark.parametrize("make", BLOCKS.values(), ids=BLOCKS)
-def test_blocks_run_as_one_operator_in_inference_and_by_their_modules_elsewhere(make, monkeypatch):
+def test_blocks_run_as_one_operator_in_inference_and_by_their_modules_elsewhere(make, fused):
     original = make()
     patched = copy.deepcopy(original)
     report = focalnet.patch(patched)
     replaced = {entry.name for entry in report.entries if entry.kind != "patch embeddings"}
     assert set(blocks(patched)) | set(modulations(patched)) == replaced and not report.left
-    fused, operator = [], registry._REGISTRY["cpu"].operators["block"]
-    counting = lambda *arguments: fused.append(1) or operator(*arguments)  # noqa: E731
-    monkeypatch.setitem(registry._REGISTRY["cpu"].operators, "block", counting)
+    fused.clear()  # of the trials
     size = (64, 96)
     with torch.no_grad():
         assert_equal(patched(images(*size)), original(images(*size)))
@@ -165,3 +172,20 @@ def test_keeping_the_modulator_keeps_blocks_as_they_are():
     with torch.no_grad():
         model(images())
     assert all(hasattr(module, "modulator") for module in modulations(model).values())
+
+
+@needs_extension
+@pytest.mark.parametrize("settings", [{"backend": "reference"}, {"keep_modulator": True}], ids=str)
+def test_what_is_asked_of_a_modulation_alone_is_done_inside_a_patched_block(settings, fused):
+    model = BLOCKS["transformers"]()
+    focalnet.patch(model)
+    block = next(iter(blocks(model).values()))
+    with torch.no_grad():
+        fused.clear()  # of the trials
+        model(images(32, 32))
+        assert len(fused) == len(blocks(model))
+        focalnet.patch(block.modulation, **settings)
+        fused.clear()
+        model(images(32, 32))
+    assert len(fused) == len(blocks(model)) - 1
+    assert ("modulator" in block.modulation.__dict__) == ("keep_modulator" in settings)

@@ -5,6 +5,7 @@ the same precision, plus one unit in the last place.
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from focalnet.kernels import plan
 from focalnet.kernels.plan import Device
 from small_models import SMALL, build
 
-from focalnet.backends import triton_rows
+from focalnet.backends import triton
 from focalnet.backends.registry import use_backend
-from focalnet.models import gpu_block
-from focalnet.operators import norm_linear, norm_mlp, residual, residual_norm
+from focalnet.fusion import gpu_block
+from focalnet.models.layers import OURS
+from focalnet.operators import norm_linear, norm_mlp, residual
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPS = torch.ops.focalnet
@@ -26,7 +28,7 @@ EPS = 1e-5
 def one_processor(monkeypatch):
     """So few programs that each has several tiles of rows, the last one cut off."""
     monkeypatch.setattr(plan, "H100", Device(arch=90, sm_count=1, l2_bytes=50 * 2**20))
-    monkeypatch.setattr(triton_rows, "_plans", {})
+    monkeypatch.setattr(triton, "_row_plans", {})
 
 
 @pytest.fixture(autouse=True)
@@ -96,9 +98,9 @@ def assert_rule(run, specification, arguments):
 
 
 def kernels_that_run(monkeypatch):
-    """The names of what triton_rows is asked to run, as they come."""
-    names, run = [], triton_rows._run
-    monkeypatch.setattr(triton_rows, "_run", lambda name, *rest: names.append(name) or run(name, *rest))
+    """The names of what runs on rows, as they come."""
+    names, run = [], triton._run_rows
+    monkeypatch.setattr(triton, "_run_rows", lambda name, *rest: names.append(name) or run(name, *rest))
     return names
 
 
@@ -121,7 +123,7 @@ def test_the_end_of_a_branch_with_the_next_norm_obeys_the_rule(shape, dtype, par
     assert_rule(
         lambda *arguments: OPS.residual_norm(*arguments, norm_dtype),
         # Of the specification in float64 everything stays in it.
-        lambda *arguments: residual_norm.composed(
+        lambda *arguments: residual.composed_norm(
             *arguments, torch.float64 if arguments[0].dtype == torch.float64 else norm_dtype
         ),
         of(shape, f"{parts} norm", dtype),
@@ -225,11 +227,16 @@ NAME = "FocalNetForImageClassification"
 
 @pytest.fixture
 def fused(monkeypatch):
-    """Turns the kernels on and off. On a CPU they alone are interpreted, and the modulation runs as ever."""
+    """Turns the kernels on and off. On a CPU they alone are interpreted; modulation and MLP run as ever."""
 
     def turn(on):
         monkeypatch.setattr(gpu_block, "requested", lambda _: "triton" if on else "reference")
 
+    def as_ever(run):
+        return lambda block, *operands: run(replace(block, backend=None), *operands)
+
+    for name in ("_focal_modulation", "_mlp"):
+        monkeypatch.setattr(gpu_block, name, as_ever(getattr(gpu_block, name)))
     return turn
 
 
@@ -334,26 +341,26 @@ def with_a_scale_for_every_position(block):
 
 
 def with_a_drop_path_of_its_own(block):
-    block.drop_path = torch.nn.Dropout(0.5).eval()
+    block.drop_path = torch.nn.Sequential(block.drop_path)
 
 
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (hooked, "norm2 was replaced, wrapped or hooked"),
-        (with_a_norm_of_its_own, "norm2 was replaced, wrapped or hooked"),
-        (with_a_scale_for_every_position, "gamma_1 or gamma_2 is not a plain tensor with a value for each channel"),
-        (with_a_drop_path_of_its_own, "drop_path was replaced, wrapped or hooked"),
+        (hooked, "norm2 is LayerNorm, or was wrapped or hooked"),
+        (with_a_norm_of_its_own, "norm2 is Sequential, or was wrapped or hooked"),
+        (with_a_scale_for_every_position, "a layer scale has not one value for each channel"),
+        (with_a_drop_path_of_its_own, "drop_path is Sequential, or was wrapped or hooked"),
     ],
 )
 def test_a_changed_block_runs_module_by_module(change, reason, fused):
     block = a_model(VARIETIES["pre, layer scale"]).focalnet.encoder.stages[1].layers[0]
     x = torch.randn(2, 4, 4, 16, device=DEVICE)
     fused(True)
-    assert not isinstance(gpu_block.runner(block, x), str)
+    assert not isinstance(gpu_block.runner(block, OURS, x), str)
     unchanged = block(x)
     change(block)
-    assert gpu_block.runner(block, x) == reason
+    assert gpu_block.runner(block, OURS, x).startswith(reason)
     changed = block(x)
     fused(False)
     assert torch.equal(changed, block(x))
@@ -401,7 +408,10 @@ def test_nothing_is_saved_but_the_rows_themselves(fused):
 def test_on_a_cpu_the_kernels_run_only_if_asked_for(fused):
     block = a_model(VARIETIES["pre"]).focalnet.encoder.stages[1].layers[0]
     if DEVICE == "cpu":
-        assert gpu_block.runner(block, torch.ones(1, 2, 2, 16)) == "not on backend cpu: it has no kernel for residual"
+        assert (
+            gpu_block.runner(block, OURS, torch.ones(1, 2, 2, 16))
+            == "not on backend cpu: it has no kernel for residual"
+        )
     for backend in ("cuda", "cpu", "reference"):
-        reason = gpu_block.runner(block, torch.ones(1, 2, 2, 16, device=DEVICE), backend)
+        reason = gpu_block.runner(block, OURS, torch.ones(1, 2, 2, 16, device=DEVICE), backend)
         assert isinstance(reason, str) and backend in reason

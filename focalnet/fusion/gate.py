@@ -1,9 +1,11 @@
-"""Questions about modules, answered once for as long as the modules stay as they are.
+"""Whether an operator may take the place of modules: nobody watches the call, and the modules are what they were.
 
-Whether an operator may take the place of modules depends on their classes, settings, hooks and parameters: thousands
-of look-ups for a small network, before every forward. Python takes most of a millisecond for them. The extension
-compares all of that with a record (csrc/structure.h) in a fraction of it. The record and the answer are kept, never a
-weight. Where anything differs from the record, the question is asked anew.
+Watching means that somebody wants to see the single steps: compilers, tracers, transformations, hooks on all modules.
+
+What the modules are depends on their classes, settings, hooks and parameters: thousands of look-ups for a small
+network, before every forward. Python takes most of a millisecond for them. The extension compares all of that with a
+record (csrc/structure.h) in a fraction of it. The record and the answer are kept, never a weight. Where anything
+differs from the record, the question is asked anew.
 """
 
 from __future__ import annotations
@@ -19,6 +21,19 @@ from torch import Tensor, nn
 from ..backends import extension
 
 _Structure = None if extension.missing() else extension.structure()
+
+
+def why_not_fused(input: object) -> str | None:
+    """Why modules have to be called one by one in a call with ``input``, whatever they are; or None."""
+    if type(input) not in (Tensor, nn.Parameter):
+        return f"expected a plain tensor, got {type(input).__name__}"
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "the call is being traced"
+    if torch._C._are_functorch_transforms_active():
+        return "the call is being transformed"
+    if torch.nn.modules.module._has_any_global_hook():
+        return "there are hooks on all modules"
+    return None
 
 
 class _Slot(int):
@@ -38,7 +53,7 @@ class _Known(NamedTuple):
 def while_unchanged(question: Callable) -> Callable:
     """``question(module, *settings)``, asked again only where the module, or a setting, is another.
 
-    The question may read what csrc/structure.h lists, and nothing else. The answer may hold parameters of the module,
+    The question may read what csrc/structure.h lists, and nothing else: no shape of a parameter, say. The answer may hold parameters of the module,
     in lists: what is returned holds those that the module has now. A reason (a string) is not kept.
     """
     known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
