@@ -80,5 +80,5 @@ def finetune(
         keep_head=keep_head,
     )
     if dry_run:
-        return options.show_plan(run, "finetune", images, as_json)
+        return options.show_plan(run, "finetune", images, chosen.source, as_json)
     options.show_run(train, run, as_json)

@@ -76,5 +76,5 @@ def pretrain(
         check=check,
     )
     if dry_run:
-        return options.show_plan(run, "pretrain", images, as_json)
+        return options.show_plan(run, "pretrain", images, chosen.source, as_json)
     options.show_run(train, run, as_json)

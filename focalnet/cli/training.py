@@ -68,7 +68,9 @@ Fields = Annotated[
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse to train if an image cannot be read.")]
 Check = Annotated[bool, typer.Option("--check/--no-check", help="Decode every image once before training.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan (steps, learning rate, memory, hours) and stop.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show the plan (steps, learning rate, memory, hours) and stop.")
+]
 Images = Annotated[
     int | None, typer.Option(help="With --dry-run: so many images to train on; DATA need not be there.")
 ]
@@ -164,11 +166,11 @@ def show_run(train: Callable[[Run, Events], dict[str, Any]], run: Run, as_json: 
         finish(summary, as_json)
 
 
-def show_plan(run: Run, task: str, images: int | None, as_json: bool) -> None:
+def show_plan(run: Run, task: str, images: int | None, source: str, as_json: bool) -> None:
     """What `focalnet.training.plan` expects of a run."""
     from ..training.plan import plan
 
-    expected = plan(run, task, images)
+    expected = plan(run, task, images, source)
     if as_json:
         typer.echo(json.dumps(expected.as_dict(), indent=2))
         return
@@ -195,8 +197,8 @@ def _result(summary: dict[str, Any]) -> str:
         return f", accuracy {summary['accuracy']:.2%} on {summary['held_out']} held-out images"
     if "mean_colour_loss" in summary:
         return (
-            f", held-out loss {summary['held_out_loss']:.4f}, {summary['held_out_loss'] / summary['mean_colour_loss']:.2f} "
-            f"of that of the mean colour"
+            f", held-out loss {summary['held_out_loss']:.4f}, "
+            f"{summary['held_out_loss'] / summary['mean_colour_loss']:.2f} of that of the mean colour"
         )
     return ""
 
@@ -264,5 +266,3 @@ class Shown:
         self.done = done
         if done == total:
             self.close()
-
-

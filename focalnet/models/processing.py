@@ -18,7 +18,8 @@ def published_processor(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> BaseImageProcessor:
-    """Resizes and cuts out the centre, whose side is ``crop_fraction`` of the resized image's; ImageNet's statistics."""
+    """Resizes, and cuts out the centre, ``crop_fraction`` of the resized image's side; ImageNet's statistics, if none
+    are given."""
     import transformers
     from PIL import Image
     from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD

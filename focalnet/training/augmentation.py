@@ -16,8 +16,8 @@ from .settings import Settings
 # Zen 3, one for eight 3.3 ms an image, one for 32 2.8 ms.
 GROUP = 8
 
-# Ranges of timm's "rand-m9-mstd0.5-inc1", which the authors trained with, in kornia's units: a shear there is a tangent
-# of up to 0.3, here a share of 180 degrees; a shift there is up to 0.45 of a side.
+# Ranges of timm's "rand-m9-mstd0.5-inc1", which the authors trained with, in kornia's units: a shear there is a
+# tangent of up to 0.3, here a share of 180 degrees; a shift there is up to 0.45 of a side.
 _SHEAR, _SHIFT = 16.7 / 180, 0.45
 _POLICY = [
     [("auto_contrast", 0.0, 1.0)],
@@ -89,8 +89,8 @@ def _steps_after(settings: Settings) -> list[Callable[[Tensor], Tensor]]:
 class Mix:
     """Mixup (arXiv:1710.09412) or CutMix (arXiv:1905.04899) of a batch with itself in reverse order.
 
-    Ours: kornia's mixup draws its share uniformly and not from a Beta distribution, as the published recipes do, and it
-    cannot choose between the two.
+    Ours: kornia's mixup draws its share uniformly and not from a Beta distribution, as the published recipes do, and
+    it cannot choose between the two.
     """
 
     def __init__(self, settings: Settings) -> None:

@@ -19,7 +19,7 @@ _COUNT = "n_averaged"
 class Average(TrainerCallback):
     """An exponential moving average of ``model``'s parameters, taken after each step.
 
-    The average of n steps so far decays by at most (1 + n) / (10 + n), so that it leaves the first weights behind soon.
+    After n steps it decays by at most (1 + n) / (10 + n), so that it leaves the first weights behind soon.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

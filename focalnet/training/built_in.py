@@ -23,7 +23,10 @@ def digits() -> datasets.Dataset:
     # 0..16 to 8 bits: as a file would hold it, so that files and the data set are the same to a model.
     pixels = np.round(scans.images * (255 / 16)).astype(np.uint8)
     features = datasets.Features(
-        {"image": datasets.Image(decode=False), "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)])}
+        {
+            "image": datasets.Image(decode=False),
+            "label": datasets.ClassLabel(names=[str(digit) for digit in range(10)]),
+        }
     )
     rows = [_png(Image.fromarray(scan), f"digit-{index:04d}.png") for index, scan in enumerate(pixels)]
     return datasets.Dataset.from_dict({"image": rows, "label": scans.target.tolist()}, features=features)

@@ -24,7 +24,9 @@ def write_card(path: Path, summary: dict[str, Any]) -> None:
 def _lines(s: dict[str, Any]) -> list[str]:
     task = "image-classification" if s["task"] == "finetune" else "masked-image-modeling"
     changed = {
-        name: value for name, value in s["settings"].items() if value != getattr(Settings(), name) and value is not None
+        name: value
+        for name, value in s["settings"].items()
+        if value != getattr(Settings(), name) and value is not None
     }
     data = _DATA.get(s["data"], s["data"])
     lines = [

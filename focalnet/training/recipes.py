@@ -29,7 +29,9 @@ class Recipe:
 
 def recipe_names(task: str | None = None) -> list[str]:
     """The recipes that come with the package, those of one task or all."""
-    found = sorted(path.name.removesuffix(".yaml") for path in files("focalnet.recipes").iterdir() if _is_yaml(path.name))
+    found = sorted(
+        path.name.removesuffix(".yaml") for path in files("focalnet.recipes").iterdir() if _is_yaml(path.name)
+    )
     return found if task is None else [name for name in found if load_recipe(name).task == task]
 
 

@@ -113,7 +113,9 @@ def _refuse_taken_output(run: Run) -> None:
     if run.resume or not run.output.exists():
         return
     if not run.output.is_dir() or any(run.output.iterdir()):
-        raise ValueError(f"output {run.output}: there is something already; --resume goes on, else choose another folder")
+        raise ValueError(
+            f"output {run.output}: there is something already; --resume goes on, else choose another folder"
+        )
 
 
 def _train(
@@ -129,9 +131,7 @@ def _train(
     evaluation: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     settings = run.settings
-    processor = published_processor(
-        model.config, settings.crop_fraction, settings.image_mean, settings.image_std
-    )
+    processor = published_processor(model.config, settings.crop_fraction, settings.image_mean, settings.image_std)
     arguments = _arguments(run, len(source.train), source.held_out is not None, task)
     _check_batch(run, arguments, len(source.train))
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -284,9 +284,7 @@ def _held_out(
     return None if source.held_out is None else EvaluationViews(source.held_out, reader, processor, places)
 
 
-def _set_up_callbacks(
-    trainer: FocalNetTrainer, run: Run, events: Events, has_held_out: bool
-) -> TimeLimit | None:
+def _set_up_callbacks(trainer: FocalNetTrainer, run: Run, events: Events, has_held_out: bool) -> TimeLimit | None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Telling(events, has_held_out))
     if importlib.util.find_spec("tensorboard") is not None and trainer.is_world_process_zero():

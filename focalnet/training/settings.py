@@ -18,8 +18,8 @@ class Settings:
     Schedule: epochs; max_minutes (None: no limit) ends a run early, to be resumed; warmup_epochs of linear growth from
     warmup_learning_rate, then a cosine down to min_learning_rate.
     Optimizer (AdamW): learning_rate is for a global batch of learning_rate_batch images and grows linearly with the
-    batch (None: taken as it is), and so do the other two rates; weight_decay, betas, eps, clip (of the gradient's norm,
-    0: none); layer_decay multiplies the rate once for each block between a layer and the head (1: none).
+    batch (None: taken as it is), and so do the other two rates; weight_decay, betas, eps, clip (of the gradient's
+    norm, 0: none); layer_decay multiplies the rate once for each block between a layer and the head (1: none).
     Batch: batch_size images in one pass of one process; accumulate passes make a step.
     Model: image_size, drop_path, ema (decay of the averaged weights, 0: none), gradient_checkpointing, bf16.
     Loss: label_smoothing; mixup and cutmix (alpha of their Beta distributions, 0: none), mix_probability for a batch,

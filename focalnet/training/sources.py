@@ -125,7 +125,9 @@ def _parquet_in(folder: Path) -> list[Path]:
 def _parquet(path: Path) -> dict[str, datasets.Dataset]:
     files = _parquet_in(path) if path.is_dir() else [path]
     if path.is_file() and path.suffix != ".parquet":
-        raise ValueError(f"DATA {path}: expected a folder of images or a .parquet file, got a {path.suffix or 'plain'} file")
+        raise ValueError(
+            f"DATA {path}: expected a folder of images or a .parquet file, got a {path.suffix or 'plain'} file"
+        )
     by_split: dict[str, list[str]] = {}
     for file in files:
         is_held_out = any(name in file.relative_to(path.parent).as_posix().lower() for name in HELD_OUT_SPLITS)

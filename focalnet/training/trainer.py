@@ -4,20 +4,41 @@ checkpoints that are whole or not there."""
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import EvalPrediction, Trainer
+from transformers import (
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from .averaging import Average
 from .optimizer import parameter_groups
 from .saving import STAGING, keep_latest, publish
 from .settings import Settings
+from .views import TrainingViews
 
 CHECKPOINTS_KEPT = 2
+
+
+class _EpochOfViews(TrainerCallback):
+    """Tells the views which epoch begins. accelerate would, but not where it skips batches or has several processes."""
+
+    def __init__(self, views: TrainingViews) -> None:
+        self.views = views
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self.views.epoch = int(state.epoch or 0)
 
 
 class FocalNetTrainer(Trainer):
@@ -29,6 +50,7 @@ class FocalNetTrainer(Trainer):
         # forward takes **kwargs, so Trainer thinks that the model divides its loss by the number of accumulated items.
         self.model_accepts_loss_kwargs = False
         self._staging: Path | None = None
+        self.add_callback(_EpochOfViews(self.train_dataset))
         if average is not None:
             self.add_callback(average)
 
@@ -67,9 +89,10 @@ class FocalNetTrainer(Trainer):
             self.args.dataloader_drop_last = True
 
     def evaluate(self, *args: object, **kwargs: object) -> dict[str, float]:
-        if self.average is None:
-            return super().evaluate(*args, **kwargs)
-        with self.average.in_place():
+        # An evaluation draws random numbers (its loader's seed). A run that is resumed at the end of an epoch does
+        # not evaluate it again, and must go on with the same ones all the same.
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), nullcontext() if self.average is None else self.average.in_place():
             return super().evaluate(*args, **kwargs)
 
     def _get_output_dir(self, trial: object) -> str:

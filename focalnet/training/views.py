@@ -1,7 +1,7 @@
 """What a model sees of an image in training: a random part of it, which depends on the seed, the epoch and the image.
 
-Not on the process that makes it, nor on what was drawn before. So a run that is resumed, or spread over more processes,
-sees what the uninterrupted one sees.
+Not on the process that makes it, nor on what was drawn before. So a run that is resumed, or spread over more
+processes, sees what the uninterrupted one sees.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _labels(table: datasets.Dataset, places: list[int] | None) -> list[int] | No
 
 
 class TrainingViews(Dataset):
-    """Random crops: ``{"pixels": uint8 (3, size, size), "index": int, "seed": int}``, and the label if there is one."""
+    """Random crops: ``{"pixels": uint8 (3, size, size), "index": int, "seed": int}``, and the label, if any."""
 
     def __init__(
         self, table: datasets.Dataset, reader: ImageReader, settings: Settings, places: list[int] | None = None
@@ -77,9 +77,6 @@ class TrainingViews(Dataset):
         self.labels = _labels(table, places)
         self.settings = settings
         self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return len(self.images)
