@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .models import classifier, masked_model
+from ..variants import VARIANTS
+from .models import Start, classifier, masked_model
 from .runs import Run, bytes_on_disk
 from .settings import Settings
 from .sources import load_source
@@ -83,10 +84,8 @@ def plan(run: Run, task: str, images: int | None, source: str = "") -> Plan:
         data = load_source(run.data, run.reader, labelled=task == "finetune")
         images, labels = len(data.train), data.labels
     labels = labels or [f"class {index}" for index in range(1000)]
-    if task == "finetune":
-        model = classifier(run.start, labels, s)[0]
-    else:
-        model = masked_model(run.start, s)
+    start = _within_reach(run.start)
+    model = classifier(start, labels, s)[0] if task == "finetune" else masked_model(start, s)
     each_epoch = max(1, images // s.batch_size // s.accumulate)
     steps, warmup = int(each_epoch * s.epochs), round(s.warmup_epochs * each_epoch)
     batch = s.batch_size * s.accumulate
@@ -111,6 +110,19 @@ def plan(run: Run, task: str, images: int | None, source: str = "") -> Plan:
         device=_name(device),
         source=source,
     )
+
+
+def _within_reach(start: Start) -> Start:
+    """The same, or for published weights that are not to be had from here their variant, which takes as much."""
+    try:
+        if not start.is_new:
+            start.load()
+    except OSError:
+        variant = next((name for name, one in VARIANTS.items() if one.hub == start.model), None)
+        if variant is None:
+            raise
+        return replace(start, model=variant)
+    return start
 
 
 def _rate(s: Settings, batch: int, steps: int, warmup: int, step: int) -> float:

@@ -205,6 +205,7 @@ def _arguments(run: Run, images: int, has_held_out: bool, task: str) -> Training
         seed=s.seed,
         data_seed=s.seed,
         use_cpu=on_cpu,
+        ddp_find_unused_parameters=False,
         ddp_backend="gloo" if on_cpu and world > 1 else None,
         dataloader_num_workers=s.workers,
         dataloader_drop_last=True,

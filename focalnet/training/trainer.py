@@ -115,6 +115,7 @@ class FocalNetTrainer(Trainer):
         if self.average is not None:
             self.average.save(staged)
         publish(staged, root / staged.name)
+        staged.parent.rmdir()
         keep_latest(root, CHECKPOINTS_KEPT)
 
 
