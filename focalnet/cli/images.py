@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from ..models.processing import published_processor
+from ..pretrained import shipped
 from .depth import note_if_cut, to_8_bit
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ def load_processor(model: str, config: FocalNetConfig) -> BaseImageProcessor:
     from transformers import AutoImageProcessor
 
     path = Path(model).expanduser()
+    path = path if path.exists() else shipped(model) or path
     if path.is_dir() and (path / "preprocessor_config.json").exists():
         return AutoImageProcessor.from_pretrained(path, backend="pil")
     if not path.exists():

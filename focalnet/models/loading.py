@@ -19,6 +19,7 @@ from ..checkpoints.reading import Checkpoint, check_arguments, comparable, read_
 from ..checkpoints.recognition import FORMATS, KINDS, bare_name, naming_of
 from ..checkpoints.structure import DROPPING_FORMATS, UNSETTLED_BY_SHAPES
 from ..configuration import FocalNetConfig
+from ..pretrained import shipped
 from .modeling import (
     FocalNetBackbone,
     FocalNetForImageClassification,
@@ -63,7 +64,8 @@ def load_checkpoint(
     their norms.
 
     Args:
-        path_or_id: a file, a directory as save_pretrained writes it, or an id on the Hugging Face hub.
+        path_or_id: a file, a directory as save_pretrained writes it, an id on the Hugging Face hub, or "digits", the
+            small model that comes with the package; what exists as a path is taken as one.
         variant: name of a published variant, such as "large_fl4".
         use_ema: for a training script's file that has the average of the weights over training beside them: True for
             the average, False for the plain weights, None for the average if there is one (as timm does).
@@ -171,7 +173,7 @@ def _read(
     check_arguments(variant, config_fields)
     path = Path(path_or_id).expanduser()
     if not str(path_or_id) or not path.exists():  # "" is a path to the current directory
-        path = _download(str(path_or_id))
+        path = shipped(str(path_or_id)) or _download(str(path_or_id))
     checkpoint = read_checkpoint(path, variant=variant, use_ema=use_ema, **config_fields)
     _check_head(checkpoint, config_fields)
     with torch.device("meta"):

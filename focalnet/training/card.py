@@ -41,8 +41,8 @@ def _lines(s: dict[str, Any]) -> list[str]:
         f"- Data: {data}; {s['images']:,} images to train on, {s['held_out']:,} held out"
         + (" (every fifth of each class, in order)." if s["data"] in _DATA else "."),
         f"- Start: {s['model'] or 'from scratch'}; {s['parameters']:,} parameters.",
-        f"- Recipe: {s['recipe'] or 'none'}; {s['epochs_done']:g} epochs, {s['steps']:,} steps of {s['batch']} images, "
-        f"AdamW, warm-up and cosine; seed {s['seed']}"
+        f"- Recipe: {s['recipe'] or 'none'}; {s['epochs_done']:g} epochs, {s['steps']:,} steps of {s['batch']} "
+        f"images, AdamW, warm-up and cosine; seed {s['seed']}"
         + (", the average of the weights over training." if s["averaged_weights"] else "."),
     ]
     if "accuracy" in s:

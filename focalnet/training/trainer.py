@@ -30,7 +30,7 @@ CHECKPOINTS_KEPT = 2
 
 
 class _EpochOfViews(TrainerCallback):
-    """Tells the views which epoch begins. accelerate would, but not where it skips batches or has several processes."""
+    """Tells the views which epoch begins. accelerate does not where it skips batches or has several processes."""
 
     def __init__(self, views: TrainingViews) -> None:
         self.views = views

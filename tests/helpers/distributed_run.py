@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import torch  # noqa: E402
-from small_runs import PLAIN, train  # noqa: E402
+import torch
+from small_runs import PLAIN, train
 
 SETTINGS = PLAIN.but(ema=0.9, randaugment=2, crop_scale=(0.5, 1.0), flip=0.5, label_smoothing=0.1)
 

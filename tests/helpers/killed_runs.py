@@ -17,8 +17,8 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))
 
-import safetensors.torch  # noqa: E402
 import matplotlib.backends.backend_agg  # noqa: E402, F401  (once, not in every fork)
+import safetensors.torch  # noqa: E402
 from small_runs import EVERYTHING, train  # noqa: E402
 
 from focalnet.training import saving, trainer  # noqa: E402
