@@ -104,5 +104,10 @@ class TimeLimit(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         if state.global_step < state.max_steps and time.monotonic() - self.start > self.seconds:
-            self.struck = True
-            control.should_save = control.should_training_stop = True
+            self.struck = control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        # Called when an epoch breaks off, too; after it comes the evaluation, then what is saved.
+        control.should_save = control.should_save or self.struck

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import platform
 import shutil
@@ -78,7 +79,7 @@ def finetune(run: Run, events: Events | None = None) -> dict[str, Any]:
 def pretrain(run: Run, events: Events | None = None) -> dict[str, Any]:
     """Train a model to reconstruct masked patches, without labels. Returns and raises as `finetune`.
 
-    The summary has ``mean_colour_loss`` too: the loss of who predicts the mean colour of the training images.
+    The summary has ``mean_colour_loss`` too: the loss of who predicts the mean colour of the held-out images.
     """
     events = events or Events()
     source, skipped = _source(run, events, labelled=False)
@@ -153,6 +154,8 @@ def _train(
         average=average,
         **(evaluation or {}),
     )
+    if trainer.is_fsdp_enabled:
+        raise ValueError("FSDP: not supported here; DistributedDataParallel is (torchrun, or accelerate without FSDP)")
     limit = _set_up_callbacks(trainer, run, events, source.held_out is not None)
     if average is not None and resume_from is not None:
         average.load(resume_from)
@@ -173,6 +176,8 @@ def _train(
         events.started(started)
     wall, cpu = time.perf_counter(), time.process_time()
     _train_within_memory(trainer, resume_from, settings)
+    if source.held_out is not None and not _is_evaluated(trainer):
+        trainer.evaluate()  # the run was over when it was resumed
     seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
     summary = _summary(run, task, trainer, started, skipped, seconds, bool(limit and limit.struck))
     if task == "pretrain" and source.held_out is not None:
@@ -313,23 +318,30 @@ def _train_within_memory(trainer: FocalNetTrainer, resume_from: Path | None, set
         raise ValueError(f"CUDA out of memory at batch_size {settings.batch_size}: {advice}") from error
 
 
+def _is_evaluated(trainer: FocalNetTrainer) -> bool:
+    last = trainer.state.global_step
+    return any("eval_loss" in entry and entry["step"] == last for entry in trainer.state.log_history)
+
+
 def mean_colour_loss(trainer: FocalNetTrainer) -> float:
     """The loss on the held-out images, with the masks of the evaluation, of predicting the mean colour everywhere."""
-    images = 0
-    total = torch.zeros(3, dtype=torch.float64)
+    accelerator = trainer.accelerator
+    sums = torch.zeros(4, device=accelerator.device)  # of the three colours, and how many images
     for batch in trainer.get_eval_dataloader():
-        total += batch["pixel_values"].double().mean((2, 3)).sum(0).cpu()
-        images += len(batch["pixel_values"])
-    colour = (total / images).float().view(3, 1, 1)
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    errors = []
+        sums[:3] += batch["pixel_values"].mean((2, 3)).sum(0)
+        sums[3] += len(batch["pixel_values"])
+    sums = accelerator.reduce(sums)
+    colour = (sums[:3] / sums[3]).view(3, 1, 1)
+    model = accelerator.unwrap_model(trainer.model)
+    errors = torch.zeros(2, device=accelerator.device)
     for batch in trainer.get_eval_dataloader():
-        pixels = batch["pixel_values"].cpu()
-        side = int(batch["bool_masked_pos"].shape[1] ** 0.5)
-        mask = batch["bool_masked_pos"].cpu().view(-1, side, side)
+        pixels = batch["pixel_values"]
+        side = math.isqrt(batch["bool_masked_pos"].shape[1])
+        mask = batch["bool_masked_pos"].view(-1, side, side)
         loss = model._masked_loss(pixels, colour.expand_as(pixels), mask)
-        errors += [loss.item()] * len(pixels)
-    return sum(errors) / len(errors)
+        errors += torch.stack([loss * len(pixels), torch.ones_like(loss) * len(pixels)])
+    total, images = accelerator.reduce(errors).tolist()
+    return total / images
 
 
 def _summary(

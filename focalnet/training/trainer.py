@@ -22,7 +22,7 @@ from transformers import (
 
 from .averaging import Average
 from .optimizer import parameter_groups
-from .saving import STAGING, keep_latest, publish
+from .saving import STAGING, keep_latest, publish, why_not_whole
 from .settings import Settings
 from .views import TrainingViews
 
@@ -101,6 +101,8 @@ class FocalNetTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         root = Path(self.args.output_dir)
         staged = root / STAGING / f"checkpoint-{self.state.global_step}"
+        if why_not_whole(root / staged.name) is None:
+            return  # by its number of steps, a moment ago
         if self.args.should_save:
             shutil.rmtree(root / STAGING, ignore_errors=True)
         self.accelerator.wait_for_everyone()

@@ -1,6 +1,7 @@
 """A run that is interrupted, wherever, ends with the bits of one that is not."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -89,8 +90,6 @@ def test_killed_run_is_resumed_from_a_whole_checkpoint_to_the_same_bits(moment, 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "ema.safetensors", MANIFEST])
 @pytest.mark.parametrize("harm", ["missing", "half"])
 def test_half_written_checkpoint_is_never_taken(file, harm, uninterrupted, tmp_path):
-    import shutil
-
     root = shutil.copytree(uninterrupted / "checkpoints", tmp_path / "checkpoints")
     earlier, last = checkpoints(root)
     content = (last / file).read_bytes()
@@ -104,6 +103,17 @@ def test_half_written_checkpoint_is_never_taken(file, harm, uninterrupted, tmp_p
 def test_resuming_with_other_settings_is_refused(data, uninterrupted):
     with pytest.raises(ValueError, match=r"learning_rate was 0\.003, is 0\.1"):
         train(data, uninterrupted, EVERYTHING.but(learning_rate=0.1), resume=True)
+
+
+def test_resuming_a_run_that_is_over_gives_its_result_again(data, uninterrupted, tmp_path):
+    root = shutil.copytree(uninterrupted, tmp_path / "run")
+    before = json.loads((root / "summary.json").read_text())
+    for path in root.iterdir():
+        if path.is_file() and path.name != "run.json":
+            path.unlink()
+    summary = train(data, root, EVERYTHING, resume=True)
+    assert summary["held_out_loss"] == before["held_out_loss"]
+    assert_same_bits(weights(root), weights(uninterrupted))
 
 
 def test_time_limit_ends_with_a_checkpoint_that_goes_on(data, uninterrupted, tmp_path):

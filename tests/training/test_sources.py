@@ -1,5 +1,7 @@
 """From the name of data to what is trained on and what is held out."""
 
+from pathlib import Path
+
 import datasets
 import numpy as np
 import pytest
@@ -56,7 +58,7 @@ def test_order_does_not_depend_on_the_file_system(tmp_path):
 @pytest.mark.parametrize("labels", ["numbers", "words", "classes"])
 def test_parquet_holds_images_and_any_kind_of_label(labels, tmp_path):
     folder = load_source(str(class_folders(tmp_path / "data")), reader(), labelled=True)
-    cells = [{"bytes": open(cell["path"], "rb").read(), "path": None} for cell in folder.train["image"]]
+    cells = [{"bytes": Path(cell["path"]).read_bytes(), "path": None} for cell in folder.train["image"]]
     values = folder.train["label"][:]
     kind = {
         "numbers": datasets.Value("int64"),
