@@ -93,6 +93,12 @@ def masked_model(start: Start, settings: Settings) -> FocalNetForMaskedImageMode
     return model
 
 
+def recompute_blocks(model: FocalNetPreTrainedModel) -> None:
+    """Keep only what lies between blocks for backward (gradient checkpointing), whatever transformers calls it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def _stride(config: FocalNetConfig) -> int:
     patch = config.patch_size if isinstance(config.patch_size, int) else config.patch_size[0]
     return (4 if config.use_conv_embed else patch) * 2 ** (len(config.depths) - 1)

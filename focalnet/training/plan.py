@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..variants import VARIANTS
-from .models import Start, classifier, masked_model
-from .runs import Run, bytes_on_disk
+from .models import Start, classifier, masked_model, recompute_blocks
+from .preconditions import bytes_on_disk
+from .runs import Run
 from .settings import Settings
 from .sources import load_source
 
@@ -155,7 +156,7 @@ def _measure(model: nn.Module, task: str, s: Settings, device: torch.device) -> 
         )
     model.train()
     if s.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute_blocks(model)
     kept: dict[int, int] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 

@@ -120,3 +120,22 @@ def test_resolution_may_change(data, trained, tmp_path):
     summary = train(data, tmp_path / "out", PLAIN.but(image_size=24, epochs=1), start=Start(str(trained[0])))
     assert load_checkpoint(tmp_path / "out").config.image_size == 24
     assert summary["accuracy"] == 1.0
+
+
+def test_json_is_all_that_stdout_holds(data, tmp_path):
+    config = [f"--set={name}={value}" for name, value in CONFIG.items()]
+    options = ["--recipe=digits", "--image-size=16", "--batch-size=8", "--epochs=1", "--json"]
+    result = run("finetune", data, "--output", tmp_path / "out", *config, *options)
+    assert json.loads(result.stdout)["images"] == 32
+    assert result.stderr == ""
+
+
+def test_one_line_an_epoch(data, tmp_path):
+    config = [f"--set={name}={value}" for name, value in CONFIG.items()]
+    options = ["--recipe=digits", "--image-size=16", "--batch-size=8", "--epochs=3"]
+    result = run("finetune", data, "--output", tmp_path / "out", *config, *options)
+    first, *epochs, last, wrote = result.stdout.splitlines()
+    assert first.startswith("training on 32 images of 2 classes (head: new), 8 held out; ")
+    assert [line.split("  ")[0] for line in epochs] == ["epoch 1 of 3", "epoch 2 of 3", "epoch 3 of 3"]
+    assert last.startswith("done: 3 epochs in ") and "on 8 held-out images" in last
+    assert wrote == f"wrote {tmp_path / 'out'}: model, README.md, curves.png, summary.json"

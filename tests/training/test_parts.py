@@ -152,9 +152,7 @@ def test_layers_learn_slower_the_further_they_are_from_the_head(name, depth):
     model = deep_model()
     assert depth_of(name, [2, 1]) == depth
     groups = parameter_groups(model, [2, 1], 1.0, 0.05, 0.5)
-    (rate,) = {
-        group["lr"] for group in groups for p in group["params"] if p is dict(model.named_parameters())[name]
-    }
+    (rate,) = {group["lr"] for group in groups for p in group["params"] if p is dict(model.named_parameters())[name]}
     assert rate == 0.5 ** (4 - depth)
 
 

@@ -12,6 +12,7 @@ from small_runs import CONFIG, PLAIN, class_folders, small_run, train
 from focalnet import FocalNetConfig, FocalNetForImageClassification
 from focalnet.training import runs
 from focalnet.training.models import Start
+from focalnet.training.preconditions import bytes_on_disk
 from focalnet.training.saving import why_no_space
 
 
@@ -120,7 +121,7 @@ def test_what_is_asked_of_the_disk_is_what_a_run_writes(data, tmp_path):
     train(data, tmp_path / "out", PLAIN.but(ema=0.9, epochs=3))
     written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
     parameters = train(data, tmp_path / "again", PLAIN)["parameters"]
-    assert written <= runs.bytes_on_disk(parameters, averaged=True)
+    assert written <= bytes_on_disk(parameters, averaged=True)
     assert why_no_space(tmp_path / "not" / "there" / "yet", 1) is None
 
 
