@@ -17,7 +17,8 @@ from focalnet import (
     convert_checkpoint,
     load_checkpoint,
 )
-from focalnet.training.models import Start
+from focalnet.checkpoints.imagenet import class_ids
+from focalnet.training.models import Start, classifier
 
 SETTINGS = PLAIN.but(epochs=4, ema=0.9)
 
@@ -139,3 +140,14 @@ def test_one_line_an_epoch(data, tmp_path):
     assert [line.split("  ")[0] for line in epochs] == ["epoch 1 of 3", "epoch 2 of 3", "epoch 3 of 3"]
     assert last.startswith("done: 3 epochs in ") and "on 8 held-out images" in last
     assert wrote == f"wrote {tmp_path / 'out'}: model, README.md, curves.png, summary.json"
+
+
+def test_22k_head_keeps_the_rows_of_wordnet_ids(tmp_path):
+    old = FocalNetForImageClassification(FocalNetConfig(**CONFIG, image_size=16, num_labels=21842))
+    old.save_pretrained(tmp_path / "old")
+    labels = class_ids(1000)
+    model, places, head = classifier(Start(str(tmp_path / "old")), labels, PLAIN)
+    assert head == "1000 of 1000 outputs kept, by their labels"
+    assert places == list(range(1000))
+    assert torch.equal(model.classifier.weight, old.classifier.weight[:1000])
+    assert model.config.id2label[0] == "tench, Tinca tinca"

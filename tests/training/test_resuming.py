@@ -75,7 +75,7 @@ def test_resumed_pretraining_ends_with_the_same_bits(data, tmp_path):
 def killed(data, tmp_path_factory):
     """A folder for each way of being killed, with what was there after it and the resumed run's result."""
     root = tmp_path_factory.mktemp("killed")
-    subprocess.run([sys.executable, SCRIPT, data, root, *KILLED], check=True, timeout=250)
+    subprocess.run([sys.executable, SCRIPT, data, root, *KILLED], check=True, timeout=280)
     return root
 
 
