@@ -11,6 +11,7 @@ from focalnet.variants import VARIANTS
 
 PUBLISHED = {f"{name}_224" for name, variant in VARIANTS.items() if name.split("_")[0] in ("tiny", "small", "base")}
 PUBLISHED -= {f"{size}_iso_224" for size in ("tiny", "small", "base")}
+IMAGENET = ("--images=1281167", "--image-size=64")
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -80,7 +81,7 @@ def test_dry_run_counts_steps_and_draws_the_rate(offline, tmp_path, monkeypatch)
 
 
 def test_dry_run_of_published_weights_needs_neither_them_nor_the_data(offline):
-    result = run("finetune", "imagenet", "--model=microsoft/focalnet-tiny", "--images=1281167", "--dry-run", "--json")
+    result = run("finetune", "imagenet", "--model=microsoft/focalnet-tiny", *IMAGENET, "--dry-run", "--json")
     plan = json.loads(result.stdout)
     # 28.4 million in the authors' table.
     assert plan["parameters"] == pytest.approx(28.4e6, rel=0.005)
