@@ -8,8 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from focalnet.cli.training import reader
-from focalnet.training import Run, Settings, finetune, pretrain
-from focalnet.training.events import Events
+from focalnet.training import Run, Settings, finetune
 from focalnet.training.models import Start
 
 CONFIG = {
@@ -82,13 +81,3 @@ def assert_same_bits(actual, expected):
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(actual[name], tensor), name
-
-
-class Losses(Events):
-    """The loss of every step."""
-
-    def __init__(self):
-        self.losses = []
-
-
-__all__ = ["EVERYTHING", "PLAIN", "assert_same_bits", "class_folders", "finetune", "pretrain", "small_run", "train"]

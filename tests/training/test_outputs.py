@@ -8,7 +8,7 @@ import transformers
 from command_line import classify, offline_and_undone, run
 from PIL import Image
 from small_models import one_thread  # noqa: F401
-from small_runs import CONFIG, PLAIN, class_folders, pretrain, train, weights
+from small_runs import CONFIG, PLAIN, class_folders, train, weights
 
 from focalnet import (
     FocalNetConfig,
@@ -18,6 +18,7 @@ from focalnet import (
     load_checkpoint,
 )
 from focalnet.checkpoints.imagenet import class_ids
+from focalnet.training import pretrain
 from focalnet.training.models import Start, classifier
 
 SETTINGS = PLAIN.but(epochs=4, ema=0.9)
