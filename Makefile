@@ -21,7 +21,7 @@ EXTENSION    := setup.py pyproject.toml focalnet/_version.py $(wildcard csrc/*.*
 .PHONY: help install demo test lint bench report docs clean common-tests
 
 help:
-	@echo "make demo      classify a photograph with transformers' FocalNet and with this one, side by side"
+	@echo "make demo      digits and a photograph through transformers' FocalNet and this one, side by side"
 	@echo "make test      ruff and the test suite (ARGS='-k name' goes to pytest, and leaves the Triton kernels out)"
 	@echo "make lint      ruff alone"
 	@echo "make bench     FocalNet on this CPU against every runtime that can be installed (ARGS go to bench/models.py)"

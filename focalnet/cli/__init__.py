@@ -1,4 +1,4 @@
-"""The command line: ``focalnet info | classify | evaluate | convert | bench``.
+"""The command line: ``focalnet info | classify | evaluate | finetune | pretrain | convert | bench``.
 
 One file a command; what takes long to import is imported inside the commands that need it.
 """
@@ -14,13 +14,15 @@ from .bench import bench
 from .classify import classify
 from .convert import convert
 from .evaluate import evaluate
+from .finetune import finetune
 from .info import info
+from .pretrain import pretrain
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="focalnet",
-    help="FocalNet for PyTorch: what runs here, and how fast; classify images, check accuracy, convert checkpoints.",
+    help="FocalNet for PyTorch: what runs here, and how fast; classify images, check accuracy, train, convert.",
     no_args_is_help=True,
     # Errors are reported by `errors.one_line`; whoever asks for a traceback gets Python's own.
     pretty_exceptions_enable=False,
@@ -48,7 +50,7 @@ def _options(
     errors.show_tracebacks(debug)
 
 
-for _command in (info, classify, evaluate, convert, bench):
+for _command in (info, classify, evaluate, finetune, pretrain, convert, bench):
     app.command()(errors.one_line(_command))
 
 

@@ -49,7 +49,9 @@ def evaluate(
     model: Annotated[
         str,
         typer.Option(
-            "--model", "-m", help="A directory, a checkpoint file, or a hub id such as microsoft/focalnet-tiny."
+            "--model",
+            "-m",
+            help="A directory, a checkpoint file, a hub id such as microsoft/focalnet-tiny, or digits.",
         ),
     ],
     variant: Annotated[

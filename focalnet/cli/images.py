@@ -7,8 +7,10 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
+from ..models.processing import published_processor
+from ..pretrained import shipped
 from .depth import note_if_cut, to_8_bit
 
 if TYPE_CHECKING:
@@ -66,22 +68,25 @@ def _images_in(folder: Path) -> list[Path]:
     return sorted(path for path in paths if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."))
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(source: Path | IO[bytes], name: str | None = None) -> Image.Image:
     """The image upright and in RGB, as transformers' pipelines read it; deeper ones scaled to 8 bits.
+
+    ``name`` is what notes call it, of a path its last part.
 
     Raises:
         Whatever Pillow raises on a file that it cannot read; ValueError for an image that is hardly one.
     """
     from PIL import Image, ImageOps
 
-    with Image.open(path) as opened:
+    name = name or Path(source).name
+    with Image.open(source) as opened:
         stored = str(opened.tile[0].args) if opened.tile else ""
         image = ImageOps.exif_transpose(opened)
         width, height = image.size
         if max(width, height) > _MOST_ELONGATED * min(width, height):
             raise ValueError(f"{width} x {height} pixels: more than {_MOST_ELONGATED} times longer than wide")
-        note_if_cut(image, stored, path.name)
-        return to_8_bit(image, opened, path.name).convert("RGB")
+        note_if_cut(image, stored, name)
+        return to_8_bit(image, opened, name).convert("RGB")
 
 
 def why_unreadable(error: Exception) -> str:
@@ -103,6 +108,7 @@ def load_processor(model: str, config: FocalNetConfig) -> BaseImageProcessor:
     from transformers import AutoImageProcessor
 
     path = Path(model).expanduser()
+    path = path if path.exists() else shipped(model) or path
     if path.is_dir() and (path / "preprocessor_config.json").exists():
         return AutoImageProcessor.from_pretrained(path, backend="pil")
     if not path.exists():
@@ -111,26 +117,6 @@ def load_processor(model: str, config: FocalNetConfig) -> BaseImageProcessor:
         except OSError:
             pass  # A model on the hub that came without one.
     return published_processor(config)
-
-
-def published_processor(config: FocalNetConfig) -> BaseImageProcessor:
-    """That of the published models: resize and cut out the centre in proportion 256 to 224, ImageNet's statistics."""
-    import transformers
-    from PIL import Image
-    from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
-    from ..models.patch_embeddings import as_pair
-
-    height, width = as_pair(config.image_size)
-    # Early versions 5 of transformers have the Pillow processor under the plain name.
-    processor_class = getattr(transformers, "BitImageProcessorPil", None) or transformers.BitImageProcessor
-    return processor_class(
-        size={"shortest_edge": max(height, width) * 256 // 224},
-        crop_size={"height": height, "width": width},
-        resample=Image.Resampling.BILINEAR,
-        image_mean=IMAGENET_DEFAULT_MEAN,
-        image_std=IMAGENET_DEFAULT_STD,
-    )
 
 
 def load_pixels(path: Path, processor: BaseImageProcessor) -> Tensor | Skipped:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..pretrained import shipped
 from .errors import UserError, in_one_line
 from .sources import refuse_what_is_no_checkpoint
 
@@ -83,7 +84,7 @@ def _parse(text: str) -> Any:
 @contextmanager
 def reading(model: str, argument: str) -> Iterator[None]:
     """Around whatever reads ``model``: quick without network, and errors begin with the command line's argument."""
-    if not Path(model).expanduser().exists():
+    if not Path(model).expanduser().exists() and shipped(model) is None:
         stay_offline_unless_reachable()
     try:
         refuse_what_is_no_checkpoint(model)

@@ -53,8 +53,9 @@ class _Known(NamedTuple):
 def while_unchanged(question: Callable) -> Callable:
     """``question(module, *settings)``, asked again only where the module, or a setting, is another.
 
-    The question may read what csrc/structure.h lists, and nothing else: no shape of a parameter, say. The answer may hold parameters of the module,
-    in lists: what is returned holds those that the module has now. A reason (a string) is not kept.
+    The question may read what csrc/structure.h lists, and nothing else: no shape of a parameter, say. The answer may
+    hold parameters of the module, in lists: what is returned holds those that the module has now. A reason (a string)
+    is not kept.
     """
     known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
 

@@ -19,6 +19,7 @@ from ..checkpoints.reading import Checkpoint, check_arguments, comparable, read_
 from ..checkpoints.recognition import FORMATS, KINDS, bare_name, naming_of
 from ..checkpoints.structure import DROPPING_FORMATS, UNSETTLED_BY_SHAPES
 from ..configuration import FocalNetConfig
+from ..pretrained import shipped
 from .modeling import (
     FocalNetBackbone,
     FocalNetForImageClassification,
@@ -65,7 +66,8 @@ def load_checkpoint(
     their norms.
 
     Args:
-        path_or_id: a file, a directory written by save_pretrained, or an id on the Hugging Face hub.
+        path_or_id: a file, a directory written by save_pretrained, an id on the Hugging Face hub, or "digits", the small
+            model that comes with the package. A path that exists comes first.
         variant: name of a published variant, such as "large_fl4".
         use_ema: for a file of a training script that holds both the weights and their average over training. True
             takes the average, False the plain weights, None the average if there is one (as timm does).
@@ -181,7 +183,7 @@ def _read(
     check_arguments(variant, config_fields)
     path = Path(path_or_id).expanduser()
     if not str(path_or_id) or not path.exists():  # "" is a path to the current directory
-        path = _download(str(path_or_id))
+        path = shipped(str(path_or_id)) or _download(str(path_or_id))
     checkpoint = read_checkpoint(path, variant=variant, use_ema=use_ema, **config_fields)
     _check_head(checkpoint, config_fields)
     with torch.device("meta"):

@@ -37,6 +37,16 @@ def test_demo_says_plainly_that_weights_are_random_without_network(demo):
     assert "mean nothing" in demo.stdout
 
 
+def test_held_out_digits_have_real_labels_and_both_read_them_alike(demo):
+    read = re.findall(r"(\d) \| (\d)", demo.stdout)
+    assert len(read) == 16
+    assert all(theirs == ours for theirs, ours in read)
+    assert len({ours for _, ours in read}) >= 5
+    accuracies = re.search(r"accuracy +│ ([\d.]+)% +│ ([\d.]+)%", demo.stdout)
+    assert accuracies[1] == accuracies[2] and float(accuracies[1]) >= 98.5
+    assert len(re.findall(r"\d+ of 355", demo.stdout)) == 2
+
+
 def test_both_top_5_lists_are_the_same(demo):
     rows = re.findall(r"│ (LABEL_\d+) +│ ([\d.]+%) │ (LABEL_\d+) +│ ([\d.]+%) │", demo.stdout)
     assert len(rows) == 5
@@ -46,7 +56,7 @@ def test_both_top_5_lists_are_the_same(demo):
 def test_difference_times_and_backend_are_printed(demo):
     relative = float(re.search(r"relative +│ ([\d.e+-]+), allowed 1e-05", demo.stdout)[1])
     assert relative <= 1e-5
-    assert len(re.findall(r"[\d.]+ ms", demo.stdout)) == 2
+    assert len(re.findall(r"[\d.]+ ms", demo.stdout)) == 4  # each model's, for the digits and for the photograph
     assert re.search(r"on backend (cpu|reference)", demo.stdout)
 
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 COMPILERS = [name for name in ("c++", "g++", "clang++") if shutil.which(name)]
 NAMES = ("setup.py", "pyproject.toml", "MANIFEST.in", "Makefile", "requirements.txt", "LICENSE", "README.md")
-FOLDERS = ("focalnet", "kernels", "csrc")
+FOLDERS = ("focalnet", "kernels", "recipes", "csrc")
 
 
 def environment(**changes):

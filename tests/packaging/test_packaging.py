@@ -34,6 +34,7 @@ from builds import (
 )
 
 pytestmark = pytest.mark.slow
+SHIPPED = ("README.md", "config.json", "model.safetensors", "preprocessor_config.json")
 needs_compiler = pytest.mark.skipif(not COMPILERS, reason="needs a C++ compiler: none of c++, g++, clang++ is on PATH")
 
 
@@ -86,6 +87,7 @@ def test_sdist_holds_what_a_build_needs(sdist):
     needed = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.*")}
     needed |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("kernels/**/*.py")}
     needed |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("focalnet/**/*.py")}
+    needed |= {"recipes/digits.yaml", *(f"focalnet/pretrained/digits/{name}" for name in SHIPPED)}
     assert needed | set(NAMES) <= names
     assert not [name for name in names if name.endswith((".so", ".o", ".pyc", "_build_info.json"))]
 
@@ -95,6 +97,7 @@ def test_wheel_holds_the_package(wheel):
     names = wheel_names(wheel)
     assert {f"focalnet/_C{SUFFIX}", "focalnet/_build_info.json", "focalnet/backends/extension.py"} <= names
     assert "focalnet/kernels/__init__.py" in names
+    assert {"focalnet/recipes/digits.yaml", *(f"focalnet/pretrained/digits/{name}" for name in SHIPPED)} <= names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"focalnet"}
     info = wheel_info(wheel)
     assert info["built"] and info["reason"] is None and info["mode"] == "cpu"

@@ -1,0 +1,113 @@
+"""What happens in a run, for whoever shows it; and how a run ends when its time is up."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One epoch of a run: how far it is, the mean loss, what the held-out images gave, and seconds since the start."""
+
+    epoch: float
+    epochs: float
+    loss: float | None
+    learning_rate: float | None
+    held_out_loss: float | None
+    accuracy: float | None
+    seconds: float
+
+
+class Events:
+    """Does nothing; the command line's prints. Called in the first process alone."""
+
+    def note(self, message: str) -> None:
+        """Something that a user may want to know."""
+
+    def skipped(self, path: str, reason: str) -> None:
+        """An image was left out."""
+
+    def checked(self, done: int, total: int) -> None:
+        """So many images of ``total`` were decoded."""
+
+    def started(self, facts: dict[str, object]) -> None:
+        """Everything is ready; the first step comes next."""
+
+    def step(self, done: int, total: int) -> None:
+        """A step of ``total`` was made."""
+
+    def epoch(self, epoch: Epoch) -> None:
+        """An epoch ended, and the held-out images were evaluated."""
+
+
+class Telling(TrainerCallback):
+    """Tells ``events`` of steps and epochs."""
+
+    def __init__(self, events: Events, has_held_out: bool) -> None:
+        self.events, self.has_held_out = events, has_held_out
+        self.start = time.perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self.start = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if state.is_world_process_zero:
+            self.events.step(state.global_step, state.max_steps)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if state.is_world_process_zero:
+            self.events.epoch(self._epoch(state))
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if state.is_world_process_zero and not self.has_held_out:
+            self.events.epoch(self._epoch(state))
+
+    def _epoch(self, state: TrainerState) -> Epoch:
+        recent = [entry for entry in state.log_history if entry["epoch"] > state.epoch - 1 and "loss" in entry]
+        evaluated = next((entry for entry in reversed(state.log_history) if "eval_loss" in entry), {})
+        return Epoch(
+            epoch=state.epoch,
+            epochs=state.num_train_epochs,
+            loss=sum(entry["loss"] for entry in recent) / len(recent) if recent else None,
+            learning_rate=recent[-1]["learning_rate"] if recent else None,
+            held_out_loss=evaluated.get("eval_loss"),
+            accuracy=evaluated.get("eval_accuracy"),
+            seconds=time.perf_counter() - self.start,
+        )
+
+
+class TimeLimit(TrainerCallback):
+    """Ends training after ``minutes``, with an evaluation and a checkpoint to go on from."""
+
+    def __init__(self, minutes: float) -> None:
+        self.seconds = 60 * minutes
+        self.start = time.monotonic()
+        self.struck = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self.start = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        if state.global_step < state.max_steps and time.monotonic() - self.start > self.seconds:
+            self.struck = control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        # Called when an epoch breaks off, too; after it comes the evaluation, then what is saved.
+        control.should_save = control.should_save or self.struck

@@ -1,0 +1,34 @@
+"""Masks of SimMIM (Xie et al., arXiv:2111.09886): squares of an image, a fixed share of them, chosen at random."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .settings import Settings
+
+
+def random_masks(seeds: list[int], image_size: tuple[int, int], stride: int, settings: Settings) -> Tensor:
+    """(B, h * w), true where a patch of the stem's grid is masked; ``stride`` pixels lie between its patches.
+
+    Raises:
+        ValueError: squares of mask_patch_size hold no whole number of patches.
+    """
+    if settings.mask_patch_size % stride:
+        raise ValueError(
+            f"mask_patch_size: expected a multiple of the stem's stride {stride}, got {settings.mask_patch_size}"
+        )
+    each = settings.mask_patch_size // stride
+    height, width = (math.ceil(side / stride) for side in image_size)
+    rows, columns = math.ceil(height / each), math.ceil(width / each)
+    hidden = round(settings.mask_ratio * rows * columns)
+    masks = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        mask = torch.zeros(rows * columns, dtype=torch.bool)
+        mask[torch.randperm(rows * columns, generator=generator)[:hidden]] = True
+        squares = mask.view(rows, columns).repeat_interleave(each, 0).repeat_interleave(each, 1)
+        masks.append(squares[:height, :width].flatten())
+    return torch.stack(masks)

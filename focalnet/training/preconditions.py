@@ -1,0 +1,100 @@
+"""What must hold before a run starts, and where it starts from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainingArguments
+
+from .events import Events
+from .saving import checkpoints, why_no_space, write_json
+from .sources import Source
+from .trainer import CHECKPOINTS_KEPT
+
+if TYPE_CHECKING:
+    from .runs import Run
+
+RUN_FILE = "run.json"
+# What a resumed run may have otherwise without another result.
+_FREE_ON_RESUMING = ("max_minutes", "workers", "save_steps")
+
+
+def refuse_taken_output(run: Run) -> None:
+    """Raises ValueError where the output folder holds something and the run does not resume it."""
+    if run.resume or not run.output.exists():
+        return
+    if not run.output.is_dir() or any(run.output.iterdir()):
+        raise ValueError(
+            f"output {run.output}: there is something already; --resume goes on, else choose another folder"
+        )
+
+
+def check_batch(run: Run, arguments: TrainingArguments, images: int) -> None:
+    """Raises ValueError where no step can be made of the images, or the device has no bfloat16."""
+    s = run.settings
+    together = s.batch_size * arguments.world_size
+    if together > images:
+        raise ValueError(
+            f"batch_size: expected at most the {images} images to train on, got {s.batch_size} on each of "
+            f"{arguments.world_size} process(es); use --batch-size {max(1, images // arguments.world_size)} or less"
+        )
+    if s.bf16 and arguments.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise ValueError(f"bf16: {torch.cuda.get_device_name()} has no bfloat16; leave --bf16 out")
+
+
+def check_space(run: Run, parameters: int) -> None:
+    """Raises ValueError where the checkpoints of so many parameters do not fit on the disk."""
+    if reason := why_no_space(run.output, bytes_on_disk(parameters, run.settings.ema > 0)):
+        raise ValueError(f"output {run.output}: {reason}; free some space, or choose another disk")
+
+
+def bytes_on_disk(parameters: int, averaged: bool) -> int:
+    """What a run writes at most: float32 weights, two moments of AdamW and the average, kept twice and written once
+    more before the oldest goes, and the final weights, written aside first."""
+    one = 4 * parameters * (4 if averaged else 3)
+    return one * (CHECKPOINTS_KEPT + 1) + 2 * 4 * parameters + 2**20
+
+
+def checkpoint_to_resume(
+    run: Run, arguments: TrainingArguments, task: str, source: Source, events: Events
+) -> Path | None:
+    """The checkpoint to go on from, or None; records what the run is, for those that resume it.
+
+    Raises:
+        ValueError: the run that is there is another one.
+    """
+    record = {
+        "task": task,
+        "data": run.data,
+        "images": len(source.train),
+        "labels": source.labels,
+        "model": run.start.model,
+        "config": run.start.config or {},
+        "processes": arguments.world_size,
+        "settings": {k: v for k, v in asdict(run.settings).items() if k not in _FREE_ON_RESUMING},
+    }
+    record = json.loads(json.dumps(record))
+    path = run.output / RUN_FILE
+    found = checkpoints(run.output / "checkpoints")
+    if run.resume and path.exists():
+        _refuse_differences(record, json.loads(path.read_text(encoding="utf-8")), run.output)
+    if arguments.process_index == 0:
+        write_json(path, record)
+        if run.resume and not found:
+            events.note(f"nothing to resume in {run.output}: no whole checkpoint there; starting from the beginning")
+    return found[-1] if run.resume and found else None
+
+
+def _refuse_differences(now: dict[str, Any], before: dict[str, Any], output: Path) -> None:
+    def flat(record: dict[str, Any]) -> dict[str, Any]:
+        return {**{k: v for k, v in record.items() if k != "settings"}, **record.get("settings", {})}
+
+    now, before = flat(now), flat(before)
+    differ = [name for name in now if now[name] != before.get(name)]
+    if differ:
+        some = "; ".join(f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in differ[:4])
+        raise ValueError(f"--resume {output}: expected the run that is there, but {some}")

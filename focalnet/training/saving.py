@@ -1,0 +1,98 @@
+"""Checkpoints that are whole or not there: written aside, listed, made durable, and only then given their name."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+STAGING = ".being-written"
+MANIFEST = "complete.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def why_not_whole(folder: Path) -> str | None:
+    """Why a checkpoint is not complete, by the sizes that were listed when it was; None if it is."""
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"no readable {MANIFEST} in it"
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, expected {size}"
+    return None
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """The whole checkpoints in ``root``, the latest last."""
+    found = [(int(match[1]), path) for path in root.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found) if why_not_whole(path) is None]
+
+
+def publish(folder: Path, destination: Path) -> None:
+    """Make ``folder``, whose files are all written, durable, and call it ``destination``: whole, or not at all."""
+    sizes = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            _flush(path)
+            sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+    (folder / MANIFEST).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+    _flush(folder / MANIFEST)
+    _flush(folder)
+    if destination.exists():  # what an interrupted run left there was not whole, or is being written again
+        shutil.rmtree(destination)
+    os.replace(folder, destination)
+    _flush(destination.parent)
+
+
+def move_files(folder: Path, destination: Path) -> None:
+    """Put the files of ``folder`` into ``destination`` one by one, each whole at any moment."""
+    destination.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.iterdir()):
+        _flush(path)
+        os.replace(path, destination / path.name)
+    _flush(destination)
+    shutil.rmtree(folder)
+
+
+def keep_latest(root: Path, count: int) -> None:
+    """Remove all but the ``count`` latest whole checkpoints, and what is not whole."""
+    kept = checkpoints(root)[-count:]
+    for path in root.glob("checkpoint-*"):
+        if path not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write ``content`` so that the file is whole at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + STAGING)
+    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _flush(aside)
+    os.replace(aside, path)
+
+
+def why_no_space(folder: Path, needed: int) -> str | None:
+    """Why ``needed`` bytes do not fit where ``folder`` is to be; None if they do."""
+    there = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free >= needed:
+        return None
+    return f"checkpoints will take {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there"
+
+
+def _flush(path: Path) -> None:
+    """To the disk, a file's content or a folder's names. Where a system cannot open folders, it has no need to."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

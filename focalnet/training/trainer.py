@@ -1,0 +1,145 @@
+"""transformers' Trainer with what training a FocalNet adds: groups of parameters, mixed labels, averaged weights, and
+checkpoints that are whole or not there."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import (
+    EvalPrediction,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from .averaging import Average
+from .optimizer import parameter_groups
+from .saving import STAGING, keep_latest, publish, why_not_whole
+from .settings import Settings
+from .views import TrainingViews
+
+CHECKPOINTS_KEPT = 2
+
+
+class _EpochOfViews(TrainerCallback):
+    """Tells the views which epoch begins. accelerate does not where it skips batches or has several processes."""
+
+    def __init__(self, views: TrainingViews) -> None:
+        self.views = views
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self.views.epoch = int(state.epoch or 0)
+
+
+class FocalNetTrainer(Trainer):
+    """As Trainer, with ``settings`` and an ``average`` or None."""
+
+    def __init__(self, *args: object, settings: Settings, average: Average | None = None, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.settings, self.average = settings, average
+        # forward takes **kwargs, so Trainer thinks that the model divides its loss by the number of accumulated items.
+        self.model_accepts_loss_kwargs = False
+        self._staging: Path | None = None
+        self.add_callback(_EpochOfViews(self.train_dataset))
+        if average is not None:
+            self.add_callback(average)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            s, model = self.settings, self.model if model is None else model
+            groups = parameter_groups(
+                model, self.model.config.depths, self.args.learning_rate, s.weight_decay, s.layer_decay
+            )
+            self.optimizer = torch.optim.AdamW(
+                groups, lr=self.args.learning_rate, betas=s.betas, eps=s.eps, fused=True
+            )
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, object]:
+        if "other_labels" not in inputs:
+            outputs = model(**inputs)
+            loss = outputs.loss
+        else:
+            outputs = model(pixel_values=inputs["pixel_values"])
+            loss = mixed_loss(outputs.logits, inputs, self.settings.label_smoothing)
+        return (loss, outputs) if return_outputs else loss
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> DataLoader:
+        # The argument is for training, where every step has as many images; an evaluation leaves none out.
+        self.args.dataloader_drop_last = False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = True
+
+    def evaluate(self, *args: object, **kwargs: object) -> dict[str, float]:
+        # An evaluation draws random numbers (its loader's seed). A run that is resumed at the end of an epoch does
+        # not evaluate it again, and must go on with the same ones all the same.
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), nullcontext() if self.average is None else self.average.in_place():
+            return super().evaluate(*args, **kwargs)
+
+    def _get_output_dir(self, trial: object) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
+        root = Path(self.args.output_dir)
+        staged = root / STAGING / f"checkpoint-{self.state.global_step}"
+        if why_not_whole(root / staged.name) is None:
+            return  # by its number of steps, a moment ago
+        if self.args.should_save:
+            shutil.rmtree(root / STAGING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = root / STAGING
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            return
+        if self.average is not None:
+            self.average.save(staged)
+        publish(staged, root / staged.name)
+        staged.parent.rmdir()
+        keep_latest(root, CHECKPOINTS_KEPT)
+
+
+def mixed_loss(logits: Tensor, inputs: dict[str, Tensor], label_smoothing: float) -> Tensor:
+    """Cross entropy with both labels of each mixed image, by the share that each has of it."""
+
+    def loss(labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+
+    share = inputs["share"]
+    if (share == 1).all():
+        return loss(inputs["labels"]).mean()
+    return (share * loss(inputs["labels"]) + (1 - share) * loss(inputs["other_labels"])).mean()
+
+
+def most_probable(outputs: object, labels: Tensor) -> Tensor:
+    """The indices of the five largest logits, (B, 5) or fewer: what accuracy needs of 21,842 values."""
+    logits = outputs[0] if isinstance(outputs, tuple) else outputs
+    return logits.topk(min(5, logits.shape[-1])).indices
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """Top-1 and top-5 accuracy of what `most_probable` left."""
+    hits = prediction.predictions == np.asarray(prediction.label_ids)[:, None]
+    return {"accuracy": float(hits[:, 0].mean()), "top5": float(hits.any(-1).mean())}

@@ -1,0 +1,1 @@
+"""Recipes for training, as YAML; installed as focalnet.recipes and read by focalnet.training.recipes."""
