@@ -7,7 +7,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import torch
+
+# Of pytest-xdist's processes each has a processor to itself, and so have the programs that its tests start. Tests about
+# threads set their own number.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch  # noqa: E402
 
 TESTS = Path(__file__).parent
 # importlib mode puts nothing on sys.path. The scripts of bench/ import each other by name; they come last, so that
@@ -25,3 +31,10 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Files with slow tests come first: what is left for the end is short, and no process waits long for another."""
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
