@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-# Of pytest-xdist's processes each has a processor to itself, and so have the programs that its tests start. Tests about
-# threads set their own number.
+# Each of pytest-xdist's processes, and whatever its tests start, has one processor. Tests about threads set their own
+# number.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
 
-import torch  # noqa: E402
+import torch
 
 TESTS = Path(__file__).parent
 # importlib mode puts nothing on sys.path. The scripts of bench/ import each other by name; they come last, so that

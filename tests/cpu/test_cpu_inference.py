@@ -48,6 +48,7 @@ def started():
     return dict(tuple(map(int, line.split())) for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in Linux's /proc")
 @pytest.mark.parametrize("given", [1, 2, 4])
 def test_inference_starts_as_many_threads_as_torch_was_given(given, started):
@@ -103,6 +104,7 @@ def output_of(command):
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout
 
 
+@pytest.mark.slow
 @reads_resident
 def test_the_first_call_needs_no_copy_of_the_weights():
     """What it adds to FocalNet-T LRF's 114 MB: one block's packed weights (2 MB), projection and aggregate of the
@@ -111,6 +113,7 @@ def test_the_first_call_needs_no_copy_of_the_weights():
     assert more < weights / 3
 
 
+@pytest.mark.slow
 @reads_resident
 def test_a_thousand_calls_need_no_more_memory():
     """One lost result a call would be 1000 x 5 KB (logits and maps), one lost copy of weights far more."""

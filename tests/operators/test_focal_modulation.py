@@ -151,6 +151,7 @@ def test_compiles_as_one_graph_forward_and_backward(dynamic):
             torch.testing.assert_close(mine.grad, theirs.grad)
 
 
+@pytest.mark.slow
 def test_compiles_with_inductor():
     compiled = torch.compile(focalnet.focal_modulation, fullgraph=True)
     arguments = operands(Shape())

@@ -27,6 +27,7 @@ from builds import (
     packages,  # noqa: F401
     packages_without_torch,  # noqa: F401
     python,  # noqa: F401
+    quick_compiler,  # noqa: F401
     run,
     sources,  # noqa: F401
     wheel_info,
@@ -62,9 +63,14 @@ def builder(packages, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def wheel(unpacked, builder):
+def builds_for_cpu(quick_compiler):
+    return environment(FOCALNET_BUILD="cpu", CXX=quick_compiler)
+
+
+@pytest.fixture(scope="module")
+def wheel(unpacked, builder, builds_for_cpu):
     """The wheel, extension included, that the source distribution gives."""
-    return builder.wheel(unpacked, env=environment(FOCALNET_BUILD="cpu"))
+    return builder.wheel(unpacked, env=builds_for_cpu)
 
 
 def recorded(source):
@@ -121,10 +127,10 @@ def test_wheel_runs_beside_huggingface_kernels(wheel, python):
 
 
 @needs_compiler
-def test_editable_install(wheel, unpacked, builder):
+def test_editable_install(wheel, unpacked, builder, builds_for_cpu):
     # `wheel` left the object files, of use to the Python that made them: its headers are named in ninja's commands.
     python = builder
-    python.pip("install", "--no-build-isolation", "--editable", unpacked, env=environment(FOCALNET_BUILD="cpu"))
+    python.pip("install", "--no-build-isolation", "--editable", unpacked, env=builds_for_cpu)
     facts = python.run("""
         import focalnet.kernels
         from focalnet.backends import extension
