@@ -84,7 +84,7 @@ def packages_without_torch(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quick_compiler(tmp_path_factory):
-    """For CXX: the compiler without optimisation, which takes half the time. How fast a build is, no test here asks."""
+    """For CXX: the compiler without optimisation, which takes half the time."""
     program = tmp_path_factory.mktemp("compiler") / "c++"
     program.write_text(f'#!/bin/sh\nexec {shutil.which(COMPILERS[0])} "$@" -O0\n')
     program.chmod(0o755)
