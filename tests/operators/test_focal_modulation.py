@@ -101,6 +101,7 @@ def test_backward_computes_only_the_gradients_that_are_asked_for(wanted, monkeyp
             assert mine.grad is None
 
 
+@pytest.mark.slow
 @each_shape
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
 def test_opcheck(shape, requires_grad):
