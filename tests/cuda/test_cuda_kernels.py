@@ -27,15 +27,6 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 SMALL = Device(48, 64, 4)
 
 
-def each_dtype_of(cases):
-    """The two 16-bit types share their tiles and differ in a conversion: float16 runs one case of each path."""
-    first = {path: (path, *rest) for path, *rest in reversed(cases)}
-    cases = [(*case, dtype) for case in cases for dtype in (torch.float32, torch.bfloat16)]
-    cases += [(*case, torch.float16) for case in first.values()]
-    ids = [f"{path}-{shape}-{dtype}" for path, _, shape, dtype in cases]
-    return pytest.mark.parametrize(("path", "device", "shape", "dtype"), cases, ids=ids)
-
-
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     return compile_sources(tmp_path_factory.mktemp("cuda"))
@@ -118,7 +109,8 @@ CUT = [
 ]
 
 
-@each_dtype_of(CUT)
+@pytest.mark.parametrize(("path", "device", "shape"), CUT, ids=str)
+@each_dtype
 def test_every_path_obeys_the_rule(run, path, device, shape, dtype):
     assert check_forward(run, shape, dtype, device) == path
 
@@ -136,7 +128,8 @@ BACKWARD = [
 ]
 
 
-@each_dtype_of(BACKWARD)
+@pytest.mark.parametrize(("path", "device", "shape"), BACKWARD, ids=str)
+@each_dtype
 def test_every_path_of_backward_obeys_the_rule(run, path, device, shape, dtype):
     assert check_backward(run, shape, dtype, device) == path
 
