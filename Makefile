@@ -24,11 +24,11 @@ PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 QUICK    := tests/operators tests/cpu tests/models/test_parity.py tests/models/test_golden.py tests/patching
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test lint bench report clean common-tests
+.PHONY: help install demo check test lint types bench report clean common-tests
 
 help:
 	@echo "make demo      classify a photograph with transformers' FocalNet and with this one, side by side"
-	@echo "make check     ruff and the tests that matter while editing, in a minute and a half"
+	@echo "make check     ruff and the tests that matter while editing, in about a minute"
 	@echo "make test      ruff and every test (ARGS='tests/cli -k name' goes to pytest, which then runs in one process)"
 	@echo "make lint      ruff alone"
 	@echo "make bench     FocalNet on this CPU against every runtime that can be installed (ARGS go to bench/models.py)"
@@ -41,7 +41,7 @@ install: $(VENV)/.installed
 demo: install
 	@$(BIN)/python examples/demo.py
 
-check: lint install
+check: lint types install
 	@$(BIN)/pytest $(PARALLEL) --durations=5 -m "not slow" $(QUICK)
 
 ifdef ARGS
@@ -57,6 +57,10 @@ endif
 lint: $(VENV)/.requirements
 	@echo "ruff check"
 	@$(BIN)/ruff check --quiet .
+
+# The type checker's command goes here.
+types: $(VENV)/.requirements
+	@:
 
 bench: install $(VENV)/.peers
 	@$(BIN)/python bench/models.py $(ARGS)
