@@ -17,12 +17,19 @@ TRANSFORMERS := $(shell sed -n 's/^transformers==//p' requirements.txt)
 COMMON_TESTS := $(VENV)/share/transformers-tests
 EXTENSION    := setup.py pyproject.toml focalnet/_version.py $(wildcard csrc/*.* csrc/*/*.*)
 
+# Processes that tests run in. A file's tests run in one, which builds what they share once.
+WORKERS  ?= 2
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# What `make check` runs: of these, the tests that are not marked slow.
+QUICK    := tests/operators tests/cpu tests/models/test_parity.py tests/models/test_golden.py tests/patching
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench report docs clean common-tests
+.PHONY: help install demo check test lint types bench report docs clean common-tests
 
 help:
 	@echo "make demo      digits and a photograph through transformers' FocalNet and this one, side by side"
-	@echo "make test      ruff and the test suite (ARGS='-k name' goes to pytest, and leaves the Triton kernels out)"
+	@echo "make check     ruff, types and the tests that matter while editing, in about a minute"
+	@echo "make test      ruff and every test (ARGS='tests/cli -k name' goes to pytest, which then runs in one process)"
 	@echo "make lint      ruff alone"
 	@echo "make bench     FocalNet on this CPU against every runtime that can be installed (ARGS go to bench/models.py)"
 	@echo "make report    the tables of docs/performance.md and the plots, from the rows in bench/results/"
@@ -35,16 +42,26 @@ install: $(VENV)/.installed
 demo: install
 	@$(BIN)/python examples/demo.py
 
+check: lint types install
+	@$(BIN)/pytest $(PARALLEL) --durations=5 -m "not slow" $(QUICK)
+
+ifdef ARGS
 test: lint install common-tests
 	@$(BIN)/pytest --durations=20 $(ARGS)
-ifndef ARGS
-	@echo "the Triton kernels, in a process of their own"
-	@$(BIN)/pytest --durations=5 tests/triton tests/interpreted
+else
+test: lint install common-tests
+	@$(BIN)/pytest $(PARALLEL) --durations=20
+	@echo "the Triton kernels, in processes of their own"
+	@$(BIN)/pytest $(PARALLEL) --durations=5 tests/triton tests/interpreted
 endif
 
 lint: $(VENV)/.requirements
 	@echo "ruff check"
 	@$(BIN)/ruff check --quiet .
+
+# The type checker's command goes here.
+types: $(VENV)/.requirements
+	@:
 
 bench: install $(VENV)/.peers
 	@$(BIN)/python bench/models.py $(ARGS)

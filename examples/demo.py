@@ -1,7 +1,7 @@
 """Handwritten digits and a photograph, with transformers' FocalNet and with this one: same weights, same answers.
 
-``make demo`` runs this. The model inside the package was not trained on these digits, so its labels mean something, even
-without network. The exit code is 1 if the answers of the two differ by more than rounding.
+``make demo`` runs this. The model inside the package was not trained on these digits, so its labels mean something,
+even without network. The exit code is 1 if the answers of the two differ by more than rounding.
 """
 
 import io

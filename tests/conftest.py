@@ -7,6 +7,12 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
+# Each of pytest-xdist's processes, and whatever its tests start, has one processor. Tests about threads set their own
+# number.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 TESTS = Path(__file__).parent
@@ -25,3 +31,10 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Files with slow tests come first: what is left for the end is short, and no process waits long for another."""
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)

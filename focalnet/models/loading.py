@@ -66,8 +66,8 @@ def load_checkpoint(
     their norms.
 
     Args:
-        path_or_id: a file, a directory written by save_pretrained, an id on the Hugging Face hub, or "digits", the small
-            model that comes with the package. A path that exists comes first.
+        path_or_id: a file, a directory written by save_pretrained, an id on the Hugging Face hub, or "digits", the
+            small model that comes with the package. A path that exists comes first.
         variant: name of a published variant, such as "large_fl4".
         use_ema: for a file of a training script that holds both the weights and their average over training. True
             takes the average, False the plain weights, None the average if there is one (as timm does).

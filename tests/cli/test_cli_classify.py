@@ -42,6 +42,11 @@ def photos(tmp_path):
     return save_photos(tmp_path / "photos")
 
 
+def unfolded(table):
+    """A path is folded to the table's width, wherever that is in its name."""
+    return table.replace("\n", "")
+
+
 def test_top_k_is_that_of_transformers_pipeline(model_folder, photos):
     from transformers import AutoImageProcessor, pipeline
 
@@ -68,7 +73,7 @@ def test_top_k_is_limited_to_the_labels_there_are(model_folder, photos):
 def test_table_shows_every_label_as_it_is(model_folder, photos):
     result = run("classify", photos / "cat.png", "--model", model_folder, "--top-k", 7)
     assert result.exit_code == 0
-    assert "cat.png" in result.stdout
+    assert "cat.png" in unfolded(result.stdout)
     assert all(label in result.stdout for label in LABELS)
     assert result.stdout.count("%") == 7
     assert result.stderr == ""
@@ -93,7 +98,7 @@ def test_file_whose_name_looks_like_a_glob_or_markup_is_a_file(model_folder, pho
     (photos / "cat.png").rename(odd)
     result = run("classify", odd, "--model", model_folder)
     assert result.exit_code == 0
-    assert "[red]*.png" in result.stdout
+    assert "[red]*.png" in unfolded(result.stdout)
 
 
 def test_batch_size_does_not_change_results(model_folder, photos):
@@ -123,7 +128,7 @@ def test_broken_and_missing_files_are_reported_and_skipped(model_folder, photos,
         assert sorted(os.path.basename(error["path"]) for error in document["errors"]) == sorted(bad)
         assert len(document["images"]) == 5
     else:
-        assert result.stdout.count("cat.png") == 1
+        assert unfolded(result.stdout).count("cat.png") == 1
         assert not any(name in result.stdout for name in bad)
 
 

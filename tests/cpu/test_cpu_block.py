@@ -112,11 +112,13 @@ def test_every_number_of_tokens(isa, tokens):
     check((1, tokens, 1, 32), levels=1, seed=tokens)
 
 
+@pytest.mark.slow
 def test_large_map(isa):
     """Many blocks of tokens, and images in more than one group."""
     check((5, 90, 61, 64), scale=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"post": True, "inner": True, "scale": True}], ids=["pre", "post"])
 @pytest.mark.parametrize(
     "shape",

@@ -31,20 +31,28 @@ def test_a_models_bits_do_not_depend_on_threads(tiny, batch):
 
 COUNTS_ITS_THREADS = """
 import os, torch, focalnet
-torch.set_num_threads({n})
 model = focalnet.FocalNetForImageClassification(focalnet.FocalNetConfig(embed_dim=16, depths=[1, 1, 1, 1])).eval()
 x, before = torch.randn(1, 3, 64, 64), len(os.listdir("/proc/self/task"))
 with torch.inference_mode():
-    model(x)
-print(len(os.listdir("/proc/self/task")) - before)
+    for given in (1, 2, 4):
+        torch.set_num_threads(given)
+        model(x)
+        print(given, len(os.listdir("/proc/self/task")) - before)
 """
 
 
+@pytest.fixture(scope="module")
+def started():
+    """Threads that torch was given -> threads beside the main one, counted in one process, from few to many."""
+    lines = output_of([sys.executable, "-c", COUNTS_ITS_THREADS]).splitlines()
+    return dict(tuple(map(int, line.split())) for line in lines)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in Linux's /proc")
-@pytest.mark.parametrize("n", [1, 2, 4])
-def test_inference_starts_as_many_threads_as_torch_was_given(n):
-    command = [sys.executable, "-c", COUNTS_ITS_THREADS.format(n=n)]
-    assert int(output_of(command)) == n - 1
+@pytest.mark.parametrize("given", [1, 2, 4])
+def test_inference_starts_as_many_threads_as_torch_was_given(given, started):
+    assert started[given] == given - 1
 
 
 reads_resident = pytest.mark.skipif(
@@ -96,6 +104,7 @@ def output_of(command):
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=240).stdout
 
 
+@pytest.mark.slow
 @reads_resident
 def test_the_first_call_needs_no_copy_of_the_weights():
     """What it adds to FocalNet-T LRF's 114 MB: one block's packed weights (2 MB), projection and aggregate of the
@@ -104,6 +113,7 @@ def test_the_first_call_needs_no_copy_of_the_weights():
     assert more < weights / 3
 
 
+@pytest.mark.slow
 @reads_resident
 def test_a_thousand_calls_need_no_more_memory():
     """One lost result a call would be 1000 x 5 KB (logits and maps), one lost copy of weights far more."""

@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from builds import COMPILERS, ROOT, SUFFIX, environment, packages, python, run, sources, wheel_info  # noqa: F401
+from builds import (
+    COMPILERS,
+    ROOT,
+    SUFFIX,
+    environment,
+    packages,  # noqa: F401
+    python,  # noqa: F401
+    quick_compiler,  # noqa: F401
+    run,
+    sources,  # noqa: F401
+    wheel_info,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -99,8 +110,9 @@ def test_host_compiler_that_nvcc_does_not_take(sources, toolkit):
     assert "unsupported GNU version" in output and "set NVCC_CCBIN to a host compiler that this nvcc takes" in output
 
 
-def test_auto_installs_without_the_kernels_and_keeps_the_reason(sources, toolkit, python, tmp_path):
-    env = environment(CUDA_HOME=toolkit(), PYTHONPATH=torch_of_cuda(tmp_path / "site", "13.0"))
+def test_auto_installs_without_the_kernels_and_keeps_the_reason(sources, toolkit, python, quick_compiler, tmp_path):
+    torch_13 = torch_of_cuda(tmp_path / "site", "13.0")
+    env = environment(CUDA_HOME=toolkit(), PYTHONPATH=torch_13, CXX=quick_compiler)
     wheel = python.wheel(sources, env=env)
     info = wheel_info(wheel)
     assert info["built"] and not info["cuda"]["built"]
@@ -117,8 +129,8 @@ def test_auto_installs_without_the_kernels_and_keeps_the_reason(sources, toolkit
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA: auto builds the kernels")
-def test_auto_leaves_the_kernels_out_where_torch_has_no_cuda(sources, toolkit, python):
-    info = wheel_info(python.wheel(sources, env=environment(CUDA_HOME=toolkit())))
+def test_auto_leaves_the_kernels_out_where_torch_has_no_cuda(sources, toolkit, python, quick_compiler):
+    info = wheel_info(python.wheel(sources, env=environment(CUDA_HOME=toolkit(), CXX=quick_compiler)))
     assert info["built"]
     assert info["cuda"] == {
         "built": False,

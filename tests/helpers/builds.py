@@ -82,6 +82,15 @@ def packages_without_torch(tmp_path_factory):
     return link_packages(tmp_path_factory.mktemp("isolated") / "packages", wanted)
 
 
+@pytest.fixture(scope="module")
+def quick_compiler(tmp_path_factory):
+    """For CXX: the compiler without optimisation, which takes half the time."""
+    program = tmp_path_factory.mktemp("compiler") / "c++"
+    program.write_text(f'#!/bin/sh\nexec {shutil.which(COMPILERS[0])} "$@" -O0\n')
+    program.chmod(0o755)
+    return str(program)
+
+
 class Python:
     """A fresh virtual environment that borrows packages from a folder."""
 

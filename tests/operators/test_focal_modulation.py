@@ -101,6 +101,7 @@ def test_backward_computes_only_the_gradients_that_are_asked_for(wanted, monkeyp
             assert mine.grad is None
 
 
+@pytest.mark.slow
 @each_shape
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])
 def test_opcheck(shape, requires_grad):
@@ -151,6 +152,7 @@ def test_compiles_as_one_graph_forward_and_backward(dynamic):
             torch.testing.assert_close(mine.grad, theirs.grad)
 
 
+@pytest.mark.slow
 def test_compiles_with_inductor():
     compiled = torch.compile(focalnet.focal_modulation, fullgraph=True)
     arguments = operands(Shape())

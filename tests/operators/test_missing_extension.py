@@ -98,6 +98,7 @@ def python(folder, *arguments):
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_a_model_of_an_installation_without_it_warns_once_whatever_it_does(sources):
     done = python(sources, "-W", "always", "-c", MODEL)
     assert done.returncode == 0, done.stderr
@@ -105,6 +106,7 @@ def test_a_model_of_an_installation_without_it_warns_once_whatever_it_does(sourc
     assert MENDED_BY in done.stderr
 
 
+@pytest.mark.slow
 def test_python_m_focalnet_is_the_command(sources):
     done = python(sources, "-m", "focalnet", "--version")
     assert done.stdout == f"focalnet {focalnet.__version__}\n"

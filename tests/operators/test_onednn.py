@@ -26,6 +26,7 @@ def returned():
     return {name: (float(ours), float(theirs)) for name, ours, theirs in lines}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_wide_kernels_return_in_bfloat16_and_are_as_exact_as_in_nchw(case, returned):
     assert name_of(case) in returned, f"no answer in {SECONDS} s"

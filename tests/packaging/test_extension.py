@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from focalnet.backends import extension
 
@@ -22,12 +23,13 @@ needs_extension = pytest.mark.skipif(extension.missing() is not None, reason=str
 
 @pytest.fixture
 def package(tmp_path):
-    """A package focalnet of extension.py alone, to put any binary beside it."""
+    """A package focalnet of extension.py alone, to put any binary beside it; torch is a stand-in, quick to import."""
     folder = tmp_path / "focalnet"
     (folder / "backends").mkdir(parents=True)
     for package in (folder, folder / "backends"):
         (package / "__init__.py").touch()
     shutil.copy(extension.__file__, folder / "backends")
+    (tmp_path / "torch.py").write_text(f"__version__ = {torch.__version__!r}\n")
     return folder
 
 
@@ -141,6 +143,7 @@ def test_broken_binary_is_told_from_an_absent_one(package, content):
 
 @needs_extension
 def test_whole_binary_in_another_package(package):
+    (package.parent / "torch.py").unlink()
     shutil.copy(sys.modules["focalnet._C"].__file__, package)
     reason, info, capabilities = ask(package)
     assert reason is None

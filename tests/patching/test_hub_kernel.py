@@ -48,6 +48,7 @@ def test_a_kernelized_model_of_transformers_computes_the_same(kernelized):
     assert_same_gradients(model, original)
 
 
+@pytest.mark.slow
 def test_a_kernelized_model_compiles_as_one_graph(kernelized):
     model, original = kernelized
     with torch.no_grad():
@@ -70,6 +71,7 @@ def test_the_kernel_stands_beside_an_installed_focalnet_and_holds_what_it_needs(
     assert "import transformers" not in sources and "from transformers" not in sources
 
 
+@pytest.mark.slow
 def test_the_script_writes_the_same_again(repository, tmp_path):
     code = f"import sys; sys.path[:0] = {sys.path!r}; sys.argv[1:] = [{str(tmp_path / 'again')!r}]\n"
     code += "import runpy; runpy.run_module('focalnet.hub.generate', run_name='__main__')"
