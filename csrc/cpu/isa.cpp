@@ -70,7 +70,7 @@ Isa parse(const std::string& name, const char* source) {
     return Isa::kPlain;
 }
 
-// An override that cannot be honoured must not make the library fail to load: it is then as if it were absent.
+// An override that this processor cannot run is ignored: it must not make the library fail to load.
 Isa initial() {
     const char* wanted = std::getenv("FOCALNET_CPU_ISA");
     if (wanted == nullptr || *wanted == '\0') return best();
