@@ -12,19 +12,22 @@
 namespace focalnet::cpu {
 namespace {
 
-// On 64-bit Arm NEON is part of every processor: there "plain" and "neon" are the same code.
-enum class Isa : int { kPlain, kNeon, kAvx2, kAvx512 };
+// On 64-bit Arm NEON is part of every processor: there "plain" and "neon" are the same code. "emulated" is "plain"
+// with the dot products of "avx512_bf16", as slow as they are there: for tests.
+enum class Isa : int { kEmulated, kPlain, kNeon, kAvx2, kAvx512, kAvx512Bf16 };
 
 struct Choice {
     Isa isa;
     const char* name;
 };
 
-constexpr Choice kChoices[] = {
-    {Isa::kPlain, "plain"}, {Isa::kNeon, "neon"}, {Isa::kAvx2, "avx2"}, {Isa::kAvx512, "avx512"}};
+constexpr Choice kChoices[] = {{Isa::kEmulated, "emulated"}, {Isa::kPlain, "plain"},
+                               {Isa::kNeon, "neon"},         {Isa::kAvx2, "avx2"},
+                               {Isa::kAvx512, "avx512"},     {Isa::kAvx512Bf16, "avx512_bf16"}};
 
 bool runs_here(Isa isa) {
     switch (isa) {
+        case Isa::kEmulated:
         case Isa::kPlain:
             return true;
         case Isa::kNeon:
@@ -43,6 +46,12 @@ bool runs_here(Isa isa) {
 #if defined(__x86_64__)
             return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+#else
+            return false;
+#endif
+        case Isa::kAvx512Bf16:
+#if defined(__x86_64__)
+            return runs_here(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
 #else
             return false;
 #endif
@@ -99,10 +108,21 @@ std::string cpu_set_isa(std::string isa) { return name_of(state().exchange(parse
 const Kernels& current_kernels() {
 #if defined(__x86_64__)
     const Isa isa = state().load(std::memory_order_relaxed);
-    if (isa == Isa::kAvx512) return kAvx512Kernels;
+    if (isa == Isa::kAvx512 || isa == Isa::kAvx512Bf16) return kAvx512Kernels;
     if (isa == Isa::kAvx2) return kAvx2Kernels;
 #endif
     return kPlainKernels;
+}
+
+Products products_of(Element weights) {
+    const Kernels& kernels = current_kernels();
+    if (weights == Element::kFloat32) return {Element::kFloat32, kDepth, 1, 1, kernels.pack, kernels.gemm};
+    const Isa isa = state().load(std::memory_order_relaxed);
+    if (isa == Isa::kEmulated) return kEmulatedDotProducts;
+#if defined(__x86_64__)
+    if (isa == Isa::kAvx512Bf16) return kDotProducts;
+#endif
+    return {Element::kRounded, kDepth, 1, 1, kernels.pack, kernels.gemm};
 }
 
 }  // namespace focalnet::cpu

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .block_parts import BlockNames
-from .cpu_inference import reason_against_call, reason_against_weights
+from .cpu_inference import reason_against_call, reason_against_dtype, reason_against_weights
 
 
 def arguments(block: nn.Module, names: BlockNames, hidden_state: Tensor, backend: str | None = None) -> tuple | str:
@@ -17,7 +17,10 @@ def arguments(block: nn.Module, names: BlockNames, hidden_state: Tensor, backend
 
     The reason instead, where the block has to be called module by module.
     """
-    return reason_against_call(hidden_state, backend) or weights(block, names)
+    if reason := reason_against_call(hidden_state, backend):
+        return reason
+    found = weights(block, names)
+    return reason_against_dtype(hidden_state, found) or found
 
 
 def weights(block: nn.Module, names: BlockNames) -> tuple | str:

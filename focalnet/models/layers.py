@@ -233,7 +233,9 @@ class FocalNetEncoder(nn.Module):
         if reason := cpu_inference.reason_against_call(hidden_state, *backends):
             return reason
         found = [stage.arguments() for stage in stages]
-        return next((reason for reason in found if isinstance(reason, str)), found)
+        if reason := next((reason for reason in found if isinstance(reason, str)), None):
+            return reason
+        return cpu_inference.reason_against_dtype(hidden_state, *(each for stage in found for each in stage)) or found
 
 
 def _are(kind: type[nn.Module], modules: list[nn.Module]) -> bool:

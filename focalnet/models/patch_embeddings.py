@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..configuration import FocalNetConfig
 from ..fusion import cpu_patch_embed
-from ..fusion.cpu_inference import reason_against_call
+from ..fusion.cpu_inference import reason_against_call, reason_against_dtype
 from ..fusion.module_checks import is_changed, is_proxy
 from .padding import pad_to_multiple
 
@@ -107,7 +107,10 @@ def embed(embeddings: nn.Module, norm: nn.Module, x: Tensor, *, is_owner: bool =
 
 def arguments(embeddings: nn.Module, norm: nn.Module, x: Tensor, *, is_owner: bool = False) -> tuple | str:
     """What `run` takes in the place of the modules; the reason instead, where these have to be called."""
-    return reason_against_call(x, None) or weights(embeddings, norm, is_owner=is_owner)
+    if reason := reason_against_call(x, None):
+        return reason
+    found = weights(embeddings, norm, is_owner=is_owner)
+    return reason_against_dtype(x, found) or found
 
 
 def weights(embeddings: nn.Module, norm: nn.Module, *, is_owner: bool = False) -> tuple | str:
