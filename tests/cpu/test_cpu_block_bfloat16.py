@@ -125,7 +125,7 @@ def test_what_autocast_computes(product_isa, options, dtype):
     assert_within_rule(ours, modules, double(hidden_state.double()))
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38], ids=str)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")], ids=str)
 def test_what_is_not_finite_stays_in_its_image(product_isa, value):
     arguments = weights(make_layer(17, dtype=torch.bfloat16))
     hidden_state = torch.randn(2, 5, 7, 17).bfloat16()
