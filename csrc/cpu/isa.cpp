@@ -5,6 +5,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <string>
@@ -58,6 +62,21 @@ bool runs_here(Isa isa) {
     }
     return false;
 }
+
+#if defined(__x86_64__)
+// Zen 4 executes a vector of 512 bits in two halves: long tiles of them gain nothing on AVX2's short ones there.
+bool halves_wide_vectors() {
+    static const bool is_zen4 = [] {
+        unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+        __get_cpuid(0, &eax, &ebx, &ecx, &edx);
+        const bool is_amd = ebx == signature_AMD_ebx && ecx == signature_AMD_ecx && edx == signature_AMD_edx;
+        __get_cpuid(1, &eax, &ebx, &ecx, &edx);
+        const unsigned family = (eax >> 8 & 0xf) + (eax >> 20 & 0xff);
+        return is_amd && family == 0x19;
+    }();
+    return is_zen4;
+}
+#endif
 
 Isa best() {
     Isa isa = Isa::kPlain;
@@ -115,14 +134,15 @@ const Kernels& current_kernels() {
 }
 
 Products products_of(Element weights) {
-    const Kernels& kernels = current_kernels();
-    if (weights == Element::kFloat32) return {Element::kFloat32, kDepth, 1, 1, kernels.pack, kernels.gemm};
     const Isa isa = state().load(std::memory_order_relaxed);
-    if (isa == Isa::kEmulated) return kEmulatedDotProducts;
+    const bool is_float = weights == Element::kFloat32;
+    if (!is_float && isa == Isa::kEmulated) return kEmulatedDotProducts;
+    const Kernels* kernels = &current_kernels();
 #if defined(__x86_64__)
-    if (isa == Isa::kAvx512Bf16) return kDotProducts;
+    if (!is_float && isa == Isa::kAvx512Bf16) return kDotProducts;
+    if (isa == Isa::kAvx512Bf16 && halves_wide_vectors()) kernels = &kAvx2Kernels;
 #endif
-    return {Element::kRounded, kDepth, 1, 1, kernels.pack, kernels.gemm};
+    return {is_float ? Element::kFloat32 : Element::kRounded, kDepth, 1, 1, kernels->pack, kernels->gemm};
 }
 
 }  // namespace focalnet::cpu
