@@ -54,8 +54,7 @@ int differences(const Operands& x) {
     int differ = 0;
     for (int i = 0; i < 16; i += 4) {
         using Narrow = emulation::Vec;
-        const Narrow sum =
-            emulation::dot(vector<Narrow>(x.acc + i), vector<Narrow>(x.a + i), vector<Narrow>(x.b + i));
+        const Narrow sum = emulation::dot(vector<Narrow>(x.acc + i), vector<Narrow>(x.a + i), vector<Narrow>(x.b + i));
         __builtin_memcpy(found + i, &sum, sizeof sum);
     }
     for (int i = 0; i < 16; ++i) differ += expected[i] != found[i] && !(is_nan(expected[i]) && is_nan(found[i]));

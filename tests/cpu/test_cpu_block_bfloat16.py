@@ -38,7 +38,7 @@ def check(shape, **options):
         assert_within_rule(ours, layer(hidden_state), double(hidden_state.double()))
 
 
-@pytest.mark.parametrize("dim", [8, 17, 96, 100])
+@pytest.mark.parametrize("dim", [17, 96])
 @pytest.mark.parametrize("flags", FLAGS, ids=lambda f: "-".join(k for k, v in f.items() if v) or "none")
 def test_every_combination_of_flags(product_isa, flags, dim):
     check((2, 5, 7, dim), **flags)
