@@ -12,7 +12,9 @@ namespace focalnet::cpu {
 // block, so the block must not depend on the number of threads.
 constexpr int64_t kBlock = 16;
 
-enum class Element : int { kFloat32, kBFloat16 };
+// What a map or a matrix consists of. kRounded is float32 in memory that takes only what bfloat16 holds: for products
+// in float32 of what others compute in bfloat16.
+enum class Element : int { kFloat32, kBFloat16, kRounded };
 
 // A channels-last map (B, H, W, channels) with channel stride 1; strides count elements.
 struct Map {
