@@ -159,6 +159,12 @@ def test_a_reason_is_asked_for_every_time():
     assert [question(module), question(module)] == ["no", "no"] and len(times) == 2
 
 
+def test_an_answer_without_parameters_is_kept_as_it_is():
+    question = while_unchanged(lambda module: {"wide": len(module)})
+    module = a_module()
+    assert question(module) == question(module) == {"wide": 3}
+
+
 def test_copies_have_answers_of_their_own(asked):
     question, _ = asked
     module = a_module()
