@@ -42,18 +42,16 @@ class FocalNetEmbeddings(nn.Module):
             self._check_images(pixel_values)
         # The image processors give float32 whatever the model's dtype is.
         pixel_values = pixel_values.to(self.patch_embeddings.projection.weight.dtype)
-        embeddings = self._patches(pixel_values.permute(0, 2, 3, 1))
-        if bool_masked_pos is not None:
-            masked = self._mask_of_grid(bool_masked_pos, embeddings)
-            embeddings = torch.where(masked, self.mask_token, embeddings)
-        return self.dropout(embeddings)
+        images = pixel_values.permute(0, 2, 3, 1)
+        call = why_not_call(images) or _stem_call(self, images.dtype, requested(None))
+        if isinstance(call, str):
+            return self.dropout(self._masked(self.norm(self.patch_embeddings(images)), bool_masked_pos))
+        return self._masked(self.patch_embeddings.by_operator(images, call), bool_masked_pos)
 
-    def _patches(self, images: Tensor) -> Tensor:
-        """(B, H, W, num_channels) -> (B, h, w, embed_dim)"""
-        found = why_not_call(images) or _stem_call(self, images.dtype, requested(None))
-        if isinstance(found, str):
-            return self.norm(self.patch_embeddings(images))
-        return self.patch_embeddings.by_operator(images, found)
+    def _masked(self, embeddings: Tensor, bool_masked_pos: Tensor | None) -> Tensor:
+        if bool_masked_pos is None:
+            return embeddings
+        return torch.where(self._mask_of_grid(bool_masked_pos, embeddings), self.mask_token, embeddings)
 
     def _check_images(self, pixel_values: Tensor | None) -> None:
         channels = self.patch_embeddings.num_channels
@@ -91,6 +89,9 @@ class FocalNetEmbeddings(nn.Module):
 
 @while_unchanged
 def _stem_call(stem: FocalNetEmbeddings, dtype: torch.dtype, backend: str | None) -> list | str:
+    dropout = stem.dropout
+    if type(dropout) is not nn.Dropout or is_changed(dropout) or (dropout.training and dropout.p > 0):
+        return "dropout was replaced, wrapped or hooked, or drops something"
     return patch_embeddings.call(stem.patch_embeddings, stem.norm, dtype, backend)
 
 

@@ -4,6 +4,8 @@ the LayerNorm behind it.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -80,22 +82,15 @@ class FocalNetPatchEmbeddings(nn.Module):
         Raises:
             ValueError: it has not even one, and is not filled up to one.
         """
-        conv, sizes = self.projection, (height, width)
-        padded = (
-            size + added + 2 * pad
-            for size, added, pad in zip(sizes, self._added(height, width), conv.padding, strict=True)
-        )
-        grid = tuple((n - k) // s + 1 for n, k, s in zip(padded, conv.kernel_size, conv.stride, strict=True))
-        if self.drops_incomplete and min(grid) < 1:
+        conv, drops = self.projection, self.drops_incomplete
+        grid_of = _grid.__wrapped__ if torch.compiler.is_compiling() else _grid  # sizes may be symbols
+        grid = grid_of(height, width, conv.kernel_size, conv.stride, conv.padding, None if drops else self.patch_size)
+        if drops and min(grid) < 1:
             raise ValueError(
                 f"pixel_values: expected larger images, since config.drop_incomplete_patches is set and a map of "
                 f"{height} x {width} is left without a patch of {conv.kernel_size[0]} x {conv.kernel_size[1]}"
             )
         return grid
-
-    def _added(self, height: int, width: int) -> tuple[int, int]:
-        """Rows at the bottom and columns at the right that fill up the last patches."""
-        return (0, 0) if self.drops_incomplete else (-height % self.patch_size[0], -width % self.patch_size[1])
 
     def _by_modules(self, x: Tensor) -> Tensor:
         if not self.drops_incomplete:
@@ -105,6 +100,24 @@ class FocalNetPatchEmbeddings(nn.Module):
         # A channels-last input makes the convolution write channels-last: the image is the smaller thing to reorder.
         nchw = x.contiguous().permute(0, 3, 1, 2)
         return self.projection(nchw).permute(0, 2, 3, 1)
+
+
+@functools.lru_cache
+def _grid(
+    height: int,
+    width: int,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    patch_size: tuple[int, int] | None,
+) -> tuple[int, int]:
+    """The windows of a map that is filled up to a multiple of ``patch_size``, unless that is None, and then padded."""
+    if patch_size is not None:
+        height, width = height + -height % patch_size[0], width + -width % patch_size[1]
+    return (
+        (height + 2 * padding[0] - kernel_size[0]) // stride[0] + 1,
+        (width + 2 * padding[1] - kernel_size[1]) // stride[1] + 1,
+    )
 
 
 def call(
