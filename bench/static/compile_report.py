@@ -118,7 +118,7 @@ def compiled(arch: int, dtypes: tuple[torch.dtype, ...], name: tuple, end: float
     launch, types = _launches(arch, dtypes)[name]
     made = compile_launch(launch.kernel, arguments_of(launch, types), launch.options, arch)
     found = resources(made, arch)
-    against = [reason for reason in (found.reason_against(), *moved(made)) if reason]
+    against = [reason for reason in (found.why_not(), *moved(made)) if reason]
     return {**asdict(found), "against": against, "source": source(launch)}
 
 

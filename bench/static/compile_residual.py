@@ -67,7 +67,7 @@ def main(
         if have.get(key(head), {}).get("source") == source(launch):
             continue
         found = resources(compile_launch(launch.kernel, arguments_of(launch, types), launch.options, one), one)
-        reason = found.reason_against()
+        reason = found.why_not()
         row = head | asdict(found) | {"against": [reason] if reason else [], "source": source(launch)} | versions()
         have[key(row)] = row
         if len(have) % 50 == 0:

@@ -22,8 +22,8 @@ from .timing import ratio
 
 OURS = "focalnet"
 WARM_UP_ROUNDS = 1  # after all processes have started, and not counted
-TURN_S = 0.25  # a turn has as many runs as fit, at least one and at most MOST_RUNS; their median is its time
-MOST_RUNS = 16
+TURN_S = 0.25  # a turn has as many runs as fit, at least one and at most MAX_RUNS; their median is its time
+MAX_RUNS = 16
 STEADY = 0.02  # standard error of a ratio, over the ratio, below which no more rounds are needed
 MORE = 0.5  # of the rounds asked for, how many are added at most
 NOISY = 1.25  # median over fastest, from which times (not ratios) are said to be unlike those of an idle machine
@@ -51,7 +51,7 @@ class Runtime:
 
     def warm_up(self) -> None:
         """A turn that is not counted; it says how many runs fit into one."""
-        self._runs_a_turn = min(MOST_RUNS, max(1, round(TURN_S / self._run())))
+        self._runs_a_turn = min(MAX_RUNS, max(1, round(TURN_S / self._run())))
 
     def turn(self) -> None:
         """Runs for about `TURN_S`."""
