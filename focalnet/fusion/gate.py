@@ -27,7 +27,7 @@ def why_not_fused(input: object) -> str | None:
     """Why modules have to be called one by one in a call with ``input``, whatever they are; or None."""
     if type(input) not in (Tensor, nn.Parameter):
         return f"expected a plain tensor, got {type(input).__name__}"
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "the call is being traced"
     if torch._C._are_functorch_transforms_active():
         return "the call is being transformed"
@@ -40,17 +40,17 @@ class _Slot(int):
     """The place of a tensor in an answer: its index among the parameters of the module."""
 
 
-class _Nested(list):
+class _Nested(list[Any]):
     """A part of an answer that holds tensors."""
 
 
 class _Known(NamedTuple):
-    settings: tuple
+    settings: tuple[Any, ...]
     structure: Any
     template: Any  # the answer, with a _Slot for each tensor
 
 
-def while_unchanged(question: Callable) -> Callable:
+def while_unchanged(question: Callable[..., Any]) -> Callable[..., Any]:
     """``question(module, *settings)``, asked again only where the module, or a setting, is another.
 
     The question may read what csrc/structure.h lists, and nothing else: no shape of a parameter, say. The answer may

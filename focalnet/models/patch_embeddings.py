@@ -4,6 +4,9 @@ the LayerNorm behind it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +19,7 @@ from ..fusion.module_checks import is_changed, is_proxy
 from .padding import pad_to_multiple
 
 
-def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
     """``size`` as (height, width)."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
@@ -70,7 +73,7 @@ class FocalNetPatchEmbeddings(nn.Module):
         found = why_not_call(x) or _own_call(self, x.dtype, requested(None))
         return self.norm(self._by_modules(x)) if isinstance(found, str) else self.by_operator(x, found)
 
-    def by_operator(self, x: Tensor, call: list) -> Tensor:
+    def by_operator(self, x: Tensor, call: list[Any]) -> Tensor:
         """What the projection and the norm behind it give, by the operator that stands for both."""
         return cpu_patch_embed.run(x, self.output_size(*x.shape[1:3]), call)
 
@@ -80,7 +83,8 @@ class FocalNetPatchEmbeddings(nn.Module):
         Raises:
             ValueError: it has not even one, and is not filled up to one.
         """
-        conv, sizes = self.projection, (height, width)
+        conv: Any = self.projection
+        sizes = (height, width)
         padded = (
             size + added + 2 * pad
             for size, added, pad in zip(sizes, self._added(height, width), conv.padding, strict=True)
@@ -91,7 +95,7 @@ class FocalNetPatchEmbeddings(nn.Module):
                 f"pixel_values: expected larger images, since config.drop_incomplete_patches is set and a map of "
                 f"{height} x {width} is left without a patch of {conv.kernel_size[0]} x {conv.kernel_size[1]}"
             )
-        return grid
+        return grid[0], grid[1]
 
     def _added(self, height: int, width: int) -> tuple[int, int]:
         """Rows at the bottom and columns at the right that fill up the last patches."""
@@ -108,8 +112,8 @@ class FocalNetPatchEmbeddings(nn.Module):
 
 
 def call(
-    embeddings: nn.Module, norm: nn.Module, dtype: torch.dtype, backend: str | None, *, is_owner: bool = False
-) -> list | str:
+    embeddings: nn.Module, norm: nn.Module | None, dtype: torch.dtype, backend: str | None, *, is_owner: bool = False
+) -> list[Any] | str:
     """What `by_operator` takes for ``norm(embeddings(x))``; the reason instead, where both have to be called.
 
     ``is_owner``: the norm is a part of ``embeddings``, whose forward asks.
@@ -120,5 +124,5 @@ def call(
 
 
 @while_unchanged
-def _own_call(embeddings: FocalNetPatchEmbeddings, dtype: torch.dtype, backend: str | None) -> list | str:
+def _own_call(embeddings: FocalNetPatchEmbeddings, dtype: torch.dtype, backend: str | None) -> list[Any] | str:
     return call(embeddings, embeddings.norm, dtype, backend, is_owner=True)

@@ -8,14 +8,15 @@ very parts that do something else with them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.fx
 from torch import Tensor, nn
 
 from ..backends.registry import requested
 from ..functional import focal_modulation, gated_aggregation
-from ..fusion.context_parts import parameter, unusual_context, widest_kernel
-from ..fusion.module_checks import is_exact_gelu
+from ..fusion.context_parts import convolutions, parameter, unusual_context, weight_of, widest_kernel
+from ..fusion.module_checks import is_exact_gelu, part
 from ..onednn import guarded
 
 # Nodes of their own in graphs of torch.fx, which cannot look into them.
@@ -82,7 +83,7 @@ def why_not(module: nn.Module, source: str) -> str | None:
     names = NAMES[source]
     if unknown := sorted((module._modules.keys() - names.known) | module._parameters.keys() | module._buffers.keys()):
         return f"it also has {', '.join(unknown)}, which is no part of a focal modulation"
-    if (reason := _why_not_levels(module.focal_layers)) is not None:
+    if (reason := _why_not_levels(part(module, "focal_layers"))) is not None:
         return reason
     context = module._modules[names.projection_context]
     if not isinstance(context, nn.Conv2d) or context.kernel_size != (1, 1) or context.groups != 1:
@@ -124,30 +125,30 @@ def forward(
 ) -> Tensor:
     """What the ``forward`` of a patched focal modulation is; shapes as in its own."""
     names = NAMES[source]
-    context = module._modules[names.projection_context]
+    context = part(module, names.projection_context)
     # The operator takes weights and calls no module.
     changed = unusual_context(module, names.projection_context, names.activation)
     if changed is not None:
         return _own_forward(module, x, backend, changed)
-    projected = module._modules[names.projection_in](x)
+    projected = part(module, names.projection_in)(x)
     if names.channels_first:
         projected = projected.permute(0, 2, 3, 1)
-    focal_weights = [parameter(level[0], "weight") for level in module.focal_layers]
-    channels = context.in_channels
+    focal_weights = [weight_of(convolution) for convolution in convolutions(part(module, "focal_layers"))]
+    channels: Any = context.in_channels
     q, ctx, gates = projected.split([channels, channels, len(focal_weights) + 1], dim=-1)
     normalize = any(getattr(module, name, False) for name in names.normalize)
     if keep_modulator:
         agg = gated_aggregation(ctx, gates, focal_weights, normalize_modulator=normalize, backend=backend)
         module.gates = gates.permute(0, 3, 1, 2)
-        module.modulator = context(agg.permute(0, 3, 1, 2))
-        out = q * module.modulator.permute(0, 2, 3, 1)
+        module.modulator = modulator = context(agg.permute(0, 3, 1, 2))
+        out = q * modulator.permute(0, 2, 3, 1)
     else:
         out = focal_modulation(
             q,
             ctx,
             gates,
             focal_weights,
-            parameter(context, "weight"),
+            weight_of(context),
             parameter(context, "bias"),
             normalize_modulator=normalize,
             backend=backend,
@@ -155,8 +156,8 @@ def forward(
     if names.channels_first:
         out = out.permute(0, 3, 1, 2)
     for name in (names.layernorm, names.projection_out, names.projection_dropout):
-        part = module._modules.get(name)
-        out = out if part is None else part(out)
+        module_behind = module._modules.get(name)
+        out = out if module_behind is None else module_behind(out)
     return out
 
 
@@ -166,5 +167,5 @@ def _own_forward(module: nn.Module, x: Tensor, backend: str | None, changed: str
             f"backend {requested(backend)!r} cannot run this {type(module).__name__}: {changed} was replaced, wrapped "
             f"or hooked, so the module's own forward runs. Leave the backend out, or undo the change."
         )
-    with guarded(x, widest_kernel(module.focal_layers)):
+    with guarded(x, widest_kernel(part(module, "focal_layers"))):
         return type(module).forward(module, x)
