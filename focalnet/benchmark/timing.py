@@ -12,6 +12,7 @@ import os
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.utils.benchmark import Timer
@@ -73,7 +74,7 @@ def copies_past_cache(bytes_per_call: int, device: torch.device | str = "cpu") -
     return max(2, min(MAX_COPIES, 2 * cache // max(1, bytes_per_call) + 1))
 
 
-def _warm_up(call: Callable[[int], object], block: Callable[[Callable, int], float]) -> int:
+def _warm_up(call: Callable[[int], object], block: Callable[[Callable[..., Any], int], float]) -> int:
     """Returns how many calls make a block."""
     for index in range(WARM_UP):
         call(index)

@@ -80,7 +80,7 @@ _PLACES = {
 
 
 @cache
-def _patterns(naming: str) -> tuple[tuple[Row, re.Pattern], ...]:
+def _patterns(naming: str) -> tuple[tuple[Row, re.Pattern[str]], ...]:
     """The rows that ``naming`` has, each with what recognises its keys."""
     patterns = []
     for row in TABLE:
@@ -154,7 +154,7 @@ def rename(
         key = parse(name, source)
         new_name = None if key is None else key.named(target, post_norm)
         misplaced = source == "timm" and key is not None and key.named(source, post_norm) != name
-        if new_name is None or new_name in renamed or misplaced:
+        if key is None or new_name is None or new_name in renamed or misplaced:
             unknown[name] = tensor
             continue
         renamed[new_name] = _reshaped(tensor, target) if key.is_matrix else tensor

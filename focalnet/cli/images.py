@@ -78,7 +78,7 @@ def read_image(source: Path | IO[bytes], name: str | None = None) -> Image.Image
     """
     from PIL import Image, ImageOps
 
-    name = name or Path(source).name
+    name = name or Path(str(source)).name
     with Image.open(source) as opened:
         stored = str(opened.tile[0].args) if opened.tile else ""
         image = ImageOps.exif_transpose(opened)
