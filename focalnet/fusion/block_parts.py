@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .context_parts import convolutions, is_pointwise, unusual_level
 from .module_checks import is_changed, is_exact_gelu, is_hooked, part
+from .part_names import MODULATION, ModulationNames
 
 Role = Callable[[nn.Module], bool]
 Norm = tuple["Tensor | None", "Tensor | None", "float | None"]  # weight, bias, eps; all None without norm
@@ -25,7 +26,7 @@ Norm = tuple["Tensor | None", "Tensor | None", "float | None"]  # weight, bias, 
 
 @dataclass(frozen=True)
 class BlockNames:
-    """What a code base calls the parts of its block.
+    """What a code base calls the parts of its block; ``inner`` are those of the modulation.
 
     ``post_norm`` is the flag that says where the norms act; without one, it is the names of the norms that act behind
     the branch, which are identities otherwise. ``modulation`` and ``mlp`` are the classes of those parts; without one,
@@ -33,17 +34,12 @@ class BlockNames:
     that of its class. ``random`` are the parts of block, modulation and MLP that do nothing in inference.
     """
 
+    inner: ModulationNames = MODULATION["transformers"]
     modulation: type | None = None
     mlp: type | None = None
 
     post_norm: str | tuple[str, str] = "use_post_layernorm"
-    projection_in: str = "projection_in"
-    projection_context: str = "projection_context"
-    projection_out: str = "projection_out"
-    layernorm: str = "layernorm"
     use_layernorm: str | None = "use_post_layernorm_in_modulation"
-    normalize: tuple[str, ...] = ("normalize_modulator",)
-    activation: str = "activation"
     scales: tuple[str, str] = ("gamma_1", "gamma_2")
     random: tuple[str, ...] = ("projection_dropout", "drop", "drop_path")
     forward: Callable[..., Any] | None = None
@@ -60,12 +56,12 @@ class BlockNames:
         levels = convolutions(part(modulation, "focal_layers"))
         focal_weights = [convolution._parameters["weight"] for convolution in levels]
         linears = (
-            *_weight_and_bias(part(modulation, self.projection_context)),
-            *_weight_and_bias(part(modulation, self.projection_out)),
+            *_weight_and_bias(part(modulation, self.inner.projection_context)),
+            *_weight_and_bias(part(modulation, self.inner.projection_out)),
             *_weight_and_bias(part(mlp, "fc1")),
             *_weight_and_bias(part(mlp, "fc2")),
         )
-        projection_in = _weight_and_bias(part(modulation, self.projection_in))
+        projection_in = _weight_and_bias(part(modulation, self.inner.projection_in))
         norm1, norm2, inner_norm = _norm(part(block, name1)), _norm(part(block, name2)), self._inner_norm(modulation)
         scales = (_scale(block, self.scales[0]), _scale(block, self.scales[1]))
         arguments = (
@@ -77,7 +73,7 @@ class BlockNames:
             *inner_norm,
             *scales,
             post_norm,
-            any(getattr(modulation, name, False) for name in self.normalize),
+            any(getattr(modulation, name, False) for name in self.inner.normalize),
         )
         norms = (*norm1[:2], *norm2[:2], *inner_norm[:2])
         return arguments, [*projection_in, *focal_weights, *linears, *norms, *scales]
@@ -123,7 +119,7 @@ class BlockNames:
     def _inner_norm(self, modulation: nn.Module) -> Norm:
         if self.use_layernorm is not None and not getattr(modulation, self.use_layernorm, False):
             return None, None, None
-        layernorm = modulation._modules.get(self.layernorm)
+        layernorm = modulation._modules.get(self.inner.layernorm)
         if layernorm is None or type(layernorm) is nn.Identity:
             return None, None, None
         return _norm(layernorm)
@@ -146,13 +142,13 @@ class BlockNames:
 
     @functools.cached_property
     def _modulation_roles(self) -> dict[str, Role]:
-        projections = (self.projection_in, self.projection_context, self.projection_out)
+        projections = (self.inner.projection_in, self.inner.projection_context, self.inner.projection_out)
         return {
             **dict.fromkeys(projections, _is_linear),
             "focal_layers": lambda module: type(module) is nn.ModuleList,
-            self.activation: is_exact_gelu,
+            self.inner.activation: is_exact_gelu,
             "act": is_exact_gelu,
-            self.layernorm: _is_norm,
+            self.inner.layernorm: _is_norm,
             **dict.fromkeys(self.random, _is_random),
         }
 
@@ -160,7 +156,7 @@ class BlockNames:
     def _mlp_roles(self) -> dict[str, Role]:
         return {
             **dict.fromkeys(("fc1", "fc2"), _is_linear),
-            self.activation: is_exact_gelu,
+            self.inner.activation: is_exact_gelu,
             "norm": lambda module: type(module) is nn.Identity,
             **dict.fromkeys(self.random, _is_random),
         }

@@ -17,6 +17,7 @@ from torch import nn
 from ..backends import extension
 from ..backends.registry import requested
 from ..fusion.module_checks import part
+from ..fusion.part_names import MODULATION
 from ..modules import FocalModulation
 from . import block, embeddings, modulation, probe
 from .report import Entry, PatchReport
@@ -189,6 +190,6 @@ def _why_not_modulation(module: nn.Module, source: str | None) -> str | None:
 
 def _in_layout(forward: Callable[..., torch.Tensor], twin: nn.Module, x: torch.Tensor, source: str) -> torch.Tensor:
     """``forward(twin, x)`` in the layout of ``source``, for x (B, H, W, C)."""
-    if not modulation.NAMES[source].channels_first:
+    if not MODULATION[source].channels_first:
         return forward(twin, x)
     return forward(twin, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

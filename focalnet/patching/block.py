@@ -14,30 +14,22 @@ from torch import Tensor, nn
 from ..fusion import cpu_block
 from ..fusion.block_parts import BlockNames
 from ..fusion.module_checks import is_proxy, part
+from ..fusion.part_names import MODULATION
 from . import modulation
 
 NAMES = {
-    "transformers": BlockNames(forward=modulation.forward),
+    "transformers": BlockNames(MODULATION["transformers"], forward=modulation.forward),
     "authors": BlockNames(
+        MODULATION["authors"],
         post_norm="use_postln",
-        projection_in="f",
-        projection_context="h",
-        projection_out="proj",
-        layernorm="ln",
         use_layernorm=None,
-        normalize=modulation.NAMES["authors"].normalize,
-        activation="act",
         random=("proj_drop", "drop", "drop_path"),
         forward=modulation.forward,
     ),
     "timm": BlockNames(
+        MODULATION["timm"],
         post_norm=("norm1_post", "norm2_post"),
-        projection_in="f",
-        projection_context="h",
-        projection_out="proj",
-        layernorm="norm",
         use_layernorm=None,
-        activation="act",
         scales=("ls1", "ls2"),
         random=("proj_drop", "drop1", "drop2", "drop_path1", "drop_path2"),
         forward=modulation.forward,
