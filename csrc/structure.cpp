@@ -8,6 +8,9 @@ namespace focalnet {
 
 namespace {
 
+// Deeper than any network. A module may be a part of itself, and its tree has no end then.
+constexpr int kMaxDepth = 64;
+
 PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
 // torch.nn.Module keeps its parts and its hooks in dictionaries of these names.
@@ -123,10 +126,11 @@ void Structure::record_module(PyObject* name, PyObject* module) {
         return record(Kind::value, name, Py_None);
     }
     const py::object dictionary = dictionary_of(module);
-    if (!dictionary) {
+    if (!dictionary || depth_ == kMaxDepth) {
         is_complete_ = false;
         return;
     }
+    ++depth_;
     record(Kind::type, name, type_of(module), PyDict_GET_SIZE(dictionary.ptr()));
     note_object(module);
     note_dictionary(dictionary.ptr());
@@ -134,6 +138,7 @@ void Structure::record_module(PyObject* name, PyObject* module) {
     for (Py_ssize_t i = 0; PyDict_Next(dictionary.ptr(), &i, &key, &value);) {
         record_attribute(key, value);
     }
+    --depth_;
 }
 
 void Structure::record_attribute(PyObject* name, PyObject* value) {

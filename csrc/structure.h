@@ -52,6 +52,7 @@ class Structure {
     std::vector<Entry> entries_;
     std::vector<const char*> cache_lines_;
     bool is_complete_ = true;  // false where something could not be recorded: then nothing matches
+    int depth_ = 0;            // of the module that is being recorded
 };
 
 }  // namespace focalnet

@@ -1,23 +1,27 @@
-"""What is launched for which sizes: one table for the levels, one for the matrix products.
+"""Which tile a kernel takes for which sizes: tables for the levels, the matrix products and the kernels on rows.
 
 A thread of a level's tile holds four channels, so ``num_warps = block_w * block_c / 128``. Wide maps get few channels
-a program, since the rings of all resident programs must stay in L2; narrow ones get many, which fills the warps.
+a program, since the rings of all resident programs must stay in L2. Narrow maps get many, which fills the warps.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from .plan import Device
 
 
 @dataclass(frozen=True)
 class LevelConfig:
     """Tile of the level kernels: columns, channels, and rows that a thread holds, forward and backward.
 
-    ``step``: rows that every level of the backward does between two barriers, when it streams over rows.
-    ``whole_plane``: levels one after the other instead.
+    ``step``: rows that a level of the backward works on between two barriers, where the program streams over rows.
+    ``whole_plane``: the program does not stream; a level works on all rows before the next one begins.
     """
 
     block_w: int
@@ -43,10 +47,11 @@ class LevelConfig:
 
 @dataclass(frozen=True)
 class ProductConfig:
-    """Tile of a matrix product, and how many programs walk over its rows: what is resident, in one wave.
+    """Tile of a matrix product, and how many programs walk over its rows.
 
-    Fewer, so that what they read of W is at most ``weight_share`` of the bytes of the plane that they read or write;
-    but never so few that not ``least_busy`` of the processors work.
+    At most as many as are resident at once. Every group of programs reads all of W, so there are only as many groups
+    as keep the bytes read of W below ``weight_share`` times those of the plane; but always enough for ``least_busy``
+    of the processors to have a program.
     """
 
     block_m: int
@@ -60,6 +65,16 @@ class ProductConfig:
     @property
     def programs_per_sm(self) -> int:
         return max(1, 8 // self.num_warps)
+
+    def shared_bytes(self, itemsize: int, arch: int) -> int:
+        """Shared memory of a program, at most: steps of both operands in flight, and the result's way to its store.
+
+        Tensor cores of data center GPUs since Hopper read a step where it lies while the next ones arrive; others
+        copy it to registers first and need one step less.
+        """
+        steps = self.num_stages if 90 <= arch < 120 else self.num_stages - 1
+        step = (self.block_m + self.block_n) * self.block_k
+        return (steps * step + self.block_m * self.block_n) * itemsize + 1024
 
 
 @dataclass(frozen=True)
@@ -90,10 +105,10 @@ WHOLE_PLANE_ROWS = 16
 ANY = 1 << 30
 FLOAT16, FLOAT32 = (torch.float16,), (torch.float32,)
 HALVES = (torch.bfloat16, torch.float16)
-# (largest kernel of any level, dtypes, channels of a tile, rows, back_rows): fewer where a column of taps, the rows
-# that it meets and what else lives through a level would not fit into registers. float16 takes some more than
-# bfloat16, which is the upper half of a float32. A tile that has no row is passed over for a wider one of fewer
-# channels.
+# (largest kernel of any level, dtypes, most channels of a tile, rows, back_rows). A thread must hold in registers a
+# column of taps, the rows that it is multiplied with and what else lives through a level: larger kernels leave room
+# for fewer rows. float16 needs a few registers more than bfloat16, which is the upper half of a float32. Where no row
+# of this table allows a tile of LEVELS, the next tile there that one does allow is taken.
 ROWS = (
     (7, FLOAT16, 16, 8, 2),
     (9, HALVES, ANY, 8, 4),
@@ -106,18 +121,19 @@ ROWS = (
 )
 
 FORWARD, BACKWARD = "forward", "backward"
-# (bytes of an element, largest number of channels, configuration). What binds in 16 bit is the bytes of W, most of all
-# where maps are small and channels many: at 128 x 7 x 7 x 1024 W is a sixth of a plane, and five groups of 16 slabs
-# (80 programs) read it five times forward, three groups (48) in either product backward. Narrow slabs make more
-# programs of as few bytes. In float32 the arithmetic binds, so the device is filled.
+# (bytes of an element, largest number of channels, configuration): the first row that fits the device. In 16 bit, what
+# binds is the bytes of W, most of all where maps are small and channels many: at 128 x 7 x 7 x 1024 W is a sixth of a
+# plane, and five groups of 16 slabs (80 programs) read it five times forward, three groups (48) in either product
+# backward. Narrow slabs make more programs with as few bytes. In float32 arithmetic binds, so the device is filled.
 PRODUCTS = {
     FORWARD: (
         (2, 64, ProductConfig(128, 64, 32, 4, 3, 0.66, 1 / 2)),
         (2, 448, ProductConfig(128, 128, 64, 8, 3, 0.66, 1 / 2)),
         (2, 1 << 30, ProductConfig(256, 64, 64, 8, 3, 0.66, 1 / 2)),
+        (2, 1 << 30, ProductConfig(128, 128, 64, 8, 3, 0.66, 1 / 2)),  # where the shared memory is 99 KB
         (4, 1 << 30, ProductConfig(64, 64, 32, 4, 2)),
     ),
-    # Two products a chunk, of which there are more: half the share each.
+    # A chunk has two products, and there are more chunks than forward: each product gets about half the share.
     BACKWARD: (
         (2, 64, ProductConfig(128, 64, 32, 4, 3, 0.45, 1 / 4)),
         (2, 1 << 30, ProductConfig(128, 64, 64, 8, 4, 0.45, 1 / 4)),
@@ -148,7 +164,7 @@ def level_config(
 def level_candidates(
     height: int, width: int, channels: int, kernel_heights: tuple[int, ...], dtype: torch.dtype
 ) -> list[LevelConfig]:
-    """What autotuning tries: what the tables say first, then neighbours of it."""
+    """What autotuning tries: the tables' choice first, then others close to it."""
     first = level_config(height, width, channels, kernel_heights, dtype)
     found = [first]
     for block_w, block_c in ((8, 64), (16, 32), (32, 16), (32, 32), (64, 16)):
@@ -159,27 +175,31 @@ def level_candidates(
     return found
 
 
-def product_config(direction: str, channels: int, dtype: torch.dtype) -> ProductConfig:
-    """The row of the table for a product of (rows, channels) by (channels, channels), FORWARD or BACKWARD."""
-    rows = PRODUCTS[direction]
-    config = next(c for itemsize, largest, c in rows if itemsize >= dtype.itemsize and channels <= largest)
+def product_config(direction: str, channels: int, dtype: torch.dtype, device: Device) -> ProductConfig:
+    """The first row of the table for a product of (rows, channels) by (channels, channels) that fits the device."""
+    rows = [c for itemsize, most, c in PRODUCTS[direction] if itemsize >= dtype.itemsize and channels <= most]
     size = max(16, _power_of_two(channels))
-    # The largest step that divides the channels, so that no load needs a mask; a masked one where none does.
-    step = next((k for k in (64, 32, 16) if k <= config.block_k and channels % k == 0), min(config.block_k, size))
-    return replace(config, block_n=min(config.block_n, size), block_k=step)
+    for config in rows:
+        # The largest step that divides the channels, so that no load needs a mask; a masked one where none does.
+        step = next((k for k in (64, 32, 16) if k <= config.block_k and channels % k == 0), min(config.block_k, size))
+        config = replace(config, block_n=min(config.block_n, size), block_k=step)
+        if config.shared_bytes(dtype.itemsize, device.arch) <= device.shared_bytes:
+            break
+    return config
 
 
 def weight_product_config(channels: int, dtype: torch.dtype) -> ProductConfig:
     """The tile of dW, summed over rows: block_m by block_n channels, block_k rows at a time."""
     size = max(16, _power_of_two(channels))
     largest = 64 if dtype.itemsize == 4 or channels <= 64 else 128
-    # In float32 too eight warps: with four, a thread holds so much of the tile that some spill.
+    # Eight warps in float32 too: with four, a thread holds so much of the tile that registers spill.
     return ProductConfig(min(largest, size), min(largest, size), 32, 4 if channels <= 64 else 8, 3)
 
 
 # (largest number of channels, elements of a tile)
 ROW_TILES = ((2048, 2048), (4096, 4096))
-# Every program reads the parameters, and backward writes sums of its own: as few as keep the memory busy.
+# Every program reads the parameters, and in backward writes sums of its own. So there are only as many as it takes to
+# keep the memory busy.
 ROW_PROGRAMS_PER_SM = {"forward": 4, "backward": 2}
 
 

@@ -6,14 +6,12 @@ backward. Kernels of a chunk follow one another on the stream, so nothing waits 
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from . import gated_aggregation
-from .config import BACKWARD, FORWARD, LevelConfig, ProductConfig, level_config, product_config, weight_product_config
+from . import gated_aggregation, level_launch
+from .config import BACKWARD, LevelConfig, level_config, product_config
 from .gated_aggregation_bwd import Backward
-from .modulator import dagg_kernel, dweight_kernel, modulator_bwd_kernel, modulator_fwd_kernel
+from .modulator import dagg_launch, dweight_launch, groups_of, modulator_bwd_launch, modulator_launch, splits_of
 from .plan import Buffer, Case, Device, Launch, Plan, chunks, largest_chunk, with_scratch
 from .sums import sum_partials_launch
 
@@ -39,28 +37,6 @@ def forward_plan(case: Case, device: Device, config: LevelConfig | None = None, 
     return Plan(launches, buffers, operands(case), alive(chunk))
 
 
-def modulator_launch(case: Case, device: Device, first_image: int, images: int, precision: str) -> Launch:
-    config = product_config(FORWARD, case.channels, case.dtype)
-    rows = images * case.positions
-    return Launch(
-        modulator_fwd_kernel,
-        (slabs_of(case, config) * groups_of(case, device, config, rows), 1, 1),
-        {
-            "agg": "agg",
-            "weight": "weight",
-            "bias": "bias" if case.has_bias else "weight",
-            "q": "q",
-            "out": "out",
-            "first_row": first_image * case.positions,
-            "row_count": rows,
-            **q_pitch(case),
-        },
-        {**product_constexprs(case, config, precision), "HAS_BIAS": case.has_bias, **q_alignment(case)},
-        config.num_warps,
-        config.num_stages,
-    )
-
-
 def backward_plan(case: Case, device: Device, config: LevelConfig | None = None, precision: str = "ieee") -> Plan:
     """The launches of the backward: operands dout and those of forward; mask (q, ctx, gates, weight, bias, focal).
 
@@ -74,7 +50,7 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None,
     image = (case.height, case.width, case.channels)
     image_bytes = case.positions * case.channels * case.dtype.itemsize
 
-    product = product_config(BACKWARD, case.channels, case.dtype)
+    product = product_config(BACKWARD, case.channels, case.dtype, device)
 
     def alive(images: int) -> int:
         # Partial sums, of dW and of db, live from the first chunk to the last.
@@ -107,11 +83,12 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None,
             )
             buffers = with_scratch(buffers, scratch)
             launches += aggregate
-        launches.append(modulator_bwd_launch(case, groups, first, images, need_m, precision))
+        launches.append(modulator_bwd_launch(case, device, groups, first, images, need_m, precision))
         if need_weight:
             launches.append(dweight_launch(case, images, splits, precision))
         if need_dagg:
-            launches += [dagg_launch(case, groups, images, precision), *backward.launches(first, images, "agg")]
+            launches.append(dagg_launch(case, device, groups, images, precision))
+            launches += backward.launches(first, images, "agg")
     if need_dagg:
         buffers |= backward.buffers()
         launches += backward.last_launches()
@@ -124,119 +101,6 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None,
     return Plan(launches, buffers, operands(case) | {"dout": case.dtype}, alive(chunk))
 
 
-def modulator_bwd_launch(
-    case: Case, groups: int, first_image: int, images: int, need_m: bool, precision: str
-) -> Launch:
-    config = product_config(BACKWARD, case.channels, case.dtype)
-    need_q, need_bias = case.mask[0], case.mask[4]
-    return Launch(
-        modulator_bwd_kernel,
-        (slabs_of(case, config) * groups, 1, 1),
-        {
-            "agg": "agg",
-            "weight": "weight",
-            "bias": "bias" if case.has_bias else "weight",
-            "q": "q",
-            "dout": "dout",
-            "dq": "dq" if need_q else "agg",
-            "dm": "dm" if need_m else "agg",
-            "dbias": "dbias_parts" if need_bias else "agg",
-            "first_row": first_image * case.positions,
-            "row_count": images * case.positions,
-            **q_pitch(case),
-        },
-        {
-            **product_constexprs(case, config, precision),
-            "HAS_BIAS": case.has_bias,
-            "NEED_Q": need_q,
-            "NEED_M": need_m,
-            "NEED_BIAS": need_bias,
-            **q_alignment(case),
-        },
-        config.num_warps,
-        config.num_stages,
-    )
-
-
-def dagg_launch(case: Case, groups: int, images: int, precision: str) -> Launch:
-    """dm @ W; agg is not needed any more, dagg takes its place."""
-    config = product_config(BACKWARD, case.channels, case.dtype)
-    return Launch(
-        dagg_kernel,
-        (slabs_of(case, config) * groups, 1, 1),
-        {"dm": "dm", "weight": "weight", "dagg": "agg", "row_count": images * case.positions},
-        product_constexprs(case, config, precision),
-        config.num_warps,
-        config.num_stages,
-    )
-
-
-def dweight_launch(case: Case, images: int, splits: int, precision: str) -> Launch:
-    config = weight_product_config(case.channels, case.dtype)
-    rows = images * case.positions
-    tiles = math.ceil(case.channels / config.block_m) * math.ceil(case.channels / config.block_n)
-    return Launch(
-        dweight_kernel,
-        (tiles, splits, 1),
-        {
-            "dm": "dm",
-            "agg": "agg",
-            "partial": "dweight_parts",
-            "row_count": rows,
-            "rows_per_split": math.ceil(rows / splits),
-        },
-        product_constexprs(case, config, precision),
-        config.num_warps,
-        config.num_stages,
-    )
-
-
-def slabs_of(case: Case, config: ProductConfig) -> int:
-    return math.ceil(case.channels / config.block_n)
-
-
-def groups_of(case: Case, device: Device, config: ProductConfig, rows: int) -> int:
-    """Programs for each slab of a product; together they read W once a group.
-
-    As many as fill the device while W's bytes stay below their share; and no more than make the longest walk shorter.
-    """
-    slabs, tiles = slabs_of(case, config), math.ceil(rows / config.block_m)
-    worth = max(config.weight_share * rows / case.channels, config.least_busy * device.sm_count / slabs)
-    groups = max(1, math.ceil(min(worth, config.programs_per_sm * device.sm_count // slabs)))
-    walk = math.ceil(tiles / groups)
-    return math.ceil(tiles / walk)
-
-
-def splits_of(case: Case, device: Device, images: int) -> int:
-    """Ranges of rows of dW's sum: as many as fill the device, each of some length.
-
-    Their partial sums take a tenth of what stays on chip, or more where two thirds of the device would idle.
-    """
-    config = weight_product_config(case.channels, case.dtype)
-    tiles = math.ceil(case.channels / config.block_m) * math.ceil(case.channels / config.block_n)
-    fitting = device.on_chip_bytes // 10 // (4 * case.channels**2)
-    filling = min(device.sm_count // tiles, max(fitting, math.ceil(device.sm_count / 3 / tiles)))
-    return max(1, min(filling, images * case.positions // (8 * config.block_k)))
-
-
 def operands(case: Case) -> dict[str, torch.dtype]:
     names = ("q", "weight", *(("bias",) if case.has_bias else ()))
-    return gated_aggregation.operands(case) | dict.fromkeys(names, case.dtype)
-
-
-def q_pitch(case: Case) -> dict[str, int]:
-    return {"q_pitch": case.q_pitch // gated_aggregation.alignment(case.q_pitch, case.dtype)}
-
-
-def q_alignment(case: Case) -> dict[str, int]:
-    return {"Q_ALIGN": gated_aggregation.alignment(case.q_pitch, case.dtype)}
-
-
-def product_constexprs(case: Case, config: ProductConfig, precision: str) -> dict[str, object]:
-    return {
-        "C": case.channels,
-        "PRECISION": precision,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-    }
+    return level_launch.operands(case) | dict.fromkeys(names, case.dtype)

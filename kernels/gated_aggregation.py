@@ -4,10 +4,10 @@
     reads once           ctx [H, W, BLOCK_C], gates [H, W, L + 1], its weights, packed to float32 [taps, BLOCK_C]
     keeps in rings       ctx_1 .. ctx_{L-1}: global scratch of the program, a few rows each, in practice L1 and L2
     writes once          agg [H, W, BLOCK_C] (and again with the global level, from L2), or mean [BLOCK_C]
-    barriers             one between any two levels of a step: a level reads neighbours that other threads wrote
+    barriers             one between any two levels of a step: a level reads pixels that other threads wrote
 
-Bytes: 2 C + (L + 1) C / BLOCK_C elements a position, against 2 C + L + 1 at least. Scratch is alive in as many
-programs as are launched: the grid is as large as what stays on chip, and programs walk over the images.
+Bytes: 2 C + (L + 1) C / BLOCK_C elements a position, where the least is 2 C + L + 1. Every program has scratch of its
+own, so there are only as many programs as keep it on chip, and they walk over the images.
 """
 
 from __future__ import annotations
@@ -20,37 +20,33 @@ import triton.language as tl
 
 from . import schedule
 from .config import LevelConfig, level_config
+from .level_launch import (
+    aligned_pitches,
+    alignments,
+    bands_of,
+    first_rows,
+    level_constexprs,
+    operands,
+    weight_arguments,
+    workers_of,
+    workers_worth_their_weights,
+)
+from .levels import Image, conv_level, gated_rows, pack_levels, rings_of_program, share_of_program
 from .plan import Buffer, Case, Device, Launch, Plan
 from .tiles import (
+    Size,
     channels_of,
     columns_from,
-    conv_tiles,
     gelu,
     load_gates,
-    pack_weights,
+    ring_of,
     rounded,
     row_pointer,
     rows_from,
     rows_of,
 )
 
-
-@triton.jit
-def pick(level: tl.constexpr, w0, w1, w2, w3):
-    if level == 0:
-        return w0
-    elif level == 1:
-        return w1
-    elif level == 2:
-        return w2
-    else:
-        return w3
-
-
-@triton.jit
-def ring_start(rings, FIRST: tl.constexpr, height, ring_row, WHOLE_PLANE: tl.constexpr):
-    """A ring that starts at row FIRST of the program's scratch, or the plane of that number."""
-    return rings + FIRST * (height if WHOLE_PLANE else 1) * ring_row
+MAX_GATED_ROWS = tl.constexpr(2)  # of four levels no more fit into registers
 
 
 @triton.jit(
@@ -101,117 +97,169 @@ def gated_aggregation_fwd_kernel(
     program's scratch (in whole planes: its number). mean holds the band's share of the mean of ctx_L.
     """
     LEVELS: tl.constexpr = len(KH)
-    # As many rows at once as a load of their gates takes less than one element a thread; of four levels no more fit.
-    GATED_ROWS: tl.constexpr = min(ROWS, BLOCK_C // 8, 2)
-    C = channel_units * CHANNELS_ALIGN
-    blocks = tl.cdiv(C, BLOCK_C)
-    program = tl.program_id(0)
-    workers = tl.num_programs(0) // blocks
-    worker = program // blocks
-    channel0 = (program % blocks) * BLOCK_C
-    channels = channels_of(BLOCK_C)
-    in_channels = channel0 + channels < C
-    own = channel0 + tl.arange(0, BLOCK_C)
-
-    ring_row = width * BLOCK_C
-    scratch_rows = RING0[LEVELS - 1] * (height if WHOLE_PLANE else 1)
-    rings += program.to(tl.int64) * scratch_rows * ring_row
-    packed += program * (TAP0[LEVELS] * BLOCK_C)
-    for level in tl.static_range(LEVELS):
-        pack_weights(
-            packed + TAP0[level] * BLOCK_C,
-            pick(level, w0, w1, w2, w3),
-            channel0,
-            C,
-            KH[level] * KW[level],
-            16,
-            BLOCK_C,
-        )
-    tl.debug_barrier()
+    size, C = Size(height, width), channel_units * CHANNELS_ALIGN
+    share = share_of_program(C, BLOCK_C)
+    own_rings = rings_of_program(rings, share.in_ring, size, RING0[LEVELS - 1], WHOLE_PLANE, BLOCK_C)
+    packed += tl.program_id(0) * (TAP0[LEVELS] * BLOCK_C)
+    pack_levels(packed, (w0, w1, w2, w3), share.channel0, C, KH, KW, TAP0, BLOCK_C)
 
     ctx_pixel = ctx_pitch * CTX_ALIGN
     gates_pixel = gates_pitch * GATES_ALIGN
-    for trip in range(tl.cdiv(images * bands - worker, workers)):
-        item = worker + trip * workers
-        image = item // bands
+    for trip in range(tl.cdiv(images * bands - share.worker, share.workers)):
+        item = share.worker + trip * share.workers
+        number = item // bands
         low = (item % bands) * band_rows
         high = tl.minimum(low + band_rows, height)
-        plane = (first_image + image).to(tl.int64) * height * width
-        ctx_plane = ctx + plane * ctx_pixel + channel0
+        plane = (first_image + number).to(tl.int64) * height * width
+        ctx_plane = ctx + plane * ctx_pixel + share.channel0
         gates_plane = gates + plane * gates_pixel
-        agg_plane = agg + image.to(tl.int64) * height * width * C + channel0
+        agg_plane = agg + number.to(tl.int64) * height * width * C + share.channel0
+        image = Image(ctx_plane, ctx_pixel, gates_plane, gates_pixel, C, share.in_channels)
 
-        start = tl.maximum(low - LAG[LEVELS - 1], 0)
-        steps = tl.cdiv(high - start + LAG[LEVELS - 1], ROWS)
-        tiles = 1
-        if WHOLE_PLANE:
-            tiles = steps
-            steps = 1
-        total = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
-        for step in range(steps):
-            for level in tl.static_range(LEVELS):
-                # The rows of this level on which the band depends.
-                level_low = tl.maximum(low - (LAG[LEVELS - 1] - LAG[level]), 0)
-                level_high = tl.minimum(high + (LAG[LEVELS - 1] - LAG[level]), height)
-                for tile in range(tiles):
-                    row0 = start + (step + tile) * ROWS - LAG[level]
-                    if (row0 < level_high) & (row0 + ROWS > level_low):
-                        for column0 in range(0, width, BLOCK_W):
-                            if level == 0:
-                                z = conv_tiles(
-                                    ctx_plane, width * ctx_pixel, ctx_pixel, packed, row0, column0, height, width,
-                                    in_channels, 0, KH[0], KW[0], False, ROWS, BLOCK_W, BLOCK_C,
-                                )  # fmt: skip
-                            else:
-                                z = conv_tiles(
-                                    ring_start(rings, RING0[level - 1], height, ring_row, WHOLE_PLANE), ring_row,
-                                    BLOCK_C, packed + TAP0[level] * BLOCK_C, row0, column0, height, width,
-                                    channels < BLOCK_C, RING[level - 1], KH[level], KW[level], False,
-                                    ROWS, BLOCK_W, BLOCK_C,
-                                )  # fmt: skip
-                            if level < LEVELS - 1:
-                                rows = rows_from(row0, ROWS, BLOCK_W)
-                                columns = columns_from(column0, ROWS, BLOCK_W)
-                                inside = (rows >= level_low) & (rows < level_high) & (columns < width)
-                                ring = ring_start(rings, RING0[level], height, ring_row, WHOLE_PLANE)
-                                target = row_pointer(ring, rows, ring_row, RING[level]) + (
-                                    columns * BLOCK_C + channels
-                                )
-                                context = gelu(rows_of(z, 0, ROWS))
-                                tl.store(target, rounded(context, rings.dtype.element_ty), mask=inside)
-                            else:
-                                for part in tl.static_range(0, ROWS, GATED_ROWS):
-                                    rows = rows_from(row0 + part, GATED_ROWS, BLOCK_W)
-                                    columns = columns_from(column0, GATED_ROWS, BLOCK_W)
-                                    inside = (rows >= level_low) & (rows < level_high) & (columns < width)
-                                    context = gelu(rows_of(z, part, GATED_ROWS))
-                                    counted = tl.where(inside, context, 0.0)
-                                    total += tl.sum(tl.reshape(counted, (GATED_ROWS, BLOCK_W, BLOCK_C)), axis=0)
-                                    if store_agg:
-                                        gate = load_gates(
-                                            gates_plane + level, rows, columns, width, gates_pixel, inside
-                                        )
-                                        sum = gate * context
-                                        for earlier in tl.static_range(LEVELS - 1):
-                                            ring = ring_start(rings, RING0[earlier], height, ring_row, WHOLE_PLANE)
-                                            source = row_pointer(ring, rows, ring_row, RING[earlier])
-                                            source += columns * BLOCK_C + channels
-                                            kept = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-                                            gate = load_gates(
-                                                gates_plane + earlier, rows, columns, width, gates_pixel, inside
-                                            )
-                                            sum += gate * kept
-                                        target = row_pointer(agg_plane, rows, width * C, 0) + (columns * C + channels)
-                                        here = inside & in_channels
-                                        tl.store(target, rounded(sum * SCALE, agg.dtype.element_ty), mask=here)
-                tl.debug_barrier()
-        share = tl.sum(total, axis=0) / (height * width)
-        tl.store(mean + item * C + own, share, mask=own < C)
+        total = aggregate_band(
+            image, agg_plane, own_rings, packed, low, high, size, store_agg, KH, KW, TAP0, LAG, RING, RING0,
+            WHOLE_PLANE, SCALE, ROWS, BLOCK_W, BLOCK_C,
+        )  # fmt: skip
+        mean_share = tl.sum(total, axis=0) / (height * width)
+        tl.store(mean + item * C + share.own, mean_share, mask=share.own < C)
         if store_agg & (bands == 1):
             add_global(
-                agg_plane, gates_plane + LEVELS, gelu(share) * SCALE, height, width, C, gates_pixel, own < C,
-                BLOCK_C, GATED_ROWS * BLOCK_W,
+                agg_plane, gates_plane + LEVELS, gelu(mean_share) * SCALE, size, C, gates_pixel, share.own < C,
+                BLOCK_C, gated_rows(ROWS, BLOCK_C, MAX_GATED_ROWS) * BLOCK_W,
             )  # fmt: skip
+
+
+@triton.jit
+def aggregate_band(
+    image,
+    agg_plane,
+    rings,
+    packed,
+    low,
+    high,
+    size,
+    store_agg,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    TAP0: tl.constexpr,
+    LAG: tl.constexpr,
+    RING: tl.constexpr,
+    RING0: tl.constexpr,
+    WHOLE_PLANE: tl.constexpr,
+    SCALE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """agg, but for the global level, of the rows from low to high; returns the sums of ctx_L, (BLOCK_W, BLOCK_C)."""
+    LEVELS: tl.constexpr = len(KH)
+    start = tl.maximum(low - LAG[LEVELS - 1], 0)
+    steps = tl.cdiv(high - start + LAG[LEVELS - 1], ROWS)
+    tiles = 1
+    if WHOLE_PLANE:
+        tiles = steps
+        steps = 1
+    total = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
+    for step in range(steps):
+        for level in tl.static_range(LEVELS):
+            # The rows of this level on which the band depends.
+            first = tl.maximum(low - (LAG[LEVELS - 1] - LAG[level]), 0)
+            end = tl.minimum(high + (LAG[LEVELS - 1] - LAG[level]), size.height)
+            for tile in range(tiles):
+                row0 = start + (step + tile) * ROWS - LAG[level]
+                if (row0 < end) & (row0 + ROWS > first):
+                    for column0 in range(0, size.width, BLOCK_W):
+                        z = conv_level(
+                            image, rings, packed, row0, column0, size, level, KH, KW, TAP0, RING, RING0,
+                            WHOLE_PLANE, ROWS, BLOCK_W, BLOCK_C,
+                        )  # fmt: skip
+                        if level < LEVELS - 1:
+                            keep_context(
+                                z, rings, row0, column0, first, end, size, level, RING, RING0, WHOLE_PLANE,
+                                ROWS, BLOCK_W, BLOCK_C,
+                            )  # fmt: skip
+                        else:
+                            total = gate_rows(
+                                z, total, image, agg_plane, rings, row0, column0, first, end, size, store_agg,
+                                RING, RING0, WHOLE_PLANE, SCALE, ROWS, BLOCK_W, BLOCK_C,
+                            )  # fmt: skip
+            tl.debug_barrier()
+    return total
+
+
+@triton.jit
+def keep_context(
+    z,
+    rings,
+    row0,
+    column0,
+    first,
+    end,
+    size,
+    LEVEL: tl.constexpr,
+    RING: tl.constexpr,
+    RING0: tl.constexpr,
+    WHOLE_PLANE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """GELU(z) into the ring that the next level reads, of its rows from first to end."""
+    rows, columns = rows_from(row0, ROWS, BLOCK_W), columns_from(column0, ROWS, BLOCK_W)
+    inside = (rows >= first) & (rows < end) & (columns < size.width)
+    ring = ring_of(rings, RING0[LEVEL], size, WHOLE_PLANE, BLOCK_C)
+    target = row_pointer(ring.start, rows, ring.row_pitch, RING[LEVEL]) + (columns * BLOCK_C + channels_of(BLOCK_C))
+    context = gelu(rows_of(z, 0, ROWS))
+    tl.store(target, rounded(context, ring.start.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gate_rows(
+    z,
+    total,
+    image,
+    agg_plane,
+    rings,
+    row0,
+    column0,
+    first,
+    end,
+    size,
+    store_agg,
+    RING: tl.constexpr,
+    RING0: tl.constexpr,
+    WHOLE_PLANE: tl.constexpr,
+    SCALE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The last level: agg of some rows, gated from z and from the rings of the levels before. Returns
+    total + ctx_L."""
+    GATED_ROWS: tl.constexpr = gated_rows(ROWS, BLOCK_C, MAX_GATED_ROWS)
+    LEVELS: tl.constexpr = len(RING)
+    channels = channels_of(BLOCK_C)
+    for part in tl.static_range(0, ROWS, GATED_ROWS):
+        rows, columns = rows_from(row0 + part, GATED_ROWS, BLOCK_W), columns_from(column0, GATED_ROWS, BLOCK_W)
+        inside = (rows >= first) & (rows < end) & (columns < size.width)
+        context = gelu(rows_of(z, part, GATED_ROWS))
+        counted = tl.where(inside, context, 0.0)
+        total += tl.sum(tl.reshape(counted, (GATED_ROWS, BLOCK_W, BLOCK_C)), axis=0)
+        if store_agg:
+            gate = load_gates(image.gates + (LEVELS - 1), rows, columns, size.width, image.gates_pixel, inside)
+            sum = gate * context
+            for level in tl.static_range(LEVELS - 1):
+                ring = ring_of(rings, RING0[level], size, WHOLE_PLANE, BLOCK_C)
+                source = row_pointer(ring.start, rows, ring.row_pitch, RING[level])
+                source += columns * BLOCK_C + channels
+                kept = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+                gate = load_gates(image.gates + level, rows, columns, size.width, image.gates_pixel, inside)
+                sum += gate * kept
+            target = row_pointer(agg_plane, rows, size.width * image.channels, 0)
+            target += columns * image.channels + channels
+            here = inside & image.in_channels
+            tl.store(target, rounded(sum * SCALE, agg_plane.dtype.element_ty), mask=here)
+    return total
 
 
 @triton.jit
@@ -219,8 +267,7 @@ def add_global(
     agg_plane,
     gates_plane,
     context,
-    height,
-    width,
+    size,
     C,
     gates_pixel,
     in_channels,
@@ -229,10 +276,10 @@ def add_global(
 ):
     """agg += gate * context of the global level, over a plane whose agg was just written by the same program."""
     channels = tl.max_contiguous(tl.arange(0, BLOCK_C), 4)
-    for first in range(0, height * width, 2 * BLOCK_P):
+    for first in range(0, size.height * size.width, 2 * BLOCK_P):
         for part in tl.static_range(2):
             pixels = (first + part * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
-            inside = pixels < height * width
+            inside = pixels < size.height * size.width
             here = inside[:, None] & in_channels[None, :]
             target = agg_plane + pixels[:, None] * C + channels[None, :]
             gate = tl.load(gates_plane + pixels * gates_pixel, mask=inside, other=0.0).to(tl.float32)
@@ -303,9 +350,9 @@ def forward_launches(
 ) -> tuple[list[Launch], dict[str, Buffer], int]:
     """(launches, scratch, bytes alive at once) of some images; agg and mean hold those alone.
 
-    ``chunk``: images of the other launches of the call, if those have more: one kernel serves all. A program reads
-    its plane of agg back for the global level, from the L2 if it fits there; who counts agg among its own scratch
-    has seen to that.
+    ``chunk``: images of the largest launch of the call, for which the bands are chosen: one kernel serves all.
+    A program reads its plane of agg back for the global level. ``agg_is_counted``: the caller counts agg among the
+    bytes that must stay in the L2; otherwise the planes of agg are counted here.
     """
     heights = tuple(kh for kh, _ in case.kernel_sizes)
     timetable = schedule.forward(heights, config.rows, config.whole_plane)
@@ -388,81 +435,3 @@ def add_global_launch(case: Case, first_image: int, images: int, bands: int) -> 
         },
         num_warps=4,
     )
-
-
-def operands(case: Case) -> dict[str, torch.dtype]:
-    return dict.fromkeys(("ctx", "gates", *(f"w{level}" for level in range(case.levels))), case.dtype)
-
-
-def weight_arguments(case: Case) -> dict[str, str]:
-    """w0 .. w3; a kernel with fewer levels never looks at the rest."""
-    return {f"w{level}": f"w{min(level, case.levels - 1)}" for level in range(4)}
-
-
-def alignment(pitch: int, dtype: torch.dtype) -> int:
-    """The largest power of two, up to 16 bytes, that divides a pitch: how wide its loads can be, in elements."""
-    return math.gcd(pitch, 16 // dtype.itemsize)
-
-
-def aligned_pitches(case: Case) -> dict[str, int]:
-    return {
-        "channel_units": case.channels // alignment(case.channels, case.dtype),
-        "ctx_pitch": case.ctx_pitch // alignment(case.ctx_pitch, case.dtype),
-        "gates_pitch": case.gates_pitch // alignment(case.gates_pitch, case.dtype),
-    }
-
-
-def alignments(case: Case) -> dict[str, int]:
-    return {
-        "CHANNELS_ALIGN": alignment(case.channels, case.dtype),
-        "CTX_ALIGN": alignment(case.ctx_pitch, case.dtype),
-        "GATES_ALIGN": alignment(case.gates_pitch, case.dtype),
-    }
-
-
-def level_constexprs(case: Case, config: LevelConfig) -> dict[str, object]:
-    first_taps = [0]
-    for kh, kw in case.kernel_sizes:
-        first_taps.append(first_taps[-1] + kh * kw)
-    return {
-        "KH": tuple(kh for kh, _ in case.kernel_sizes),
-        "KW": tuple(kw for _, kw in case.kernel_sizes),
-        "TAP0": tuple(first_taps),
-        "WHOLE_PLANE": config.whole_plane,
-        "BLOCK_C": config.block_c,
-        "BLOCK_W": config.block_w,
-        "ROWS": config.rows,
-    }
-
-
-def first_rows(rings: tuple[int, ...], config: LevelConfig) -> tuple[int, ...]:
-    """Where each ring starts, in rows; in whole planes, which plane it is. The last entry is the end."""
-    starts = [0]
-    for ring in rings:
-        starts.append(starts[-1] + (1 if config.whole_plane else ring))
-    return tuple(starts)
-
-
-def workers_of(
-    device: Device, config: LevelConfig, items: int, blocks: int, own_bytes: int, shared_bytes: int = 0
-) -> int:
-    """Programs for each block of channels: as many as are resident at once and keep their scratch on chip."""
-    resident = config.programs_per_sm * device.sm_count
-    on_chip = (device.on_chip_bytes - shared_bytes) // max(own_bytes, 1)
-    # Half the processors at least: scratch that leaves the L2 costs less than processors that idle.
-    programs = max(min(resident, on_chip), device.sm_count // 2)
-    return max(1, min(items, programs // blocks))
-
-
-def workers_worth_their_weights(case: Case, device: Device, images: int, blocks: int) -> int:
-    """Each program reads its weights once: beyond one a processor, only as many as pass ten times as many bytes by."""
-    return max(1, device.sm_count // blocks, images * case.positions // (5 * case.taps))
-
-
-def bands_of(case: Case, device: Device, config: LevelConfig, planes: int) -> int:
-    """Bands of rows for each plane. More than one, at the price of halos, where planes are too few for the device."""
-    if config.whole_plane or 2 * planes > device.sm_count or planes == 0:
-        return 1
-    halo = sum(kh // 2 for kh, _ in case.kernel_sizes)
-    largest = case.height // max(2 * halo, 2 * config.rows)
-    return max(1, min(largest, device.sm_count // planes))

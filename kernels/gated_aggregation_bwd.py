@@ -4,13 +4,13 @@
     first                dagg once over the plane: the gradient of the mean, and of the global gate
     then, row by row     forward levels into rings (ctx_l, GELU'(z_l)), the last one straight to dz_{L-1};
                          downwards dW_l += dz_l x ctx_l, then dz_{l-1} = (W_l^T * dz_l + gate * dagg) GELU'(z_{l-1})
-    reads once           ctx, dagg, gates; all else is re-read from rings, in practice L1 and L2
+    reads                ctx, dagg, gates from memory; what is read again comes from rings, in practice L1 and L2
     writes once          dctx [H, W, BLOCK_C]; float32 partial sums over its channels (dgates) and images (dW)
     barriers             one after every level, upwards and downwards
 
-Nothing is saved by forward but the operands, and nothing is added atomically: partial sums have one writer each and
-are added up by a second kernel in a fixed order. The way up, the way down and the launch that sizes their rings share
-one layout, and are read together: hence one long file.
+Bytes: 3 C + (L + 1) C / BLOCK_C elements a position, and as many float32 partial sums of dgates as gates are read,
+which the next kernel finds in the L2. Forward saves nothing but the operands. Nothing is added atomically: a partial
+sum has one writer, and a second kernel adds them up in a fixed order.
 """
 
 from __future__ import annotations
@@ -24,132 +24,23 @@ import triton.language as tl
 
 from . import schedule
 from .config import LevelConfig, level_config
-from .gated_aggregation import (
+from .focal_weights import sum_focal_weights_launches
+from .gated_aggregation import forward_launches
+from .level_launch import (
     aligned_pitches,
     alignments,
     bands_of,
     first_rows,
-    forward_launches,
     level_constexprs,
     operands,
-    pick,
-    ring_start,
     weight_arguments,
     workers_of,
 )
+from .levels import Image, gated_rows, pack_levels, rings_of_program, share_of_program
+from .levels_bwd import MAX_GATED_ROWS, Gradients, dweight_level, global_level_bwd, level_down, level_up
 from .plan import Buffer, Case, Device, Launch, Plan, chunks, largest_chunk, with_scratch
-from .sums import SUM_BLOCK, sum_partials_launch
-from .tiles import (
-    channels_of,
-    columns_from,
-    conv_tiles,
-    gelu_and_grad,
-    load_gates,
-    load_rows,
-    pack_weights,
-    part_size,
-    rounded,
-    row_pointer,
-    rows_from,
-    rows_of,
-    starts_part,
-    zero_tiles,
-)
-
-
-@triton.jit
-def dweight_rows(
-    dz,
-    plane,
-    row_pitch,
-    pixel_pitch,
-    partial,
-    row0,
-    tiles,
-    height,
-    width,
-    in_channels,
-    DZ_RING: tl.constexpr,
-    RING: tl.constexpr,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """partial [KH * KW, BLOCK_C] += the correlation of dz with the level below, over ``tiles`` tiles of rows.
-
-    One column of the kernel at a time: its sums stay in registers, tile after tile, and are summed over columns of the
-    map only then. Half of a tall column at a time: 15 sums and the rows that they meet do not fit.
-    """
-    TAPS: tl.constexpr = KH if KH <= 9 else (KH + 1) // 2
-    for kx in range(KW):
-        for first in tl.static_range(0, KH, TAPS):
-            dweight_column(
-                dz, plane, row_pitch, pixel_pitch, partial + (first * KW + kx) * BLOCK_C, row0, first - KH // 2,
-                kx - KW // 2, tiles, height, width, in_channels, DZ_RING, RING, min(TAPS, KH - first), KW,
-                ROWS, BLOCK_W, BLOCK_C,
-            )  # fmt: skip
-
-
-@triton.jit
-def dweight_column(
-    dz,
-    plane,
-    row_pitch,
-    pixel_pitch,
-    partial,
-    row0,
-    down,
-    right,
-    tiles,
-    height,
-    width,
-    in_channels,
-    DZ_RING: tl.constexpr,
-    RING: tl.constexpr,
-    TAPS: tl.constexpr,
-    KW: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """TAPS taps below one another, of which the first looks ``down`` rows below and ``right`` columns to the right."""
-    sums = zero_tiles(TAPS, BLOCK_W, BLOCK_C)
-    for tile in range(tiles):
-        for column0 in range(0, width, BLOCK_W):
-            first_row = row0 + tile * ROWS
-            gradients = load_rows(
-                dz, width * BLOCK_C, BLOCK_C, first_row, column0, height, width, in_channels,
-                DZ_RING, ROWS, BLOCK_W, BLOCK_C,
-            )  # fmt: skip
-            values = ()
-            for i in tl.static_range(ROWS + TAPS - 1):
-                if starts_part(i, ROWS + TAPS - 1):
-                    values = values + load_rows(
-                        plane, row_pitch, pixel_pitch, first_row + down + i, column0 + right, height, width,
-                        in_channels, RING, part_size(i, ROWS + TAPS - 1), BLOCK_W, BLOCK_C,
-                    )  # fmt: skip
-                grown = ()
-                for tap in tl.static_range(TAPS):
-                    if i >= tap and i - tap < ROWS:
-                        grown = grown + (tl.fma(gradients[i - tap], values[i], sums[tap]),)
-                    else:
-                        grown = grown + (sums[tap],)
-                sums = grown
-    for tap in tl.static_range(TAPS):
-        if starts_part(tap, TAPS):
-            found = rows_of(sums, tap, part_size(tap, TAPS))
-            found = tl.reshape(found, (part_size(tap, TAPS), BLOCK_W, BLOCK_C))
-            add_sums(partial + tap * (KW * BLOCK_C), KW * BLOCK_C, found, part_size(tap, TAPS))
-
-
-@triton.jit
-def add_sums(partial, pitch, sums, TAPS: tl.constexpr):
-    """partial [TAPS, C], whose rows lie ``pitch`` apart, += the sums (TAPS, W, C) over W."""
-    found = tl.sum(sums, axis=1)
-    target = partial + (tl.arange(0, TAPS) * pitch)[:, None] + tl.arange(0, found.shape[1])[None, :]
-    tl.store(target, tl.load(target) + found)
+from .sums import sum_partials_launch
+from .tiles import Size, gelu_and_grad, ring_of
 
 
 @triton.jit(
@@ -208,65 +99,36 @@ def gated_aggregation_bwd_kernel(
     ctx_1 .., then of dz_0 ..; until dz_l is known, its place holds GELU'(z_l).
     """
     LEVELS: tl.constexpr = len(KH)
-    # As many rows at once as a load of their gates takes less than one element a thread, and fit into registers.
-    GATED_ROWS: tl.constexpr = min(ROWS, BLOCK_C // 8, 4)
-    BLOCK_P: tl.constexpr = GATED_ROWS * BLOCK_W
-    C = channel_units * CHANNELS_ALIGN
-    blocks = tl.cdiv(C, BLOCK_C)
-    program = tl.program_id(0)
-    workers = tl.num_programs(0) // blocks
-    worker = program // blocks
-    channel0 = (program % blocks) * BLOCK_C
-    channels = channels_of(BLOCK_C)
-    in_channels = channel0 + channels < C
-    all_channels = channels < BLOCK_C
-    own = channel0 + tl.arange(0, BLOCK_C)
-    ring_row = width * BLOCK_C
-
-    scratch_rows = RING0[2 * LEVELS - 1] * (height if WHOLE_PLANE else 1)
-    rings = back_rings + program.to(tl.int64) * scratch_rows * ring_row
-    packed = back_packed + program * (TAP0[LEVELS] * BLOCK_C)
-    partial = dfocal + program * (TAP0[LEVELS] * BLOCK_C)
-    for level in tl.static_range(LEVELS):
-        pack_weights(
-            packed + TAP0[level] * BLOCK_C,
-            pick(level, w0, w1, w2, w3),
-            channel0,
-            C,
-            KH[level] * KW[level],
-            16,
-            BLOCK_C,
-        )
-    tl.debug_barrier()
+    BLOCK_P: tl.constexpr = gated_rows(ROWS, BLOCK_C, MAX_GATED_ROWS) * BLOCK_W
+    size, C = Size(height, width), channel_units * CHANNELS_ALIGN
+    share = share_of_program(C, BLOCK_C)
+    own = share.own
+    rings = rings_of_program(back_rings, share.in_ring, size, RING0[2 * LEVELS - 1], WHOLE_PLANE, BLOCK_C)
+    packed = back_packed + tl.program_id(0) * (TAP0[LEVELS] * BLOCK_C)
+    partial = dfocal + tl.program_id(0) * (TAP0[LEVELS] * BLOCK_C)
+    pack_levels(packed, (w0, w1, w2, w3), share.channel0, C, KH, KW, TAP0, BLOCK_C)
 
     ctx_pixel = ctx_pitch * CTX_ALIGN
     gates_pixel = gates_pitch * GATES_ALIGN
-    for trip in range(tl.cdiv(images - worker, workers)):
-        image = worker + trip * workers
+    for trip in range(tl.cdiv(images - share.worker, share.workers)):
+        number = share.worker + trip * share.workers
         whole = tl.zeros((BLOCK_C,), tl.float32)
         for band in range(bands):
-            whole += tl.load(mean + (image * bands + band) * C + own, mask=own < C, other=0.0)
+            whole += tl.load(mean + (number * bands + band) * C + own, mask=own < C, other=0.0)
         global_context, global_grad = gelu_and_grad(whole)
-        plane = (first_image + image).to(tl.int64) * height * width
-        ctx_plane = ctx + plane * ctx_pixel + channel0
+        plane = (first_image + number).to(tl.int64) * height * width
+        ctx_plane = ctx + plane * ctx_pixel + share.channel0
         gates_plane = gates + plane * gates_pixel
-        dctx_plane = dctx + plane * C + channel0
-        dagg_plane = dagg + (first_dagg + image).to(tl.int64) * height * width * C + channel0
-        block = (program % blocks).to(tl.int64)
-        dgates_plane = dgates + (block * images + image) * height * width * (LEVELS + 1)
+        dctx_plane = dctx + plane * C + share.channel0
+        dagg_plane = dagg + (first_dagg + number).to(tl.int64) * height * width * C + share.channel0
+        dgates_plane = dgates + (share.block.to(tl.int64) * images + number) * height * width * (LEVELS + 1)
+        image = Image(ctx_plane, ctx_pixel, gates_plane, gates_pixel, C, share.in_channels)
 
-        total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-        for first in range(0, height * width, BLOCK_P):
-            pixels = (first + tl.arange(0, BLOCK_P)).to(tl.int64)
-            inside = pixels < height * width
-            source = dagg_plane + pixels[:, None] * C + tl.max_contiguous(tl.arange(0, BLOCK_C), 4)[None, :]
-            gradient = tl.load(source, mask=inside[:, None] & (own < C)[None, :], other=0.0).to(tl.float32)
-            gate = tl.load(gates_plane + pixels * gates_pixel + LEVELS, mask=inside, other=0.0).to(tl.float32)
-            total += gradient * gate[:, None]
-            if NEED_GATES:
-                target = dgates_plane + pixels * (LEVELS + 1) + LEVELS
-                tl.store(target, tl.sum(gradient * global_context[None, :], axis=1) * SCALE, mask=inside)
-        dmean = tl.sum(total, axis=0) * global_grad * (SCALE / (height * width))
+        total = global_level_bwd(
+            image, dagg_plane, dgates_plane, global_context, size, own, LEVELS, SCALE, NEED_GATES, BLOCK_P, BLOCK_C
+        )
+        dmean = total * global_grad * (SCALE / (height * width))
+        gradients = Gradients(dagg_plane, dctx_plane, dgates_plane, dmean)
 
         steps = tl.cdiv(height + DOWN_LAG[0], STEP)
         tiles = tl.cdiv(STEP, ROWS)
@@ -275,123 +137,26 @@ def gated_aggregation_bwd_kernel(
             tiles = tl.cdiv(height, ROWS)
         for step in range(steps):
             for level in tl.static_range(LEVELS):
-                for tile in range(tiles):
-                    row0 = step * STEP + tile * ROWS - LAG[level]
-                    if (row0 < height) & (row0 + ROWS > 0):
-                        for column0 in range(0, width, BLOCK_W):
-                            if level == 0:
-                                z = conv_tiles(
-                                    ctx_plane, width * ctx_pixel, ctx_pixel, packed, row0, column0, height, width,
-                                    in_channels, 0, KH[0], KW[0], False, ROWS, BLOCK_W, BLOCK_C,
-                                )  # fmt: skip
-                            else:
-                                z = conv_tiles(
-                                    ring_start(rings, RING0[level - 1], height, ring_row, WHOLE_PLANE), ring_row,
-                                    BLOCK_C, packed + TAP0[level] * BLOCK_C, row0, column0, height, width,
-                                    all_channels, RING[level - 1], KH[level], KW[level], False, ROWS, BLOCK_W, BLOCK_C,
-                                )  # fmt: skip
-                            for part in tl.static_range(0, ROWS, GATED_ROWS):
-                                rows = rows_from(row0 + part, GATED_ROWS, BLOCK_W)
-                                columns = columns_from(column0, GATED_ROWS, BLOCK_W)
-                                offsets = columns * BLOCK_C + channels
-                                inside = (rows >= 0) & (rows < height) & (columns < width)
-                                context, grad = gelu_and_grad(rows_of(z, part, GATED_ROWS))
-                                if NEED_GATES or level == LEVELS - 1:
-                                    source = row_pointer(dagg_plane, rows, width * C, 0) + (columns * C + channels)
-                                    gradient = tl.load(source, mask=inside & in_channels, other=0.0).to(tl.float32)
-                                if NEED_GATES:
-                                    target = row_pointer(dgates_plane, rows, width * (LEVELS + 1), 0)
-                                    target += columns * (LEVELS + 1) + level
-                                    sent = tl.sum(gradient * context, axis=1, keep_dims=True) * SCALE
-                                    tl.store(target, sent, mask=inside)
-                                slopes = ring_start(rings, RING0[LEVELS - 1 + level], height, ring_row, WHOLE_PLANE)
-                                slope_at = row_pointer(slopes, rows, ring_row, DZ_RING[level]) + offsets
-                                if level < LEVELS - 1:
-                                    ring = ring_start(rings, RING0[level], height, ring_row, WHOLE_PLANE)
-                                    target = row_pointer(ring, rows, ring_row, RING[level]) + offsets
-                                    tl.store(target, rounded(context, rings.dtype.element_ty), mask=inside)
-                                    if NEED_CTX or NEED_FOCAL:
-                                        tl.store(slope_at, rounded(grad, rings.dtype.element_ty), mask=inside)
-                                elif NEED_CTX or NEED_FOCAL:
-                                    gate = load_gates(gates_plane + level, rows, columns, width, gates_pixel, inside)
-                                    dz = (gradient * (gate * SCALE) + dmean[None, :]) * grad
-                                    tl.store(slope_at, rounded(dz, rings.dtype.element_ty), mask=inside)
+                level_up(
+                    image, gradients, rings, packed, step, tiles, size, level, KH, KW, TAP0, LAG, RING, DZ_RING, RING0,
+                    WHOLE_PLANE, SCALE, NEED_GATES, NEED_CTX or NEED_FOCAL, STEP, ROWS, BLOCK_W, BLOCK_C,
+                )  # fmt: skip
                 tl.debug_barrier()
             if NEED_CTX or NEED_FOCAL:
                 for level in tl.static_range(LEVELS - 1, -1, -1):
-                    dz_ring = ring_start(rings, RING0[LEVELS - 1 + level], height, ring_row, WHOLE_PLANE)
+                    dz = ring_of(rings, RING0[LEVELS - 1 + level], size, WHOLE_PLANE, BLOCK_C)
                     if NEED_FOCAL:
-                        row0 = step * STEP - DZ_LAG[level]
-                        if level == 0:
-                            dweight_rows(
-                                dz_ring, ctx_plane, width * ctx_pixel, ctx_pixel, partial, row0, tiles,
-                                height, width, in_channels, DZ_RING[0], 0, KH[0], KW[0], ROWS, BLOCK_W, BLOCK_C,
-                            )  # fmt: skip
-                        else:
-                            dweight_rows(
-                                dz_ring, ring_start(rings, RING0[level - 1], height, ring_row, WHOLE_PLANE),
-                                ring_row, BLOCK_C, partial + TAP0[level] * BLOCK_C, row0, tiles, height, width,
-                                all_channels, DZ_RING[level], RING[level - 1], KH[level], KW[level],
-                                ROWS, BLOCK_W, BLOCK_C,
-                            )  # fmt: skip
+                        dweight_level(
+                            image, rings, dz, partial, step * STEP - DZ_LAG[level], tiles, size, level,
+                            KH, KW, TAP0, RING, DZ_RING, RING0, WHOLE_PLANE, ROWS, BLOCK_W, BLOCK_C,
+                        )  # fmt: skip
                     if level > 0 or NEED_CTX:
-                        for tile in range(tiles):
-                            row0 = step * STEP + tile * ROWS - DOWN_LAG[level]
-                            if (row0 < height) & (row0 + ROWS > 0):
-                                for column0 in range(0, width, BLOCK_W):
-                                    down = conv_tiles(
-                                        dz_ring, ring_row, BLOCK_C, packed + TAP0[level] * BLOCK_C, row0, column0,
-                                        height, width, all_channels, DZ_RING[level], KH[level], KW[level], True,
-                                        ROWS, BLOCK_W, BLOCK_C,
-                                    )  # fmt: skip
-                                    for part in tl.static_range(0, ROWS, GATED_ROWS):
-                                        rows = rows_from(row0 + part, GATED_ROWS, BLOCK_W)
-                                        columns = columns_from(column0, GATED_ROWS, BLOCK_W)
-                                        inside = (rows >= 0) & (rows < height) & (columns < width)
-                                        here, pixels = inside & in_channels, columns * C + channels
-                                        sent = rows_of(down, part, GATED_ROWS)
-                                        if level == 0:
-                                            target = row_pointer(dctx_plane, rows, width * C, 0) + pixels
-                                            tl.store(target, rounded(sent, dctx.dtype.element_ty), mask=here)
-                                        else:
-                                            gate = load_gates(
-                                                gates_plane + (level - 1), rows, columns, width, gates_pixel, inside
-                                            )
-                                            source = row_pointer(dagg_plane, rows, width * C, 0) + pixels
-                                            gradient = tl.load(source, mask=here, other=0.0).to(tl.float32)
-                                            slopes = ring_start(
-                                                rings, RING0[LEVELS - 2 + level], height, ring_row, WHOLE_PLANE
-                                            )
-                                            slope_at = row_pointer(slopes, rows, ring_row, DZ_RING[level - 1])
-                                            slope_at += columns * BLOCK_C + channels
-                                            grad = tl.load(slope_at, mask=inside, other=0.0).to(tl.float32)
-                                            dz = (sent + gradient * (gate * SCALE)) * grad
-                                            tl.store(slope_at, rounded(dz, rings.dtype.element_ty), mask=inside)
+                        level_down(
+                            image, gradients, rings, dz, packed, step, tiles, size, level, KH, KW, TAP0, DOWN_LAG,
+                            DZ_RING, RING0, WHOLE_PLANE, SCALE, STEP, ROWS, BLOCK_W, BLOCK_C,
+                        )  # fmt: skip
                     tl.debug_barrier()
         tl.debug_barrier()
-
-
-@triton.jit(do_not_specialize=["workers", "channels", "taps", "tap0", "all_taps", "block_c"])
-def sum_focal_weights_kernel(
-    dfocal,
-    out,
-    workers,
-    channels,
-    taps,
-    tap0,
-    all_taps,
-    block_c,
-    BLOCK: tl.constexpr,
-):
-    """out (C, 1, kh, kw) of one level = the sum of dfocal [workers, blocks, all_taps, block_c] over the workers."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    channel, tap = at // taps, at % taps
-    source = dfocal + ((channel // block_c) * all_taps + tap0 + tap) * block_c + channel % block_c
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(workers):
-        acc += tl.load(source, mask=at < channels * taps, other=0.0)
-        source += tl.cdiv(channels, block_c) * all_taps * block_c
-    tl.store(out + at, rounded(acc, out.dtype.element_ty), mask=at < channels * taps)
 
 
 # ---- plans ----------------------------------------------------------------------------------------------------------
@@ -537,28 +302,6 @@ class Backward:
 
     def last_launches(self) -> list[Launch]:
         """What adds up the weights' partial sums once all chunks are done."""
-        case = self.case
         if not self.mask[2]:
             return []
-        launches, tap0 = [], 0
-        for level, (kh, kw) in enumerate(case.kernel_sizes):
-            launches.append(
-                Launch(
-                    sum_focal_weights_kernel,
-                    (math.ceil(case.channels * kh * kw / SUM_BLOCK), 1, 1),
-                    {
-                        "dfocal": "dfocal",
-                        "out": f"dw{level}",
-                        "workers": self.workers(self.chunk),
-                        "channels": case.channels,
-                        "taps": kh * kw,
-                        "tap0": tap0,
-                        "all_taps": case.taps,
-                        "block_c": self.config.block_c,
-                    },
-                    {"BLOCK": SUM_BLOCK},
-                    num_warps=4,
-                )
-            )
-            tap0 += kh * kw
-        return launches
+        return sum_focal_weights_launches(self.case, self.workers(self.chunk), self.config.block_c)

@@ -6,8 +6,9 @@
     dnormed       ->|                                     |-> dhidden_state
     hidden_state  ->| one program: rows of C channels     |-> normed
 
-Reads two tensors [rows, C] and writes two. PyTorch's operators: normed anew (2 passes), gradient of the input (3), and
-those of weight and bias in a kernel of their own (2). Forward has no kernel here: PyTorch's reads and writes once too.
+Reads two tensors [rows, C] and writes two. PyTorch's operators make 7 passes: normed again (2), the gradient of the
+input (3), those of weight and bias in a kernel of their own (2). Forward has no kernel here, since PyTorch's reads and
+writes once too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,17 @@ import triton
 import triton.language as tl
 
 from .plan import Device, Plan
-from .rows import RowsCase, load_rows, load_vector, normalised, normalised_bwd, plan_rows, store_rows, store_sum
+from .rows import (
+    RowsCase,
+    load_rows,
+    load_vector,
+    normalised,
+    normalised_bwd,
+    plan_rows,
+    rows_of_tile,
+    store_rows,
+    store_sum,
+)
 from .tiles import rounded
 
 
@@ -44,8 +55,7 @@ def layer_norm_bwd_kernel(
     dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(row_count, ROWS), tl.num_programs(0)):
-        rows = tile * ROWS + tl.arange(0, ROWS)
-        inside = (rows < row_count)[:, None] & (columns < C)[None, :]
+        rows, inside = rows_of_tile(tile, columns, row_count, C, ROWS)
         xhat, rstd = normalised(load_rows(hidden_state, rows, columns, inside, C), inside, eps, C)
         gradient = load_rows(dnormed, rows, columns, inside, C)
         if SUMS > 0:

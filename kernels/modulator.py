@@ -8,19 +8,26 @@
     dagg  = dm @ W
     dW    = dm^T @ agg                        a tile of dW and a range of rows a program, float32 partial sums
 
-Bytes: q, out, dout, dq once; agg, dm and dagg belong to a chunk of images and are still in L2 when the product that
-reads them runs, each slab once; W once for each group. So few groups save bytes, and many fill the device: config.py
-says how many there are. The walk over tiles and steps of BLOCK_K is one loop to the compiler: the first loads of a
-tile are in flight while the tile before it is finished.
+Bytes: q, out, dout and dq once. agg, dm and dagg belong to a chunk of images and are still in L2 when the product that
+reads them runs, once a slab. W once a group: few groups save bytes, many fill the device, and config.py says how many
+there are. The compiler sees the walk over tiles and steps of BLOCK_K as one loop (``flatten``), so the first loads of
+a tile are in flight while the tile before it is finished. That loop stands in each kernel: no device function can hold
+a loop whose body differs.
 
-Sums over rows are float32 partials, one writer each, added up in a fixed order by a second kernel.
+Sums over rows are float32 partials with one writer each, which a second kernel adds up in a fixed order. The kernels'
+parameters: tensors read, tensors written, numbers, then constants (C, what is asked for, precision, the tile).
 """
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
+from .config import BACKWARD, FORWARD, ProductConfig, product_config, weight_product_config
+from .level_launch import alignment
+from .plan import Case, Device, Launch
 from .tiles import INTERPRETED, rounded
 
 
@@ -220,3 +227,143 @@ def dweight_kernel(
         )
         acc = dot(left, right, acc, PRECISION)
     tl.store(target, acc, mask=inside)
+
+
+# ---- launches -------------------------------------------------------------------------------------------------------
+
+
+def modulator_launch(case: Case, device: Device, first_image: int, images: int, precision: str) -> Launch:
+    config = product_config(FORWARD, case.channels, case.dtype, device)
+    rows = images * case.positions
+    return Launch(
+        modulator_fwd_kernel,
+        (slabs_of(case, config) * groups_of(case, device, config, rows), 1, 1),
+        {
+            "agg": "agg",
+            "weight": "weight",
+            "bias": "bias" if case.has_bias else "weight",
+            "q": "q",
+            "out": "out",
+            "first_row": first_image * case.positions,
+            "row_count": rows,
+            **q_pitch(case),
+        },
+        {**product_constexprs(case, config, precision), "HAS_BIAS": case.has_bias, **q_alignment(case)},
+        config.num_warps,
+        config.num_stages,
+    )
+
+
+def modulator_bwd_launch(
+    case: Case, device: Device, groups: int, first_image: int, images: int, need_m: bool, precision: str
+) -> Launch:
+    config = product_config(BACKWARD, case.channels, case.dtype, device)
+    need_q, need_bias = case.mask[0], case.mask[4]
+    return Launch(
+        modulator_bwd_kernel,
+        (slabs_of(case, config) * groups, 1, 1),
+        {
+            "agg": "agg",
+            "weight": "weight",
+            "bias": "bias" if case.has_bias else "weight",
+            "q": "q",
+            "dout": "dout",
+            "dq": "dq" if need_q else "agg",
+            "dm": "dm" if need_m else "agg",
+            "dbias": "dbias_parts" if need_bias else "agg",
+            "first_row": first_image * case.positions,
+            "row_count": images * case.positions,
+            **q_pitch(case),
+        },
+        {
+            **product_constexprs(case, config, precision),
+            "HAS_BIAS": case.has_bias,
+            "NEED_Q": need_q,
+            "NEED_M": need_m,
+            "NEED_BIAS": need_bias,
+            **q_alignment(case),
+        },
+        config.num_warps,
+        config.num_stages,
+    )
+
+
+def dagg_launch(case: Case, device: Device, groups: int, images: int, precision: str) -> Launch:
+    """dm @ W; agg is not needed any more, dagg takes its place."""
+    config = product_config(BACKWARD, case.channels, case.dtype, device)
+    return Launch(
+        dagg_kernel,
+        (slabs_of(case, config) * groups, 1, 1),
+        {"dm": "dm", "weight": "weight", "dagg": "agg", "row_count": images * case.positions},
+        product_constexprs(case, config, precision),
+        config.num_warps,
+        config.num_stages,
+    )
+
+
+def dweight_launch(case: Case, images: int, splits: int, precision: str) -> Launch:
+    config = weight_product_config(case.channels, case.dtype)
+    rows = images * case.positions
+    tiles = math.ceil(case.channels / config.block_m) * math.ceil(case.channels / config.block_n)
+    return Launch(
+        dweight_kernel,
+        (tiles, splits, 1),
+        {
+            "dm": "dm",
+            "agg": "agg",
+            "partial": "dweight_parts",
+            "row_count": rows,
+            "rows_per_split": math.ceil(rows / splits),
+        },
+        product_constexprs(case, config, precision),
+        config.num_warps,
+        config.num_stages,
+    )
+
+
+def slabs_of(case: Case, config: ProductConfig) -> int:
+    return math.ceil(case.channels / config.block_n)
+
+
+def groups_of(case: Case, device: Device, config: ProductConfig, rows: int) -> int:
+    """Groups of programs, one program a slab. Each group reads all of W and walks over the rows in tiles.
+
+    As many as fill the device, while the bytes read of W stay below their share. Of the counts that give the same
+    longest walk, the smallest.
+    """
+    slabs, tiles = slabs_of(case, config), math.ceil(rows / config.block_m)
+    worth = max(config.weight_share * rows / case.channels, config.least_busy * device.sm_count / slabs)
+    groups = max(1, math.ceil(min(worth, config.programs_per_sm * device.sm_count // slabs)))
+    walk = math.ceil(tiles / groups)
+    return math.ceil(tiles / walk)
+
+
+def splits_of(case: Case, device: Device, images: int) -> int:
+    """Ranges of rows that dW is summed over: as many as fill the device, each of at least eight steps.
+
+    Their partial sums take at most a tenth of what stays on chip; more only where less than a third of the processors
+    would have a program otherwise.
+    """
+    config = weight_product_config(case.channels, case.dtype)
+    tiles = math.ceil(case.channels / config.block_m) * math.ceil(case.channels / config.block_n)
+    fitting = device.on_chip_bytes // 10 // (4 * case.channels**2)
+    filling = min(device.sm_count // tiles, max(fitting, math.ceil(device.sm_count / 3 / tiles)))
+    return max(1, min(filling, images * case.positions // (8 * config.block_k)))
+
+
+def q_pitch(case: Case) -> dict[str, int]:
+    return {"q_pitch": case.q_pitch // alignment(case.q_pitch, case.dtype)}
+
+
+def q_alignment(case: Case) -> dict[str, int]:
+    return {"Q_ALIGN": alignment(case.q_pitch, case.dtype)}
+
+
+def product_constexprs(case: Case, config: ProductConfig, precision: str) -> dict[str, object]:
+    return {
+        "C": case.channels,
+        "PRECISION": precision,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+    }

@@ -26,6 +26,10 @@ _TRITON_TYPES = {
 }
 
 
+# Shared memory that one block may have, in bytes: CUDA C++ Programming Guide, "Compute Capabilities".
+SHARED_BYTES = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
+
+
 @dataclass(frozen=True)
 class Device:
     """What the configuration depends on. ``arch`` is the compute capability times ten, 90 for an H100."""
@@ -33,6 +37,12 @@ class Device:
     arch: int
     sm_count: int
     l2_bytes: int
+    # Shared memory that one program may have; 0: what GPUs of this architecture have.
+    shared_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.shared_bytes:
+            object.__setattr__(self, "shared_bytes", SHARED_BYTES.get(self.arch, min(SHARED_BYTES.values())))
 
     @classmethod
     def of(cls, device: torch.device) -> Device:
@@ -40,7 +50,10 @@ class Device:
             return H100  # the interpreter
         properties = torch.cuda.get_device_properties(device)
         return cls(
-            10 * properties.major + properties.minor, properties.multi_processor_count, properties.L2_cache_size
+            10 * properties.major + properties.minor,
+            properties.multi_processor_count,
+            properties.L2_cache_size,
+            getattr(properties, "shared_memory_per_block_optin", 0),
         )
 
     @property
@@ -50,8 +63,11 @@ class Device:
 
 
 A100 = Device(80, 108, 40 * 2**20)
+RTX_3090 = Device(86, 82, 6 * 2**20)
+RTX_4090 = Device(89, 128, 72 * 2**20)
 H100 = Device(90, 132, 50 * 2**20)
 B200 = Device(100, 148, 126 * 2**20)
+RTX_5090 = Device(120, 170, 96 * 2**20)
 
 
 @dataclass(frozen=True)
@@ -136,8 +152,8 @@ def with_scratch(buffers: Mapping[str, Buffer], scratch: Mapping[str, Buffer]) -
 def largest_chunk(case: Case, device: Device, config: LevelConfig, alive: Callable[[int], int]) -> int:
     """Images of a chunk: the largest even share of the batch whose scratch stays on chip.
 
-    Never so few that they busy less than a sixth of the processors: then memory is the lesser evil, and a quarter of
-    them work.
+    A share that would give work to less than a sixth of the processors is not taken. If none is left, scratch goes
+    through memory, and the chunk is one that a quarter of the processors work on.
     """
     blocks = math.ceil(case.channels / config.block_c)
     shares = [math.ceil(case.batch / parts) for parts in range(1, case.batch + 1)]
@@ -164,7 +180,7 @@ class Launch:
     constexprs: Mapping[str, object]
     num_warps: int
     num_stages: int = 1
-    # Registers of a thread, at most. Without a bound ptxas may spill a little to fit one more program on a processor.
+    # Registers of a thread, at most. Without a bound ptxas may spill some to fit one more program on a processor.
     maxnreg: int | None = None
 
     def __post_init__(self) -> None:

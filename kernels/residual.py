@@ -6,8 +6,8 @@
     update        ->| one program: rows of C channels     |           (norm, layer scale, stochastic depth, sum)
 
 Forward reads two tensors [rows, C] and writes one. Backward reads dout, and update where a norm or gamma needs it, and
-writes dupdate; dout is the gradient of hidden_state as it is. PyTorch's operators one by one, in training with all of
-them: 11 passes forward where these are 3, and 15 backward where these are 3.
+writes dupdate; the gradient of hidden_state is dout itself. PyTorch's operators one by one, in training with all of
+them, make 11 passes over a tensor forward and 15 backward, where these make 3 and 3.
 
 `composed` in focalnet/operators/residual.py is the specification.
 """
@@ -21,11 +21,13 @@ from .plan import Device, Plan
 from .rows import (
     RowsCase,
     branch_scale,
+    layer_scale,
     load_rows,
     load_vector,
     normalised,
     normalised_bwd,
     plan_rows,
+    rows_of_tile,
     store_rows,
     store_sum,
 )
@@ -53,14 +55,11 @@ def residual_fwd_kernel(
     BLOCK_C: tl.constexpr,
 ):
     columns = tl.arange(0, BLOCK_C)
-    scale = tl.full((1, BLOCK_C), 1.0, tl.float32)
-    if HAS_GAMMA:
-        scale = load_vector(gamma, columns, C)
+    scale = layer_scale(gamma, columns, C, HAS_GAMMA)
     if HAS_NORM:
         w, b = load_vector(weight, columns, C), load_vector(bias, columns, C)
     for tile in range(tl.program_id(0), tl.cdiv(row_count, ROWS), tl.num_programs(0)):
-        rows = tile * ROWS + tl.arange(0, ROWS)
-        inside = (rows < row_count)[:, None] & (columns < C)[None, :]
+        rows, inside = rows_of_tile(tile, columns, row_count, C, ROWS)
         before = load_rows(hidden_state, rows, columns, inside, C)
         branch = load_rows(update, rows, columns, inside, C)
         if HAS_NORM:
@@ -99,16 +98,13 @@ def residual_bwd_kernel(
     """
     columns = tl.arange(0, BLOCK_C)
     one = tl.full((1, BLOCK_C), 1.0, tl.float32)
-    scale = one
-    if HAS_GAMMA:
-        scale = load_vector(gamma, columns, C)
+    scale = layer_scale(gamma, columns, C, HAS_GAMMA)
     if HAS_NORM:
         w, b = load_vector(weight, columns, C), load_vector(bias, columns, C)
     along_branch = tl.zeros((ROWS, BLOCK_C), tl.float32)
     plain = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(row_count, ROWS), tl.num_programs(0)):
-        rows = tile * ROWS + tl.arange(0, ROWS)
-        inside = (rows < row_count)[:, None] & (columns < C)[None, :]
+        rows, inside = rows_of_tile(tile, columns, row_count, C, ROWS)
         gradient = load_rows(dout, rows, columns, inside, C)
         gradient = gradient * branch_scale(one, kept, rows, row_count, positions, keep, HAS_KEPT)
         if HAS_NORM:

@@ -6,10 +6,10 @@
     hidden_state  ->|                                     |-> out      (layer scale, stochastic depth, sum)
     update        ->| one program: rows of C channels     |-> normed   (of the row in registers)
 
-Forward reads two tensors [rows, C] and writes two. Backward reads dout, dnormed and out, update where gamma needs it,
-and writes dhidden_state and, where it is another one, dupdate; normed and its statistics are not saved, but taken
-again from out. PyTorch's operators one by one, in training without layer scale: 9 passes forward where these are 4,
-and 14 backward where these are 5.
+Forward reads two tensors [rows, C] and writes two. Backward reads dout, dnormed and out, and update if there is a
+gamma; it writes dhidden_state, and dupdate if that differs. normed and its statistics are not saved but computed again
+from out. PyTorch's operators one by one, in training without layer scale, make 9 passes over a tensor forward and 14
+backward, where these make 4 and 5.
 
 `composed` in focalnet/operators/residual_norm.py is the specification.
 """
@@ -23,11 +23,13 @@ from .plan import Device, Plan
 from .rows import (
     RowsCase,
     branch_scale,
+    layer_scale,
     load_rows,
     load_vector,
     normalised,
     normalised_bwd,
     plan_rows,
+    rows_of_tile,
     store_rows,
     store_sum,
 )
@@ -55,17 +57,14 @@ def residual_norm_fwd_kernel(
     BLOCK_C: tl.constexpr,
 ):
     columns = tl.arange(0, BLOCK_C)
-    scale = tl.full((1, BLOCK_C), 1.0, tl.float32)
-    if HAS_GAMMA:
-        scale = load_vector(gamma, columns, C)
+    scale = layer_scale(gamma, columns, C, HAS_GAMMA)
     w, b = load_vector(weight, columns, C), load_vector(bias, columns, C)
     for tile in range(tl.program_id(0), tl.cdiv(row_count, ROWS), tl.num_programs(0)):
-        rows = tile * ROWS + tl.arange(0, ROWS)
-        inside = (rows < row_count)[:, None] & (columns < C)[None, :]
+        rows, inside = rows_of_tile(tile, columns, row_count, C, ROWS)
         before = load_rows(hidden_state, rows, columns, inside, C)
         branch = load_rows(update, rows, columns, inside, C)
         after = before + branch * branch_scale(scale, kept, rows, row_count, positions, keep, HAS_KEPT)
-        # Rounded first: backward has no other row than the one that was written.
+        # Normed as it is written, rounded: backward computes the statistics from that.
         after = rounded(after, out.dtype.element_ty)
         store_rows(out, rows, columns, inside, after, C)
         xhat, _ = normalised(after.to(tl.float32), inside, eps, C)
@@ -100,16 +99,13 @@ def residual_norm_bwd_kernel(
     """partials [programs, SUMS, C]: of dweight, dbias and, with a gamma, of dgamma."""
     columns = tl.arange(0, BLOCK_C)
     one = tl.full((1, BLOCK_C), 1.0, tl.float32)
-    scale = one
-    if HAS_GAMMA:
-        scale = load_vector(gamma, columns, C)
+    scale = layer_scale(gamma, columns, C, HAS_GAMMA)
     w = load_vector(weight, columns, C)
     dweight = tl.zeros((ROWS, BLOCK_C), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK_C), tl.float32)
     dgamma = tl.zeros((ROWS, BLOCK_C), tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(row_count, ROWS), tl.num_programs(0)):
-        rows = tile * ROWS + tl.arange(0, ROWS)
-        inside = (rows < row_count)[:, None] & (columns < C)[None, :]
+        rows, inside = rows_of_tile(tile, columns, row_count, C, ROWS)
         behind = load_rows(dnormed, rows, columns, inside, C)
         xhat, rstd = normalised(load_rows(out, rows, columns, inside, C), inside, eps, C)
         if SUMS > 0:

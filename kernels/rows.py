@@ -1,9 +1,13 @@
 """Rows of C channels: what the kernels around a block's residual branches share.
 
-A program holds tiles [ROWS, BLOCK_C] of whole rows, BLOCK_C >= C, and walks over every num_programs-th of them: so it
-reads the parameters once, sums over its rows in registers, and writes each sum once. Statistics are of the float32
-values in registers, in two passes over them (mean, then squares of what is left): they cost no bytes, so backward
-takes them again from the saved row instead of from memory.
+    program p            owns the tiles p, p + programs, ... of ROWS whole rows [ROWS, BLOCK_C], BLOCK_C >= C
+    reads once           its rows, and the parameters [C]
+    keeps in registers   sums over its rows, and a row's mean and deviation
+    writes once          its rows, and each sum as a row of partials [programs, SUMS, C]
+
+Statistics are taken in float32, in two passes over registers: the mean, then the squares of what is left. They cost no
+bytes, so none are saved: backward takes them again from the saved row. Parameters of a kernel: tensors read, tensors
+written, numbers, then constants (what is given, what is asked for, C, the tile).
 """
 
 from __future__ import annotations
@@ -30,6 +34,13 @@ def load_vector(vector, columns, C: tl.constexpr):
 
 
 @triton.jit
+def rows_of_tile(tile, columns, row_count, C: tl.constexpr, ROWS: tl.constexpr):
+    """Numbers of the tile's rows (ROWS,), and which elements (ROWS, BLOCK_C) of it exist."""
+    rows = tile * ROWS + tl.arange(0, ROWS)
+    return rows, (rows < row_count)[:, None] & (columns < C)[None, :]
+
+
+@triton.jit
 def load_rows(tensor, rows, columns, inside, C: tl.constexpr):
     at = rows.to(tl.int64)[:, None] * C + columns[None, :]
     return tl.load(tensor + at, mask=inside, other=0.0).to(tl.float32)
@@ -39,6 +50,15 @@ def load_rows(tensor, rows, columns, inside, C: tl.constexpr):
 def store_rows(tensor, rows, columns, inside, values, C: tl.constexpr):
     """``values`` have the dtype of ``tensor`` already: the interpreter would cut bfloat16 off (see tiles.rounded)."""
     tl.store(tensor + rows.to(tl.int64)[:, None] * C + columns[None, :], values, mask=inside)
+
+
+@triton.jit
+def layer_scale(gamma, columns, C: tl.constexpr, HAS_GAMMA: tl.constexpr):
+    """gamma [1, BLOCK_C] in float32, or ones."""
+    scale = tl.full((1, columns.shape[0]), 1.0, tl.float32)
+    if HAS_GAMMA:
+        scale = load_vector(gamma, columns, C)
+    return scale
 
 
 @triton.jit
@@ -52,7 +72,8 @@ def branch_scale(gamma, kept, rows, row_count, positions, keep, HAS_KEPT: tl.con
 
 @triton.jit
 def normalised(x, inside, eps, C: tl.constexpr):
-    """(x - mean) / deviation, and 1 / deviation, of every row. ``x`` is zero beyond C; a row of zeros is harmless."""
+    """(x - mean) / deviation, and 1 / deviation, of every row. ``x`` is zero beyond C. ``eps`` must not be zero: rows
+    beyond the last one are zeros, and the root of eps is their deviation."""
     mean = tl.sum(x, axis=1) / C
     centred = tl.where(inside, x - mean[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / C + eps)
@@ -79,7 +100,7 @@ def store_sum(partials, which, values, columns, SUMS: tl.constexpr, C: tl.conste
 
 @dataclass(frozen=True)
 class RowsCase:
-    """One kind of call. ``operands`` and ``outputs``: dtypes by name; what is not among them is not given, not wanted.
+    """One kind of call. ``operands`` and ``outputs``: dtypes of the tensors that are given and wanted, by name.
 
     rows: B * H * W, of ``positions`` = H * W a sample. ``sums``: gradients of vectors (C,), one row each of the output
     "sums" (dtype of the parameters), or none.
@@ -104,7 +125,7 @@ def plan_rows(
 ) -> Plan:
     """The launch of ``kernel`` on all rows, and that which adds up its programs' sums.
 
-    A tensor that is neither given nor wanted is stood for by the first one: the kernel never touches it.
+    A tensor that is neither given nor wanted is replaced by the first one: the kernel does not touch it.
     """
     config = row_config(case.channels, backward)
     programs = min(math.ceil(case.rows / config.rows), config.programs_per_sm * device.sm_count)

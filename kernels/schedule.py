@@ -1,9 +1,10 @@
 """When each level works on which rows: lags and ring sizes of a program that streams over a plane.
 
 A program owns BLOCK_C channels of an image and walks down its rows, a few at a time. In one step every level works on
-as many rows, which lag behind the rows of the level before by half its kernel, so that all it reads is there. What a
-level writes is kept in a ring of rows in global memory (in practice L1 and L2): as many as its last reader lags
-behind. Between two levels stands a barrier; so a row is overwritten only after the barrier that follows its last use.
+the same number of rows. They lag behind those of the level before by half a kernel, so that all rows it reads exist.
+A level writes into a ring of rows in global memory (in practice L1 and L2), which has as many rows as its last reader
+lags behind. There is a barrier between two levels, so a row is overwritten only after the barrier that follows its
+last use.
 
 Plain Python on plain numbers: tests run the schedule itself, row by row.
 """

@@ -1,4 +1,9 @@
-"""Sums of float32 partials: one writer each, added up in a fixed order."""
+"""Sums of float32 partials [parts, elements], each written by one program, in a fixed order.
+
+program p            owns BLOCK elements of the result
+reads once           its elements of every part, PARTS of them at a time; 4 * parts bytes an element
+writes once          the sums, in the dtype of the result
+"""
 
 from __future__ import annotations
 
@@ -30,7 +35,7 @@ def sum_partials_kernel(partial, out, parts, elements, first_unit, unit, PARTS: 
 def sum_partials_launch(
     partial: str, out: str, parts: int, elements: int, first_unit: int = 0, unit: int = 0
 ) -> Launch:
-    # Many parts of few elements (db), or few of many (dgates): the same number of loads in flight.
+    # db has many parts of few elements, dgates few parts of many: both shapes keep 4096 loads in flight.
     together, block = (128, 32) if parts > 64 else (8, 512)
     return Launch(
         sum_partials_kernel,

@@ -1,18 +1,44 @@
-"""Device functions on tiles of ``[BLOCK_W, BLOCK_C]``: columns of one row, by channels.
+"""Device functions on tiles ``[BLOCK_W, BLOCK_C]``: columns of one row, by channels.
 
-A thread holds four neighbouring channels of a column (8 bytes of a 16-bit type, 16 of float32) and, in a tuple, the
-same place of ROWS rows below one another. So one load of a row feeds every output row whose window covers it:
-``k * (ROWS + k - 1) / ROWS`` loads an output instead of ``k * k``. Triton cannot index a tensor in registers, hence
-tuples of tiles. Where rows are loaded, stored and gated they are one tensor ``(ROWS * W, C)``, row after row: the same
-registers and instructions, and far fewer operations for a compiler some of whose passes take the square of their
-number. Two dimensions and not three, since versions of Triton differ in which of three the threads walk along first.
+    a thread             four neighbouring channels of one column (8 bytes of a 16-bit type, 16 of float32)
+    a tuple of tiles     the same place of ROWS rows, one below the other
+    a load of one row    feeds every output row whose window covers it: k (ROWS + k - 1) / ROWS loads an output,
+                         where k k is what an output on its own would take
+
+Triton cannot index a tensor in registers, hence tuples of tiles. Where rows are loaded, stored and gated they are one
+tensor ``(ROWS * W, C)``, row after row: the same registers and instructions, but far fewer operations, and some passes
+of the compiler take time that grows with their square. The tensor has two dimensions because versions of Triton
+disagree on which of three the threads walk along first.
+
+Parameters have one order everywhere: what is read and written, where (``row0``, ``column0``), the ``size`` of the map,
+then the constants: the level's (``RING``, ``KH``, ``KW``) and the tile's (``ROWS``, ``BLOCK_W``, ``BLOCK_C``). Values
+that go together are named tuples. Constants are not, since Triton 3.6 does not keep the fields of a tuple constant; so
+their lists repeat from function to function.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 # The interpreter runs the same code with numpy: it is slow to call a device function, and it cuts bfloat16 off.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+class Size(NamedTuple):
+    """Of a map, in pixels."""
+
+    height: tl.tensor
+    width: tl.tensor
+
+
+class Plane(NamedTuple):
+    """Rows of pixels, of an image or of a ring: where they start, the pitches in elements, which channels exist."""
+
+    start: tl.tensor
+    row_pitch: tl.tensor
+    pixel_pitch: tl.tensor
+    in_channels: tl.tensor
 
 
 @triton.jit
@@ -26,7 +52,7 @@ def rounded(x, dtype: tl.constexpr):
 
 @triton.jit
 def gelu_tail(a):
-    """Phi(-2a) for 0 <= a <= 3, as the fourth power of a polynomial: erfc falls off too fast for one of its own."""
+    """2 Phi(-2a) for 0 <= a <= 3, as the fourth power of a polynomial: erfc falls off too fast for one of its own."""
     p = tl.full(a.shape, 6.64604377e-05, tl.float32)
     p = tl.fma(p, a, -0.000595438119)
     p = tl.fma(p, a, 0.00115083903)
@@ -174,13 +200,9 @@ def rows_of(tiles, FIRST: tl.constexpr, ROWS: tl.constexpr):
 @triton.jit
 def load_rows(
     plane,
-    row_pitch,
-    pixel_pitch,
     row0,
     column0,
-    height,
-    width,
-    in_channels,
+    size,
     RING: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -188,9 +210,11 @@ def load_rows(
 ):
     """ROWS rows from row0 on, of a plane or of a ring of its rows: a tuple of tiles (W, C), zero outside the map."""
     rows, columns = rows_from(row0, ROWS, BLOCK_W), columns_from(column0, ROWS, BLOCK_W)
-    # In this order: what rows say holds for all columns of a kernel, and what columns say for all rows.
-    inside = ((rows >= 0) & (rows < height)) & ((columns >= 0) & (columns < width) & in_channels)
-    source = row_pointer(plane, rows, row_pitch, RING) + (columns * pixel_pitch + channels_of(BLOCK_C))
+    # The half on rows is the same for all columns of a kernel, the half on columns for all rows: each is made once.
+    inside = ((rows >= 0) & (rows < size.height)) & ((columns >= 0) & (columns < size.width) & plane.in_channels)
+    source = row_pointer(plane.start, rows, plane.row_pitch, RING) + (
+        columns * plane.pixel_pitch + channels_of(BLOCK_C)
+    )
     return tiles_of(tl.load(source, mask=inside, other=0.0).to(tl.float32), ROWS)
 
 
@@ -203,14 +227,10 @@ def load_taps(first_tap, PITCH: tl.constexpr, TAPS: tl.constexpr, BLOCK_W: tl.co
 @triton.jit
 def conv_tiles(
     plane,
-    row_pitch,
-    pixel_pitch,
     weights,
     row0,
     column0,
-    height,
-    width,
-    in_channels,
+    size,
     RING: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
@@ -235,19 +255,33 @@ def conv_tiles(
         for i in tl.static_range(ROWS_READ):
             if starts_part(i, ROWS_READ):
                 values = values + load_rows(
-                    plane, row_pitch, pixel_pitch, row0 + (i - KH // 2), column0 + (kx - KW // 2), height, width,
-                    in_channels, RING, part_size(i, ROWS_READ), BLOCK_W, BLOCK_C,
+                    plane, row0 + (i - KH // 2), column0 + (kx - KW // 2), size,
+                    RING, part_size(i, ROWS_READ), BLOCK_W, BLOCK_C,
                 )  # fmt: skip
             if starts_part(i, KH):
                 taps = taps + load_taps(first_tap + i * TAP_PITCH, TAP_PITCH, part_size(i, KH), BLOCK_W, BLOCK_C)
-            grown = ()
-            for r in tl.static_range(ROWS):
-                if i >= r and i - r < KH:
-                    grown = grown + (tl.fma(taps[i - r], values[i], acc[r]),)
-                else:
-                    grown = grown + (acc[r],)
-            acc = grown
+            acc = add_products(acc, taps, values[i], i, ROWS, KH)
     return acc
+
+
+@triton.jit
+def add_products(sums, factors, values, AT: tl.constexpr, SUMS: tl.constexpr, FACTORS: tl.constexpr):
+    """sums[j] += factors[AT - j] * values, for every j of SUMS for which there is such a factor: a step of a
+    correlation, whichever of the two it is along."""
+    grown = ()
+    for j in tl.static_range(SUMS):
+        if j <= AT and AT - j < FACTORS:
+            grown = grown + (tl.fma(factors[AT - j], values, sums[j]),)
+        else:
+            grown = grown + (sums[j],)
+    return grown
+
+
+@triton.jit
+def ring_of(rings, FIRST: tl.constexpr, size, WHOLE_PLANE: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The ring that starts at row FIRST of the program's scratch ``rings``, or the plane of that number."""
+    start = rings.start + FIRST * (size.height if WHOLE_PLANE else 1) * rings.row_pitch
+    return Plane(start, rings.row_pitch, BLOCK_C, rings.in_channels)
 
 
 @triton.jit

@@ -1,11 +1,12 @@
 """Registers, local and shared memory of every configuration of the Triton kernels, compiled without a GPU.
 
-    python bench/static/compile_report.py --arch 80 --arch 90 --arch 100 [--minutes 15]
+    python bench/static/compile_report.py [--arch 90] [--minutes 15]
 
-Takes what configurations.py lists, two at a time, kernels with few taps first (``--kernel`` names some); a row that
-stands for the same source is not compiled again, so the report can be made in several sittings, and a row that stands
-for nothing that is listed goes. Rows go to bench/results/without-gpu/compiled.json.
-A kernel spills, or wants more shared memory than there is, or a barrier moved: then it exits with an error.
+Takes what configurations.py lists, two at a time, kernels with few taps first (``--kernel`` names some). A row of the
+same source stays, and so does one of another source that lowers to the same Triton IR (lowered.py) under the same
+Triton: the report can be made in several sittings, and cutting or naming a kernel anew costs seconds a row. A row of
+nothing that is listed goes. Rows go to bench/results/without-gpu/compiled.json.
+It exits with an error when a kernel spills, wants more shared memory than there is, or a barrier moved.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ from typing import Annotated
 
 import torch
 import triton
+import triton.language as tl
 import typer
 from barriers import moved
-from compiled import compile_launch, resources
+from compiled import Resources, compile_launch, resources
 from configurations import DEVICES, DTYPES, arguments_of, launches
 from focalnet.kernels.plan import Launch
+from lowered import digest
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from triton.runtime.jit import JITCallable
 
 from focalnet.benchmark.environment import versions
 from focalnet.benchmark.rows import NOWHERE, keep_only, key, read, write
@@ -37,7 +41,7 @@ console = Console()
 
 
 def main(
-    arch: Annotated[list[int], typer.Option(help="80, 90, 100.")] = [80, 90, 100],  # noqa: B006
+    arch: Annotated[list[int], typer.Option(help="80, 86, 89, 90, 100, 120; all.")] = [*DEVICES],  # noqa: B006
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16; all.")] = None,
     kernel: Annotated[list[str] | None, typer.Option(help="Names of kernels; all.")] = None,
     minutes: Annotated[float, typer.Option(help="Stop starting new ones after so long.")] = 1e9,
@@ -47,7 +51,7 @@ def main(
     dtypes = tuple(getattr(torch, name) for name in dtype) if dtype else DTYPES
     have = {key(row): row for row in read("compiled", NOWHERE)}
     wanted = [
-        (head, (one, (dtype,), name))
+        (head, (one, (dtype,), name, have.get(key(head), {})))
         for large in (False, True)
         for one in arch
         for dtype in dtypes
@@ -72,7 +76,7 @@ def main(
 
 
 def is_large(launch: Launch) -> bool:
-    """Of a detector with kernels up to 15, which nobody published: what a sitting cannot finish are these."""
+    """Of a detector with kernels up to 15. They take longest and nobody published one, so they come last."""
     return max(launch.constexprs.get("KH", (0,))) > 9
 
 
@@ -96,30 +100,48 @@ def source(launch: Launch) -> str:
     return hashlib.sha256("".join(texts).encode()).hexdigest()[:16]
 
 
-def device_functions(kernel: triton.JITFunction, found: dict[str, str] | None = None) -> dict[str, str]:
-    """The text of ``kernel`` and of what it names, by name. Triton's own key also holds the line where each stands."""
+def device_functions(kernel: JITCallable, found: dict[str, str] | None = None) -> dict[str, str]:
+    """The text of ``kernel``, of the functions and the constants that it names, by name.
+
+    Triton's own key also holds the line where each stands.
+    """
     found = {} if found is None else found
     if kernel.fn.__qualname__ not in found:
         found[kernel.fn.__qualname__] = kernel.src
         for name in kernel.fn.__code__.co_names:
-            if isinstance(called := kernel.fn.__globals__.get(name), triton.JITFunction):
-                device_functions(called, found)
+            named = kernel.fn.__globals__.get(name)
+            if isinstance(named, JITCallable):
+                device_functions(named, found)
+            elif isinstance(named, tl.constexpr):
+                found[name] = f"{name} = {named.value}"
     return found
 
 
 _launches = functools.cache(launches)
 
 
-def compiled(arch: int, dtypes: tuple[torch.dtype, ...], name: tuple, end: float) -> dict | None:
+def compiled(arch: int, dtypes: tuple[torch.dtype, ...], name: tuple, row: dict, end: float) -> dict | None:
     """The figures of a row; None when time is up. Runs in a process of the pool, which no kernel can be sent to."""
     if time.monotonic() > end:
         return None
     warnings.simplefilter("ignore")
     launch, types = _launches(arch, dtypes)[name]
-    made = compile_launch(launch.kernel, arguments_of(launch, types), launch.options, arch)
+    return figures(launch, types, arch, row)
+
+
+def figures(launch: Launch, types: dict[str, torch.dtype], arch: int, row: dict) -> dict:
+    """What the compiled launch uses and what speaks against it; those of ``row``, if it stands for the same IR."""
+    arguments = arguments_of(launch, types)
+    ir = digest(launch.kernel, arguments, launch.options, arch)
+    if row.get("ir") == ir and row["triton"] == triton.__version__:
+        return {name: row[name] for name in ("against", *Resources.__dataclass_fields__)} | {
+            "ir": ir,
+            "source": source(launch),
+        }
+    made = compile_launch(launch.kernel, arguments, launch.options, arch)
     found = resources(made, arch)
     against = [reason for reason in (found.why_not(), *moved(made)) if reason]
-    return {**asdict(found), "against": against, "source": source(launch)}
+    return {**asdict(found), "against": against, "ir": ir, "source": source(launch)}
 
 
 def show(rows: list[dict]) -> None:

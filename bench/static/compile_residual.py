@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Annotated
 
 import torch
 import typer
 from bytes_moved import NOWHERE
-from compile_report import head_of, source
-from compiled import compile_launch, resources
-from configurations import DEVICES, DTYPES, arguments_of, key_of
+from compile_report import figures, head_of, source
+from configurations import COMPLETE, DEVICES, DTYPES, key_of
 from focalnet.kernels.plan import Launch, Plan
 from residual_bytes import ends, plans
 from rich.console import Console
@@ -56,7 +55,7 @@ def _plans(arch: int, dtype: torch.dtype, lower: torch.dtype | None) -> Iterator
 
 
 def main(
-    arch: Annotated[list[int], typer.Option(help="80, 90, 100.")] = [80, 90, 100],  # noqa: B006
+    arch: Annotated[list[int], typer.Option(help="80, 90, 100.")] = [*COMPLETE],  # noqa: B006
 ) -> None:
     """Compile what is missing and write the rows."""
     warnings.simplefilter("ignore")
@@ -66,9 +65,7 @@ def main(
         head = head_of(one, launch, types)
         if have.get(key(head), {}).get("source") == source(launch):
             continue
-        found = resources(compile_launch(launch.kernel, arguments_of(launch, types), launch.options, one), one)
-        reason = found.why_not()
-        row = head | asdict(found) | {"against": [reason] if reason else [], "source": source(launch)} | versions()
+        row = head | figures(launch, types, one, have.get(key(head), {})) | versions()
         have[key(row)] = row
         if len(have) % 50 == 0:
             write(list(have.values()), FILE, NOWHERE)

@@ -7,19 +7,19 @@ kept in Triton's disk cache, so a second run takes seconds. Local memory means s
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import triton
+from focalnet.kernels.plan import SHARED_BYTES
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-
-# Shared memory that one block may have, in bytes: CUDA C++ Programming Guide, "Compute Capabilities".
-SHARED_LIMIT = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Resources:
     def why_not(self) -> str | None:
         if self.local:
             return f"it spills: {self.local} bytes of local memory a thread"
-        if self.shared > SHARED_LIMIT[self.arch]:
-            return f"it wants {self.shared} bytes of shared memory, sm_{self.arch} has {SHARED_LIMIT[self.arch]}"
+        if self.shared > SHARED_BYTES[self.arch]:
+            return f"it wants {self.shared} bytes of shared memory, sm_{self.arch} has {SHARED_BYTES[self.arch]}"
         return None
 
 
@@ -74,10 +74,17 @@ def compile_launch(kernel, arguments: dict, options: dict, arch: int):
     ``arguments`` holds `Pointer`s or tensors, numbers, and what the kernel declares constexpr; ``options`` num_warps
     and num_stages. The returned object has ``asm["ptx"]`` and ``asm["cubin"]``.
     """
-    # reset_active() would look for a GPU, and there may be none.
+    with target_of(arch):
+        return kernel.warmup(**arguments, **options, grid=(1,))
+
+
+@contextlib.contextmanager
+def target_of(arch: int) -> Iterator[None]:
+    """Triton compiles for ``arch``, whatever GPU is here or none."""
+    # reset_active() would look for a GPU.
     before, driver._active = driver._active, _Driver(arch)
     try:
-        return kernel.warmup(**arguments, **options, grid=(1,))
+        yield
     finally:
         driver._active = before
 

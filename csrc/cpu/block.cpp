@@ -19,6 +19,10 @@
 // channels), the same steps run over all tokens, one after the other, each product split by columns: every thread then
 // streams its part of the weights once, and tokens pass through L3 instead.
 //
+// In bfloat16 the maps between the phases and what products read (y, h) are rounded to it, in two bytes where there
+// are dot products of bfloat16 and in four where products are of float32 (kRounded); x, sums, norms and GELU are
+// float32. Weights of bfloat16 may come with maps and vectors of float32: autocast.
+//
 // Weights are read where the module has them, and nothing made of them outlives the call. By columns, a thread packs
 // the slice it is about to use. By blocks, every thread reads every weight, so all are packed first, into scratch.
 //
@@ -43,28 +47,57 @@ namespace {
 constexpr int64_t kScratchBytes = 352 * 1024;     // of a thread, in a 512 KB L2 beside weights and streams
 constexpr int64_t kGroupBytes = 8 * 1024 * 1024;  // of projection and agg, for each thread: its share of the L3
 
-// Tokens whose x, y and chunk of hidden units fit into a thread's scratch.
-int64_t rows_in_scratch(const Block& b) {
-    return kScratchBytes / 4 / (2 * pitch_of(b.C) + pitch_of(k_block(b.fc2.K)));
+thread_local Memory shared_memory, own_memory, packed_memory, focal_memory;
+
+// Where tokens keep what is between the steps, and how many hidden units they have at a time.
+struct Scratch {
+    Matrix operand, x, hidden;
+    Matrix sum;         // of the second branch behind which there is a norm
+    Matrix projection;  // in float32, before it is rounded, in the place of x and what follows
+    int64_t chunk;
+};
+
+// Bytes of a row: operand, x, hidden and sum, one after the other, each for all rows.
+struct ScratchLayout {
+    const Block& b;
+    Element element;  // of what products read
+    int64_t chunk;
+
+    int64_t operand() const { return pitch_bytes(b.C, element); }
+    int64_t x() const { return pitch_bytes(b.C, Element::kFloat32); }
+    int64_t hidden() const { return pitch_bytes(chunk, element); }
+    // In float32 the sum has the operand's place: x is read in its stead where there is a sum.
+    bool has_sum() const { return b.post_norm && element != Element::kFloat32; }
+    int64_t sum() const { return has_sum() ? x() : 0; }
+    int64_t projection() const {
+        return element == Element::kRounded ? pitch_bytes(b.projection_in.N, Element::kFloat32) : 0;
+    }
+    int64_t row() const { return operand() + std::max(x() + hidden() + sum(), projection()); }
+
+    Scratch at(float* memory, int64_t rows) const {
+        char* to = reinterpret_cast<char*>(memory);
+        const auto matrix = [](char* data, int64_t bytes, Element e) { return Matrix{data, bytes / size_of(e), e}; };
+        const Matrix y = matrix(to, operand(), element);
+        to += rows * operand();
+        const Matrix projected = matrix(to, projection(), Element::kFloat32);
+        const Matrix x_rows = matrix(to, x(), Element::kFloat32);
+        to += rows * x();
+        const Matrix hidden_rows = matrix(to, hidden(), element);
+        to += rows * hidden();
+        return {y, x_rows, hidden_rows, has_sum() ? matrix(to, sum(), Element::kFloat32) : y, projected, chunk};
+    }
+};
+
+ScratchLayout layout_by_blocks(const Block& b) {
+    const Products products = products_of(b.element);
+    return {b, products.a, k_block(b.fc2.K, products.depth)};
 }
+
+// Tokens whose rows fit into a thread's scratch.
+int64_t rows_in_scratch(const Block& b) { return kScratchBytes / layout_by_blocks(b).row(); }
 
 // No block of tokens pays for streaming the weights: images go in groups that by_columns takes, where they fit.
 bool is_wide(const Block& b) { return rows_in_scratch(b) < kLeastRows; }
-
-thread_local Memory shared_memory, own_memory, packed_memory, focal_memory;
-
-// Where a block of tokens keeps what is between the steps.
-struct Scratch {
-    float *x, *y, *hidden;
-    int64_t pitch, hidden_pitch;
-    int64_t chunk;  // hidden units at a time
-};
-
-// Rows of a matrix from one token on.
-struct Rows {
-    const float* data;
-    int64_t pitch;
-};
 
 // A group of images.
 class Group {
@@ -74,56 +107,46 @@ class Group {
           packed_focal_weights_(packed_focal_weights),
           images_(images),
           tokens_(images * block.H * block.W),
-          pitch_(pitch_of(block.C)),
-          projection_pitch_(pitch_of(block.projection_in.N)),
-          hidden_state_(block.hidden_state + first_image * block.H * block.W * block.C),
-          result_(block.result + first_image * block.H * block.W * block.C) {}
+          hidden_state_(rows_from(block.hidden_state, first_image * block.H * block.W)),
+          result_(rows_from(block.result, first_image * block.H * block.W)) {}
 
     void run_by_columns() {
-        const int64_t hidden_pitch = pitch_of(b_.fc2.K);
-        float* x = allocate(tokens_ * (2 * pitch_ + hidden_pitch));
-        const Scratch scratch{x,      x + tokens_ * pitch_, x + 2 * tokens_ * pitch_,
-                              pitch_, hidden_pitch,         round_up(b_.fc2.K, kPanel)};
-        const Together together{kernels_};
-        project(together, 0, tokens_, scratch.y);
+        const ScratchLayout layout{b_, products_.a, round_up(b_.fc2.K, kPanel)};
+        const Scratch scratch = layout.at(allocate(tokens_ * layout.row()), tokens_);
+        const Together together{products_};
+        project(together, 0, tokens_, scratch);
         aggregate();
         modulate(together, 0, tokens_, scratch);
     }
 
     void run_by_blocks() {
-        const int64_t chunk = k_block(b_.fc2.K), hidden_pitch = pitch_of(chunk);
+        const ScratchLayout layout = layout_by_blocks(b_);
         const int64_t rows = rows_of_block(rows_in_scratch(b_));
         allocate(0);
         const auto by_blocks = [&](auto step) {
             share_tokens(tokens_, rows, [&](int64_t first, int64_t n) {
-                float* x = own_memory.get(rows * (2 * pitch_ + hidden_pitch));
-                step(first, n, Scratch{x, x + rows * pitch_, x + 2 * rows * pitch_, pitch_, hidden_pitch, chunk});
+                step(first, n, layout.at(own_memory.get(rows * layout.row() / 4), rows));
             });
         };
-        const Alone alone{kernels_};
-        by_blocks([&](int64_t row, int64_t n, const Scratch& s) { project(alone, row, n, s.y); });
+        const Alone alone{products_};
+        by_blocks([&](int64_t row, int64_t n, const Scratch& s) { project(alone, row, n, s); });
         aggregate();
         by_blocks([&](int64_t row, int64_t n, const Scratch& s) { modulate(alone, row, n, s); });
     }
 
   private:
-    // For projection, agg and as many floats more, which it returns.
+    // For projection, agg and as many bytes more, which it returns.
     float* allocate(int64_t more) {
-        projection_ = shared_memory.get(tokens_ * (projection_pitch_ + pitch_) + more);
-        agg_ = projection_ + tokens_ * projection_pitch_;
-        return agg_ + tokens_ * pitch_;
+        const int64_t projection = pitch_bytes(b_.projection_in.N, b_.element), agg = pitch_bytes(b_.C, b_.element);
+        float* memory = shared_memory.get((tokens_ * (projection + agg) + more) / 4);
+        projection_ = {memory, projection / size_of(b_.element), b_.element};
+        memory += tokens_ * projection / 4;
+        agg_ = {memory, agg / size_of(b_.element), b_.element};
+        return memory + tokens_ * agg / 4;
     }
 
-    Rows hidden_state(int64_t row) const { return {hidden_state_ + row * b_.C, b_.C}; }
-
-    static GemmTask product(const Linear& w, Rows a, int64_t rows, float* c, int64_t c_pitch) {
-        return {a.data, a.pitch,         rows,    w, 0, w.K, k_block(w.K), 0, round_up(w.N, kPanel), c, c_pitch,
-                false,  After::kNothing, nullptr, 0};
-    }
-
-    RowsTask rows_task(Rows in, int64_t rows, Rows residual, float* out, int64_t out_pitch) const {
-        return {in.data, in.pitch, residual.data, residual.pitch, out,     out_pitch,
-                rows,    b_.C,     false,         0.0f,           nullptr, nullptr};
+    RowsTask rows_task(Matrix in, int64_t rows, Matrix residual, Matrix out) const {
+        return {in, residual, out, rows, b_.C, false, 0.0f, nullptr, nullptr};
     }
 
     static RowsTask normed(RowsTask task, const Norm& norm) {
@@ -134,64 +157,95 @@ class Group {
         return task;
     }
 
+    // Rows as products can read them: themselves, or a copy in `operand`.
     template <typename By>
-    void project(const By& by, int64_t row, int64_t rows, float* scratch) const {
-        Rows in = hidden_state(row);
-        if (!b_.post_norm) {
-            by.rows(normed(rows_task(in, rows, {}, scratch, pitch_), b_.norm1));
-            in = {scratch, pitch_};
+    Matrix readable(const By& by, Matrix in, int64_t rows, const Scratch& s) const {
+        if (in.element == products_.a) return in;
+        by.rows(rows_task(in, rows, {}, s.operand));
+        return s.operand;
+    }
+
+    template <typename By>
+    void project(const By& by, int64_t row, int64_t rows, const Scratch& s) const {
+        Matrix in = rows_from(hidden_state_, row);
+        if (b_.post_norm) {
+            in = readable(by, in, rows, s);
+        } else {
+            by.rows(normed(rows_task(in, rows, {}, s.operand), b_.norm1));
+            in = s.operand;
         }
-        by.gemm(product(b_.projection_in, in, rows, projection_ + row * projection_pitch_, projection_pitch_));
+        const Matrix out = rows_from(projection_, row);
+        const bool is_rounded_later = products_.a == Element::kRounded;
+        by.gemm(product(products_, b_.projection_in, in, rows, is_rounded_later ? s.projection : out));
+        if (!is_rounded_later) return;
+        RowsTask round = rows_task(s.projection, rows, {}, out);
+        round.channels = b_.projection_in.N;
+        by.rows(round);
     }
 
     void aggregate() const {
-        const auto view = [&](float* data, int64_t pitch) {
-            return Map{data, b_.H * b_.W * pitch, b_.W * pitch, pitch};
+        const auto view = [&](Matrix m, int64_t column) {
+            m = columns_from(m, column);
+            return Map{m.data, b_.H * b_.W * m.pitch, b_.W * m.pitch, m.pitch};
         };
-        const Problem problem{Element::kFloat32,
+        const Problem problem{b_.element,
                               images_,
                               b_.H,
                               b_.W,
                               b_.C,
                               b_.L,
-                              view(projection_ + b_.C, projection_pitch_),
-                              view(projection_ + 2 * b_.C, projection_pitch_),
+                              view(projection_, b_.C),
+                              view(projection_, 2 * b_.C),
                               b_.focal_weights,
                               b_.normalize_modulator ? 1.0f / static_cast<float>(b_.L + 1) : 1.0f,
                               packed_focal_weights_};
-        gated_aggregation(problem, view(agg_, pitch_));
+        gated_aggregation(problem, view(agg_, 0));
     }
 
     template <typename By>
     void modulate(const By& by, int64_t row, int64_t rows, const Scratch& s) const {
-        GemmTask context = product(b_.projection_context, {agg_ + row * pitch_, pitch_}, rows, s.y, pitch_);
-        context.after = After::kMultiply;
-        context.factor = projection_ + row * projection_pitch_;
-        context.factor_pitch = projection_pitch_;
-        by.gemm(context);
-        const Rows x{s.x, pitch_}, y{s.y, pitch_};
-        if (b_.norm_in_modulation) by.rows(normed(rows_task(y, rows, {}, s.y, pitch_), b_.modulation_norm));
-        by.gemm(product(b_.projection_out, y, rows, s.x, pitch_));
-        const RowsTask branch = rows_task(x, rows, hidden_state(row), s.x, pitch_);
+        modulated(by, row, rows, s);
+        const Matrix hidden_state = rows_from(hidden_state_, row), result = rows_from(result_, row);
+        by.gemm(product(products_, b_.projection_out, s.operand, rows, s.x));
+        const RowsTask branch = rows_task(s.x, rows, hidden_state, s.x);
         by.rows(b_.post_norm ? normed(branch, b_.norm1) : branch);
-        if (!b_.post_norm) by.rows(normed(rows_task(x, rows, {}, s.y, pitch_), b_.norm2));
-        mlp(by, b_.post_norm ? x : y, rows, b_.post_norm ? s.y : s.x, s);
-        float* result = result_ + row * b_.C;
-        by.rows(b_.post_norm ? normed(rows_task(y, rows, x, result, b_.C), b_.norm2)
-                             : rows_task(x, rows, {}, result, b_.C));
+        if (b_.post_norm) {
+            mlp(by, readable(by, s.x, rows, s), rows, s.sum, s);
+            by.rows(normed(rows_task(s.sum, rows, s.x, result), b_.norm2));
+        } else {
+            by.rows(normed(rows_task(s.x, rows, {}, s.operand), b_.norm2));
+            mlp(by, s.operand, rows, s.x, s);
+            by.rows(rows_task(s.x, rows, {}, result));
+        }
+    }
+
+    // q times the modulator, [normed], to `operand`.
+    template <typename By>
+    void modulated(const By& by, int64_t row, int64_t rows, const Scratch& s) const {
+        Matrix agg = rows_from(agg_, row), to = s.operand;
+        if (agg.element != products_.a) {
+            // A product's rows may not be where its result goes.
+            agg = {s.x.data, s.x.pitch, products_.a};
+            by.rows(rows_task(rows_from(agg_, row), rows, {}, agg));
+        }
+        GemmTask context = product(products_, b_.projection_context, agg, rows, to);
+        context.after = After::kMultiply;
+        context.factor = rows_from(projection_, row);
+        by.gemm(context);
+        if (b_.norm_in_modulation) by.rows(normed(rows_task(to, rows, {}, to), b_.modulation_norm));
     }
 
     // Before norm the sum goes onto the residual that `out` holds, behind it `out` is overwritten.
     template <typename By>
-    void mlp(const By& by, Rows in, int64_t rows, float* out, const Scratch& s) const {
+    void mlp(const By& by, Matrix in, int64_t rows, Matrix out, const Scratch& s) const {
         for (int64_t unit = 0; unit < b_.fc2.K; unit += s.chunk) {
             const int64_t end = std::min(b_.fc2.K, unit + s.chunk);
-            GemmTask fc1 = product(b_.fc1, in, rows, s.hidden, s.hidden_pitch);
+            GemmTask fc1 = product(products_, b_.fc1, in, rows, s.hidden);
             fc1.column_begin = unit;
             fc1.column_end = round_up(end, kPanel);
             fc1.after = After::kGelu;
             by.gemm(fc1);
-            GemmTask fc2 = product(b_.fc2, {s.hidden, s.hidden_pitch}, rows, out, pitch_);
+            GemmTask fc2 = product(products_, b_.fc2, s.hidden, rows, out);
             fc2.k_begin = unit;
             fc2.k_end = end;
             fc2.accumulate = !b_.post_norm;
@@ -201,24 +255,24 @@ class Group {
 
     const Block& b_;
     const float* packed_focal_weights_;
-    const Kernels& kernels_ = current_kernels();
-    const int64_t images_, tokens_, pitch_, projection_pitch_;
-    const float* hidden_state_;
-    float* result_;
-    float *projection_ = nullptr, *agg_ = nullptr;
+    const Products products_ = products_of(b_.element);
+    const int64_t images_, tokens_;
+    const Matrix hidden_state_, result_;
+    Matrix projection_{}, agg_{};
 };
 
 // The block with all its linear layers packed into scratch.
 Block packed(const Block& block) {
     Block b = block;
     Linear* const layers[] = {&b.projection_in, &b.projection_context, &b.projection_out, &b.fc1, &b.fc2};
-    pack(current_kernels(), layers, packed_memory);
+    pack(products_of(b.element), layers, packed_memory);
     return b;
 }
 
 // The focal weights of a block, packed into scratch.
 const float* packed_focal_weights(const Block& b) {
     Problem problem{};
+    problem.element = b.element;
     problem.C = b.C;
     problem.L = b.L;
     problem.weights = b.focal_weights;
@@ -232,7 +286,8 @@ const float* packed_focal_weights(const Block& b) {
 void block(const Block& block) {
     const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
     const int64_t tokens = block.H * block.W;
-    const int64_t bytes = tokens * (pitch_of(block.projection_in.N) + pitch_of(block.C)) * 4;
+    const int64_t bytes =
+        tokens * (pitch_bytes(block.projection_in.N, block.element) + pitch_bytes(block.C, block.element));
     int64_t most = threads * kGroupBytes / bytes;
     if (is_wide(block)) most = std::min(most, kMostTogether / tokens);
     const int64_t groups = ceil_div(block.B, std::max<int64_t>(1, most));

@@ -11,16 +11,19 @@
 #include "block.h"
 #include "checks.h"
 #include "gated_aggregation.h"
+#include "parameters.h"
 
 namespace focalnet::cpu {
 namespace {
 
 // A linear layer or a 1x1 convolution.
-Linear linear(Kept& kept, const std::string& name, const Tensor& weight, const std::optional<Tensor>& bias, int64_t K,
-              int64_t N, const float* scale = nullptr) {
-    const bool is_convolution = weight.dim() == 4;
-    check_shape(name, weight, is_convolution ? Shape{N, K, 1, 1} : Shape{N, K});
-    return {kept(weight), vector(kept, name + "_bias", bias, N), scale, K, N};
+Linear linear(Kept& kept, const std::string& name, const Tensor& weight, Element element,
+              const std::optional<Tensor>& bias, int64_t K, int64_t N, const float* scale = nullptr) {
+    check_weight(name, weight, element);
+    const Shape expected = weight.dim() == 4 ? Shape{N, K, 1, 1} : Shape{N, K};
+    STD_TORCH_CHECK(shape_of(weight) == expected, name, " has shape ", text(shape_of(weight)), "; expected ",
+                    text(expected));
+    return {kept(weight), element, vector(kept, name + "_bias", bias, N), scale, K, N};
 }
 
 int64_t hidden_units(const Tensor& fc2) {
@@ -29,12 +32,12 @@ int64_t hidden_units(const Tensor& fc2) {
     return fc2.size(1);
 }
 
-std::vector<FocalWeight> levels_of(Kept& kept, const std::vector<Tensor>& focal_weights, int64_t C) {
+std::vector<FocalWeight> levels_of(Kept& kept, const std::vector<Tensor>& focal_weights, Element element, int64_t C) {
     std::vector<FocalWeight> levels;
     for (size_t l = 0; l < focal_weights.size(); ++l) {
         const Tensor& w = focal_weights[l];
         const std::string name = "focal_weights[" + std::to_string(l) + "]";
-        check_float(name, w);
+        check_weight(name, w, element);
         STD_TORCH_CHECK(w.dim() == 4 && w.size(0) == C && w.size(1) == 1 && w.size(2) % 2 == 1 && w.size(3) % 2 == 1,
                         name, " has shape ", text(shape_of(w)), "; expected (", C, ", 1, kh, kw) with odd kh and kw");
         levels.push_back({kept(w), w.size(2), w.size(3)});
@@ -52,7 +55,8 @@ Tensor cpu_block(const Tensor& hidden_state, const Tensor& projection_in, std::o
                  std::optional<Tensor> modulation_norm_bias, std::optional<double> modulation_norm_eps,
                  std::optional<Tensor> gamma_1, std::optional<Tensor> gamma_2, bool post_norm,
                  bool normalize_modulator) {
-    check_float("hidden_state", hidden_state);
+    const Element element = element_of("projection_in", projection_in);
+    const Element given = map_element("hidden_state", hidden_state, element);
     STD_TORCH_CHECK(
         hidden_state.dim() == 4 && hidden_state.size(1) >= 1 && hidden_state.size(2) >= 1 && hidden_state.size(3) >= 1,
         "hidden_state has shape ", text(shape_of(hidden_state)),
@@ -63,12 +67,13 @@ Tensor cpu_block(const Tensor& hidden_state, const Tensor& projection_in, std::o
     b.H = hidden_state.size(1);
     b.W = hidden_state.size(2);
     b.C = hidden_state.size(3);
-    b.hidden_state = kept(hidden_state);
+    b.element = element;
+    b.hidden_state = {const_cast<void*>(kept(hidden_state)), b.C, given};
 
     STD_TORCH_CHECK(!focal_weights.empty(), "focal_weights is empty; expected at least one level");
     const int64_t L = static_cast<int64_t>(focal_weights.size()), hidden = hidden_units(fc2);
-    b.projection_in = linear(kept, "projection_in", projection_in, projection_in_bias, b.C, 2 * b.C + L + 1);
-    const std::vector<FocalWeight> levels = levels_of(kept, focal_weights, b.C);
+    b.projection_in = linear(kept, "projection_in", projection_in, element, projection_in_bias, b.C, 2 * b.C + L + 1);
+    const std::vector<FocalWeight> levels = levels_of(kept, focal_weights, element, b.C);
     b.L = L;
     b.focal_weights = levels.data();
     // A layer scale is a factor of what it stands behind: of the last product, or of the norm behind that.
@@ -76,11 +81,12 @@ Tensor cpu_block(const Tensor& hidden_state, const Tensor& projection_in, std::o
     const float* scale_2 = vector(kept, "gamma_2", gamma_2, b.C);
     const auto of_product = [post_norm](const float* scale) { return post_norm ? nullptr : scale; };
     const auto of_norm = [post_norm](const float* scale) { return post_norm ? scale : nullptr; };
-    b.projection_context = linear(kept, "projection_context", projection_context, projection_context_bias, b.C, b.C);
+    b.projection_context =
+        linear(kept, "projection_context", projection_context, element, projection_context_bias, b.C, b.C);
     b.projection_out =
-        linear(kept, "projection_out", projection_out, projection_out_bias, b.C, b.C, of_product(scale_1));
-    b.fc1 = linear(kept, "fc1", fc1, fc1_bias, b.C, hidden);
-    b.fc2 = linear(kept, "fc2", fc2, fc2_bias, hidden, b.C, of_product(scale_2));
+        linear(kept, "projection_out", projection_out, element, projection_out_bias, b.C, b.C, of_product(scale_1));
+    b.fc1 = linear(kept, "fc1", fc1, element, fc1_bias, b.C, hidden);
+    b.fc2 = linear(kept, "fc2", fc2, element, fc2_bias, hidden, b.C, of_product(scale_2));
     b.post_norm = post_norm;
     b.norm1 = norm_over(kept, "norm1", norm1_weight, norm1_bias, norm1_eps, b.C, of_norm(scale_1));
     b.norm2 = norm_over(kept, "norm2", norm2_weight, norm2_bias, norm2_eps, b.C, of_norm(scale_2));
@@ -90,8 +96,13 @@ Tensor cpu_block(const Tensor& hidden_state, const Tensor& projection_in, std::o
                                       *modulation_norm_eps, b.C);
     b.normalize_modulator = normalize_modulator;
 
-    Tensor result = torch::stable::new_empty(hidden_state, shape_of(hidden_state));
-    b.result = static_cast<float*>(result.mutable_data_ptr());
+    // A sum of bfloat16 and what a scale of float32 multiplied is float32.
+    const auto is_float = [](const std::optional<Tensor>& scale) {
+        return scale.has_value() && scale->scalar_type() == ScalarType::Float;
+    };
+    const Element wanted = is_float(gamma_1) || is_float(gamma_2) ? Element::kFloat32 : given;
+    Tensor result = torch::stable::new_empty(hidden_state, shape_of(hidden_state), dtype_of(wanted));
+    b.result = {result.mutable_data_ptr(), b.C, wanted};
     block(b);
     return result;
 }

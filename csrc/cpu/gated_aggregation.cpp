@@ -1,5 +1,5 @@
-// Gated aggregation: scratch is laid out, weights are packed, the planes are handed to the threads, partial sums are
-// reduced in a fixed order. Nothing that a result depends on depends on the number of threads.
+// Gated aggregation: lays out scratch, packs weights, hands planes to the threads, and reduces partial sums in a fixed
+// order. No result depends on the number of threads.
 
 #include "gated_aggregation.h"
 
@@ -21,11 +21,11 @@ namespace {
 using BF16 = torch::headeronly::BFloat16;
 
 constexpr int64_t kCacheLine = 16;           // floats
-constexpr int64_t kRingBytes = 160 * 1024;   // of one block's rings: what is left of a 256 KB L2 beside the streams
-constexpr int64_t kStageBytes = 256 * 1024;  // beyond, the local part of agg waits in agg itself
-constexpr int64_t kChainBytes = 384 * 1024;  // of 8 lanes' rings in backward: what is left of a 512 KB L2
-constexpr int64_t kPlaneBytes = 1 << 20;     // of their whole planes, where those spare a second trip up the levels
-constexpr int64_t kLeastStep = 4;            // rows
+constexpr int64_t kRingBytes = 160 * 1024;   // of one block's rings: a 256 KB L2 less the streams
+constexpr int64_t kStageBytes = 256 * 1024;  // beyond these the local part of agg waits in agg itself
+constexpr int64_t kChainBytes = 384 * 1024;  // of 8 lanes' rings in backward: a 512 KB L2 less the streams
+constexpr int64_t kPlaneBytes = 1 << 20;     // of their whole planes, where these save going up the levels twice
+constexpr int64_t kMinStep = 4;              // rows
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 int64_t blocks_of(const Problem& p) { return (p.C + kBlock - 1) / kBlock; }
@@ -89,7 +89,7 @@ int64_t largest_kh(const std::vector<LevelLayout>& levels) {
     return kh;
 }
 
-// Enough bands that the threads finish together, none lower than the halo it recomputes.
+// As many bands as let the threads finish together; none is lower than the halo that it recomputes.
 int64_t bands_for(const Problem& p, const std::vector<LevelLayout>& levels) {
     const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
     const int64_t planes = p.B * blocks_of(p);
@@ -147,8 +147,8 @@ ForwardPlan forward_plan(const Problem& p, int64_t lanes, std::vector<LevelLayou
     plan.band_rows = (p.H + bands - 1) / bands;
     plan.bands = (p.H + plan.band_rows - 1) / plan.band_rows;
     plan.taps = taps_of(levels);
-    for (int64_t step = p.H; lay_out(p, lanes, step, levels, plan) > kRingBytes && step > kLeastStep;)
-        step = std::max(kLeastStep, step / 2);
+    for (int64_t step = p.H; lay_out(p, lanes, step, levels, plan) > kRingBytes && step > kMinStep;)
+        step = std::max(kMinStep, step / 2);
     plan.row_offset = plan.vector_floats * (kBlock / lanes);
     plan.stage_offset = plan.row_offset + round_up(p.W * lanes, kCacheLine);
     const int64_t stage_floats = p.H * p.W * kBlock;
@@ -198,24 +198,23 @@ int64_t lay_out(const Problem& p, int64_t lanes, int64_t step, int64_t columns, 
     return offset * static_cast<int64_t>(sizeof(float));
 }
 
-// The widest bands of columns of which a level's share of the least step (the rows of its input, its output and its
-// gradients) fits; no band is narrower than the halos that it forms anew.
+// The widest bands of columns for which the rows that a level works on in the smallest step (of its input, its output
+// and its gradients) fit. No band is narrower than the halos that it recomputes.
 int64_t columns_for(const Problem& p, int64_t lanes, int64_t bytes, const Chain& chain) {
-    const int64_t rows = 3 * (kLeastStep + largest_kh(chain.levels)),
-                  beside = 2 * (chain.halos[0] + chain.plan.margin);
+    const int64_t rows = 3 * (kMinStep + largest_kh(chain.levels)), beside = 2 * (chain.halos[0] + chain.plan.margin);
     const int64_t widest = bytes / (rows * lanes * static_cast<int64_t>(sizeof(float))) - beside;
     const int64_t own = std::max<int64_t>({1, widest, beside}), bands = (p.W + own - 1) / own;
     return (p.W + bands - 1) / bands;
 }
 
-// Whole planes if they fit, else rings of as many rows as fit: all of them, or where the map is wide one level's at a
-// time, at the least step.
+// Whole planes if they fit; else rings, with the largest step for which the rings of all levels fit; where a wide map
+// fits with no step, the smallest one, for which those of one level at a time fit.
 void choose(const Problem& p, int64_t lanes, bool sums_known, Chain& chain) {
     const int64_t fitting = kChainBytes / 8 * lanes, fitting_whole = sums_known ? fitting : kPlaneBytes / 8 * lanes;
     if (lay_out(p, lanes, p.H + chain.lags.back(), p.W, chain) <= fitting_whole) return;
     const int64_t columns = columns_for(p, lanes, fitting, chain);
-    for (int64_t step = p.H; lay_out(p, lanes, step, columns, chain) > fitting && step > kLeastStep;)
-        step = std::max(kLeastStep, step / 2);
+    for (int64_t step = p.H; lay_out(p, lanes, step, columns, chain) > fitting && step > kMinStep;)
+        step = std::max(kMinStep, step / 2);
 }
 
 Chain backward_chain(const Problem& p, int64_t lanes, bool sums_known) {
@@ -236,7 +235,7 @@ Chain backward_chain(const Problem& p, int64_t lanes, bool sums_known) {
     return chain;
 }
 
-// The margins of rings are never written: zeros once are zeros for every task of the thread's share.
+// The margins of rings are never written, so they are zeroed once for all tasks of a thread.
 float* zeroed_scratch(int64_t n) {
     float* scratch = thread_scratch.get(n);
     std::memset(scratch, 0, n * sizeof(float));
@@ -258,8 +257,8 @@ void gather_gates(const Problem& p, float* planes) {
     });
 }
 
-// The gates of a position lie 2C + L + 1 elements from the next one's; as float32 planes they are read by every block
-// at a fraction of the cache lines.
+// The gates of neighbouring positions lie 2 C + L + 1 elements apart. Every block reads them, so they are gathered
+// into float32 planes first, which touch a fraction of the cache lines.
 Floats gate_planes(const Problem& p) {
     Floats planes = floats(p.B * (p.L + 1) * p.H * p.W);
     p.element == Element::kFloat32 ? gather_gates<float>(p, planes.get()) : gather_gates<BF16>(p, planes.get());
@@ -308,7 +307,7 @@ void reduce_dweights(const Problem& p, const std::vector<LevelLayout>& levels, i
     });
 }
 
-// In the order in which the kernels add them: what is passed on is what they would form, to the bit.
+// Added in the order of the backward kernels, so that the sums are the ones that they would form, to the bit.
 void add_rows(const Problem& p, const float* row_sums, float* sums) {
     for (int64_t b = 0; b < p.B; ++b)
         for (int64_t c = 0; c < p.C; ++c) {

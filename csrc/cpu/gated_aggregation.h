@@ -8,11 +8,13 @@
 
 namespace focalnet::cpu {
 
-// Channels of a task. A row of 16 float32 channels is one cache line, and the sums over channels (dgates) are formed
-// block by block, so the block must not depend on the number of threads.
+// Channels of a task. 16 float32 channels are one cache line. The sums over channels (dgates) are formed block by
+// block, so the block must not depend on the number of threads.
 constexpr int64_t kBlock = 16;
 
-enum class Element : int { kFloat32, kBFloat16 };
+// What a map or a matrix consists of. kRounded is float32 in memory that takes only what bfloat16 holds: for products
+// in float32 of what others compute in bfloat16.
+enum class Element : int { kFloat32, kBFloat16, kRounded };
 
 // A channels-last map (B, H, W, channels) with channel stride 1; strides count elements.
 struct Map {
@@ -135,8 +137,8 @@ extern const Kernels kPlainKernels, kAvx2Kernels, kAvx512Kernels;
 // ForwardTask's weights, and how many floats they are.
 int64_t packed_focal_floats(const Problem& problem);
 void pack_focal_weights(const Problem& problem, float* packed);
-// `sums`, where given, gets the sums of the last level over the map, [B][C]: what backward needs to know of the whole
-// map before it can begin. It forms them itself where it is not given them.
+// `sums`, if given, receives the sums of the last level over the map, [B][C]. Backward needs them before it can begin;
+// without them it forms them itself.
 void gated_aggregation(const Problem& problem, const Map& agg, float* sums = nullptr);
 void gated_aggregation_backward(const Problem& problem, const Map& dagg, const float* sums, const Gradients& out);
 

@@ -12,47 +12,11 @@
 #include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "gated_aggregation.h"
 
 namespace focalnet::cpu {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-std::string shape_text(const Tensor& t) {
-    std::string text = "(";
-    for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
-    return text + ")";
-}
-
-void check_map(const char* name, const Tensor& t, const Tensor& like) {
-    STD_TORCH_CHECK(t.dim() == 4, name, " has shape ", shape_text(t),
-                    "; expected four dimensions (B, H, W, channels)");
-    STD_TORCH_CHECK(t.is_cpu(), name, " is not on the CPU; expected a CPU tensor");
-    STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " has dtype ",
-                    torch::headeronly::toString(t.scalar_type()), "; expected ctx's dtype, ",
-                    torch::headeronly::toString(like.scalar_type()));
-    for (int64_t i = 0; i < 3; ++i)
-        STD_TORCH_CHECK(t.size(i) == like.size(i), name, " has shape ", shape_text(t),
-                        "; expected the same B, H and W as ctx, whose shape is ", shape_text(like));
-}
-
-void check_weight(size_t level, const Tensor& w, const Tensor& ctx) {
-    STD_TORCH_CHECK(w.is_cpu(), "focal_weights[", level, "] is not on the CPU; expected a CPU tensor");
-    STD_TORCH_CHECK(w.scalar_type() == ctx.scalar_type(), "focal_weights[", level, "] has dtype ",
-                    torch::headeronly::toString(w.scalar_type()), "; expected ctx's dtype, ",
-                    torch::headeronly::toString(ctx.scalar_type()));
-    STD_TORCH_CHECK(
-        w.dim() == 4 && w.size(0) == ctx.size(3) && w.size(1) == 1 && w.size(2) % 2 == 1 && w.size(3) % 2 == 1,
-        "focal_weights[", level, "] has shape ", shape_text(w), "; expected (", ctx.size(3),
-        ", 1, kh, kw) with odd kh and kw");
-}
-
-// Views are taken as they are; only a channel stride other than 1 costs a copy.
-Tensor with_unit_channel_stride(const Tensor& t) {
-    return t.stride(3) == 1 || t.size(3) <= 1 ? t : torch::stable::contiguous(t);
-}
 
 Map map_of(const Tensor& t) { return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)}; }
 
@@ -70,17 +34,11 @@ Arguments parse(const Tensor& ctx, const Tensor& gates, const std::vector<Tensor
     STD_TORCH_CHECK(ctx.scalar_type() == ScalarType::Float || ctx.scalar_type() == ScalarType::BFloat16,
                     "ctx has dtype ", torch::headeronly::toString(ctx.scalar_type()),
                     "; expected float32 or bfloat16");
-    check_map("ctx", ctx, ctx);
-    check_map("gates", gates, ctx);
-    STD_TORCH_CHECK(ctx.size(1) >= 1 && ctx.size(2) >= 1 && ctx.size(3) >= 1, "ctx has shape ", shape_text(ctx),
-                    "; expected H, W and C of at least 1");
-    STD_TORCH_CHECK(!focal_weights.empty(), "focal_weights is empty; expected at least one level");
     const auto levels = static_cast<int64_t>(focal_weights.size());
-    STD_TORCH_CHECK(gates.size(3) == levels + 1, "gates has shape ", shape_text(gates), "; expected ", levels + 1,
-                    " channels, one more than the ", levels, " focal_weights");
+    check_ctx_and_gates(ctx, gates, levels);
     Arguments args{with_unit_channel_stride(ctx), with_unit_channel_stride(gates), {}, {}, {}};
     for (size_t l = 0; l < focal_weights.size(); ++l) {
-        check_weight(l, focal_weights[l], ctx);
+        check_focal_weight(l, focal_weights[l], ctx);
         args.weights.push_back(torch::stable::contiguous(focal_weights[l]));
         const Tensor& w = args.weights.back();
         args.weight_views.push_back({w.const_data_ptr(), w.size(2), w.size(3)});
@@ -99,21 +57,10 @@ Arguments parse(const Tensor& ctx, const Tensor& gates, const std::vector<Tensor
     return args;
 }
 
-Tensor empty_of(const Tensor& like, const std::vector<int64_t>& sizes) {
-    return torch::stable::new_empty(like, sizes);
-}
-
-Tensor empty_like_shape(const Tensor& t, bool wanted) {
-    if (!wanted) return empty_of(t, {0});
-    std::vector<int64_t> sizes;
-    for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
-    return empty_of(t, sizes);
-}
-
 Tensor cpu_gated_aggregation(const Tensor& ctx, const Tensor& gates, std::vector<Tensor> focal_weights,
                              bool normalize_modulator) {
     const Arguments args = parse(ctx, gates, focal_weights, normalize_modulator);
-    Tensor agg = empty_like_shape(ctx, true);
+    Tensor agg = torch::stable::new_empty(ctx, shape_of(ctx));
     gated_aggregation(args.problem, output_map_of(agg));
     return agg;
 }
@@ -122,7 +69,7 @@ Tensor cpu_gated_aggregation(const Tensor& ctx, const Tensor& gates, std::vector
 std::vector<Tensor> cpu_gated_aggregation_and_sums(const Tensor& ctx, const Tensor& gates,
                                                    std::vector<Tensor> focal_weights, bool normalize_modulator) {
     const Arguments args = parse(ctx, gates, focal_weights, normalize_modulator);
-    Tensor agg = empty_like_shape(ctx, true);
+    Tensor agg = torch::stable::new_empty(ctx, shape_of(ctx));
     Tensor sums = torch::stable::new_empty(ctx, {ctx.size(0), ctx.size(3)}, ScalarType::Float);
     gated_aggregation(args.problem, output_map_of(agg), static_cast<float*>(sums.mutable_data_ptr()));
     return {agg, sums};
@@ -140,14 +87,12 @@ std::vector<Tensor> cpu_gated_aggregation_bwd(const Tensor& dagg, const Tensor& 
                                               std::vector<Tensor> focal_weights, bool normalize_modulator,
                                               std::vector<bool> output_mask, std::optional<Tensor> sums) {
     const Arguments args = parse(ctx, gates, focal_weights, normalize_modulator);
-    check_map("dagg", dagg, ctx);
-    STD_TORCH_CHECK(dagg.size(3) == ctx.size(3), "dagg has shape ", shape_text(dagg), "; expected ctx's shape ",
-                    shape_text(ctx));
+    check_dagg(dagg, ctx);
     STD_TORCH_CHECK(output_mask.size() == 3, "output_mask has ", output_mask.size(),
                     " entries; expected three: ctx, gates, focal_weights");
     const Tensor dagg_view = with_unit_channel_stride(dagg);
-    std::vector<Tensor> grads{empty_like_shape(ctx, output_mask[0]), empty_like_shape(gates, output_mask[1])};
-    for (const Tensor& w : args.weights) grads.push_back(empty_like_shape(w, output_mask[2]));
+    std::vector<Tensor> grads{empty_like_if(ctx, output_mask[0]), empty_like_if(gates, output_mask[1])};
+    for (const Tensor& w : args.weights) grads.push_back(empty_like_if(w, output_mask[2]));
 
     std::vector<void*> dweights;
     for (size_t l = 0; l < args.weights.size(); ++l) dweights.push_back(grads[2 + l].mutable_data_ptr());

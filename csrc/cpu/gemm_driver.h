@@ -10,6 +10,7 @@
 
 #include "block.h"
 #include "gated_aggregation.h"
+#include "isa.h"
 #include "scratch.h"
 #include "work_sharing.h"
 
@@ -25,28 +26,60 @@ constexpr int64_t kLeastUnits = 4;      // of the last blocks, which are low so 
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 
-// An odd number of cache lines: rows of a tile at a power of two from each other would share one set of the L1.
-inline int64_t pitch_of(int64_t columns) { return (ceil_div(columns, kPanel) | 1) * kPanel; }
-
 // k of the blocks a product is summed in: nearly equal ones, whole panels of the layer before.
-inline int64_t k_block(int64_t K) { return round_up(ceil_div(K, ceil_div(K, kDepth)), kPanel); }
+inline int64_t k_block(int64_t K, int64_t depth) { return round_up(ceil_div(K, ceil_div(K, depth)), kPanel); }
 
-inline int64_t packed_floats(const Linear& w) { return ceil_div(w.N, kPanel) * (1 + w.K) * kPanel; }
+inline int64_t size_of(Element element) { return element == Element::kBFloat16 ? 2 : 4; }
+
+// An odd number of cache lines: rows of a tile at a power of two from each other would share one set of the L1.
+inline int64_t pitch_of(int64_t columns, Element element) {
+    const int64_t line = static_cast<int64_t>(kLineBytes) / size_of(element);
+    return (ceil_div(columns, line) | 1) * line;
+}
+
+// Bytes of a row of so many columns.
+inline int64_t pitch_bytes(int64_t columns, Element element) { return pitch_of(columns, element) * size_of(element); }
+
+// The rows from one on.
+inline Matrix rows_from(Matrix m, int64_t row) {
+    if (m.data != nullptr) m.data = static_cast<char*>(m.data) + row * m.pitch * size_of(m.element);
+    return m;
+}
+
+// The columns from one on.
+inline Matrix columns_from(Matrix m, int64_t column) {
+    if (m.data != nullptr) m.data = static_cast<char*>(m.data) + column * size_of(m.element);
+    return m;
+}
+
+// a times all of w, to c.
+inline GemmTask product(const Products& products, const Linear& w, Matrix a, int64_t rows, Matrix c) {
+    const int64_t columns = round_up(w.N, kPanel), block = k_block(w.K, products.depth);
+    return {a, rows, w, 0, w.K, block, 0, columns, c, false, After::kNothing, Matrix{}};
+}
+
+inline int64_t panel_floats(const Products& products, const Linear& w) {
+    return (products.header + ceil_div(w.K, products.words_of_k)) * kPanel;
+}
+
+inline int64_t packed_floats(const Products& products, const Linear& w) {
+    return ceil_div(w.N, kPanel) * panel_floats(products, w);
+}
 
 // Packs linear layers into `memory`, which keeps them until it is asked for the next.
 template <size_t N>
-void pack(const Kernels& kernels, Linear* const (&layers)[N], Memory& memory) {
+void pack(const Products& products, Linear* const (&layers)[N], Memory& memory) {
     int64_t floats = 0;
-    for (const Linear* layer : layers) floats += packed_floats(*layer);
+    for (const Linear* layer : layers) floats += packed_floats(products, *layer);
     float* to = memory.get(floats);
     for (Linear* layer : layers) {
         layer->packed = to;
         share_ranges(ceil_div(layer->N, kPanel), 1, kPanelsAtATime, [&](auto next) {
             for (Range panels = next(); !panels.empty(); panels = next())
                 for (int64_t p = panels.begin; p < panels.end; ++p)
-                    kernels.pack(*layer, p * kPanel, to + p * (1 + layer->K) * kPanel);
+                    products.pack(*layer, p * kPanel, to + p * panel_floats(products, *layer));
         });
-        to += packed_floats(*layer);
+        to += packed_floats(products, *layer);
     }
 }
 
@@ -75,14 +108,14 @@ void share_tokens(int64_t tokens, int64_t rows, const Step& step) {
 
 // One thread does a step, for its block of tokens.
 struct Alone {
-    const Kernels& kernels;
-    void gemm(const GemmTask& task) const { kernels.gemm(task); }
-    void rows(const RowsTask& task) const { kernels.normalize_and_add(task); }
+    Products products;
+    void gemm(const GemmTask& task) const { products.gemm(task); }
+    void rows(const RowsTask& task) const { current_kernels().normalize_and_add(task); }
 };
 
 // All threads share a step: a product by columns (and rows, where threads outnumber the panels), the rest by rows.
 struct Together {
-    const Kernels& kernels;
+    Products products;
 
     void gemm(const GemmTask& task) const {
         const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
@@ -93,8 +126,8 @@ struct Together {
         share_ranges(parts * panels, 1, panels, [&](auto next) {
             for (Range range = next(); !range.empty(); range = next()) {
                 const int64_t i = range.begin / panels;
-                kernels.gemm(part(task, {i * task.rows / parts, (i + 1) * task.rows / parts},
-                                  {range.begin - i * panels, range.end - i * panels}));
+                products.gemm(part(task, {i * task.rows / parts, (i + 1) * task.rows / parts},
+                                   {range.begin - i * panels, range.end - i * panels}));
             }
         });
     }
@@ -102,19 +135,19 @@ struct Together {
     void rows(const RowsTask& task) const {
         torch::stable::parallel_for(0, task.rows, 16, [&](int64_t begin, int64_t end) {
             RowsTask part = task;
-            part.in += begin * task.in_pitch;
-            if (part.residual != nullptr) part.residual += begin * task.residual_pitch;
-            part.out += begin * task.out_pitch;
+            part.in = rows_from(task.in, begin);
+            part.residual = rows_from(task.residual, begin);
+            part.out = rows_from(task.out, begin);
             part.rows = end - begin;
-            kernels.normalize_and_add(part);
+            current_kernels().normalize_and_add(part);
         });
     }
 
   private:
     static GemmTask part(GemmTask task, Range rows, Range panels) {
-        task.a += rows.begin * task.a_pitch;
-        task.c += rows.begin * task.c_pitch + panels.begin * kPanel;
-        if (task.factor != nullptr) task.factor += rows.begin * task.factor_pitch + panels.begin * kPanel;
+        task.a = rows_from(task.a, rows.begin);
+        task.c = columns_from(rows_from(task.c, rows.begin), panels.begin * kPanel);
+        task.factor = columns_from(rows_from(task.factor, rows.begin), panels.begin * kPanel);
         task.rows = rows.end - rows.begin;
         task.column_end = task.column_begin + panels.end * kPanel;
         task.column_begin += panels.begin * kPanel;

@@ -5,6 +5,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <string>
@@ -12,19 +16,22 @@
 namespace focalnet::cpu {
 namespace {
 
-// On 64-bit Arm NEON is part of every processor: there "plain" and "neon" are the same code.
-enum class Isa : int { kPlain, kNeon, kAvx2, kAvx512 };
+// On 64-bit Arm NEON is part of every processor: there "plain" and "neon" are the same code. "emulated" is "plain"
+// with the dot products of "avx512_bf16", as slow as they are there: for tests.
+enum class Isa : int { kEmulated, kPlain, kNeon, kAvx2, kAvx512, kAvx512Bf16 };
 
 struct Choice {
     Isa isa;
     const char* name;
 };
 
-constexpr Choice kChoices[] = {
-    {Isa::kPlain, "plain"}, {Isa::kNeon, "neon"}, {Isa::kAvx2, "avx2"}, {Isa::kAvx512, "avx512"}};
+constexpr Choice kChoices[] = {{Isa::kEmulated, "emulated"}, {Isa::kPlain, "plain"},
+                               {Isa::kNeon, "neon"},         {Isa::kAvx2, "avx2"},
+                               {Isa::kAvx512, "avx512"},     {Isa::kAvx512Bf16, "avx512_bf16"}};
 
 bool runs_here(Isa isa) {
     switch (isa) {
+        case Isa::kEmulated:
         case Isa::kPlain:
             return true;
         case Isa::kNeon:
@@ -46,9 +53,30 @@ bool runs_here(Isa isa) {
 #else
             return false;
 #endif
+        case Isa::kAvx512Bf16:
+#if defined(__x86_64__)
+            return runs_here(Isa::kAvx512) && __builtin_cpu_supports("avx512bf16");
+#else
+            return false;
+#endif
     }
     return false;
 }
+
+#if defined(__x86_64__)
+// Zen 4 executes a vector of 512 bits in two halves: long tiles of them gain nothing on AVX2's short ones there.
+bool halves_wide_vectors() {
+    static const bool is_zen4 = [] {
+        unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+        __get_cpuid(0, &eax, &ebx, &ecx, &edx);
+        const bool is_amd = ebx == signature_AMD_ebx && ecx == signature_AMD_ecx && edx == signature_AMD_edx;
+        __get_cpuid(1, &eax, &ebx, &ecx, &edx);
+        const unsigned family = (eax >> 8 & 0xf) + (eax >> 20 & 0xff);
+        return is_amd && family == 0x19;
+    }();
+    return is_zen4;
+}
+#endif
 
 Isa best() {
     Isa isa = Isa::kPlain;
@@ -70,7 +98,7 @@ Isa parse(const std::string& name, const char* source) {
     return Isa::kPlain;
 }
 
-// An override that cannot be honoured must not make the library fail to load: it is then as if it were absent.
+// An override that this processor cannot run is ignored: it must not make the library fail to load.
 Isa initial() {
     const char* wanted = std::getenv("FOCALNET_CPU_ISA");
     if (wanted == nullptr || *wanted == '\0') return best();
@@ -99,10 +127,22 @@ std::string cpu_set_isa(std::string isa) { return name_of(state().exchange(parse
 const Kernels& current_kernels() {
 #if defined(__x86_64__)
     const Isa isa = state().load(std::memory_order_relaxed);
-    if (isa == Isa::kAvx512) return kAvx512Kernels;
+    if (isa == Isa::kAvx512 || isa == Isa::kAvx512Bf16) return kAvx512Kernels;
     if (isa == Isa::kAvx2) return kAvx2Kernels;
 #endif
     return kPlainKernels;
+}
+
+Products products_of(Element weights) {
+    const Isa isa = state().load(std::memory_order_relaxed);
+    const bool is_float = weights == Element::kFloat32;
+    if (!is_float && isa == Isa::kEmulated) return kEmulatedDotProducts;
+    const Kernels* kernels = &current_kernels();
+#if defined(__x86_64__)
+    if (!is_float && isa == Isa::kAvx512Bf16) return kDotProducts;
+    if (isa == Isa::kAvx512Bf16 && halves_wide_vectors()) kernels = &kAvx2Kernels;
+#endif
+    return {is_float ? Element::kFloat32 : Element::kRounded, kDepth, 1, 1, kernels->pack, kernels->gemm};
 }
 
 }  // namespace focalnet::cpu

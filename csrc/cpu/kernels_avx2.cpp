@@ -26,7 +26,10 @@ namespace {
 #include "depthwise.inc"
 #include "gated_aggregation_fwd.inc"
 #include "gated_aggregation_bwd.inc"
+#include "panels.inc"
+#include "tile_ops.inc"
 #include "gemm.inc"
+#include "rows.inc"
 #include "gelu_rows.inc"
 // clang-format on
 }  // namespace

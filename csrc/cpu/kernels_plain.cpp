@@ -19,7 +19,12 @@ namespace {
 #include "depthwise.inc"
 #include "gated_aggregation_fwd.inc"
 #include "gated_aggregation_bwd.inc"
+#include "panels.inc"
+#include "tile_ops.inc"
 #include "gemm.inc"
+#include "dot.inc"
+#include "dot_gemm.inc"
+#include "rows.inc"
 #include "gelu_rows.inc"
 // clang-format on
 }  // namespace
@@ -29,4 +34,7 @@ namespace focalnet::cpu {
 const Kernels kPlainKernels = {plain::kLanes,       plain::forward, plain::forward_global,    plain::backward,
                                plain::pack,         plain::gemm,    plain::normalize_and_add, plain::bias_gelu,
                                plain::gelu_backward};
-}
+
+// For tests of those of AVX-512 where that is not.
+const Products kEmulatedDotProducts = {Element::kBFloat16, kDotDepth, 2, 2, plain::pack_dot, plain::dot_gemm};
+}  // namespace focalnet::cpu

@@ -1,5 +1,5 @@
-// Work shared among threads as they come free. A core that something else slows down, as happens on every shared
-// machine, then gets less of it instead of letting the others wait. For drivers only, see gated_aggregation.h.
+// Work that threads take as they become free. A core that other processes slow down takes less of it, and the other
+// threads need not wait. For drivers only, see gated_aggregation.h.
 
 #pragma once
 
@@ -17,10 +17,10 @@ struct Range {
     bool empty() const { return begin == end; }
 };
 
-// Calls `run(next)` once in each thread; `next()` gives a range of units that nobody has taken, an empty one when all
-// are. Ranges shrink from `most` units to `least` as less is left: few of them pay for what a range costs beside its
-// units, and the last ones are short, so that the threads end together. Who does a unit, and with which others, must
-// not matter to its result.
+// Calls `run(next)` once in each thread; `next()` gives a range of units that no thread has taken, or an empty one
+// when all are taken. Ranges shrink from `most` units to `least` as less is left: long ones make the cost of a range
+// itself small, short ones at the end let the threads finish together. The result of a unit must not depend on the
+// thread that works on it, nor on the other units of its range.
 template <typename Run>
 void share_ranges(int64_t units, int64_t least, int64_t most, const Run& run) {
     const int64_t threads = std::min<int64_t>(units, torch::stable::get_num_threads());
@@ -37,7 +37,7 @@ void share_ranges(int64_t units, int64_t least, int64_t most, const Run& run) {
     });
 }
 
-// The same one unit at a time: `next()` gives its number, one that is not below `tasks` when all are taken.
+// The same, one unit at a time: `next()` gives its number, or one that is at least `tasks` when all are taken.
 template <typename Run>
 void share_out(int64_t tasks, const Run& run) {
     share_ranges(tasks, 1, 1, [&](auto next) { run([&next] { return next().begin; }); });

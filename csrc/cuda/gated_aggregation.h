@@ -12,12 +12,12 @@
 namespace focalnet::cuda {
 
 constexpr int kMaxLevels = 8;
-constexpr int kMaxKernel = 31;  // of a focal level, either way: the smallest tile still fits every device
+constexpr int kMaxKernel = 31;  // height and width of a focal level: with these the smallest tile fits every device
 
-// Of the kernels, known to the planner: the outputs of a thread, the most columns of a focal kernel that it takes at
-// once, the threads of a block of backward.
+// Of the kernels, known to the planner: a thread computes kRunY x kRunX outputs and takes up to kMaxColumns columns of
+// a focal kernel at once; a block of backward has kThreads threads.
 constexpr int kRunX = 7, kRunY = 2;
-constexpr int kMostColumns = 7;
+constexpr int kMaxColumns = 7;
 constexpr int kThreads = 256;
 
 enum class Element : int { kFloat32, kBFloat16, kFloat16 };

@@ -1,5 +1,5 @@
-// Gated aggregation, backward. Nothing was kept from forward but its inputs. Maps whose planes, two for each level,
-// fit shared memory go through gated_aggregation_bwd_planes.cu in one launch; here are the others, level by level:
+// Gated aggregation, backward, from the inputs of forward alone. Maps whose planes, two a level and one more, fit into
+// shared memory go through gated_aggregation_bwd_planes.cu in one launch. Here are the others, level by level:
 //
 //     1  focal_chain_kernel, of forward    z_l of every level again, the sums of the last one, and agg if it is wanted
 //     2  gate_sums_kernel                  sum over positions of dagg * the global gate  (for dctx, dweights)
@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kThreads, 2) focal_level_bwd_kernel(const Leve
     const Region held = grow(at.tile, p.kh / 2, p.kw / 2, p.H, p.W);
 
     float2* sums = reinterpret_cast<float2*>(memory);
-    float* weights = reinterpret_cast<float*>(sums + blockDim.x * min(p.kw, kMostColumns));
+    float* weights = reinterpret_cast<float*>(sums + blockDim.x * min(p.kw, kMaxColumns));
     T* planes = reinterpret_cast<T*>(weights + taps * block_c);
     const Plane<T> dz{planes, held.y0, held.x0, p.tiling.pitch, block_c};
     const Plane<T> input{planes + p.tiling.rows * p.tiling.pitch, held.y0, held.x0, p.tiling.pitch, block_c};
@@ -270,7 +270,7 @@ namespace {
 
 int64_t parts_of(const Problem& p, const Tiling& t) { return p.B * t.tiles_y * t.tiles_x; }
 
-// Where everything lies in scratch; made twice, to measure it and to use it.
+// Where everything lies in scratch. Made once without memory, to count the bytes, and once with it.
 template <typename T>
 struct Workspace {
     ForwardPlan plan;

@@ -5,7 +5,7 @@
 //     read     ctx once                                                                 -> plane of ctx_0
 //     level l  plane of ctx_l -> registers (z) -> planes of ctx_{l+1} = GELU(z) and of GELU'(z)
 //     sums     mean of ctx_L; dagg * global gate over the positions                     (dagg read)
-//     agg      if it is wanted: the modulator's product needs it again, and here the levels lie ready
+//     agg      if it is wanted, from the same planes: the gradient of the modulator's weight needs it
 //     dgates   a thread owns a position: its channels of dagg times every level         (dagg read, partials written)
 //     level l  from the last to the first, in the plane of GELU'(z_l), which becomes dz_l:
 //              dz_l = (dagg * gate + what level l + 1 sends back) * GELU'(z_l)           (dagg read)
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(512, 1) plane_bwd_kernel(const PlaneParams p) 
             correlate(b.context(l), b.dz(l), b.map, b.map,
                       {level.kh, level.kw, p.C, level.dweights + image * level.kh * level.kw * p.C}, b.first_c, sums);
         if (l == 0 && !p.dctx) return;
-        // One call for all levels: a copy of the convolution for each width is in the code once.
+        // One call for all levels, so that the code holds one copy of the convolution for each width.
         for_each_convolved(b.dz(l), b.map, b.taps(l, true), b.map, [&](int y, int x, int c, float2 d) {
             if (l > 0)
                 form_dz(b, l - 1, y, x, c, d);
@@ -290,7 +290,7 @@ PlaneParams params_of(const Problem& p, const Map& dagg, const Gradients& out, c
         const FocalWeight& w = p.weights[l];
         params.level[l] = {w.data, scratch.dweights[l], w.kh, w.kw, params.taps};
         params.taps += w.kh * w.kw;
-        params.columns = std::max(params.columns, std::min(w.kw, kMostColumns));
+        params.columns = std::max(params.columns, std::min(w.kw, kMaxColumns));
     }
     params.tiling = plan_backward_map(p);
     params.ctx_width = widest_vector(p.element, p.C, {p.ctx});

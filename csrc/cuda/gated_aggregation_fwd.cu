@@ -4,17 +4,17 @@
 // of the chain on them.
 //
 //     read     the tile and the halo of all its levels, once, in vectors of up to 16 bytes       -> plane 0
-//     level i  plane of ctx_i -> registers (z, then GELU) -> plane of ctx_{i+1}; the region shrinks by the level's
-//     reach write    agg = sum of gate * level over the tile, once, in vectors
+//     level i  plane of ctx_i -> registers (z, then GELU) -> plane of ctx_{i+1}, smaller by the level's reach
+//     write    agg = sum of gate * level over the tile, once, in vectors
 //
-// The levels stay in their planes until the sum: agg is rounded once. With n levels there are max(2, n) planes: the
-// last level takes the plane of the first input, which is dead by then.
+// The levels stay in their planes until they are summed, so agg is rounded once. With n levels there are max(2, n)
+// planes: the last level is written over the first input, which nobody reads any more.
 //
-// If the tile is the whole map, the block has every position of its channels: it forms the mean and adds the global
-// term. Bytes moved: one read of ctx, one write of agg, one read of the gates for every block_c channels. Otherwise
-// each block leaves the sums of its tile, global_context_kernel makes GELU(mean) of them and add_global_kernel adds
-// it: agg is read and written once more. A map whose chain of halos is too dear takes one launch a level instead; each
-// then writes its level for the next one and adds its share to agg.
+// A block whose tile is the whole map has every position of its channels: it forms the mean and adds the global term.
+// Bytes moved: one read of ctx, one write of agg, one read of the gates for every block_c channels. Otherwise each
+// block writes the sums of its tile, global_context_kernel makes GELU(mean) of them, and add_global_kernel adds it:
+// agg is read and written once more. Where halos would cost more than reading and writing every level, there is one
+// launch a level: each writes its level for the next one and adds its share to agg.
 
 #include "gated_aggregation.h"
 #include "launch.cuh"

@@ -13,47 +13,12 @@
 #include <string>
 #include <vector>
 
+#include "arguments.h"
 #include "gated_aggregation.h"
 #include "stream.h"
 
 namespace focalnet::cuda {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-std::string shape_text(const Tensor& t) {
-    std::string text = "(";
-    for (int64_t i = 0; i < t.dim(); ++i) text += (i ? ", " : "") + std::to_string(t.size(i));
-    return text + ")";
-}
-
-void check_map(const char* name, const Tensor& t, const Tensor& like) {
-    STD_TORCH_CHECK(t.dim() == 4, name, " has shape ", shape_text(t),
-                    "; expected four dimensions (B, H, W, channels)");
-    STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == like.get_device_index(), name,
-                    " is not on ctx's device; expected cuda:", like.get_device_index());
-    STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " has dtype ",
-                    torch::headeronly::toString(t.scalar_type()), "; expected ctx's dtype, ",
-                    torch::headeronly::toString(like.scalar_type()));
-    for (int64_t i = 0; i < 3; ++i)
-        STD_TORCH_CHECK(t.size(i) == like.size(i), name, " has shape ", shape_text(t),
-                        "; expected the same B, H and W as ctx, whose shape is ", shape_text(like));
-}
-
-void check_weight(size_t level, const Tensor& w, const Tensor& ctx) {
-    STD_TORCH_CHECK(w.is_cuda() && w.get_device_index() == ctx.get_device_index(), "focal_weights[", level,
-                    "] is not on ctx's device; expected cuda:", ctx.get_device_index());
-    STD_TORCH_CHECK(w.scalar_type() == ctx.scalar_type(), "focal_weights[", level, "] has dtype ",
-                    torch::headeronly::toString(w.scalar_type()), "; expected ctx's dtype, ",
-                    torch::headeronly::toString(ctx.scalar_type()));
-    STD_TORCH_CHECK(
-        w.dim() == 4 && w.size(0) == ctx.size(3) && w.size(1) == 1 && w.size(2) % 2 == 1 && w.size(3) % 2 == 1,
-        "focal_weights[", level, "] has shape ", shape_text(w), "; expected (", ctx.size(3),
-        ", 1, kh, kw) with odd kh and kw");
-    STD_TORCH_CHECK(w.size(2) <= kMaxKernel && w.size(3) <= kMaxKernel, "focal_weights[", level, "] has shape ",
-                    shape_text(w), "; expected kernels of at most ", kMaxKernel, " x ", kMaxKernel);
-}
 
 Element element_of(const Tensor& ctx) {
     switch (ctx.scalar_type()) {
@@ -87,11 +52,6 @@ Limits limits_of(int device) {
             attribute(cudaDevAttrMultiProcessorCount, device)};
 }
 
-// Views are taken as they are; only a channel stride other than 1 costs a copy.
-Tensor with_unit_channel_stride(const Tensor& t) {
-    return t.stride(3) == 1 || t.size(3) <= 1 ? t : torch::stable::contiguous(t);
-}
-
 Map map_of(const Tensor& t) { return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)}; }
 
 Map output_map_of(const Tensor& t) { return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
@@ -105,18 +65,12 @@ struct Arguments {
 
 Arguments parse(const Tensor& ctx, const Tensor& gates, const std::vector<Tensor>& focal_weights, bool normalize) {
     const Element element = element_of(ctx);
-    check_map("ctx", ctx, ctx);
-    check_map("gates", gates, ctx);
-    STD_TORCH_CHECK(ctx.size(1) >= 1 && ctx.size(2) >= 1 && ctx.size(3) >= 1, "ctx has shape ", shape_text(ctx),
-                    "; expected H, W and C of at least 1");
+    const auto levels = static_cast<int64_t>(focal_weights.size());
+    check_ctx_and_gates(ctx, gates, levels);
     // A position's number within its image is an int in the kernels; offsets into the tensors are not.
     STD_TORCH_CHECK(ctx.size(1) * ctx.size(2) < (int64_t{1} << 31) && ctx.size(3) < (int64_t{1} << 31),
                     "ctx has shape ", shape_text(ctx), "; expected fewer than 2^31 positions in an image");
-    const auto levels = static_cast<int64_t>(focal_weights.size());
-    STD_TORCH_CHECK(levels >= 1 && levels <= kMaxLevels, "focal_weights has ", levels, " levels; expected 1 to ",
-                    kMaxLevels);
-    STD_TORCH_CHECK(gates.size(3) == levels + 1, "gates has shape ", shape_text(gates), "; expected ", levels + 1,
-                    " channels, one more than the ", levels, " focal_weights");
+    STD_TORCH_CHECK(levels <= kMaxLevels, "focal_weights has ", levels, " levels; expected at most ", kMaxLevels);
     Arguments args{with_unit_channel_stride(ctx), with_unit_channel_stride(gates), {}, {}};
     Problem& p = args.problem;
     p.element = element;
@@ -130,19 +84,16 @@ Arguments parse(const Tensor& ctx, const Tensor& gates, const std::vector<Tensor
     p.scale = normalize ? 1.0f / static_cast<float>(levels + 1) : 1.0f;
     p.limits = limits_of(ctx.get_device_index());
     for (size_t l = 0; l < focal_weights.size(); ++l) {
-        check_weight(l, focal_weights[l], ctx);
+        check_focal_weight(l, focal_weights[l], ctx);
+        const Tensor& given = focal_weights[l];
+        STD_TORCH_CHECK(given.size(2) <= kMaxKernel && given.size(3) <= kMaxKernel, "focal_weights[", l,
+                        "] has shape ", shape_text(given), "; expected kernels of at most ", kMaxKernel, " x ",
+                        kMaxKernel);
         args.weights.push_back(torch::stable::contiguous(focal_weights[l]));
         const Tensor& w = args.weights.back();
         p.weights[l] = {w.const_data_ptr(), static_cast<int>(w.size(2)), static_cast<int>(w.size(3))};
     }
     return args;
-}
-
-Tensor empty_like_shape(const Tensor& t, bool wanted) {
-    if (!wanted) return torch::stable::new_empty(t, {0});
-    std::vector<int64_t> sizes;
-    for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
-    return torch::stable::new_empty(t, sizes);
 }
 
 Tensor scratch_of(const Tensor& like, size_t bytes) {
@@ -168,7 +119,7 @@ Tensor cuda_gated_aggregation(const Tensor& ctx, const Tensor& gates, std::vecto
     STD_TORCH_CHECK(ctx.is_cuda(), "ctx is not on a GPU; expected a CUDA tensor");
     const DeviceGuard guard(ctx.get_device_index());
     const Arguments args = parse(ctx, gates, focal_weights, normalize_modulator);
-    Tensor agg = empty_like_shape(ctx, true);
+    Tensor agg = torch::stable::new_empty(ctx, shape_of(ctx));
     const Tensor scratch = scratch_of(ctx, forward_scratch_bytes(args.problem));
     check(gated_aggregation(args.problem, output_map_of(agg), scratch.mutable_data_ptr(),
                             current_stream(ctx.get_device_index())));
@@ -182,15 +133,13 @@ std::vector<Tensor> cuda_gated_aggregation_bwd(const Tensor& dagg, const Tensor&
     STD_TORCH_CHECK(ctx.is_cuda(), "ctx is not on a GPU; expected a CUDA tensor");
     const DeviceGuard guard(ctx.get_device_index());
     const Arguments args = parse(ctx, gates, focal_weights, normalize_modulator);
-    check_map("dagg", dagg, ctx);
-    STD_TORCH_CHECK(dagg.size(3) == ctx.size(3), "dagg has shape ", shape_text(dagg), "; expected ctx's shape ",
-                    shape_text(ctx));
+    check_dagg(dagg, ctx);
     STD_TORCH_CHECK(output_mask.size() == 4, "output_mask has ", output_mask.size(),
                     " entries; expected four: ctx, gates, agg, focal_weights");
     const Tensor dagg_view = with_unit_channel_stride(dagg);
-    std::vector<Tensor> grads{empty_like_shape(ctx, output_mask[0]), empty_like_shape(gates, output_mask[1]),
-                              empty_like_shape(ctx, output_mask[2])};
-    for (const Tensor& w : args.weights) grads.push_back(empty_like_shape(w, output_mask[3]));
+    std::vector<Tensor> grads{empty_like_if(ctx, output_mask[0]), empty_like_if(gates, output_mask[1]),
+                              empty_like_if(ctx, output_mask[2])};
+    for (const Tensor& w : args.weights) grads.push_back(empty_like_if(w, output_mask[3]));
 
     Gradients out{};
     out.want_ctx = output_mask[0];

@@ -118,7 +118,7 @@ __device__ __forceinline__ BlockPlace place_of_block(const Tiling& t, int H, int
 
 inline int64_t aligned(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
-// Hands out pieces of one allocation, each aligned as the allocator aligns; of none, to measure it.
+// Hands out pieces of one allocation, each aligned as the allocator aligns. Without memory it only counts the bytes.
 struct Scratch {
     void* memory;
     int64_t bytes = 0;
@@ -130,12 +130,12 @@ struct Scratch {
     }
 };
 
-// with_width for host code, where 16 bytes and one element are enough: one function cannot be both, since nvcc decides
-// what a lambda is by where it is written.
+// with_width for host code, which needs 16 bytes and one element only. It is a function of its own because nvcc makes
+// a lambda host or device code by the function that it is written in.
 template <typename T, typename F>
 void with_width_on_host(int width, F f) {
-    constexpr int kWidest = 16 / sizeof(T);
-    if (width == kWidest) return f(std::integral_constant<int, kWidest>{});
+    constexpr int kMaxWidth = 16 / sizeof(T);
+    if (width == kMaxWidth) return f(std::integral_constant<int, kMaxWidth>{});
     f(std::integral_constant<int, 1>{});
 }
 
@@ -151,12 +151,12 @@ Status with_element(Element element, F f) {
     }
 }
 
-// No synchronisation: a launch's own error is the only one that can be asked for here.
+// Does not synchronise, so it returns the error of the launch itself, not one of the kernel as it runs.
 template <typename... Params, typename... Args>
 Status launch(const char* name, void (*kernel)(Params...), int64_t blocks, int threads, size_t shared_bytes,
               cudaStream_t stream, Args... args) {
-    constexpr int64_t kLargestGrid = 2147483647;
-    if (blocks > kLargestGrid) return {cudaErrorInvalidConfiguration, name};
+    constexpr int64_t kMaxGrid = 2147483647;
+    if (blocks > kMaxGrid) return {cudaErrorInvalidConfiguration, name};
     constexpr size_t kWithoutAsking = 48 * 1024;
     if (shared_bytes > kWithoutAsking) {
         const cudaError_t error =

@@ -1,9 +1,9 @@
-// How the maps are cut. Three ways, by one measure, the bytes that a launch moves (arithmetic counted as the bytes
-// that the device moves meanwhile):
+// How the maps are cut: the cheapest of three ways. The cost is the bytes that a launch moves; arithmetic counts as
+// the bytes that the device could move in that time.
 //
 //     whole planes      ctx is read once, agg written once; needs max(2, L) planes of the map in shared memory
-//     tiles             the halo of all levels is read and computed again, and agg is read and written for the global
-//     term a level a launch  the halo of one level only, but every level is written and read, and so is agg
+//     tiles             reads and computes the halo of all levels again; agg is read and written for the global term
+//     a level a launch  reads the halo of one level only, but every level is written and read, and so is agg
 //
 // Host code without CUDA calls: the device's limits come in with the problem. A plan takes tens of microseconds and is
 // the same every time, so plans are kept.
@@ -31,7 +31,7 @@ constexpr int kTileWidths[] = {63, 56, 49, 42, 35, 28, 21, 14, 7};
 int round_up(int n, int to) { return (n + to - 1) / to * to; }
 int blocks_for(int n, int size) { return (n + size - 1) / size; }
 
-// The least pitch, in elements, with which kRunY rows further on lies block_c channels further modulo the 32 banks.
+// The smallest pitch, in elements, for which a step of kRunY rows is a step of block_c channels modulo the 32 banks.
 int pitch_for(int columns, int block_c, int size) {
     const int words = block_c * size / 4, least = columns * words;
     if (words >= 32) return least * 4 / size;
@@ -92,10 +92,10 @@ double cost_of(const Chain& chain, const Tiling& t, double passes) {
         multiply_adds += tiles * channels * rows * width * p.weights[l].kh * p.weights[l].kw;
     }
     const double arithmetic = kBytesPerMultiplyAdd * multiply_adds;
-    // Half of the lesser is hidden behind the greater.
+    // Half of the smaller one is assumed to overlap with the larger one.
     double cost = std::max(moved, arithmetic) + 0.5 * std::min(moved, arithmetic);
-    // One small block on a multiprocessor leaves it idle at every barrier; a last round that is not full leaves
-    // multiprocessors idle.
+    // A multiprocessor with one small block idles at every barrier; a last round of few blocks leaves multiprocessors
+    // idle.
     const auto fitting = static_cast<int>(p.limits.shared_per_multiprocessor / (t.shared_bytes + kReservedBytes));
     const int resident = std::min(kResidentThreads / t.threads, fitting);
     if (resident * t.threads < kResidentThreads) cost *= 1.3;
@@ -190,8 +190,8 @@ class Plans {
         const std::vector<int64_t> key = key_of(p, level);
         const std::lock_guard<std::mutex> lock(mutex_);
         if (const auto found = plans_.find(key); found != plans_.end()) return found->second;
-        constexpr size_t kMost = 4096;  // shapes seen by one process; one with more starts anew
-        if (plans_.size() >= kMost) plans_.clear();
+        constexpr size_t kMaxPlans = 4096;  // of one process; when there are more, all are dropped
+        if (plans_.size() >= kMaxPlans) plans_.clear();
         return plans_[key] = make();
     }
 
@@ -211,7 +211,7 @@ ForwardPlan make_forward(const Problem& p) {
 // Planes of every level's input, of the last level and of every level's gradient.
 Tiling make_backward_map(const Problem& p) {
     int columns = 1;
-    for (int l = 0; l < p.L; ++l) columns = std::max(columns, std::min(p.weights[l].kw, kMostColumns));
+    for (int l = 0; l < p.L; ++l) columns = std::max(columns, std::min(p.weights[l].kw, kMaxColumns));
     const Chain chain{p, 0, p.L};
     Tiling best{};
     for_each_block_c(p, [&](int block_c) {
@@ -230,7 +230,7 @@ Tiling make_backward_level(const Problem& p, int level) {
     Tiling best{};
     const auto consider = [&](int block_c, int tile_h, int tile_w) {
         for (int threads : {kThreads / 2, kThreads}) {
-            const size_t partials = sums_bytes(threads) * std::min(kw, kMostColumns);
+            const size_t partials = sums_bytes(threads) * std::min(kw, kMaxColumns);
             keep_cheaper(chain, cut(chain, block_c, tile_h, tile_w, 2, threads, partials), 4, &best);
         }
     };

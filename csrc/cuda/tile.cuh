@@ -79,8 +79,8 @@ __device__ __forceinline__ void for_each_vector(Region region, int block_c, F f)
 // is aligned to that), one element. It divides C, so a vector lies within the map or beyond it.
 template <typename T, typename F>
 __device__ __forceinline__ void with_width(int width, F f) {
-    constexpr int kWidest = 16 / sizeof(T);
-    if (width == kWidest) return f(std::integral_constant<int, kWidest>{});
+    constexpr int kMaxWidth = 16 / sizeof(T);
+    if (width == kMaxWidth) return f(std::integral_constant<int, kMaxWidth>{});
     if (width == 4) return f(std::integral_constant<int, 4>{});
     f(std::integral_constant<int, 1>{});
 }

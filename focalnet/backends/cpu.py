@@ -12,6 +12,7 @@ from . import composed, extension
 from .problem import Problem
 
 DTYPES = (torch.float32, torch.bfloat16)
+IN_FLOAT32 = ("bias_gelu", "gelu_bwd")
 
 
 def missing() -> str | None:
@@ -23,7 +24,7 @@ def why_not(problem: Problem) -> str | None:
     """Why the kernels do not take this call, or None."""
     if problem.device.type != "cpu":
         return f"the tensors are on {problem.device}, not on the CPU"
-    dtypes = (torch.float32,) if problem.operator in OPTIONAL else DTYPES
+    dtypes = (torch.float32,) if problem.operator in IN_FLOAT32 else DTYPES
     if problem.dtype not in dtypes:
         return f"{problem.dtype} is not one of {', '.join(map(str, dtypes))}"
     return None

@@ -193,7 +193,8 @@ def _run(
     addresses = [tensor.data_ptr() for tensor in tensors]
     aligned = functools.reduce(or_, addresses) & 15 == 0 or tuple([address & 15 == 0 for address in addresses])
     shapes = [(tensor.shape, tensor.stride()) for tensor in tensors]
-    precise = not torch.backends.cuda.matmul.allow_tf32
+    # Not allow_tf32: reading that raises once anybody has set fp32_precision.
+    precise = torch.backends.cuda.matmul.fp32_precision != "tf32"
     key = (operator, device, ctx.dtype, normalize, mask, precise, aligned, *shapes)
     found = _plans.get(key)
     if found is None:

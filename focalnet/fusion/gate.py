@@ -11,6 +11,7 @@ differs from the record, the question is asked anew.
 from __future__ import annotations
 
 import functools
+import operator
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -36,26 +37,18 @@ def why_not_fused(input: object) -> str | None:
     return None
 
 
-class _Slot(int):
-    """The place of a tensor in an answer: its index among the parameters of the module."""
-
-
-class _Nested(list[Any]):
-    """A part of an answer that holds tensors."""
-
-
 class _Known(NamedTuple):
     settings: tuple[Any, ...]
     structure: Any
-    template: Any  # the answer, with a _Slot for each tensor
+    answer: _Answer
 
 
 def while_unchanged(question: Callable[..., Any]) -> Callable[..., Any]:
     """``question(module, *settings)``, asked again only where the module, or a setting, is another.
 
-    The question may read what csrc/structure.h lists, and nothing else: no shape of a parameter, say. The answer may
-    hold parameters of the module, in lists: what is returned holds those that the module has now. A reason (a string)
-    is not kept.
+    The question may read what csrc/structure.h lists, and nothing else: no shape of a parameter, for example. The
+    answer may hold parameters of the module in nested lists. What is returned holds those that the module has now, in
+    tuples. A reason (a string) is not kept.
     """
     known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
 
@@ -67,41 +60,71 @@ def while_unchanged(question: Callable[..., Any]) -> Callable[..., Any]:
         if last is not None and last.settings == settings:
             parameters = last.structure.parameters_of(module)
             if parameters is not None:
-                return _filled(last.template, parameters)
+                return last.answer.with_parameters(parameters)
         structure = _Structure(module)
         answer = question(module, *settings)
         # Compared again: another thread may have changed the module meanwhile.
         parameters = structure.parameters_of(module)
-        slots = None if parameters is None or isinstance(answer, str) else _slots(answer, parameters)
-        if slots is not None:
-            known[module] = _Known(settings, structure, _template(answer, slots))
+        if parameters is not None and not isinstance(answer, str):
+            kept = _Answer.of(answer, parameters)
+            if kept is not None:
+                known[module] = _Known(settings, structure, kept)
         return answer
 
     return asked
 
 
-def _slots(answer: Any, parameters: list[Tensor | None]) -> dict[int, _Slot] | None:
-    """The place of each parameter by its id; None where the places in ``answer`` would not be certain."""
-    slots = {id(p): _Slot(index) for index, p in enumerate(parameters) if p is not None}
-    # A tensor that two modules share has two places, and either may be given another tensor later.
-    is_shared = len(slots) < sum(p is not None for p in parameters)
-    return None if is_shared or not all(id(tensor) in slots for tensor in _tensors(answer)) else slots
+class _Answer:
+    """An answer without its tensors: how to put it together from the parameters of the module.
+
+    ``constants``, the parameters and what the ``steps`` make are one list of values. A step takes some of them for a
+    tuple, which is the next value. The last is the answer.
+    """
+
+    def __init__(self, constants: list[Any], steps: list[Callable[[list[Any]], tuple[Any, ...]]]) -> None:
+        self._constants = constants
+        self._steps = steps
+
+    @classmethod
+    def of(cls, answer: Any, parameters: list[Tensor | None]) -> _Answer | None:
+        """None where the place of a tensor among the parameters is not certain."""
+        places = {id(p): index for index, p in enumerate(parameters) if p is not None}
+        # A tensor that two modules share has two places, and either may be given another tensor later.
+        is_shared = len(places) < sum(p is not None for p in parameters)
+        if is_shared or not all(id(tensor) in places for tensor in _tensors(answer)):
+            return None
+        constants: list[Any] = []
+        tuples: list[list[tuple[str, int]]] = []
+
+        def place(item: Any) -> tuple[str, int]:
+            if isinstance(item, Tensor):
+                return "parameter", places[id(item)]
+            if not _tensors(item):
+                constants.append(item)
+                return "constant", len(constants) - 1
+            members = [place(member) for member in item]
+            tuples.append(members)
+            return "step", len(tuples) - 1
+
+        tuples.append([place(answer)])
+        first = {"constant": 0, "parameter": len(constants), "step": len(constants) + len(parameters)}
+        steps = [_taker([first[kind] + index for kind, index in members]) for members in tuples]
+        return cls(constants, steps)
+
+    def with_parameters(self, parameters: list[Tensor | None]) -> Any:
+        values = self._constants + parameters
+        for step in self._steps:
+            values.append(step(values))
+        return values[-1][0]
+
+
+def _taker(places: list[int]) -> Callable[[list[Any]], tuple[Any, ...]]:
+    if len(places) > 1:
+        return operator.itemgetter(*places)  # a tuple, in C
+    return lambda values: (values[places[0]],)
 
 
 def _tensors(answer: Any) -> list[Tensor]:
     if isinstance(answer, (tuple, list)):
         return [tensor for item in answer for tensor in _tensors(item)]
     return [answer] if isinstance(answer, Tensor) else []
-
-
-def _template(answer: Any, slots: dict[int, _Slot]) -> Any:
-    if _tensors(answer) and not isinstance(answer, Tensor):
-        return _Nested(_template(item, slots) for item in answer)
-    return slots[id(answer)] if isinstance(answer, Tensor) else answer
-
-
-def _filled(template: Any, parameters: list[Tensor | None]) -> Any:
-    kind = type(template)
-    if kind is _Nested:
-        return [_filled(item, parameters) for item in template]
-    return parameters[template] if kind is _Slot else template

@@ -1,4 +1,4 @@
-"""Whole blocks: in float32 inference on a CPU a patched block is one operator; everywhere else its own forward runs.
+"""Whole blocks: in inference on a CPU a patched block is one operator; everywhere else its own forward runs.
 
 Blocks are known as modulations are (see `modulation`), by structure and by a trial. That of X-Decoder and SEEM has
 convolutions of its own, so only its modulation is patched.

@@ -8,55 +8,10 @@ import math
 
 import pytest
 import torch
+from block_layers import FLAGS, argument_names, make_layer, weights
 from instruction_sets import OPS, isa, require, threads  # noqa: F401
 
-from focalnet import FocalNetConfig
-from focalnet.fusion import cpu_block
-from focalnet.models.layers import OURS, FocalNetLayer
-
 require("cpu_block")
-
-
-def weights(layer):
-    """The arguments of cpu_block after its first."""
-    return cpu_block.call(layer, OURS, torch.float32, None)[1]
-
-
-def make_layer(
-    dim,
-    levels=3,
-    window=3,
-    post=False,
-    scale=False,
-    inner=False,
-    normalize=False,
-    mlp_ratio=4.0,
-    seed=0,
-    dtype=torch.float32,
-):
-    config = FocalNetConfig(
-        embed_dim=dim,
-        depths=[1],
-        focal_levels=[levels],
-        focal_windows=[window],
-        mlp_ratio=mlp_ratio,
-        use_layerscale=scale,
-        use_post_layernorm=post,
-        use_post_layernorm_in_modulation=inner,
-        normalize_modulator=normalize,
-    )
-    torch.manual_seed(seed)
-    layer = FocalNetLayer(config, 0, 0.0).eval().requires_grad_(False)
-    for name, parameter in layer.named_parameters():
-        if "norm" in name or "gamma" in name:
-            parameter.copy_(1.0 + 0.3 * torch.randn_like(parameter) if name.endswith("weight") else 0.3)
-            if not name.endswith("weight"):
-                parameter.add_(0.2 * torch.randn_like(parameter))
-        elif "focal_layers" in name:
-            parameter.mul_(3.0)
-    # Asked for by name: left to itself, a layer may run the very operator that is tested.
-    layer.modulation.backend = "reference"
-    return layer.to(dtype)
 
 
 def ulp(exact):
@@ -75,11 +30,6 @@ def check(shape, **options):
         allowed = 2 * (layer(hidden_state).double() - exact).abs().max().item() + ulp(exact)
         error = (ours.double() - exact).abs().max().item()
         assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
-
-
-FLAGS = [
-    {"post": bool(i & 1), "scale": bool(i & 2), "inner": bool(i & 4), "normalize": bool(i & 8)} for i in range(16)
-]
 
 
 @pytest.mark.parametrize("dim", [8, 17, 96, 100])
@@ -181,9 +131,6 @@ def test_parameters_of_any_strides_give_the_same_bits(isa, shape):
     assert torch.equal(OPS.cpu_block(hidden_state, *weights(layer)), expected)
 
 
-NAMES = [argument.name for argument in OPS.cpu_block.default._schema.arguments]
-
-
 @pytest.mark.parametrize(
     "name, change, message",
     [
@@ -212,7 +159,7 @@ NAMES = [argument.name for argument in OPS.cpu_block.default._schema.arguments]
 )
 def test_bad_arguments_are_named(name, change, message):
     arguments = [torch.randn(2, 6, 5, 24), *weights(make_layer(24, inner=True, scale=True))]
-    at = NAMES.index(name)
+    at = argument_names().index(name)
     arguments[at] = change(arguments[at])
     with pytest.raises(RuntimeError, match=message):
         OPS.cpu_block(*arguments)

@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from instruction_sets import OPS, isa, require, threads  # noqa: F401
+from instruction_sets import OPS, isa, product_isa, require, threads  # noqa: F401
 from torch import nn
 
 from focalnet import FocalNetConfig, use_backend
@@ -49,7 +49,7 @@ def check(module, x):
     assert fused.shape == exact.shape
     assert fused.is_contiguous()
     if fused.numel():
-        ulp = torch.finfo(torch.float32).eps * exact.abs().max()
+        ulp = torch.finfo(x.dtype).eps * exact.abs().max()
         allowed = 2 * (by_modules - exact).abs().max() + ulp
         assert (fused - exact).abs().max() <= allowed
 
@@ -77,6 +77,42 @@ def test_stem(isa, size, fields):
     channels = fields.get("num_channels", 3)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         check(module, torch.randn(2, channels, *size).contiguous(memory_format=memory_format))
+
+
+@pytest.mark.parametrize("conv_embed", [False, True], ids=["2/2", "3/2"])
+@pytest.mark.parametrize("shape", [(0, 4, 4, 16), (3, 7, 5, 5), (1, 24, 25, 96), (1, 6, 6, 520)], ids=str)
+def test_downsampling_in_bfloat16(product_isa, shape, conv_embed):
+    module, x = downsampling(shape[-1], conv_embed).bfloat16(), torch.randn(shape).bfloat16()
+    with torch.no_grad():
+        assert not isinstance((why_not_call(x) or call(module, module.norm, x.dtype, None, is_owner=True)), str)
+    check(module, x)
+
+
+@pytest.mark.parametrize("fields", STEMS, ids=str)
+def test_stem_in_bfloat16(product_isa, fields):
+    x = torch.randn(2, fields.get("num_channels", 3), 29, 50).bfloat16()
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        check(stem(**fields).bfloat16(), x.contiguous(memory_format=memory_format))
+
+
+def test_products_in_bfloat16_of_a_map_in_float32(product_isa):
+    """As under autocast: what is read is rounded first."""
+    module, x = downsampling(24), torch.randn(1, 10, 10, 24)
+    weight, bias = module.projection.weight.bfloat16(), module.projection.bias
+    options = [[2, 2], [0, 0], [5, 5], module.norm.weight, module.norm.bias, 1e-5]
+    found = OPS.cpu_patch_embed(x, weight, bias, *options)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, OPS.cpu_patch_embed(x.bfloat16(), weight, bias, *options))
+
+
+@pytest.mark.parametrize("kept", ["norm", "projection", "input"])
+def test_mixed_dtypes_go_by_modules(kept):
+    module, x = downsampling(16).bfloat16(), torch.randn(1, 6, 6, 16).bfloat16()
+    x = x.float() if kept == "input" else x
+    if kept != "input":
+        getattr(module, kept).float()
+    with torch.no_grad():
+        assert isinstance((why_not_call(x) or call(module, module.norm, x.dtype, None, is_owner=True)), str)
 
 
 def test_a_masked_stem():

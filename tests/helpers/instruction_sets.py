@@ -28,12 +28,17 @@ def require(operator):
         pytest.skip("the extension was built without the CPU kernels", allow_module_level=True)
 
 
-def available_isas():
+ISAS = ("plain", "avx2", "avx512", "neon")
+# Those in which products of bfloat16 are computed: float32 is the same in the last two as in avx512 and plain.
+PRODUCT_ISAS = (*ISAS, "avx512_bf16", "emulated")
+
+
+def available_isas(names=ISAS):
     if not hasattr(OPS, "cpu_isa"):
         return []
     before = OPS.cpu_isa()
     found = []
-    for name in ("plain", "avx2", "avx512", "neon"):
+    for name in names:
         with contextlib.suppress(RuntimeError):
             OPS.cpu_set_isa(name)
             found.append(name)
@@ -43,6 +48,13 @@ def available_isas():
 
 @pytest.fixture(params=available_isas())
 def isa(request):
+    before = OPS.cpu_set_isa(request.param)
+    yield request.param
+    OPS.cpu_set_isa(before)
+
+
+@pytest.fixture(params=available_isas(PRODUCT_ISAS))
+def product_isa(request):
     before = OPS.cpu_set_isa(request.param)
     yield request.param
     OPS.cpu_set_isa(before)

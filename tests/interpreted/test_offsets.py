@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from focalnet.kernels import focal_modulation, gated_aggregation
+from focalnet.kernels import gated_aggregation, modulator
 from focalnet.kernels.config import LevelConfig
 from focalnet.kernels.gated_aggregation_bwd import Backward
 from focalnet.kernels.plan import H100, Case
@@ -55,8 +55,8 @@ def launches():
     groups = 1
     down = Backward(CASE, H100, LEVELS, (True, True, True), 1).down(LAST, 1, "agg", 0)
     return {
-        "modulator_fwd_kernel": focal_modulation.modulator_launch(CASE, H100, LAST, 2, "ieee"),
-        "modulator_bwd_kernel": focal_modulation.modulator_bwd_launch(CASE, groups, LAST, 2, True, "ieee"),
+        "modulator_fwd_kernel": modulator.modulator_launch(CASE, H100, LAST, 2, "ieee"),
+        "modulator_bwd_kernel": modulator.modulator_bwd_launch(CASE, H100, groups, LAST, 2, True, "ieee"),
         "gated_aggregation_fwd_kernel": gated_aggregation.forward_launches(CASE, H100, LEVELS, LAST, 1)[0][0],
         "gated_aggregation_bwd_kernel": down,
     }

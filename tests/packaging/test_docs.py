@@ -126,6 +126,8 @@ def test_files_that_a_page_names_exist(page):
 def test_the_lists_of_called_files_are_those_of_a_call():
     text = called_files.PAGE.read_text()
     assert called_files.filled(text) == text, "`python tests/helpers/called_files.py` writes them anew"
+    inference, training = (int(count) for count in re.findall(r"^(\d+) files:$", text, flags=re.MULTILINE))
+    assert inference <= 5 and training <= 10
 
 
 def without_code(page):

@@ -12,6 +12,7 @@ from small_models import (
     images,
     modulations,
     one_thread,  # noqa: F401
+    tensors,
     theirs,
 )
 from sources import AuthorsBlock, AuthorsModulation, XDecoderBlock, golden_model
@@ -64,6 +65,25 @@ def test_blocks_run_as_one_operator_in_inference_and_by_their_modules_elsewhere(
         patched.train()(images(*size))
         patched.eval().double()(images(*size).double())
     assert len(fused) == len(blocks(patched))
+
+
+@needs_extension
+@pytest.mark.parametrize("make", BLOCKS.values(), ids=BLOCKS)
+def test_blocks_run_as_one_operator_in_bfloat16(make, fused):
+    """The error against float64 is at most twice that of the modules, plus one unit in the last place."""
+    original = make().bfloat16()
+    patched, exact = copy.deepcopy(original), copy.deepcopy(original).double()
+    focalnet.patch(patched)
+    fused.clear()  # of the trials
+    pixel_values = images(64, 96, dtype=torch.bfloat16)
+    with torch.no_grad():
+        ours, modules = tensors(patched(pixel_values)), tensors(original(pixel_values))
+        doubles = tensors(exact(pixel_values.double()))
+    assert len(fused) == len(blocks(patched)) > 0
+    for found, theirs_found, expected in zip(ours, modules, doubles, strict=True):
+        assert found.dtype == theirs_found.dtype
+        ulp = torch.finfo(torch.bfloat16).eps * expected.abs().max()
+        assert (found - expected).abs().max() <= 2 * (theirs_found - expected).abs().max() + ulp
 
 
 class ReversedNorm(AuthorsBlock):

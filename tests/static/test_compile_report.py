@@ -11,11 +11,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from barriers import moved
 from bytes_moved import NOWHERE, case_of, plan_of
 from compile_report import head_of, source
 from compiled import Pointer, Resources, compile_launch, resources
 from configurations import DETECTION, DETECTORS, DEVICES, DTYPES, arguments_of, launches, published
+from focalnet.kernels.config import ProductConfig
+from focalnet.kernels.plan import RTX_3090, Case, Device
+from lowered import digest
 from toy_kernels import many_registers_kernel, reverse_twice_kernel, sum_neighbours_kernel
 
 from focalnet.benchmark.floors import OPERATORS, stages
@@ -82,6 +87,48 @@ def test_a_barrier_that_compiling_dropped_or_a_load_that_it_moved_is_found():
     assert moved(swapped) != []
 
 
+# ---- what makes two sources the same to the report ------------------------------------------------------------------
+
+
+@triton.jit
+def masked_load(pointer, at, end):
+    return tl.load(pointer + at, mask=at < end, other=0.0)
+
+
+def written_in_one_piece():
+    @triton.jit
+    def kernel(x, y, n, BLOCK: tl.constexpr):
+        at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        one = tl.load(x + at, mask=at < n, other=0.0)
+        tl.store(y + at, one + tl.load(x + (at + 1), mask=at + 1 < n, other=0.0), mask=at < n)
+
+    return kernel
+
+
+def cut_into_functions(step=1):
+    step = tl.constexpr(step)
+
+    @triton.jit
+    def kernel(x, y, n, BLOCK: tl.constexpr):
+        # The same sums, in other words.
+        place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        own = masked_load(x, place, n)
+        tl.store(y + place, own + masked_load(x, place + step, n), mask=place < n)
+
+    return kernel
+
+
+def test_the_digest_tells_another_kernel_from_other_words_for_the_same_one():
+    def digest_of(kernel, **options):
+        arguments = {"x": FLOATS, "y": FLOATS, "n": 1000, "BLOCK": 256}
+        return digest(kernel, arguments, {"num_warps": 4, "num_stages": 2} | options, 90)
+
+    first = digest_of(written_in_one_piece())
+    assert digest_of(cut_into_functions()) == first
+    assert digest_of(cut_into_functions(step=2)) != first
+    assert digest_of(written_in_one_piece(), num_warps=8) != first
+
+
 # ---- the launches of published models ------------------------------------------------------------------------------
 
 
@@ -103,6 +150,38 @@ def test_a_launch_of_a_published_model_fits(operator, variant, stage, kernel, ar
     assert moved(compiled) == []
 
 
+@pytest.mark.parametrize("channels", [768, 1024])
+@pytest.mark.parametrize("arch", DEVICES)
+def test_the_product_that_wants_most_shared_memory_fits_every_architecture(arch, channels):
+    """One row of the table wants 112 KB in 16 bit, which sm_86, sm_89 and sm_120 do not have."""
+    case = Case.packed(128, 7, 7, channels, (3, 5), torch.bfloat16, has_bias=True)
+    plan = plan_of("focal_modulation", case, DEVICES[arch])
+    launch = next(launch for launch in plan.launches if launch.name == "modulator_fwd_kernel")
+    compiled = compile_launch(launch.kernel, arguments_of(launch, plan.dtype_of()), launch.options, arch)
+    assert resources(compiled, arch).why_not() is None
+
+
+def test_no_product_takes_more_shared_memory_than_its_configuration_says():
+    rows = [row for row in read("compiled", NOWHERE) if "BLOCK_K" in row["subject"]]
+    assert {row["arch"] for row in rows} == set(DEVICES)
+    for row in rows:
+        tile = dict(part.split("=") for part in row["subject"].split(", ") if part.startswith("BLOCK"))
+        warps, stages = (int(part.split()[0]) for part in row["series"].split(", "))
+        config = ProductConfig(*(int(tile[f"BLOCK_{side}"]) for side in "MNK"), warps, stages)
+        itemsize = 4 if row["dtype"].startswith("float32") else 2
+        assert row["shared"] <= config.shared_bytes(itemsize, row["arch"]), row["subject"]
+
+
+def test_a_device_has_the_shared_memory_that_its_driver_says(monkeypatch):
+    properties = SimpleNamespace(
+        major=8, minor=6, multi_processor_count=82, L2_cache_size=6 << 20, shared_memory_per_block_optin=101376
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert Device.of(torch.device("cuda")) == RTX_3090
+    properties.shared_memory_per_block_optin = 65536
+    assert Device.of(torch.device("cuda")).shared_bytes == 65536
+
+
 def test_no_row_of_the_compile_report_speaks_against_a_configuration():
     rows = read("compiled", NOWHERE)
     assert rows
@@ -110,7 +189,7 @@ def test_no_row_of_the_compile_report_speaks_against_a_configuration():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("arch", DEVICES)
 def test_every_configuration_was_compiled_from_the_source_that_is_here(arch, dtype):
     """Fails when a kernel or the table changes and the rows do not: then `bench/static/compile_report.py` is due."""
     found = {key(row): row for row in read("compiled", NOWHERE)}

@@ -279,6 +279,28 @@ def test_a_program_walks_over_images_and_sums_its_weights_gradient():
         torch.testing.assert_close(made[name], gradient, rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.fixture
+def default_precision():
+    """Of float32 products, before the test and after it."""
+    yield
+    for one in (torch.backends.cuda.matmul, torch.backends):
+        one.fp32_precision = "none"
+
+
+@pytest.mark.usefixtures("default_precision")
+@pytest.mark.parametrize("setter", [torch.backends, torch.backends.cuda.matmul], ids=["globally", "for matmul"])
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+def test_the_products_take_the_precision_that_torch_is_set_to(setter, precision):
+    """Reading the older allow_tf32 raises once fp32_precision is set."""
+    setter.fp32_precision = precision
+    arguments = operands(Shape(batch=1, height=2, width=2, kernels=(3,)), torch.float32, DEVICE)
+    found = focalnet.focal_modulation(*arguments, backend="triton")
+    ((plan, _),) = triton_backend._plans.values()
+    (product,) = (launch for launch in plan.launches if launch.name == "modulator_fwd_kernel")
+    assert product.constexprs["PRECISION"] == precision
+    assert found.isfinite().all()
+
+
 def best_of(call, repeats=2000):
     """Microseconds of the fastest run: what the machine's other processes add is not the call's."""
     times = []

@@ -4,6 +4,8 @@ The rule is that of test_gated_aggregation.py: an error against float64 is at mo
 the same precision, plus one unit in the last place.
 """
 
+import contextlib
+import contextvars
 import copy
 from dataclasses import replace
 
@@ -13,7 +15,7 @@ from focalnet.kernels import plan
 from focalnet.kernels.plan import Device
 from small_models import SMALL, build
 
-from focalnet.backends import triton
+from focalnet.backends import registry, triton
 from focalnet.backends.registry import use_backend
 from focalnet.fusion import gpu_block
 from focalnet.models.layers import OURS
@@ -155,6 +157,27 @@ def test_the_norm_of_which_the_input_was_saved_obeys_the_rule(shape, dtype, name
     monkeypatch.setitem(assert_rule.__globals__, "values_and_gradients", all_gradients)
     assert_rule(run, specification, values)
     assert ran == ["layer_norm_bwd"]
+
+
+@pytest.mark.parametrize("how", ["argument", "context", "environment"])
+@pytest.mark.parametrize("backend", ["reference", "cuda", "cpu"])
+def test_no_kernel_runs_where_another_backend_is_asked_for(backend, how, monkeypatch):
+    """Forward or backward, whichever way it is asked for; the operators are PyTorch's then."""
+    ran = kernels_that_run(monkeypatch)
+    asked = backend if how == "argument" else None
+    if how == "environment":
+        monkeypatch.setattr(registry, "_in_context", contextvars.ContextVar("nothing", default=None))
+        monkeypatch.setenv("FOCALNET_BACKEND", backend)
+    arguments = to(of((2, 3, 2, 8), "gamma kept norm", torch.float32), DEVICE)
+    hidden_state, _, _, _, _, weight, bias, eps = arguments
+    square = torch.eye(8, device=DEVICE)
+    with use_backend(backend) if how == "context" else contextlib.nullcontext():
+        out = OPS.residual(*arguments, asked)
+        more, normed = OPS.residual_norm(*arguments, torch.float32, asked)
+        linear = OPS.norm_linear(hidden_state, weight, bias, eps, square, None, asked)
+        mlp, _ = OPS.norm_mlp(hidden_state, weight, bias, eps, square, None, square, None, None, asked)
+    (out + more + normed + linear + mlp).sum().backward()
+    assert ran == []
 
 
 def test_an_empty_batch_has_gradients_of_zero():

@@ -1,0 +1,94 @@
+// Parameters as plain pointers, for the operators of fused inference: weights of linear layers as they are, in float32
+// or bfloat16, vectors (biases, norms, scales) in float32 whatever they are.
+
+#pragma once
+
+#include <bit>
+#include <deque>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "block.h"
+#include "checks.h"
+
+namespace focalnet::cpu {
+
+inline Element element_of(const std::string& name, const Tensor& t) {
+    STD_TORCH_CHECK(t.is_cpu(), name, " is not on the CPU; expected a CPU tensor");
+    if (t.scalar_type() == ScalarType::BFloat16) return Element::kBFloat16;
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float, name, " has dtype ",
+                    torch::headeronly::toString(t.scalar_type()), "; expected float32 or bfloat16");
+    return Element::kFloat32;
+}
+
+inline ScalarType dtype_of(Element element) {
+    return element == Element::kBFloat16 ? ScalarType::BFloat16 : ScalarType::Float;
+}
+
+// Products of one call read weights of one element.
+inline void check_weight(const std::string& name, const Tensor& t, Element expected) {
+    STD_TORCH_CHECK(element_of(name, t) == expected, name, " has dtype ", torch::headeronly::toString(t.scalar_type()),
+                    "; expected that of the other weights, ", torch::headeronly::toString(dtype_of(expected)));
+}
+
+// Maps of float32 may meet weights of bfloat16, as under autocast; there are no products of the contrary.
+inline Element map_element(const std::string& name, const Tensor& map, Element weights) {
+    const Element element = element_of(name, map);
+    STD_TORCH_CHECK(element == Element::kFloat32 || weights == Element::kBFloat16, name,
+                    " has dtype bfloat16 and the weights float32; expected float32, or weights in bfloat16");
+    return element;
+}
+
+// Keeps alive for the call what its plain pointers point to: contiguous parameters, and vectors made of them.
+class Kept {
+  public:
+    const void* operator()(const Tensor& t) {
+        tensors_.push_back(torch::stable::contiguous(t));
+        return tensors_.back().const_data_ptr();
+    }
+
+    // The values of t in float32.
+    const float* floats(const std::string& name, const Tensor& t) {
+        const void* data = (*this)(t);
+        if (element_of(name, t) == Element::kFloat32) return static_cast<const float*>(data);
+        const uint16_t* halves = static_cast<const uint16_t*>(data);
+        std::vector<float>& values = vectors_.emplace_back(t.numel());
+        for (size_t i = 0; i < values.size(); ++i)
+            values[i] = std::bit_cast<float>(static_cast<uint32_t>(halves[i]) << 16);
+        return values.data();
+    }
+
+    // values * scale; a missing factor is `otherwise` everywhere.
+    const float* scaled(const float* values, const float* scale, int64_t n, float otherwise) {
+        std::vector<float>& product = vectors_.emplace_back(n, otherwise);
+        for (int64_t i = 0; i < n; ++i) {
+            if (values != nullptr) product[i] = values[i];
+            if (scale != nullptr) product[i] *= scale[i];
+        }
+        return product.data();
+    }
+
+  private:
+    std::vector<Tensor> tensors_;
+    std::deque<std::vector<float>> vectors_;
+};
+
+inline const float* vector(Kept& kept, const std::string& name, const std::optional<Tensor>& t, int64_t n) {
+    if (!t.has_value()) return nullptr;
+    element_of(name, *t);
+    STD_TORCH_CHECK(shape_of(*t) == Shape{n}, name, " has shape ", text(shape_of(*t)), "; expected ", text({n}));
+    return kept.floats(name, *t);
+}
+
+// A LayerNorm over n channels, with or without weight and bias. `scale` multiplies what it gives.
+inline Norm norm_over(Kept& kept, const std::string& name, const std::optional<Tensor>& weight,
+                      const std::optional<Tensor>& bias, double eps, int64_t n, const float* scale = nullptr) {
+    const float* weights = vector(kept, name + "_weight", weight, n);
+    const float* biases = vector(kept, name + "_bias", bias, n);
+    const auto e = static_cast<float>(eps);
+    if (weights != nullptr && biases != nullptr && scale == nullptr) return {weights, biases, e};
+    return {kept.scaled(weights, scale, n, 1.0f), kept.scaled(biases, scale, n, 0.0f), e};
+}
+
+}  // namespace focalnet::cpu
