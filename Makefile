@@ -31,6 +31,7 @@ help:
 	@echo "make check     ruff, types and the tests that matter while editing, in about a minute"
 	@echo "make test      ruff and every test (ARGS='tests/cli -k name' goes to pytest, which then runs in one process)"
 	@echo "make lint      ruff alone"
+	@echo "make types     mypy alone"
 	@echo "make bench     FocalNet on this CPU against every runtime that can be installed (ARGS go to bench/models.py)"
 	@echo "make report    the tables of docs/performance.md and the plots, from the rows in bench/results/"
 	@echo "make docs      the documentation site, in build/site; a warning or a broken link is an error"
@@ -59,9 +60,10 @@ lint: $(VENV)/.requirements
 	@echo "ruff check"
 	@$(BIN)/ruff check --quiet .
 
-# The type checker's command goes here.
+# Some 40 s the first time, for PyTorch and transformers are read too; seconds afterwards.
 types: $(VENV)/.requirements
-	@:
+	@echo "mypy"
+	@$(BIN)/mypy --no-error-summary
 
 bench: install $(VENV)/.peers
 	@$(BIN)/python bench/models.py $(ARGS)
@@ -112,4 +114,4 @@ common-tests: $(VENV)/.requirements
 	        "the common model tests will not run; the next make test tries again"; }
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info focalnet/_C.*.so focalnet/_build_info.json .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build dist *.egg-info focalnet/_C.*.so focalnet/_build_info.json .pytest_cache .ruff_cache .mypy_cache .benchmarks

@@ -45,12 +45,12 @@ MODE = os.environ.get("FOCALNET_BUILD", "").strip().lower() or "auto"
 BUILD_INFO = "_build_info.json"
 
 # The oldest torch whose stable ABI the extension is compiled for; the binary then runs on every later one.
-OLDEST_TORCH = (2, 10)
-TORCH_TARGET_VERSION = f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}000000000000"
+MIN_TORCH = (2, 10)
+TORCH_TARGET_VERSION = f"0x{MIN_TORCH[0]:02x}{MIN_TORCH[1]:02x}000000000000"
 
 # Compute capabilities that get machine code where the toolkit knows them; later ones run the newest one's PTX.
 CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-OLDEST_CUDA = 12  # the first whose nvcc reads C++20
+MIN_CUDA = 12  # the first whose nvcc reads C++20
 
 # Commands that only describe or pack the sources: importing torch for them would cost seconds and change nothing.
 DESCRIBING = {"sdist", "egg_info", "dist_info", "clean", "--version", "--name", "--help"}
@@ -97,8 +97,8 @@ def import_torch() -> str:
     except Exception as error:
         raise CannotBuild(f"torch could not be imported while building: {type(error).__name__}: {error}") from error
     version = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
-    if version < OLDEST_TORCH:
-        oldest = ".".join(map(str, OLDEST_TORCH))
+    if version < MIN_TORCH:
+        oldest = ".".join(map(str, MIN_TORCH))
         raise CannotBuild(f"torch {torch.__version__} is too old, expected {oldest} or later")
     return str(torch.__version__)
 
@@ -195,8 +195,8 @@ def find_cuda(torch_cuda: str | None) -> Cuda:
     if match is None:
         raise CannotBuild(f"{nvcc} --version names no release; expected the nvcc of a CUDA toolkit")
     release, major = ".".join(match.groups()), int(match[1])
-    if major < OLDEST_CUDA:
-        raise CannotBuild(f"{nvcc} is of CUDA {release}; expected {OLDEST_CUDA}.0 or later")
+    if major < MIN_CUDA:
+        raise CannotBuild(f"{nvcc} is of CUDA {release}; expected {MIN_CUDA}.0 or later")
     if torch_cuda is not None and int(torch_cuda.split(".")[0]) != major:
         raise CannotBuild(
             f"{nvcc} is of CUDA {release}, but torch was built with CUDA {torch_cuda}; set CUDA_HOME to a toolkit of "

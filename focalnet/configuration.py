@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import nn
 from transformers import PreTrainedConfig
@@ -178,7 +178,8 @@ class FocalNetConfig(BackboneConfigMixin, PreTrainedConfig):
     def _select_outputs(self, out_features: Sequence[str] | None, out_indices: Sequence[int] | None) -> None:
         # Written to the JSON together, so they come back together: the features decide, the indices must agree.
         if out_features is None:
-            self.out_indices = out_indices
+            indices: Any = out_indices  # the mixin's setter takes None too
+            self.out_indices = indices
             return
         self.out_features = list(out_features)
         if out_indices is None:
@@ -208,7 +209,7 @@ def _error(name: str, expectation: str, value: object) -> Exception:
     return kind(f"{name}: expected {expectation}, got {value!r}")
 
 
-def _is_int(value: object, least: int = 1) -> bool:
+def _is_int(value: object, least: int = 1) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 

@@ -6,6 +6,7 @@ Only once for each kind of call: `eager` says when a call can do without the che
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,7 +125,7 @@ def _must_be_plain(backend: str | None) -> bool:
     """
     if torch.onnx.is_in_onnx_export():
         return True
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return requested(backend) in (None, "reference")
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting() and requested(backend) == "reference"
@@ -146,7 +147,7 @@ def _named_weights(focal_weights: Sequence[Tensor]) -> dict[str, Tensor]:
     return {f"focal_weights[{level}]": weight for level, weight in enumerate(focal_weights)}
 
 
-def _prepare(tensors: dict[str, Tensor], levels: int, images: tuple[str, ...]) -> list:
+def _prepare(tensors: dict[str, Tensor], levels: int, images: tuple[str, ...]) -> list[Any]:
     """``[*images, focal_weights, the rest]``, cast where autocast is on, all of one dtype and on one device."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):

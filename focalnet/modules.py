@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.fx
 from torch import Tensor, nn
 
 from .backends.registry import requested
 from .functional import focal_modulation
-from .fusion.context_parts import parameter, unusual_context, widest_kernel
+from .fusion.context_parts import convolutions, parameter, unusual_context, weight_of, widest_kernel
 from .fusion.module_checks import is_proxy
 from .fusion.norm_branches import norm_linear
 from .onednn import guarded
@@ -122,8 +124,8 @@ class FocalModulation(nn.Module):
             q,
             ctx,
             gates,
-            [parameter(level[0], "weight") for level in self.focal_layers],
-            parameter(self.projection_context, "weight"),
+            [weight_of(convolution) for convolution in convolutions(self.focal_layers)],
+            weight_of(self.projection_context),
             parameter(self.projection_context, "bias"),
             normalize_modulator=self.normalize_modulator,
             backend=self.backend,
@@ -137,7 +139,7 @@ class FocalModulation(nn.Module):
                 f"its modules are called one by one. Leave the backend out, or undo the change."
             )
         ctx, gates = ctx.permute(0, 3, 1, 2), gates.permute(0, 3, 1, 2)
-        agg = 0
+        agg: Any = 0
         with guarded(ctx, widest_kernel(self.focal_layers)):
             for level, layer in enumerate(self.focal_layers):
                 ctx = layer(ctx)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.fx
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: object, **kwargs: object) -> Tensor:
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
     """``F.conv2d``, in float32 where oneDNN might never return; the result has the dtype that it would have had."""
     dtype = _computed_in(x)
     if not may_hang(x.device, dtype, weight.shape[-1]):
@@ -41,12 +42,12 @@ def _computed_in(x: Tensor) -> torch.dtype:
 
 class _Guarded(TorchFunctionMode):
     def __torch_function__(
-        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
         return (conv2d if func is torch.conv2d else func)(*args, **(kwargs or {}))
 
 
-def guarded(x: Tensor, kernel_width: int) -> contextlib.AbstractContextManager:
+def guarded(x: Tensor, kernel_width: int) -> contextlib.AbstractContextManager[Any]:
     """Inside it, modules that are called on maps like ``x`` run `conv2d` of this file."""
     if isinstance(x, torch.fx.Proxy) or not may_hang(x.device, _computed_in(x), kernel_width):
         return contextlib.nullcontext()

@@ -11,6 +11,7 @@ shape ``(C, 1, kh, kw)`` with odd ``kh`` and ``kw``; ``weight`` is ``(C, C)``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +133,8 @@ def _depthwise_conv(x: Tensor, focal_weight: Tensor) -> Tensor:
     return out.permute(0, 2, 3, 1)
 
 
-def _depthwise_conv_bwd(dz: Tensor, x: Tensor, focal_weight: Tensor, mask: list[bool]) -> tuple[Tensor, Tensor]:
+def _depthwise_conv_bwd(dz: Tensor, x: Tensor, focal_weight: Tensor, mask: list[bool]) -> tuple[Any, Any]:
+    """The gradients of x and the weight, None where ``mask`` does not ask for it."""
     padding = [size // 2 for size in focal_weight.shape[-2:]]
     dx, dweight, _ = torch.ops.aten.convolution_backward(
         dz.permute(0, 3, 1, 2),

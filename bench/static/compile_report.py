@@ -140,7 +140,7 @@ def figures(launch: Launch, types: dict[str, torch.dtype], arch: int, row: dict)
         }
     made = compile_launch(launch.kernel, arguments, launch.options, arch)
     found = resources(made, arch)
-    against = [reason for reason in (found.reason_against(), *moved(made)) if reason]
+    against = [reason for reason in (found.why_not(), *moved(made)) if reason]
     return {**asdict(found), "against": against, "ir": ir, "source": source(launch)}
 
 

@@ -34,7 +34,7 @@ class Resources:
     code: int
     threads: int
 
-    def reason_against(self) -> str | None:
+    def why_not(self) -> str | None:
         if self.local:
             return f"it spills: {self.local} bytes of local memory a thread"
         if self.shared > SHARED_BYTES[self.arch]:

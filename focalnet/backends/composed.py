@@ -8,6 +8,7 @@ gates, agg and the focal weights, says so: a backward that runs the levels again
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,7 +43,8 @@ def focal_modulation_bwd(
 ) -> list[Tensor | None]:
     need_q, need_ctx, need_gates, need_weight, need_bias, need_focal = output_mask
     need_agg = need_q or need_weight
-    dq = dweight = dctx = dgates = agg = None
+    dq = dweight = dctx = dgates = None
+    agg: Any = None  # a tensor wherever it is needed
     dfocal_weights: Sequence[Tensor | None] = [None] * len(focal_weights)
     dmodulator = dout * q
     dbias = dmodulator.sum((0, 1, 2)) if need_bias else None

@@ -66,14 +66,14 @@ def gated_aggregation_bwd(
     focal_weights: Sequence[Tensor],
     normalize_modulator: bool,
     output_mask: Sequence[bool],
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     need_ctx, need_gates, need_focal = output_mask
     mask = [need_ctx, need_gates, False, need_focal]
     dctx, dgates, _, *dfocal_weights = _bwd_with_agg(dagg, ctx, gates, focal_weights, normalize_modulator, mask)
     return [dctx, dgates, *dfocal_weights]
 
 
-def _bwd_with_agg(*arguments: object) -> list[Tensor]:
+def _bwd_with_agg(*arguments: object) -> list[Tensor | None]:
     return torch.ops.focalnet.cuda_gated_aggregation_bwd(*arguments)
 
 

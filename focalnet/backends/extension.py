@@ -113,7 +113,8 @@ def build_info() -> dict[str, Any]:
 
 def structure() -> Any:
     """The class of csrc/structure.h. Raises AttributeError when the extension is missing."""
-    return _module.Structure
+    extension: Any = _module
+    return extension.Structure
 
 
 def cpu_capabilities() -> dict[str, bool]:

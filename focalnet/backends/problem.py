@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,11 +22,11 @@ class Problem(NamedTuple):
     height: int = 1
     width: int = 1
     channels: int = 1
-    kernel_sizes: tuple[tuple[int, int], ...] = ()
+    kernel_sizes: tuple[tuple[int, ...], ...] = ()  # (height, width) of each level
     has_affine_norm: bool = True
 
 
-def is_plain_tensor(tensor: object) -> bool:
+def is_plain_tensor(tensor: Any) -> TypeGuard[Tensor]:
     """Whether an operator may read the elements of ``tensor`` by their strides.
 
     It may not where a subclass stands for something else (quantised, sharded, low rank), or the layout is sparse.

@@ -18,6 +18,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Backend:
     """
 
     name: str
-    operators: dict[str, Callable]
+    operators: dict[str, Callable[..., Any]]
     missing: Callable[[], str | None]
     accepts: Callable[[Problem], str | None]
 
@@ -117,17 +118,18 @@ def _requested_around() -> str | None:
 
 # Dynamo cannot read a ContextVar. This is what torch.compiler.assume_constant_result does, without importing Dynamo. A
 # graph is for the backend that was asked for around the call that made it.
-_requested_around._dynamo_marked_constant = True
+_requested_around._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def choose(operator: str, ctx: Tensor, focal_weights: Sequence[Tensor], backend: str | None) -> Callable:
+def choose(operator: str, ctx: Tensor, focal_weights: Sequence[Tensor], backend: str | None) -> Callable[..., Any]:
     """What runs ``operator`` on a map ``ctx`` (B, H, W, C): by the ``backend`` asked for, or by the first that can.
 
     Raises:
         RuntimeError: the backend that was asked for cannot; the message says why.
     """
     kernel_sizes = tuple([weight.shape[-2:] for weight in focal_weights])
-    problem = Problem(operator, ctx.device, ctx.dtype, *ctx.shape, kernel_sizes)
+    batch, height, width, channels = ctx.shape
+    problem = Problem(operator, ctx.device, ctx.dtype, batch, height, width, channels, kernel_sizes)
     name = requested(backend)
     if name is not None:
         reason = _REGISTRY[name].why_not(problem)
@@ -144,8 +146,12 @@ def choose(operator: str, ctx: Tensor, focal_weights: Sequence[Tensor], backend:
 
 
 def optional(
-    operator: str, rows: Tensor, backend: str | None, *, norm: tuple[Tensor | None, Tensor | None, float | None] = ()
-) -> Callable | str:
+    operator: str,
+    rows: Tensor,
+    backend: str | None,
+    *,
+    norm: tuple[Tensor | None, Tensor | None, float | None] | None = None,
+) -> Callable[..., Any] | str:
     """The kernel of ``operator`` for ``rows`` (..., C), or the reason why PyTorch's operators have to run.
 
     ``norm`` are weight, bias and eps of the LayerNorm in it, if there is one.
@@ -157,7 +163,7 @@ def optional(
     return optional_kernel(problem, backend)
 
 
-def optional_kernel(problem: Problem, backend: str | None) -> Callable | str:
+def optional_kernel(problem: Problem, backend: str | None) -> Callable[..., Any] | str:
     """The kernel that runs ``problem``, or the reason why PyTorch's operators have to."""
     name = requested(backend)
     candidates = _AUTOMATIC_ORDER.get(problem.device.type, ()) if name is None else (name,)

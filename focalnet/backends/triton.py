@@ -9,7 +9,7 @@ import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
 from operator import or_
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -149,7 +149,7 @@ def _named(
 ) -> dict[str, Tensor]:
     """In the order of a plan's operands."""
     operands = {"ctx": ctx, "gates": gates, **dict(zip(_FOCAL_WEIGHTS, focal_weights, strict=False))}
-    if q is not None:
+    if q is not None and weight is not None:
         operands["q"], operands["weight"] = q, weight
     if bias is not None:
         operands["bias"] = bias
@@ -180,7 +180,7 @@ def _pitch(tensor: Tensor) -> int | None:
 # ---- plans ----------------------------------------------------------------------------------------------------------
 
 # A plan, and whether the kernels take operands with this key as they are.
-_plans: dict[tuple, tuple[Plan, bool]] = {}
+_plans: dict[tuple[Any, ...], tuple[Plan, bool]] = {}
 _MAX_PLANS = 4096
 
 
@@ -386,8 +386,10 @@ def _rows(
     *,
     keep: float = 1.0,
     eps: float = 0.0,
-) -> list[Tensor | None]:
+) -> list[Any]:
     """The ``outputs`` in their order, each like the first operand (B, ..., C); and the ``sums`` (number, C).
+
+    Tensors, and None for what is not wanted.
 
     Args:
         operator: "residual", "residual_bwd", "residual_norm", "residual_norm_bwd" or "layer_norm_bwd".
@@ -412,7 +414,7 @@ def _rows(
     return [*images, made.get("sums")]
 
 
-_row_plans: dict[tuple, Plan] = {}
+_row_plans: dict[tuple[Any, ...], Plan] = {}
 
 
 def _run_rows(

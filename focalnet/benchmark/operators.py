@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -47,7 +48,7 @@ def able_backends(device: str) -> list[str]:
     return [name for name in wanted if backends()[name] is None]
 
 
-def compare(case: Case, rounds: int, on_step: Callable[[], object] = lambda: None) -> Iterator[dict]:
+def compare(case: Case, rounds: int, on_step: Callable[[], object] = lambda: None) -> Iterator[dict[str, Any]]:
     """A row for each stage, direction and backend; ``on_step`` is called for each round of each of them."""
     for stage in stages(case):
         for direction, make in DIRECTIONS.items():
@@ -75,7 +76,7 @@ def steps(case: Case, rounds: int) -> int:
     return len(stages(case)) * len(DIRECTIONS) * len(able_backends(case.device)) * rounds
 
 
-def _operands(stage: Stage, case: Case) -> tuple:
+def _operands(stage: Stage, case: Case) -> tuple[Any, ...]:
     generator = torch.Generator().manual_seed(0)
     channels, gates = stage.channels, len(stage.kernels) + 1
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from .environment import ROOT
 
@@ -37,7 +38,7 @@ def folder(device: str) -> Path:
     return RESULTS / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
-def read(kind: str, device: str) -> list[dict]:
+def read(kind: str, device: str) -> list[dict[str, Any]]:
     path = folder(device) / f"{kind}.json"
     return json.loads(path.read_text()) if path.exists() else []
 
@@ -52,7 +53,7 @@ def processors(kind: str) -> list[str]:
     return [device for device in devices(kind) if not any("driver" in row for row in read(kind, device))]
 
 
-def write(rows: list[dict], kind: str, device: str) -> Path:
+def write(rows: list[dict[str, Any]], kind: str, device: str) -> Path:
     """Puts ``rows`` among those that are there; returns the file."""
     merged = {key(row): row for row in [*read(kind, device), *rows]}
     path = folder(device) / f"{kind}.json"
@@ -61,11 +62,11 @@ def write(rows: list[dict], kind: str, device: str) -> Path:
     return path
 
 
-def keep_only(keys: set[tuple], kind: str, device: str) -> None:
+def keep_only(keys: set[tuple[Any, ...]], kind: str, device: str) -> None:
     """Drops the rows of cases that no longer exist."""
     rows = [row for row in read(kind, device) if key(row) in keys]
     (folder(device) / f"{kind}.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def key(row: dict) -> tuple:
+def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row.get(name) for name in CASE)

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -41,10 +41,10 @@ class Case:
 
 
 MakeModel = Callable[[Case], torch.nn.Module]
-Start = Callable[[Case], Callable]  # the call it returns takes images
+Start = Callable[[Case], Callable[..., Any]]  # the call it returns takes images
 
 
-def config_fields(case: Case) -> dict:
+def config_fields(case: Case) -> dict[str, Any]:
     from ..variants import VARIANTS
 
     return {"normalize_modulator": False, **VARIANTS[case.variant].config_fields()}
@@ -66,7 +66,7 @@ def ours(case: Case) -> torch.nn.Module:
     return case.placed(model.train(case.training))
 
 
-def stepping(model: torch.nn.Module) -> Callable:
+def stepping(model: torch.nn.Module) -> Callable[..., Any]:
     """Logits; while training, a step of SGD on a loss of them."""
     if not model.training:
         return torch.inference_mode()(lambda images: model(images))
@@ -118,14 +118,14 @@ def compiled(make: MakeModel, mode: str = "default") -> Start:
 def channels_last(how: Callable[[MakeModel], Start], make: MakeModel) -> Start:
     """``how(make)`` with weights and images of NCHW shape that lie in memory as NHWC."""
 
-    def start(case: Case) -> Callable:
+    def start(case: Case) -> Callable[..., Any]:
         run = how(lambda case: make(case).to(memory_format=torch.channels_last))(case)
         return lambda images: run(images.contiguous(memory_format=torch.channels_last))
 
     return start
 
 
-def onnxruntime(case: Case) -> Callable:
+def onnxruntime(case: Case) -> Callable[..., Any]:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -134,7 +134,7 @@ def onnxruntime(case: Case) -> Callable:
     return lambda images: session.run(None, {"images": images.numpy()})
 
 
-def openvino(case: Case) -> Callable:
+def openvino(case: Case) -> Callable[..., Any]:
     import openvino as ov
 
     threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}

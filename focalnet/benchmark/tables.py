@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from itertools import groupby
+from typing import Any
 
 from rich.table import Table
 
 from .runtimes import Case
 
 
-def of_runtimes(case: Case, rows: list[dict]) -> Table:
+def of_runtimes(case: Case, rows: list[dict[str, Any]]) -> Table:
     """Runtimes below each other: median times, and the ratios of times in the same round with their standard error."""
     what = f"{case.variant}, {case.size} x {case.size}, batch {case.batch}, {case.dtype}, {rows[0]['case']}"
     table = Table(title=what, title_justify="left", title_style="bold")
@@ -31,7 +32,7 @@ def of_runtimes(case: Case, rows: list[dict]) -> Table:
     return table
 
 
-def of_operators(rows: list[dict]) -> Table:
+def of_operators(rows: list[dict[str, Any]]) -> Table:
     """Stages below each other, backends side by side; the last is the reference."""
     names = list(dict.fromkeys(row["backend"] for row in rows))
     first = rows[0]

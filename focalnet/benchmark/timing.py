@@ -12,13 +12,14 @@ import os
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.utils.benchmark import Timer
 
 WARM_UP = 3
 BLOCK_S = 0.02  # a block of calls lasts at least this long: clocks and events resolve microseconds
-MOST_COPIES = 16
+MAX_COPIES = 16
 
 
 @dataclass
@@ -70,10 +71,10 @@ def copies_past_cache(bytes_per_call: int, device: torch.device | str = "cpu") -
         cache = torch.cuda.get_device_properties(device).L2_cache_size
     else:
         cache = os.sysconf("SC_LEVEL3_CACHE_SIZE") if "SC_LEVEL3_CACHE_SIZE" in os.sysconf_names else 32 << 20
-    return max(2, min(MOST_COPIES, 2 * cache // max(1, bytes_per_call) + 1))
+    return max(2, min(MAX_COPIES, 2 * cache // max(1, bytes_per_call) + 1))
 
 
-def _warm_up(call: Callable[[int], object], block: Callable[[Callable, int], float]) -> int:
+def _warm_up(call: Callable[[int], object], block: Callable[[Callable[..., Any], int], float]) -> int:
     """Returns how many calls make a block."""
     for index in range(WARM_UP):
         call(index)

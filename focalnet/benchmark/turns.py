@@ -16,14 +16,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 from .runtimes import Case
 from .timing import ratio
 
 OURS = "focalnet"
 WARM_UP_ROUNDS = 1  # after all processes have started, and not counted
-TURN_S = 0.25  # a turn has as many runs as fit, at least one and at most MOST_RUNS; their median is its time
-MOST_RUNS = 16
+TURN_S = 0.25  # a turn has as many runs as fit, at least one and at most MAX_RUNS; their median is its time
+MAX_RUNS = 16
 STEADY = 0.02  # standard error of a ratio, over the ratio, below which no more rounds are needed
 MORE = 0.5  # of the rounds asked for, how many are added at most
 NOISY = 1.25  # median over fastest, from which times (not ratios) are said to be unlike those of an idle machine
@@ -51,7 +52,7 @@ class Runtime:
 
     def warm_up(self) -> None:
         """A turn that is not counted; it says how many runs fit into one."""
-        self._runs_a_turn = min(MOST_RUNS, max(1, round(TURN_S / self._run())))
+        self._runs_a_turn = min(MAX_RUNS, max(1, round(TURN_S / self._run())))
 
     def turn(self) -> None:
         """Runs for about `TURN_S`."""
@@ -76,14 +77,14 @@ class Runtime:
         self.process.stdin.write(command + "\n")
         self.process.stdin.flush()
 
-    def _read(self) -> list:
+    def _read(self) -> list[Any]:
         line = self.process.stdout.readline()
         return json.loads(line) if line else ["absent", "its process ended; FOCALNET_DEBUG=1 shows what it says"]
 
 
 def compare(
     case: Case, names: list[str], rounds: int, on_step: Callable[[], object] = lambda: None
-) -> tuple[list[dict], dict[str, str]]:
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """The rows of the runtimes that are there, and why each of the others is not.
 
     ``rounds`` is at least 2. ``on_step`` is called ``steps(names, rounds)`` times.
@@ -122,7 +123,7 @@ def _take_turns(runtimes: list[Runtime], rounds: int, on_step: Callable[[], obje
                 on_step()
 
 
-def order(runtimes: list, number: int) -> list:
+def order(runtimes: list[Any], number: int) -> list[Any]:
     """The order of a round, the same in every run: rotation alone would keep everybody's predecessor."""
     return random.Random(number).sample(runtimes, len(runtimes))
 
@@ -136,7 +137,7 @@ def _base(runtimes: list[Runtime]) -> Runtime:
     return next((runtime for runtime in runtimes if runtime.name == OURS), runtimes[0])
 
 
-def _row(case: Case, runtime: Runtime, base: Runtime) -> dict:
+def _row(case: Case, runtime: Runtime, base: Runtime) -> dict[str, Any]:
     low, median, high = statistics.quantiles(runtime.turns, n=4, method="inclusive")
     return {
         "case": "training step" if case.training else "inference",
@@ -156,7 +157,7 @@ def _row(case: Case, runtime: Runtime, base: Runtime) -> dict:
     }
 
 
-def warnings(rows: list[dict]) -> list[str]:
+def warnings(rows: list[dict[str, Any]]) -> list[str]:
     """A line for each figure that the machine was too busy with something else to settle."""
     unsteady = [
         f"{row['runtime']} {row['ratio']:.2f} (standard error {row['ratio_error']:.0%})"

@@ -15,7 +15,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from typing import IO
+from typing import IO, Any
 
 import torch
 
@@ -50,7 +50,7 @@ def main(out: IO[str]) -> None:
     say(out, "peak", peak_bytes(case))
 
 
-def warm_up(run: Callable, images: list[torch.Tensor]) -> None:
+def warm_up(run: Callable[..., Any], images: list[torch.Tensor]) -> None:
     """The first run compiles, and counts for nothing in the time."""
     run(images[0])
     start = time.perf_counter()
@@ -59,7 +59,7 @@ def warm_up(run: Callable, images: list[torch.Tensor]) -> None:
             run(images[index % INPUTS])
 
 
-def seconds_of(run: Callable, image: torch.Tensor) -> float:
+def seconds_of(run: Callable[..., Any], image: torch.Tensor) -> float:
     synchronize(image)
     start = time.perf_counter()
     run(image)

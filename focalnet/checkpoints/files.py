@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -31,12 +32,12 @@ SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 _AGAIN = "fetch or copy the file again"
 
 
-def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of `read_weights`."""
     return read_weights(path).tensors
 
 
-def read_weights(path: str | os.PathLike, use_ema: bool | None = None) -> Weights:
+def read_weights(path: str | os.PathLike[str], use_ema: bool | None = None) -> Weights:
     """The state dict in a file, on the CPU: safetensors by content or suffix, otherwise what torch.save wrote.
 
     Of a training script's file, the weights are taken and everything beside them ignored: objects of classes that lie
@@ -74,12 +75,12 @@ def _check_kind(path: Path, start: bytes) -> None:
         raise ValueError(f"{path}: this is JSON, such as a configuration, and holds no weights; {advice}")
 
 
-def read_directory(path: str | os.PathLike) -> dict[str, Tensor]:
+def read_directory(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The tensors of `weights_of_directory`."""
     return weights_of_directory(path).tensors
 
 
-def weights_of_directory(path: str | os.PathLike, use_ema: bool | None = None) -> Weights:
+def weights_of_directory(path: str | os.PathLike[str], use_ema: bool | None = None) -> Weights:
     """The state dict of a directory as save_pretrained writes it, in one file or several.
 
     Raises:
@@ -105,7 +106,7 @@ def parts_of(path: Path) -> list[Path]:
     return [path.parent / name for name in sorted(set(index.values()))]
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; ValueError, naming the file, if it holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -116,7 +117,7 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], wrapper: str | None = None) -> Path:
+def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], wrapper: str | None = None) -> Path:
     """Write a state dict: safetensors for that suffix, otherwise torch.save, there under the key ``wrapper`` if any.
 
     An existing file is replaced only once the new one is complete.

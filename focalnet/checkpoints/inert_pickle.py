@@ -66,7 +66,7 @@ class Inert:
         """As a set's."""
 
 
-class _Dict(dict):
+class _Dict(dict[str, Any]):
     """An OrderedDict of the file, without the attributes that a pickle could set on one."""
 
     __slots__ = ()
@@ -79,6 +79,7 @@ class _Function:
     """One of the functions that a pickle may call; it keeps no attributes and takes no state."""
 
     __slots__ = ("_call",)
+    _call: Callable[..., Any]
 
     def __init__(self, call: Callable[..., Any]) -> None:
         object.__setattr__(self, "_call", call)
@@ -115,12 +116,12 @@ def _rebuild_parameter(data: object, *_: object) -> object:
     return data if type(data) is Tensor else Inert()
 
 
-def _rebuild_from_type(function: object, kind: object, args: object, state: object) -> object:
+def _rebuild_from_type(function: object, kind: object, args: Any, state: object) -> object:
     """A tensor with attributes, or of a subclass: the tensor alone, where it is one that can be had."""
     return function(*args) if isinstance(function, _Function) else Inert()
 
 
-def _check_inside(storage: TypedStorage, offset: object, size: object, stride: object) -> None:
+def _check_inside(storage: TypedStorage, offset: Any, size: Any, stride: Any) -> None:
     """Otherwise torch would enlarge the storage to whatever the file says."""
     numbers = [offset, *size, *stride]
     if not all(type(number) is int and number >= 0 for number in numbers) or len(size) != len(stride):
@@ -188,7 +189,7 @@ def _stand_in(module: str, name: str) -> object:
     return type("Inert", (Inert,), {"__slots__": (), "names": f"{module}.{name}"})
 
 
-def _storages_only(persistent_load: Callable[[tuple], object]) -> Callable[[object], object]:
+def _storages_only(persistent_load: Callable[[tuple[Any, ...]], object]) -> Callable[[object], object]:
     def load_storage(saved: object) -> object:
         if type(saved) is not tuple or len(saved) < 2 or saved[0] not in ("storage", b"storage"):
             raise pickle.UnpicklingError("it refers to something else than the data of a tensor")

@@ -13,6 +13,8 @@ from functools import cache
 
 from torch import Tensor
 
+from ..fusion.part_names import MODULATION
+
 NAMINGS = ("transformers", "authors", "timm")
 
 
@@ -36,19 +38,24 @@ def _in_block(transformers: str, authors: str, timm: str, pointwise: bool = Fals
     return Row("encoder.stages.{stage}.layers.{layer}." + transformers, block + authors, block + timm, pointwise)
 
 
+def _in_modulation(part: str, pointwise: bool = False) -> Row:
+    transformers, authors, timm = (f"modulation.{getattr(MODULATION[naming], part)}" for naming in NAMINGS)
+    return _in_block(transformers, authors, timm, pointwise)
+
+
 TABLE = (
     Row("embeddings.patch_embeddings.projection", "patch_embed.proj", "stem.proj"),
     Row("embeddings.norm", "patch_embed.norm", "stem.norm"),
     Row("embeddings.mask_token", None, None),
     _in_block("norm1", "norm1", "norm1{post}"),
     _in_block("norm2", "norm2", "norm2{post}"),
-    _in_block("modulation.projection_in", "modulation.f", "modulation.f", pointwise=True),
+    _in_modulation("projection_in", pointwise=True),
     _in_block(
         "modulation.focal_layers.{level}.0", "modulation.focal_layers.{level}.0", "modulation.focal_layers.{level}.0"
     ),
-    _in_block("modulation.projection_context", "modulation.h", "modulation.h"),
-    _in_block("modulation.layernorm", "modulation.ln", "modulation.norm"),
-    _in_block("modulation.projection_out", "modulation.proj", "modulation.proj", pointwise=True),
+    _in_modulation("projection_context"),
+    _in_modulation("layernorm"),
+    _in_modulation("projection_out", pointwise=True),
     _in_block("mlp.fc1", "mlp.fc1", "mlp.fc1", pointwise=True),
     _in_block("mlp.fc2", "mlp.fc2", "mlp.fc2", pointwise=True),
     _in_block("gamma_1", "gamma_1", "ls1.gamma"),
@@ -80,7 +87,7 @@ _PLACES = {
 
 
 @cache
-def _patterns(naming: str) -> tuple[tuple[Row, re.Pattern], ...]:
+def _patterns(naming: str) -> tuple[tuple[Row, re.Pattern[str]], ...]:
     """The rows that ``naming`` has, each with what recognises its keys."""
     patterns = []
     for row in TABLE:
@@ -154,7 +161,7 @@ def rename(
         key = parse(name, source)
         new_name = None if key is None else key.named(target, post_norm)
         misplaced = source == "timm" and key is not None and key.named(source, post_norm) != name
-        if new_name is None or new_name in renamed or misplaced:
+        if key is None or new_name is None or new_name in renamed or misplaced:
             unknown[name] = tensor
             continue
         renamed[new_name] = _reshaped(tensor, target) if key.is_matrix else tensor

@@ -89,7 +89,7 @@ class Checkpoint:
 
 
 def read_checkpoint(
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     *,
     variant: str | None = None,
     config: FocalNetConfig | None = None,
@@ -334,7 +334,7 @@ def _check_settled(fields: Mapping[str, Any], matching: list[str], format: str, 
 
 
 def pretrained_arguments(
-    model_class: Callable[[FocalNetConfig], Any], path: str | os.PathLike, arguments: Mapping[str, Any]
+    model_class: Callable[[FocalNetConfig], Any], path: str | os.PathLike[str], arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Arguments for from_pretrained(None, ...) that fill a ``model_class`` from a file of any format.
 

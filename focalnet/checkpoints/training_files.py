@@ -26,7 +26,7 @@ class Weights:
     notes: tuple[str, ...] = ()
 
 
-def choose(content: object, source: str, use_ema: bool | None = None) -> Weights:
+def choose(content: Any, source: str, use_ema: bool | None = None) -> Weights:
     """The state dict in what a file holds.
 
     Args:
@@ -77,7 +77,7 @@ def _candidates(content: object) -> tuple[str | None, str | None]:
     return plain, average
 
 
-def _is_of_mmengine(content: Mapping) -> bool:
+def _is_of_mmengine(content: Mapping[Any, Any]) -> bool:
     meta = content.get("meta")
     return "message_hub" in content or (isinstance(meta, Mapping) and "mmengine_version" in meta)
 
@@ -86,7 +86,7 @@ def _holds_tensors(value: object) -> bool:
     return isinstance(value, Mapping) and any(isinstance(entry, Tensor) for entry in _unwrapped(value).values())
 
 
-def _unwrapped(value: Mapping) -> Mapping:
+def _unwrapped(value: Mapping[Any, Any]) -> Mapping[Any, Any]:
     """``value``, or the mapping in it that has the tensors."""
     inner = next((value[name] for name in _INNER if isinstance(value.get(name), Mapping)), None)
     return value if inner is None else inner
@@ -118,7 +118,7 @@ def _described(content: object) -> str:
     return f"a dict with {shown} that are not tensors"
 
 
-def _not_tensors(content: Mapping) -> list[object]:
+def _not_tensors(content: Mapping[Any, Any]) -> list[object]:
     """The keys of all that has no place in a state dict."""
     return [name for name, value in content.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
 

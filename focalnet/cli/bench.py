@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -67,7 +67,13 @@ def bench(
         _print(case, facts, models, stages, absent)
 
 
-def _print(case: object, facts: dict, models: list[dict], stages: list[dict], absent: dict[str, str]) -> None:
+def _print(
+    case: Any,
+    facts: dict[str, Any],
+    models: list[dict[str, Any]],
+    stages: list[dict[str, Any]],
+    absent: dict[str, str],
+) -> None:
     from rich.console import Console
 
     from ..benchmark import tables, turns

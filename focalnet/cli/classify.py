@@ -60,7 +60,7 @@ def classify(
     where = device_for(device, backend)
     classifier = load_classifier(model, variant, parse_fields(fields), use_ema)
     use_labels(classifier.config, labels)
-    classifier = classifier.to(device=where, dtype=torch_dtype(dtype))
+    classifier = classifier.to(device=where, dtype=torch_dtype(dtype))  # type: ignore[call-arg]  # a wrapped method
     processor = load_processor(model, classifier.config)
 
     classified = []

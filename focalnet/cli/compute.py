@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
 
@@ -52,7 +52,7 @@ def torch_dtype(dtype: DType) -> torch.dtype:
     return getattr(torch, dtype.value)
 
 
-def backend_for(name: str | None) -> AbstractContextManager:
+def backend_for(name: str | None) -> AbstractContextManager[Any]:
     from .. import use_backend
 
     return nullcontext() if name is None else use_backend(name)

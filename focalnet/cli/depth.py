@@ -5,7 +5,7 @@ Pillow would clip them at 255: most of them would become white, and floating poi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import complain
 
@@ -91,7 +91,7 @@ def note_if_cut(image: Image.Image, stored: str, name: str) -> None:
     """
     if ";16" not in stored or image.mode not in ("RGB", "RGBA", "LA"):
         return
-    colours = image.getextrema()[: len(image.mode) - image.mode.endswith("A")]
+    colours: Any = image.getextrema()[: len(image.mode) - image.mode.endswith("A")]
     brightest = max(greatest for _, greatest in colours)
     if brightest < 2**6:
         _note(

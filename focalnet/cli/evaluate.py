@@ -92,13 +92,13 @@ def evaluate(
     where = device_for(device, backend)
     classifier = load_classifier(model, variant, parse_fields(fields), use_ema)
     ids = use_labels(classifier.config, labels)
-    classifier = classifier.to(device=where, dtype=torch_dtype(dtype))
+    classifier = classifier.to(device=where, dtype=torch_dtype(dtype))  # type: ignore[call-arg]  # a wrapped method
     if classifier.config.problem_type == "multi_label_classification":
         raise UserError(f"--model {model}: expected a model with one label an image, this one gives several")
     processor = load_processor(model, classifier.config)
     images = find_labelled_images(data, classifier.config, ids)
     among = sorted({image.label for image in images}) if among_folders else None
-    run = {"model": model, "data": str(data.resolve()), "dtype": dtype.value, "images": len(images)}
+    run: dict[str, object] = {"model": model, "data": str(data.resolve()), "dtype": dtype.value, "images": len(images)}
     if among is not None:
         run["among"] = f"{len(among)} of {classifier.config.num_labels} classes"
 

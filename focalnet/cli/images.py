@@ -24,7 +24,7 @@ EXTENSIONS = frozenset(
     ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split()  # noqa: SIM905
 )
 # Resizing the shortest edge of a strip of one pixel by thousands would ask for gigabytes.
-_MOST_ELONGATED = 200
+_MAX_ELONGATION = 200
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ def read_image(source: Path | IO[bytes], name: str | None = None) -> Image.Image
     """
     from PIL import Image, ImageOps
 
-    name = name or Path(source).name
+    name = name or Path(str(source)).name
     with Image.open(source) as opened:
         stored = str(opened.tile[0].args) if opened.tile else ""
         image = ImageOps.exif_transpose(opened)
         width, height = image.size
-        if max(width, height) > _MOST_ELONGATED * min(width, height):
-            raise ValueError(f"{width} x {height} pixels: more than {_MOST_ELONGATED} times longer than wide")
+        if max(width, height) > _MAX_ELONGATION * min(width, height):
+            raise ValueError(f"{width} x {height} pixels: more than {_MAX_ELONGATION} times longer than wide")
         note_if_cut(image, stored, name)
         return to_8_bit(image, opened, name).convert("RGB")
 

@@ -104,7 +104,7 @@ def _most_probable(
     return Classified(
         str(path),
         [
-            Prediction(config.id2label.get(index, f"LABEL_{index}"), index, value)
+            Prediction((config.id2label or {}).get(index, f"LABEL_{index}"), index, value)
             for value, index in zip(values.tolist(), indices, strict=True)
         ],
     )

@@ -184,5 +184,5 @@ def _backend_table(reasons: dict[str, str | None], extension_reason: str | None)
         verdict = Text("no", style="red") if reason else Text("yes", style="green")
         # Long, and shown already.
         why_not = "the compiled extension is missing: see above" if reason == extension_reason else reason
-        table.add_row(name, verdict, Text(why_not if reason else "", overflow="fold"))
+        table.add_row(name, verdict, Text((why_not or "") if reason else "", overflow="fold"))
     return table

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
 from .images import Skipped, find_images
@@ -44,18 +44,19 @@ def find_labelled_images(folder: Path, config: FocalNetConfig, ids: list[str] | 
 
 def _labels(names: list[str], config: FocalNetConfig, ids: list[str] | None, folder: Path) -> list[int]:
     """The label of each class folder: by its name, its id, the number that is its name, or its place."""
-    by_name = {label: index for index, label in config.id2label.items()}
+    id2label: Any = config.id2label
+    by_name: dict[str, int] = {label: index for index, label in id2label.items()}
     by_id = {wordnet_id: index for index, wordnet_id in enumerate(ids or [])}
     for index_of in (by_name, by_id):
         if names and all(name in index_of for name in names):
             return [index_of[name] for name in names]
-    if names and all(name.isdecimal() and int(name) < config.num_labels for name in names):
+    if names and all(name.isdecimal() and int(name) < (config.num_labels or 0) for name in names):
         return [int(name) for name in names]
     if len(names) == config.num_labels:
         return list(range(len(names)))
     some = ", ".join([*map(repr, names[:3]), *(["..."] if len(names) > 3 else [])])
     raise UserError(
-        f"DIR: expected class folders named by the model's labels ({config.id2label[0]!r}, ...), by WordNet id, or by "
+        f"DIR: expected class folders named by the model's labels ({id2label[0]!r}, ...), by WordNet id, or by "
         f"index, or exactly {config.num_labels} of them in alphabetical order; {folder} has {len(names)} "
         f"({some or 'none'})"
     )

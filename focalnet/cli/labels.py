@@ -65,8 +65,8 @@ def _read(file: Path) -> Labels:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--labels {file}: cannot be read as text: {error}") from None
     entries = _from_json(text, file) if text.lstrip()[:1] in ("[", "{") else text.strip().splitlines()
-    matches = [_WITH_ID.fullmatch(entry.strip()) for entry in entries]
-    if entries and all(matches):
+    matches = [match for entry in entries if (match := _WITH_ID.fullmatch(entry.strip()))]
+    if entries and len(matches) == len(entries):
         return Labels([match[2] for match in matches], [match[1] for match in matches])
     return Labels([entry.strip() for entry in entries])
 

@@ -110,7 +110,7 @@ def load_classifier(
         loaded = load_checkpoint(model, variant=variant, use_ema=use_ema, **fields)
         if not isinstance(loaded, FocalNetForImageClassification):
             raise UserError(f"expected a classifier, this holds a {type(loaded).__name__}")
-        if loaded.config.num_labels < 1 or loaded.config.problem_type == "regression":
+        if (loaded.config.num_labels or 0) < 1 or loaded.config.problem_type == "regression":
             raise UserError("expected a model with class labels, this one has none")
         if loaded.config.num_channels != 3:
             raise UserError(

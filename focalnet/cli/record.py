@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from .errors import UserError
 
@@ -49,7 +49,7 @@ class Record:
         self.ranks |= ranks
         self._write([[name, rank] for name, rank in ranks.items()])
 
-    def _write(self, values: list) -> None:
+    def _write(self, values: list[Any]) -> None:
         if self._file is not None:
             self._file.write("".join(json.dumps(value) + "\n" for value in values).encode())
             self._file.flush()

@@ -12,18 +12,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
-from .context_parts import is_pointwise, unusual_level
-from .module_checks import is_changed, is_exact_gelu, is_hooked
+from .context_parts import convolutions, is_pointwise, unusual_level
+from .module_checks import is_changed, is_exact_gelu, is_hooked, part
+from .part_names import MODULATION, ModulationNames
 
 Role = Callable[[nn.Module], bool]
+Norm = tuple["Tensor | None", "Tensor | None", "float | None"]  # weight, bias, eps; all None without norm
 
 
 @dataclass(frozen=True)
 class BlockNames:
-    """What a code base calls the parts of its block.
+    """What a code base calls the parts of its block; ``inner`` are those of the modulation.
 
     ``post_norm`` is the flag that says where the norms act; without one, it is the names of the norms that act behind
     the branch, which are identities otherwise. ``modulation`` and ``mlp`` are the classes of those parts; without one,
@@ -31,64 +34,53 @@ class BlockNames:
     that of its class. ``random`` are the parts of block, modulation and MLP that do nothing in inference.
     """
 
+    inner: ModulationNames = MODULATION["transformers"]
     modulation: type | None = None
     mlp: type | None = None
 
     post_norm: str | tuple[str, str] = "use_post_layernorm"
-    projection_in: str = "projection_in"
-    projection_context: str = "projection_context"
-    projection_out: str = "projection_out"
-    layernorm: str = "layernorm"
     use_layernorm: str | None = "use_post_layernorm_in_modulation"
-    normalize: tuple[str, ...] = ("normalize_modulator",)
-    activation: str = "activation"
     scales: tuple[str, str] = ("gamma_1", "gamma_2")
     random: tuple[str, ...] = ("projection_dropout", "drop", "drop_path")
-    forward: Callable | None = None
+    forward: Callable[..., Any] | None = None
 
-    def weights_of(self, block: nn.Module) -> tuple[tuple, list[Tensor | None]] | str:
+    def weights_of(self, block: nn.Module) -> tuple[tuple[Any, ...], list[Tensor | None]] | str:
         """The arguments of the operator cpu_block after ``hidden_state``, and the tensors among them.
 
         The reason instead, where a part of ``block`` is not what the operator takes it for.
         """
         if reason := self.unusual_part(block):
             return reason
-        parts, modulation, mlp = block._modules, block._modules["modulation"], block._modules["mlp"]._modules
-        inner = modulation._modules
-        norm1, norm2, post_norm = self._norms(block)
-        convolutions = [level._modules["0"] for level in inner["focal_layers"]._modules.values()]
-        focal_weights = [convolution._parameters["weight"] for convolution in convolutions]
+        modulation, mlp = part(block, "modulation"), part(block, "mlp")
+        name1, name2, post_norm = self._norms(block)
+        levels = convolutions(part(modulation, "focal_layers"))
+        focal_weights = [convolution._parameters["weight"] for convolution in levels]
         linears = (
-            *_weight_and_bias(inner[self.projection_context]),
-            *_weight_and_bias(inner[self.projection_out]),
-            *_weight_and_bias(mlp["fc1"]),
-            *_weight_and_bias(mlp["fc2"]),
+            *_weight_and_bias(part(modulation, self.inner.projection_context)),
+            *_weight_and_bias(part(modulation, self.inner.projection_out)),
+            *_weight_and_bias(part(mlp, "fc1")),
+            *_weight_and_bias(part(mlp, "fc2")),
         )
-        projection_in = _weight_and_bias(inner[self.projection_in])
-        norm1_weights, norm2_weights = _weight_and_bias(parts[norm1]), _weight_and_bias(parts[norm2])
-        layernorm = self._layernorm(modulation)
-        inner_norm = (None, None) if layernorm is None else _weight_and_bias(layernorm)
+        projection_in = _weight_and_bias(part(modulation, self.inner.projection_in))
+        norm1, norm2, inner_norm = _norm(part(block, name1)), _norm(part(block, name2)), self._inner_norm(modulation)
         scales = (_scale(block, self.scales[0]), _scale(block, self.scales[1]))
         arguments = (
             *projection_in,
             focal_weights,
             *linears,
-            *norm1_weights,
-            parts[norm1].eps,
-            *norm2_weights,
-            parts[norm2].eps,
+            *norm1,
+            *norm2,
             *inner_norm,
-            None if layernorm is None else layernorm.eps,
             *scales,
             post_norm,
-            any(getattr(modulation, name, False) for name in self.normalize),
+            any(getattr(modulation, name, False) for name in self.inner.normalize),
         )
-        norms = (*norm1_weights, *norm2_weights, *inner_norm)
+        norms = (*norm1[:2], *norm2[:2], *inner_norm[:2])
         return arguments, [*projection_in, *focal_weights, *linears, *norms, *scales]
 
     def unusual_part(self, block: nn.Module) -> str | None:
         """Why a part of ``block`` is not what the operator takes it for, or None if all are."""
-        modulation, mlp = block._modules["modulation"], block._modules["mlp"]
+        modulation, mlp = part(block, "modulation"), part(block, "mlp")
         reason = (
             _unusual(block, "", self._block_roles, self.forward)
             or _unusual(modulation, "modulation.", self._modulation_roles)
@@ -109,10 +101,10 @@ class BlockNames:
 
     def random_part(self, block: nn.Module) -> str | None:
         """Why a part of ``block`` draws random numbers although the block itself is in evaluation mode."""
-        for owner in (block, block._modules["modulation"], block._modules["mlp"]):
+        for owner in (block, part(block, "modulation"), part(block, "mlp")):
             for name in self.random:
-                part = owner._modules.get(name)
-                if part is not None and part.training and type(part) is not nn.Identity:
+                child = owner._modules.get(name)
+                if child is not None and child.training and type(child) is not nn.Identity:
                     return f"{name} is in training mode"
         return None
 
@@ -124,11 +116,13 @@ class BlockNames:
             return *self.post_norm, True
         return "norm1", "norm2", False
 
-    def _layernorm(self, modulation: nn.Module) -> nn.LayerNorm | None:
+    def _inner_norm(self, modulation: nn.Module) -> Norm:
         if self.use_layernorm is not None and not getattr(modulation, self.use_layernorm, False):
-            return None
-        layernorm = modulation._modules.get(self.layernorm)
-        return None if type(layernorm) is nn.Identity else layernorm
+            return None, None, None
+        layernorm = modulation._modules.get(self.inner.layernorm)
+        if layernorm is None or type(layernorm) is nn.Identity:
+            return None, None, None
+        return _norm(layernorm)
 
     def _plain_scales(self, block: nn.Module) -> list[float]:
         scales = (block.__dict__.get(name) for name in self.scales)
@@ -148,13 +142,13 @@ class BlockNames:
 
     @functools.cached_property
     def _modulation_roles(self) -> dict[str, Role]:
-        projections = (self.projection_in, self.projection_context, self.projection_out)
+        projections = (self.inner.projection_in, self.inner.projection_context, self.inner.projection_out)
         return {
             **dict.fromkeys(projections, _is_linear),
             "focal_layers": lambda module: type(module) is nn.ModuleList,
-            self.activation: is_exact_gelu,
+            self.inner.activation: is_exact_gelu,
             "act": is_exact_gelu,
-            self.layernorm: _is_norm,
+            self.inner.layernorm: _is_norm,
             **dict.fromkeys(self.random, _is_random),
         }
 
@@ -162,38 +156,40 @@ class BlockNames:
     def _mlp_roles(self) -> dict[str, Role]:
         return {
             **dict.fromkeys(("fc1", "fc2"), _is_linear),
-            self.activation: is_exact_gelu,
+            self.inner.activation: is_exact_gelu,
             "norm": lambda module: type(module) is nn.Identity,
             **dict.fromkeys(self.random, _is_random),
         }
 
 
-def _unusual(owner: nn.Module, prefix: str, roles: dict[str, Role], forward: Callable | None = None) -> str | None:
+def _unusual(
+    owner: nn.Module, prefix: str, roles: dict[str, Role], forward: Callable[..., Any] | None = None
+) -> str | None:
     """Why a child of ``owner`` does not play its role; ``forward`` is what that of the modulation may be bound to."""
     for name, module in owner._modules.items():
         is_bound = name == "modulation" and forward is not None and _is_bound_to(module, forward)
-        if not is_bound and (not roles.get(name, _never)(module) or is_changed(module)):
+        if not is_bound and (module is None or not roles.get(name, _never)(module) or is_changed(module)):
             return _is_unusual(prefix + name, module)
     return None
 
 
-def _is_bound_to(modulation: nn.Module | None, forward: Callable) -> bool:
+def _is_bound_to(modulation: nn.Module | None, forward: Callable[..., Any]) -> bool:
     """Whether ``modulation`` is unchanged but for a ``forward`` that computes the same, and keeps nothing of it."""
     if modulation is None or is_hooked(modulation):
         return False
-    bound = modulation.__dict__.get("forward")
+    bound: Any = modulation.__dict__.get("forward")
     if getattr(bound, "func", None) is not forward:
         return False
     return not bound.keywords.get("keep_modulator")
 
 
 def _unusual_level(modulation: nn.Module) -> str | None:
-    name = unusual_level(modulation._modules["focal_layers"])
+    focal_layers = part(modulation, "focal_layers")
+    name = unusual_level(focal_layers)
     if name is not None:
         return _is_unusual(f"modulation.{name}", modulation.get_submodule(name))
     # Computed weights would be attributes.
-    levels = modulation._modules["focal_layers"]._modules.values()
-    return None if all(_has_parameters(level._modules["0"]) for level in levels) else "a weight is computed"
+    return None if all(map(_has_parameters, convolutions(focal_layers))) else "a weight is computed"
 
 
 def _is_unusual(name: str, module: nn.Module | None) -> str:
@@ -203,6 +199,11 @@ def _is_unusual(name: str, module: nn.Module | None) -> str:
 def _weight_and_bias(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     parameters = module._parameters
     return parameters["weight"], parameters["bias"]
+
+
+def _norm(module: nn.Module) -> Norm:
+    eps: Any = module.eps
+    return *_weight_and_bias(module), eps
 
 
 def _scale(block: nn.Module, name: str) -> Tensor | None:
@@ -226,13 +227,14 @@ def _is_norm(module: nn.Module) -> bool:
     kind = type(module)
     # LayerNorm2d is timm's: the same norm of a channels-first map, which it is not here.
     if kind is nn.LayerNorm or kind.__name__ == "LayerNorm2d":
-        return len(module.normalized_shape) == 1 and _has_parameters(module)
+        shape: Any = module.normalized_shape
+        return len(shape) == 1 and _has_parameters(module)
     return kind is nn.Identity
 
 
 def _is_linear(module: nn.Module) -> bool:
-    kind = type(module)
-    return (kind is nn.Linear or (kind is nn.Conv2d and is_pointwise(module))) and _has_parameters(module)
+    is_product = type(module) is nn.Linear or (type(module) is nn.Conv2d and is_pointwise(module))
+    return is_product and _has_parameters(module)
 
 
 def _is_layer_scale(module: nn.Module) -> bool:

@@ -6,11 +6,14 @@ parameters that stand for something else (quantised, sharded, sparse) would go u
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ..backends.problem import is_plain_tensor
-from .module_checks import is_changed, is_exact_gelu
+from .module_checks import is_changed, is_exact_gelu, part
 
 
 def unusual_context(modulation: nn.Module, projection_context: str, activation: str) -> str | None:
@@ -19,20 +22,19 @@ def unusual_context(modulation: nn.Module, projection_context: str, activation: 
     ``projection_context`` and ``activation`` are the names of two of them; the others are ``focal_layers``. There may
     be no activation.
     """
-    parts = modulation._modules
-    if (name := unusual_level(parts["focal_layers"])) is not None:
+    focal_layers = part(modulation, "focal_layers")
+    if (name := unusual_level(focal_layers)) is not None:
         return name
-    convolutions = [level._modules["0"] for level in parts["focal_layers"]._modules.values()]
-    for index, convolution in enumerate(convolutions):
+    for index, convolution in enumerate(convolutions(focal_layers)):
         if not _is_readable(parameter(convolution, "weight")):
             return f"focal_layers.{index}.0"
-    context = parts[projection_context]
+    context = part(modulation, projection_context)
     if type(context) is not nn.Conv2d or not is_pointwise(context) or is_changed(context):
         return projection_context
     bias = parameter(context, "bias")
     if not _is_readable(parameter(context, "weight")) or not (bias is None or _is_readable(bias)):
         return projection_context
-    gelu = parts.get(activation)
+    gelu = modulation._modules.get(activation)
     if gelu is not None and (not is_exact_gelu(gelu) or is_changed(gelu)):
         return activation
     return None
@@ -49,6 +51,12 @@ def unusual_level(focal_layers: nn.Module) -> str | None:
         if not is_exact_gelu(activation) or is_changed(activation):
             return f"focal_layers.{index}.1"
     return None
+
+
+def convolutions(focal_layers: nn.Module) -> list[nn.Module]:
+    """Those of the levels, each of which is known to be a Sequential."""
+    levels: Iterable[Any] = focal_layers._modules.values()
+    return [level._modules["0"] for level in levels]
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -84,8 +92,18 @@ def parameter(module: nn.Module, name: str) -> Tensor | None:
     return module.__dict__.get(name) if found is None else found
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight that ``module`` computes with and is known to have."""
+    weight: Any = parameter(module, "weight")
+    return weight
+
+
 def _is_readable(tensor: Tensor | None) -> bool:
     if is_plain_tensor(tensor):
         return True
     # Exporters put tensors of their own in the place of parameters.
-    return type(tensor).__module__.startswith("torch._subclasses") and tensor.layout is torch.strided
+    return isinstance(tensor, Tensor) and _is_fake(tensor) and tensor.layout is torch.strided
+
+
+def _is_fake(tensor: Tensor) -> bool:
+    return type(tensor).__module__.startswith("torch._subclasses")

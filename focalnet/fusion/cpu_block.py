@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from .block_parts import BlockNames
 from .cpu_inference import kernel, why_not_call, why_not_weights
 from .gate import while_unchanged
 
-Call = list  # [operator, its arguments behind the map]
+Call = list[Any]  # [operator, its arguments behind the map]
 
 
 def runner(

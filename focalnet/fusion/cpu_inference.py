@@ -7,6 +7,7 @@ nothing can go stale, however a weight is written and whoever writes it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ def why_not_call(input: Tensor) -> str | None:
     return "autocast is on" if torch.is_autocast_enabled("cpu") else None
 
 
-def kernel(operator: str, dtype: torch.dtype, backend: str | None) -> Callable | str:
+def kernel(operator: str, dtype: torch.dtype, backend: str | None) -> Callable[..., Any] | str:
     """What runs ``operator`` on a map of ``dtype``, or the reason why modules have to."""
     return optional_kernel(Problem(operator, CPU, dtype), backend)
 

@@ -4,6 +4,8 @@ on channels-last tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,11 +13,13 @@ from .cpu_inference import kernel, why_not_weights
 from .module_checks import is_changed
 
 
-def call(conv: nn.Module, norm: nn.Module, dtype: torch.dtype, backend: str | None) -> list | str:
+def call(conv: nn.Module | None, norm: nn.Module | None, dtype: torch.dtype, backend: str | None) -> list[Any] | str:
     """What `run` calls instead of ``conv`` and ``norm``; the reason instead, where these have to be called."""
     operator = kernel("patch_embed", dtype, backend)
     if isinstance(operator, str):
         return operator
+    if conv is None or norm is None:
+        return "there is no projection, or no norm"
     if reason := _unusual_part(conv, norm):
         return reason
     affine = (norm._parameters["weight"], norm._parameters["bias"])
@@ -24,7 +28,7 @@ def call(conv: nn.Module, norm: nn.Module, dtype: torch.dtype, backend: str | No
     return reason or [operator, [*projection, conv.stride, conv.padding], [*affine, norm.eps]]
 
 
-def run(x: Tensor, size: tuple[int, int], call: list) -> Tensor:
+def run(x: Tensor, size: tuple[int, int], call: list[Any]) -> Tensor:
     """``norm(conv(x))``, (B, H, W, C) -> (B, *size, N), by the `call` that they gave."""
     operator, before_size, behind_size = call
     return operator(x, *before_size, size, *behind_size)

@@ -28,7 +28,7 @@ def why_not_fused(input: object) -> str | None:
     """Why modules have to be called one by one in a call with ``input``, whatever they are; or None."""
     if type(input) not in (Tensor, nn.Parameter):
         return f"expected a plain tensor, got {type(input).__name__}"
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return "the call is being traced"
     if torch._C._are_functorch_transforms_active():
         return "the call is being transformed"
@@ -38,12 +38,12 @@ def why_not_fused(input: object) -> str | None:
 
 
 class _Known(NamedTuple):
-    settings: tuple
+    settings: tuple[Any, ...]
     structure: Any
     answer: _Answer
 
 
-def while_unchanged(question: Callable) -> Callable:
+def while_unchanged(question: Callable[..., Any]) -> Callable[..., Any]:
     """``question(module, *settings)``, asked again only where the module, or a setting, is another.
 
     The question may read what csrc/structure.h lists, and nothing else: no shape of a parameter, for example. The
@@ -81,7 +81,7 @@ class _Answer:
     tuple, which is the next value. The last is the answer.
     """
 
-    def __init__(self, constants: list[Any], steps: list[Callable[[list[Any]], tuple]]) -> None:
+    def __init__(self, constants: list[Any], steps: list[Callable[[list[Any]], tuple[Any, ...]]]) -> None:
         self._constants = constants
         self._steps = steps
 
@@ -118,7 +118,7 @@ class _Answer:
         return values[-1][0]
 
 
-def _taker(places: list[int]) -> Callable[[list[Any]], tuple]:
+def _taker(places: list[int]) -> Callable[[list[Any]], tuple[Any, ...]]:
     if len(places) > 1:
         return operator.itemgetter(*places)  # a tuple, in C
     return lambda values: (values[places[0]],)

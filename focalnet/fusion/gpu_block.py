@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +25,12 @@ from ..operators import norm_mlp as _norm_mlp  # noqa: F401
 from ..operators import residual as _residual  # noqa: F401
 from .block_parts import BlockNames
 from .gate import while_unchanged, why_not_fused
-from .module_checks import is_changed
+from .module_checks import is_changed, part
 
 OPS = torch.ops.focalnet
 Norm = tuple[Tensor, Tensor, float]  # weight, bias, eps
 Linear = tuple[Tensor, "Tensor | None"]  # weight, bias
+MaybeTensor = TypeVar("MaybeTensor", Tensor, "Tensor | None")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def runner(
     parts = _parts(block, names, hidden_state.dtype, hidden_state.device, cast)
     if isinstance(parts, str):
         return parts
-    made = _Block(*parts, cast, backend)
+    made = _Block(*[*parts, cast, backend])
     # Asked every time: the gate keeps no shapes.
     if any(gamma is not None and gamma.shape != hidden_state.shape[-1:] for gamma in (made.gamma_1, made.gamma_2)):
         return "a layer scale has not one value for each channel"
@@ -114,12 +115,12 @@ def _parts(
 
 def _keep(block: nn.Module, names: BlockNames) -> float | str:
     """The probability that a branch is kept, 1 where nothing is drawn; or why that is not all that is random."""
-    for owner in (block, block._modules["modulation"], block._modules["mlp"]):
+    for owner in (block, part(block, "modulation"), part(block, "mlp")):
         for name in names.random:
-            part = owner._modules.get(name)
-            if type(part) is nn.Dropout and part.training and part.p > 0:
+            child = owner._modules.get(name)
+            if type(child) is nn.Dropout and child.training and child.p > 0:
                 return f"{name} is in training mode"
-    drop_path = block._modules.get("drop_path")
+    drop_path: Any = block._modules.get("drop_path")
     if drop_path is None or type(drop_path) is nn.Identity or not drop_path.training:
         return 1.0
     if type(drop_path).__name__ != "DropPath" or is_changed(drop_path) or not 0 <= drop_path.drop_prob < 1:
@@ -195,7 +196,7 @@ def _mlp(block: _Block, hidden_state: Tensor, norm: Norm | None = None, normed: 
     return OPS.norm_mlp(hidden_state, *norm, *weights, normed, block.backend)[0]
 
 
-def _cast(block: _Block, tensor: Tensor | None) -> Tensor | None:
+def _cast(block: _Block, tensor: MaybeTensor) -> MaybeTensor:
     return tensor if tensor is None or block.cast is None else tensor.to(block.cast)
 
 

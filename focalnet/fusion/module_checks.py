@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeGuard, TypeVar
+
 import torch
 import torch.fx
 from torch import nn
 
 from ..backends.problem import is_plain_tensor
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def part(module: nn.Module, name: str) -> nn.Module:
+    """The child ``name`` of ``module``, by dictionary: it is known to be there."""
+    child: Any = module._modules[name]
+    return child
 
 
 def is_changed(module: nn.Module) -> bool:
@@ -40,7 +50,7 @@ def is_proxy(value: object) -> bool:
     return isinstance(value, torch.fx.Proxy)
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, kind: type[ModuleT]) -> TypeGuard[ModuleT]:
     """Whether ``module`` is a ``kind``, no subclass of it, unchanged, with ordinary tensors as parameters.
 
     Adapters, quantisation, sharding and parametrisation show in one of these.

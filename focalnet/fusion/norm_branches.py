@@ -7,6 +7,8 @@ sharding) keeps being called.
 
 from __future__ import annotations
 
+from typing import Any, TypeGuard
+
 import torch
 from torch import Tensor, nn
 
@@ -42,23 +44,24 @@ def norm_mlp(
     """
     if norm is not None and not _is_norm(norm, hidden_state):
         return None
-    if not (is_plain(mlp.fc1, nn.Linear) and is_plain(mlp.fc2, nn.Linear)) or is_changed(mlp.activation):
+    parts: Any = mlp
+    if not (is_plain(parts.fc1, nn.Linear) and is_plain(parts.fc2, nn.Linear)) or is_changed(parts.activation):
         return None
-    if not is_exact_gelu(mlp.activation) or type(mlp.drop) is not nn.Dropout or is_changed(mlp.drop):
+    if not is_exact_gelu(parts.activation) or type(parts.drop) is not nn.Dropout or is_changed(parts.drop):
         return None
     operands = None
-    if mlp.drop.p == 0.0 or not mlp.drop.training:
-        operands = _operands(norm, (mlp.fc1, mlp.fc2), hidden_state, backend)
+    if parts.drop.p == 0.0 or not parts.drop.training:
+        operands = _operands(norm, (parts.fc1, parts.fc2), hidden_state, backend)
     if operands is None:
         return None
     hidden_state, norm_weight, norm_bias, weights = operands
     eps = None if norm is None else norm.eps
-    if normed is not None:
+    if normed is not None and weights[0] is not None:
         normed = normed.to(weights[0].dtype)
     return torch.ops.focalnet.norm_mlp(hidden_state, norm_weight, norm_bias, eps, *weights, normed, backend)[0]
 
 
-def _is_norm(norm: nn.Module, hidden_state: Tensor) -> bool:
+def _is_norm(norm: nn.Module, hidden_state: Tensor) -> TypeGuard[nn.LayerNorm]:
     if is_proxy(hidden_state):
         return False
     return is_plain(norm, nn.LayerNorm) and tuple(norm.normalized_shape) == (hidden_state.shape[-1],)
@@ -74,8 +77,8 @@ def _operands(
     modules = linears if norm is None else (norm, *linears)
     if _must_stay_visible(hidden_state, backend) or not (torch.is_grad_enabled() or any(m.training for m in modules)):
         return None
-    norm_weight, norm_bias = (None, None) if norm is None else (norm.weight, norm.bias)
-    weights = [parameter for linear in linears for parameter in (linear.weight, linear.bias)]
+    norm_weight, norm_bias = (None, None) if norm is None else _weight_and_bias(norm)
+    weights = [parameter for linear in linears for parameter in _weight_and_bias(linear)]
     parameters = [p for p in (norm_weight, norm_bias, *weights) if p is not None]
     device_type = hidden_state.device.type
     if any(p.device.type != device_type for p in parameters):
@@ -89,6 +92,10 @@ def _operands(
     if any(p.dtype != hidden_state.dtype for p in parameters):
         return None
     return hidden_state, norm_weight, norm_bias, weights
+
+
+def _weight_and_bias(module: Any) -> tuple[Tensor | None, Tensor | None]:
+    return module.weight, module.bias
 
 
 def _must_stay_visible(hidden_state: Tensor, backend: str | None) -> bool:

@@ -5,7 +5,8 @@ Everything between the stem's convolution and the head is channels-last, ``(B, H
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,14 +45,15 @@ class FocalNetEmbeddings(nn.Module):
         pixel_values = pixel_values.to(self.patch_embeddings.projection.weight.dtype)
         images = pixel_values.permute(0, 2, 3, 1)
         call = why_not_call(images) or _stem_call(self, images.dtype, requested(None))
-        if isinstance(call, str):
-            return self.dropout(self._masked(self.norm(self.patch_embeddings(images)), bool_masked_pos))
-        return self._masked(self.patch_embeddings.by_operator(images, call), bool_masked_pos)
-
-    def _masked(self, embeddings: Tensor, bool_masked_pos: Tensor | None) -> Tensor:
-        if bool_masked_pos is None:
-            return embeddings
-        return torch.where(self._mask_of_grid(bool_masked_pos, embeddings), self.mask_token, embeddings)
+        by_operator = not isinstance(call, str)
+        if by_operator:
+            embeddings = self.patch_embeddings.by_operator(images, call)
+        else:
+            embeddings = self.norm(self.patch_embeddings(images))
+        if bool_masked_pos is not None:
+            embeddings = self._masked(bool_masked_pos, embeddings)
+        # Where the operator runs, the dropout does nothing.
+        return embeddings if by_operator else self.dropout(embeddings)
 
     def _check_images(self, pixel_values: Tensor | None) -> None:
         channels = self.patch_embeddings.num_channels
@@ -72,7 +74,7 @@ class FocalNetEmbeddings(nn.Module):
                 f"(AutoImageProcessor) rescales and normalises integer images"
             )
 
-    def _mask_of_grid(self, bool_masked_pos: Tensor, embeddings: Tensor) -> Tensor:
+    def _masked(self, bool_masked_pos: Tensor, embeddings: Tensor) -> Tensor:
         batch, height, width, _ = embeddings.shape
         if self.mask_token is None:
             raise ValueError(
@@ -84,11 +86,11 @@ class FocalNetEmbeddings(nn.Module):
                 f"bool_masked_pos: expected shape ({batch}, {height * width}), one value for each patch of the "
                 f"{height} x {width} grid, got {tuple(bool_masked_pos.shape)}"
             )
-        return bool_masked_pos.bool().view(batch, height, width, 1)
+        return torch.where(bool_masked_pos.bool().view(batch, height, width, 1), self.mask_token, embeddings)
 
 
 @while_unchanged
-def _stem_call(stem: FocalNetEmbeddings, dtype: torch.dtype, backend: str | None) -> list | str:
+def _stem_call(stem: FocalNetEmbeddings, dtype: torch.dtype, backend: str | None) -> list[Any] | str:
     dropout = stem.dropout
     if type(dropout) is not nn.Dropout or is_changed(dropout) or (dropout.training and dropout.p > 0):
         return "dropout was replaced, wrapped or hooked, or drops something"
@@ -141,7 +143,7 @@ class FocalNetLayer(GradientCheckpointingLayer):
         return getattr(self.modulation, "backend", None)
 
     def forward(self, hidden_state: Tensor) -> Tensor:
-        run = "gradients are being computed"
+        run: Callable[[Tensor], Tensor] | str = "gradients are being computed"
         if not torch.is_grad_enabled():
             run = cpu_block.runner(self, OURS, hidden_state, self.backend)
         if isinstance(run, str):
@@ -158,7 +160,8 @@ class FocalNetLayer(GradientCheckpointingLayer):
 
     def branch_of_normed(self, branch: nn.Module, norm: nn.Module, hidden_state: Tensor) -> Tensor:
         """``branch(norm(hidden_state))``"""
-        if type(branch) in (FocalModulation, FocalNetMlp) and not (is_changed(branch) or all_are_watched()):
+        is_taken = not (is_changed(branch) or all_are_watched())
+        if is_taken and (type(branch) is FocalModulation or type(branch) is FocalNetMlp):
             return branch.of_normed(norm, hidden_state, backend=self.backend)
         return branch(norm(hidden_state))
 
@@ -188,12 +191,12 @@ class FocalNetStage(nn.Module):
             hidden_state = layer(hidden_state)
         return hidden_state if self.downsample is None else self.downsample(hidden_state), hidden_state
 
-    def by_operators(self, hidden_state: Tensor, calls: list) -> tuple[Tensor, Tensor]:
+    def by_operators(self, hidden_state: Tensor, calls: list[Any]) -> tuple[Tensor, Tensor]:
         """What forward returns, by the `_calls` of the stage alone."""
         blocks, downsampling = calls
         for operator, arguments in blocks:
             hidden_state = operator(hidden_state, *arguments)
-        if downsampling is None:
+        if downsampling is None or self.downsample is None:
             return hidden_state, hidden_state
         return self.downsample.by_operator(hidden_state, downsampling), hidden_state
 
@@ -214,6 +217,7 @@ class FocalNetEncoder(nn.Module):
             hidden_state, taps = _tap(hidden_state, taps)
         # Asked once, before the first block: an operator evicts Python's objects from the caches.
         calls = why_not_call(hidden_state) or _calls(self, hidden_state.dtype, requested(None))
+        stage: Any  # FocalNetStage, or what was put in its place
         for index, stage in enumerate(self.stages):
             if isinstance(calls, str):
                 hidden_state, before = stage(hidden_state)
@@ -227,7 +231,7 @@ class FocalNetEncoder(nn.Module):
 
 
 @while_unchanged
-def _calls(encoder: FocalNetEncoder, dtype: torch.dtype, around: str | None) -> list | str:
+def _calls(encoder: FocalNetEncoder, dtype: torch.dtype, around: str | None) -> list[Any] | str:
     """For each stage the calls of its blocks and that of its downsampling or None, by which CPU inference goes.
 
     The reason instead, where a module between them has to be called. ``around`` is the backend that was asked for by
@@ -242,10 +246,11 @@ def _calls(encoder: FocalNetEncoder, dtype: torch.dtype, around: str | None) -> 
     return found
 
 
-def _calls_of_stage(stage: nn.Module, dtype: torch.dtype, around: str | None) -> list | str:
+def _calls_of_stage(stage: nn.Module, dtype: torch.dtype, around: str | None) -> list[Any] | str:
     if type(stage) is not FocalNetStage or is_changed(stage):
         return "a stage was replaced, wrapped or hooked"
-    blocks, downsample = list(stage.layers._modules.values()), stage.downsample
+    blocks: list[Any] = list(stage.layers._modules.values())
+    downsample = stage.downsample
     if any(type(block) is not FocalNetLayer or is_changed(block) for block in blocks):
         return "a block was replaced, wrapped or hooked"
     found = [cpu_block.call(block, OURS, dtype, block.backend or around) for block in blocks]

@@ -37,14 +37,26 @@ _CLASSES = {
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # Fields that change what a model computes and that a file outside transformers' format may not tell.
-_RESULT_FIELDS = ("normalize_modulator", "use_post_layernorm", "use_conv_embed", "stem_padding", "patch_size")
-_RESULT_FIELDS += ("hidden_act", "layer_norm_eps", "drop_incomplete_patches")
+_RESULT_FIELDS = (
+    "normalize_modulator",
+    "use_post_layernorm",
+    "use_conv_embed",
+    "stem_padding",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+    "drop_incomplete_patches",
+)
 # What the classifier is called where it is not called so.
 _HEADS = {"authors": "head.weight", "timm": "head.fc.weight"}
 
 
 def load_checkpoint(
-    path_or_id: str | os.PathLike, *, variant: str | None = None, use_ema: bool | None = None, **config_fields: Any
+    path_or_id: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    use_ema: bool | None = None,
+    **config_fields: Any,
 ) -> FocalNetPreTrainedModel:
     """Load a checkpoint as a model of the class that fits it, in evaluation mode.
 
@@ -120,8 +132,8 @@ class Conversion:
 
 
 def convert_checkpoint(
-    src: str | os.PathLike,
-    dst: str | os.PathLike,
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
     format: str = "transformers",
     *,
     variant: str | None = None,
@@ -177,7 +189,7 @@ def convert_checkpoint(
 
 
 def _read(
-    path_or_id: str | os.PathLike, variant: str | None, use_ema: bool | None, config_fields: dict[str, Any]
+    path_or_id: str | os.PathLike[str], variant: str | None, use_ema: bool | None, config_fields: dict[str, Any]
 ) -> Checkpoint:
     """A checkpoint that fits the class of its kind, from wherever it is."""
     check_arguments(variant, config_fields)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from ..checkpoints.foreign import is_foreign
 from ..checkpoints.reading import pretrained_arguments
@@ -84,7 +85,7 @@ class FocalNetPreTrainedModel(PreTrainedModel):
     config_class = FocalNetConfig
     base_model_prefix = "focalnet"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities: Any = ("image",)
     supports_gradient_checkpointing = True
     _no_split_modules = ["FocalNetStage"]  # noqa: RUF012  (read by accelerate as a list)
 
@@ -94,7 +95,7 @@ class FocalNetPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args: object, **kwargs: object
+        cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any
     ) -> FocalNetPreTrainedModel:
         """As in transformers, and from a single file too, in any format that `focalnet.load_checkpoint` reads.
 
@@ -119,9 +120,10 @@ class FocalNetPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, FocalNetEmbeddings) and module.mask_token is not None:
             init.zeros_(module.mask_token)
-        elif isinstance(module, FocalNetLayer) and module.gamma_1 is not None:
-            init.constant_(module.gamma_1, self.config.layerscale_value)
-            init.constant_(module.gamma_2, self.config.layerscale_value)
+        elif isinstance(module, FocalNetLayer):
+            for gamma in (module.gamma_1, module.gamma_2):
+                if gamma is not None:
+                    init.constant_(gamma, self.config.layerscale_value)
 
 
 class FocalNetModel(FocalNetPreTrainedModel):
@@ -139,7 +141,7 @@ class FocalNetModel(FocalNetPreTrainedModel):
         self.num_features = config.stage_dims[-1]
         self.embeddings = FocalNetEmbeddings(config, use_mask_token)
         self.encoder = FocalNetEncoder(config)
-        self.layernorm = nn.LayerNorm(self.num_features, eps=config.layer_norm_eps)
+        self.layernorm: nn.Module = nn.LayerNorm(self.num_features, eps=config.layer_norm_eps)
         self.pooler = nn.AdaptiveAvgPool1d(1) if add_pooling_layer else None
         self.post_init()
 
@@ -157,7 +159,7 @@ class FocalNetModel(FocalNetPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: object,
-    ) -> tuple | FocalNetModelOutput:
+    ) -> tuple[Any, ...] | FocalNetModelOutput:
         """Tokens of the last stage, and their mean if the model has a pooling layer.
 
         Args:
@@ -176,7 +178,7 @@ class FocalNetModel(FocalNetPreTrainedModel):
         last = self.layernorm(last).flatten(1, 2)
         output = FocalNetModelOutput(
             last_hidden_state=last,
-            pooler_output=None if self.pooler is None else self._pooled(last),
+            pooler_output=self._pooled(last),
             hidden_states=tuple(tokens for tokens, _ in maps) if maps else None,
             reshaped_hidden_states=tuple(reshaped for _, reshaped in maps) if maps else None,
         )
@@ -186,8 +188,10 @@ class FocalNetModel(FocalNetPreTrainedModel):
         rest = (output.hidden_states, output.reshaped_hidden_states) if maps else ()
         return (output.last_hidden_state, output.pooler_output, *rest)
 
-    def _pooled(self, tokens: Tensor) -> Tensor:
-        """(B, N, C) -> (B, C)"""
+    def _pooled(self, tokens: Tensor) -> Tensor | None:
+        """(B, N, C) -> (B, C); None without pooling layer."""
+        if self.pooler is None:
+            return None
         if is_mean(self.pooler) and not all_are_watched():
             return tokens.mean(1)  # one kernel less
         return self.pooler(tokens.transpose(1, 2)).flatten(1)
@@ -216,7 +220,7 @@ class FocalNetForMaskedImageModeling(FocalNetPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: object,
-    ) -> tuple | FocalNetMaskedImageModelingOutput:
+    ) -> tuple[Any, ...] | FocalNetMaskedImageModelingOutput:
         """The reconstruction, and with ``bool_masked_pos`` the loss. Arguments and errors: `FocalNetModel.forward`.
 
         Examples:
@@ -228,15 +232,16 @@ class FocalNetForMaskedImageModeling(FocalNetPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         # Tokens do not say which grid they came from; the maps do.
         outputs = self.focalnet(pixel_values, bool_masked_pos, output_hidden_states=True, return_dict=True)
+        images: Any = pixel_values  # the embeddings refuse None
         stem, *_, last = outputs.reshaped_hidden_states
         tokens = outputs.last_hidden_state.transpose(1, 2).view(last.shape)
         # The stem and the downsamplings pad at the bottom and the right: what they added is cut off again.
         reconstruction = self.decoder(tokens)
         if not self.config.drop_incomplete_patches:
-            reconstruction = cut_to(reconstruction, pixel_values.shape[-2:])
+            reconstruction = cut_to(reconstruction, images.shape[-2:])
         loss = None
         if bool_masked_pos is not None:
-            loss = self._masked_loss(pixel_values, reconstruction, bool_masked_pos.view(-1, *stem.shape[2:]))
+            loss = self._masked_loss(images, reconstruction, bool_masked_pos.view(-1, *stem.shape[2:]))
         output = FocalNetMaskedImageModelingOutput(
             loss=loss,
             reconstruction=reconstruction,
@@ -272,10 +277,10 @@ class FocalNetForImageClassification(FocalNetPreTrainedModel):
 
     def __init__(self, config: FocalNetConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels: int = config.num_labels or 0
         self.focalnet = FocalNetModel(config)
         features = self.focalnet.num_features
-        self.classifier = nn.Linear(features, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.classifier = nn.Linear(features, self.num_labels) if self.num_labels > 0 else nn.Identity()
         self.post_init()
 
     def forward(
@@ -285,7 +290,7 @@ class FocalNetForImageClassification(FocalNetPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: object,
-    ) -> tuple | FocalNetImageClassifierOutput:
+    ) -> tuple[Any, ...] | FocalNetImageClassifierOutput:
         """Logits, and with ``labels`` the loss. The other arguments are those of `FocalNetModel.forward`.
 
         Args:
@@ -394,13 +399,13 @@ class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
             names.append(f"focalnet.encoder.stages.{last - 1}.downsample")
         return names
 
-    def forward(
+    def forward(  # type: ignore[override]  # the mixin names output_attentions, which **kwargs takes
         self,
         pixel_values: Tensor,
         output_hidden_states: bool | int | Sequence[int] | None = None,
         return_dict: bool | None = None,
         **kwargs: object,
-    ) -> tuple | BackboneOutput:
+    ) -> tuple[Any, ...] | BackboneOutput:
         """``pixel_values`` (B, num_channels, H, W) -> ``feature_maps``, one (B, C_i, H_i, W_i) for each out_feature.
 
         ``output_hidden_states`` may also be an index or several. The hidden states at other indices are then None.
@@ -412,12 +417,13 @@ class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
         embeddings = self.focalnet.embeddings(pixel_values)
         before = self.config.feature_maps_before_downsampling
         _, maps = self.focalnet.encoder(embeddings, collect=True, before_downsampling=before)
+        feature_maps: Any = tuple(
+            self._feature_map(stage, reshaped)
+            for stage, (_, reshaped) in zip(self.stage_names, maps, strict=True)
+            if stage in self.out_features
+        )
         output = BackboneOutput(
-            feature_maps=tuple(
-                self._feature_map(stage, reshaped)
-                for stage, (_, reshaped) in zip(self.stage_names, maps, strict=True)
-                if stage in self.out_features
-            ),
+            feature_maps=feature_maps,
             hidden_states=_selected(tuple(tokens for tokens, _ in maps), output_hidden_states),
         )
         return output if _wants_dict(self.config, return_dict) else output.to_tuple()
@@ -428,7 +434,7 @@ class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
         return self.hidden_states_norms[stage](reshaped.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def _selected(hidden_states: tuple[Tensor, ...], wanted: bool | int | Sequence[int]) -> Sequence[Tensor | None] | None:
+def _selected(hidden_states: tuple[Tensor, ...], wanted: bool | int | Sequence[int] | None) -> Any:
     if isinstance(wanted, bool) or not wanted:
         return hidden_states if wanted else None
     count = len(hidden_states)
@@ -438,4 +444,4 @@ def _selected(hidden_states: tuple[Tensor, ...], wanted: bool | int | Sequence[i
 
 
 def _wants_dict(config: FocalNetConfig, return_dict: bool | None) -> bool:
-    return config.return_dict if return_dict is None else return_dict
+    return bool(config.return_dict if return_dict is None else return_dict)

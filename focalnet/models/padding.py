@@ -4,6 +4,8 @@ in every exported graph.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,7 +19,7 @@ def pad_to_multiple(x: Tensor, patch_size: tuple[int, int]) -> Tensor:
     return F.pad(x, (0, 0, 0, right, 0, bottom))
 
 
-def cut_to(x: Tensor, size: tuple[int, int]) -> Tensor:
+def cut_to(x: Tensor, size: Sequence[int]) -> Tensor:
     """The top left of ``x`` (B, C, H, W), of the given height and width, which are no larger."""
     height, width = size
     if not torch.compiler.is_compiling():

@@ -5,6 +5,8 @@ the LayerNorm behind it.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from ..fusion.module_checks import is_changed, is_proxy
 from .padding import pad_to_multiple
 
 
-def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
     """``size`` as (height, width)."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
@@ -72,7 +74,7 @@ class FocalNetPatchEmbeddings(nn.Module):
         found = why_not_call(x) or _own_call(self, x.dtype, requested(None))
         return self.norm(self._by_modules(x)) if isinstance(found, str) else self.by_operator(x, found)
 
-    def by_operator(self, x: Tensor, call: list) -> Tensor:
+    def by_operator(self, x: Tensor, call: list[Any]) -> Tensor:
         """What the projection and the norm behind it give, by the operator that stands for both."""
         return cpu_patch_embed.run(x, self.output_size(*x.shape[1:3]), call)
 
@@ -82,7 +84,8 @@ class FocalNetPatchEmbeddings(nn.Module):
         Raises:
             ValueError: it has not even one, and is not filled up to one.
         """
-        conv, drops = self.projection, self.drops_incomplete
+        conv: Any = self.projection
+        drops = self.drops_incomplete
         grid_of = _grid.__wrapped__ if torch.compiler.is_compiling() else _grid  # sizes may be symbols
         grid = grid_of(height, width, conv.kernel_size, conv.stride, conv.padding, None if drops else self.patch_size)
         if drops and min(grid) < 1:
@@ -90,7 +93,7 @@ class FocalNetPatchEmbeddings(nn.Module):
                 f"pixel_values: expected larger images, since config.drop_incomplete_patches is set and a map of "
                 f"{height} x {width} is left without a patch of {conv.kernel_size[0]} x {conv.kernel_size[1]}"
             )
-        return grid
+        return grid[0], grid[1]
 
     def _by_modules(self, x: Tensor) -> Tensor:
         if not self.drops_incomplete:
@@ -121,8 +124,8 @@ def _grid(
 
 
 def call(
-    embeddings: nn.Module, norm: nn.Module, dtype: torch.dtype, backend: str | None, *, is_owner: bool = False
-) -> list | str:
+    embeddings: nn.Module, norm: nn.Module | None, dtype: torch.dtype, backend: str | None, *, is_owner: bool = False
+) -> list[Any] | str:
     """What `by_operator` takes for ``norm(embeddings(x))``; the reason instead, where both have to be called.
 
     ``is_owner``: the norm is a part of ``embeddings``, whose forward asks.
@@ -133,5 +136,5 @@ def call(
 
 
 @while_unchanged
-def _own_call(embeddings: FocalNetPatchEmbeddings, dtype: torch.dtype, backend: str | None) -> list | str:
+def _own_call(embeddings: FocalNetPatchEmbeddings, dtype: torch.dtype, backend: str | None) -> list[Any] | str:
     return call(embeddings, embeddings.norm, dtype, backend, is_owner=True)

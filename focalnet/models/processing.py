@@ -22,7 +22,7 @@ def published_processor(
     are given."""
     import transformers
     from PIL import Image
-    from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
     from .patch_embeddings import as_pair
 

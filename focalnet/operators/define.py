@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-def operator(function: Callable) -> Callable:
+
+def operator(function: Function) -> Function:
     """Registers ``torch.ops.focalnet.<name of the function>``, which runs ``function`` on every device.
 
     No argument is written to, and no output is a view of one. Fake tensors and autograd are registered beside it. An

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +24,12 @@ from ..backends.registry import choose, requested
 
 _MAX_KEYS = 4096
 _facts = operator.attrgetter("shape", "dtype", "device")
-_runs: dict[tuple, Callable] = {}
+_runs: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
 
-def key(name: str, tensors: tuple, focal_weights: Sequence[Tensor], backend: str | None) -> tuple | None:
+def key(
+    name: str, tensors: tuple[Any, ...], focal_weights: Sequence[Tensor], backend: str | None
+) -> tuple[Any, ...] | None:
     """What decides whether a call of the operator ``name`` is valid and which backend runs it.
 
     None where the call has to go through the operator, or where its arguments are not even tensors.
@@ -41,20 +44,24 @@ def key(name: str, tensors: tuple, focal_weights: Sequence[Tensor], backend: str
     return (name, len(focal_weights), requested(backend), *map(_facts, tensors))
 
 
-def known(key: tuple | None) -> Callable | None:
+def known(key: tuple[Any, ...] | None) -> Callable[..., Any] | None:
     """The function of the backend that takes calls with this key, as far as one has passed before."""
-    run = None if key is None else _runs.get(key)
-    if run is None or not torch.autograd._profiler_enabled():
+    if key is None:
+        return None
+    run = _runs.get(key)
+    if run is None or not torch._C._autograd._profiler_enabled():
         return run
     return functools.partial(_profiled, f"focalnet::{key[0]}", run)
 
 
-def _profiled(name: str, run: Callable, *arguments: object) -> Tensor:
+def _profiled(name: str, run: Callable[..., Any], *arguments: object) -> Tensor:
     with torch.profiler.record_function(name):
         return run(*arguments)
 
 
-def remember(key: tuple, name: str, ctx: Tensor, focal_weights: Sequence[Tensor], backend: str | None) -> None:
+def remember(
+    key: tuple[Any, ...], name: str, ctx: Tensor, focal_weights: Sequence[Tensor], backend: str | None
+) -> None:
     """The arguments have been checked: choose their backend for all calls with this key."""
     if len(_runs) >= _MAX_KEYS:
         _runs.clear()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
@@ -21,8 +22,8 @@ from . import norm_mlp as _operators_2  # noqa: F401
 Shape = Sequence[int]
 
 
-def _formula_of(name: str) -> Callable[[Callable], Callable]:
-    def register(formula: Callable) -> Callable:
+def _formula_of(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(formula: Callable[..., Any]) -> Callable[..., Any]:
         operator = getattr(torch.ops.focalnet, name, None)  # those of the extension may be missing
         if operator is not None and operator not in flop_registry:
             register_flop_formula(operator)(formula)

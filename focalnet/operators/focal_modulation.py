@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,19 +126,19 @@ def _fake_gradients(inputs: list[Tensor], wanted: list[bool], like: Tensor) -> l
 # ---- autograd -------------------------------------------------------------------------------------------------------
 
 
-def _save(ctx: object, tensors: Sequence[Tensor | None], normalize_modulator: bool, backend: str | None) -> None:
+def _save(ctx: Any, tensors: Sequence[Tensor | None], normalize_modulator: bool, backend: str | None) -> None:
     ctx.save_for_backward(*tensors)
     ctx.normalize_modulator = normalize_modulator
     # Read now: backward may run on another thread, or after the `with use_backend(...)` block has ended.
     ctx.backend = requested(backend)
 
 
-def _gated_aggregation_setup(ctx: object, inputs: tuple, output: Tensor) -> None:
+def _gated_aggregation_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     context, gates, focal_weights, normalize_modulator, backend = inputs
     _save(ctx, (context, gates, *focal_weights), normalize_modulator, backend)
 
 
-def _gated_aggregation_autograd(ctx: object, dagg: Tensor) -> tuple:
+def _gated_aggregation_autograd(ctx: Any, dagg: Tensor) -> tuple[Any, ...]:
     context, gates, *focal_weights = ctx.saved_tensors
     need_ctx, need_gates, need_focal, *_ = ctx.needs_input_grad
     mask = [need_ctx, need_gates, any(need_focal)]
@@ -148,12 +149,12 @@ def _gated_aggregation_autograd(ctx: object, dagg: Tensor) -> tuple:
     return dctx, dgates, dfocal_weights, None, None
 
 
-def _focal_modulation_setup(ctx: object, inputs: tuple, output: Tensor) -> None:
+def _focal_modulation_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     q, context, gates, focal_weights, weight, bias, normalize_modulator, backend = inputs
     _save(ctx, (q, context, gates, weight, bias, *focal_weights), normalize_modulator, backend)
 
 
-def _focal_modulation_autograd(ctx: object, dout: Tensor) -> tuple:
+def _focal_modulation_autograd(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
     q, context, gates, weight, bias, *focal_weights = ctx.saved_tensors
     need_q, need_ctx, need_gates, need_focal, need_weight, need_bias, *_ = ctx.needs_input_grad
     needs = [need_q, need_ctx, need_gates, need_weight, need_bias]
@@ -183,7 +184,7 @@ for _name, _backward, _setup in (
 # ---- gradients of gradients: the reference's backward is plain PyTorch, so autograd differentiates it ---------------
 
 
-def _map_tensors(function: Callable, arguments: Sequence) -> list:
+def _map_tensors(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
     """``function`` on every tensor of an argument list that may hold lists of tensors."""
     mapped = []
     for argument in arguments:
@@ -194,7 +195,7 @@ def _map_tensors(function: Callable, arguments: Sequence) -> list:
     return mapped
 
 
-def _double_setup(ctx: object, inputs: tuple, output: list[Tensor]) -> None:
+def _double_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     tensors: list[Tensor] = []
 
     def save(tensor: Tensor) -> int:
@@ -207,9 +208,9 @@ def _double_setup(ctx: object, inputs: tuple, output: list[Tensor]) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _restore(positions: Sequence, tensors: Sequence) -> list:
+def _restore(positions: Sequence[Any], tensors: Sequence[Any]) -> list[Any]:
     """The argument list that `_double_setup` took apart; a position is an int, a flag a bool."""
-    restored = []
+    restored: list[Any] = []
     for position in positions:
         if isinstance(position, list):
             restored.append(_restore(position, tensors))
@@ -219,7 +220,7 @@ def _restore(positions: Sequence, tensors: Sequence) -> list:
     return restored
 
 
-def _double_backward(specification: Callable, ctx: object, douts: list[Tensor | None]) -> tuple:
+def _double_backward(specification: Callable[..., Any], ctx: Any, douts: list[Tensor | None]) -> tuple[Any, ...]:
     normalize_modulator = ctx.positions[-1]
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]

@@ -13,7 +13,7 @@ def pack(gradients: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
     return [like.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients]
 
 
-def unpack(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+def unpack(gradients: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
     """What `pack` was given, by what was asked for."""
     return [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
 

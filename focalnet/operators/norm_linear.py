@@ -10,6 +10,7 @@ kernel of the norm's gradient writes it (kernels/layer_norm.py): four passes whe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,6 +63,7 @@ def norm_linear_bwd(
     dim = hidden_state.shape[-1:]
     rows = dout.flatten(0, -2)
     dbias = rows.sum(0) if need_bias else None
+    from_norm: Sequence[Tensor | None] = (None, None, None)
     run = optional("layer_norm_bwd", hidden_state, backend, norm=(norm_weight, norm_bias, eps))
     if any(need_norm) and not isinstance(run, str):
         normed, *from_norm = run(
@@ -71,7 +73,6 @@ def norm_linear_bwd(
         return pack([*from_norm, dweight, dbias], hidden_state)
     normed, mean, rstd = torch.native_layer_norm(hidden_state, dim, norm_weight, norm_bias, eps)
     dweight = rows.T @ normed.flatten(0, -2).to(weight.dtype) if need_weight else None
-    from_norm: Sequence[Tensor | None] = (None, None, None)
     if any(need_norm):
         dnormed = (dout @ weight).to(hidden_state.dtype)
         from_norm = torch.ops.aten.native_layer_norm_backward(
@@ -100,17 +101,17 @@ def _bwd_fake(
     *_: object,
 ) -> list[Tensor]:
     inputs = (hidden_state, norm_weight, norm_bias, weight, bias)
-    wanted = zip(inputs, output_mask, strict=True)
-    return pack([tensor.new_empty(tensor.shape) if want else None for tensor, want in wanted], hidden_state)
+    pairs = zip(inputs, output_mask, strict=True)
+    return pack([t.new_empty(t.shape) if want and t is not None else None for t, want in pairs], hidden_state)
 
 
-def _setup(ctx: object, inputs: tuple, output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     hidden_state, norm_weight, norm_bias, ctx.eps, weight, bias, backend = inputs
     ctx.backend = requested(backend)
     ctx.save_for_backward(hidden_state, norm_weight, norm_bias, weight, bias)
 
 
-def _autograd(ctx: object, dout: Tensor) -> tuple:
+def _autograd(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
     hidden_state, norm_weight, norm_bias, weight, bias = tensors = ctx.saved_tensors
     if torch.is_grad_enabled():
         gradients = composed_gradients(lambda x, g, s, w, b: composed(x, g, s, ctx.eps, w, b), tensors, dout)

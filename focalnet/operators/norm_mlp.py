@@ -15,6 +15,7 @@ before the second product, one in backward, in place where that is possible.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,9 @@ def composed(
     return F.linear(F.gelu(F.linear(normed, weight1, bias1)), weight2, bias2)
 
 
-def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None) -> Sequence[Tensor | None]:
+def _norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """LayerNorm(x), and the mean and 1 / deviation it took; x itself without norm."""
     return (x, None, None) if eps is None else torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
 
@@ -220,14 +223,14 @@ def _bwd_fake(
     *_: object,
 ) -> list[Tensor]:
     inputs = (hidden_state, norm_weight, norm_bias, weight1, bias1, weight2, bias2)
-    wanted = zip(inputs, output_mask, strict=True)
-    return pack([tensor.new_empty(tensor.shape) if want else None for tensor, want in wanted], hidden_state)
+    pairs = zip(inputs, output_mask, strict=True)
+    return pack([t.new_empty(t.shape) if want and t is not None else None for t, want in pairs], hidden_state)
 
 
 # ---- autograd -------------------------------------------------------------------------------------------------------
 
 
-def _setup(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     hidden_state, norm_weight, norm_bias, ctx.eps, *weights, normed, backend = inputs
     ctx.backend = requested(backend)
     ctx.is_given = normed is not None
@@ -236,7 +239,7 @@ def _setup(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx: object, dout: Tensor | None, _: Tensor | None) -> tuple:
+def _autograd(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     if dout is None:
         return (None,) * 10
     fc1, *tensors = ctx.saved_tensors
@@ -256,7 +259,7 @@ def _autograd(ctx: object, dout: Tensor | None, _: Tensor | None) -> tuple:
     return (*from_norm, None, dweight1, dbias1, dweight2, dbias2, dnormed, None)
 
 
-def _differentiable(ctx: object, dout: Tensor, tensors: list[Tensor | None]) -> list[Tensor | None]:
+def _differentiable(ctx: Any, dout: Tensor, tensors: list[Any]) -> list[Tensor | None]:
     """The gradients, with gradients of their own."""
     hidden_state, norm_weight, norm_bias, *weights = tensors
     if not ctx.is_given:

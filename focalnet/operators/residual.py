@@ -15,6 +15,9 @@ specifications.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -89,7 +92,7 @@ def residual_bwd(
 
 def _composed_bwd(
     dout: Tensor,
-    update: Tensor | None,
+    update: Any,  # a tensor where gamma or the norm needs it
     gamma: Tensor | None,
     kept: Tensor | None,
     keep: float,
@@ -101,13 +104,13 @@ def _composed_bwd(
 ) -> list[Tensor | None]:
     need_update, need_parameters = output_mask
     branch, dbranch = update, scaled(dout, None, kept, keep)
-    dnorm: list[Tensor] = []
-    statistics: tuple[Tensor, ...] = ()
+    dnorm: list[Any] = []
+    statistics: Sequence[Tensor] = ()
     if norm_weight is not None:
         update = update.to(norm_weight.dtype)
         branch, *statistics = torch.native_layer_norm(update, update.shape[-1:], norm_weight, norm_bias, eps)
     dgamma = [(dbranch * branch).flatten(0, -2).sum(0)] if gamma is not None and need_parameters else []
-    dupdate = dbranch if gamma is None else gamma * dbranch
+    dupdate: Any = dbranch if gamma is None else gamma * dbranch
     if norm_weight is not None:
         mask = [need_update, need_parameters, need_parameters]
         dupdate, *dnorm = unpack(
@@ -146,7 +149,7 @@ def _bwd_fake(
     return pack([dupdate, sums], dout)
 
 
-def _setup(ctx: object, inputs: tuple, output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, update, gamma, kept, ctx.keep, norm_weight, norm_bias, ctx.eps, backend = inputs
     ctx.backend = requested(backend)
     ctx.update_dtype = update.dtype
@@ -154,7 +157,7 @@ def _setup(ctx: object, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(update if is_needed else None, gamma, kept, norm_weight, norm_bias)
 
 
-def _autograd(ctx: object, dout: Tensor) -> tuple:
+def _autograd(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
     update, gamma, kept, norm_weight, norm_bias = ctx.saved_tensors
     need_hidden, need_update, need_gamma, _, _, *need_norm, _ = ctx.needs_input_grad[:8]
     if torch.is_grad_enabled():
@@ -172,7 +175,7 @@ def _autograd(ctx: object, dout: Tensor) -> tuple:
 
 
 def _differentiable(
-    ctx: object, dout: Tensor, update: Tensor | None, gamma: Tensor | None, kept: Tensor | None, *norm: Tensor
+    ctx: Any, dout: Tensor, update: Tensor | None, gamma: Tensor | None, kept: Tensor | None, *norm: Tensor
 ) -> list[Tensor | None]:
     """Gradients of update, gamma, norm_weight and norm_bias that have gradients themselves."""
     if update is None:
@@ -252,7 +255,7 @@ def _composed_norm_bwd(
     dout: Tensor,
     dnormed: Tensor,
     out: Tensor,
-    update: Tensor | None,
+    update: Any,  # a tensor where gamma needs it
     gamma: Tensor | None,
     kept: Tensor | None,
     keep: float,
@@ -277,7 +280,7 @@ def _composed_norm_bwd(
 
 
 @torch.library.register_fake("focalnet::residual_norm")
-def _norm_fake(hidden_state: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+def _norm_fake(hidden_state: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     norm_dtype = arguments[7]
     return hidden_state.new_empty(hidden_state.shape), hidden_state.new_empty(hidden_state.shape, dtype=norm_dtype)
 
@@ -305,14 +308,14 @@ def _norm_bwd_fake(
     return pack([dhidden, dupdate, sums], out)
 
 
-def _norm_setup(ctx: object, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, update, gamma, kept, ctx.keep, norm_weight, norm_bias, ctx.eps, _, backend = inputs
     ctx.backend = requested(backend)
     ctx.update_dtype = update.dtype
     ctx.save_for_backward(output[0], None if gamma is None else update, gamma, kept, norm_weight, norm_bias)
 
 
-def _norm_autograd(ctx: object, dout: Tensor, dnormed: Tensor) -> tuple:
+def _norm_autograd(ctx: Any, dout: Tensor, dnormed: Tensor) -> tuple[Any, ...]:
     need_hidden, need_update, need_gamma, _, _, *need_norm, _, _ = ctx.needs_input_grad[:9]
     if torch.is_grad_enabled():
         dhidden, dupdate, dgamma, dweight, dbias = _norm_differentiable(ctx, dout, dnormed)
@@ -341,7 +344,7 @@ def _norm_autograd(ctx: object, dout: Tensor, dnormed: Tensor) -> tuple:
     return dhidden, dhidden if is_one else dupdate, dgamma, None, None, dweight, dbias, None, None, None
 
 
-def _norm_differentiable(ctx: object, dout: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:
+def _norm_differentiable(ctx: Any, dout: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of hidden_state, update, gamma, norm_weight and norm_bias that have gradients themselves."""
     out, update, gamma, kept, norm_weight, norm_bias = ctx.saved_tensors
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..backends import extension
 from ..backends.registry import requested
+from ..fusion.module_checks import part
+from ..fusion.part_names import MODULATION
 from ..modules import FocalModulation
 from . import block, embeddings, modulation, probe
 from .report import Entry, PatchReport
@@ -91,10 +94,10 @@ def _entries(model: nn.Module, backend: str | None, keep_modulator: bool) -> Ite
         elif modulation.is_candidate(module):
             yield _patch_modulation(name, module, backend, keep_modulator)
     for name, module in model.named_modules():
-        if not block.is_candidate(module) or not _is_patched(module.modulation):
+        if not block.is_candidate(module) or not _is_patched(part(module, "modulation")):
             continue
         if name in in_a_graph:
-            yield Entry(name, "block", modulation.source_of(module.modulation), TRACED)
+            yield Entry(name, "block", modulation.source_of(part(module, "modulation")), TRACED)
         else:
             yield _patch_block(name, module, backend, keep_modulator)
     if any(map(_is_patched, model.modules())):
@@ -103,14 +106,14 @@ def _entries(model: nn.Module, backend: str | None, keep_modulator: bool) -> Ite
                 yield _patch_embeddings(name, module)
 
 
-class Rebound(functools.partial):
+class Rebound(functools.partial[Any]):
     """The forward of a patched module: one of this package's functions, given the module and the settings.
 
     Not a bound method, since that cannot be pickled with the module that it belongs to.
     """
 
     @property
-    def __globals__(self) -> dict:
+    def __globals__(self) -> dict[str, Any]:
         # torch.jit.script asks for these when it comes to compile a forward; whoever else does can go without.
         raise AttributeError(
             "torch.jit.script cannot compile a module that focalnet.patch has patched. Call focalnet.unpatch(model) "
@@ -142,7 +145,9 @@ def _patch_embeddings(name: str, module: nn.Module) -> Entry:
 
 
 def _patch_block(name: str, module: nn.Module, backend: str | None, keep_modulator: bool) -> Entry:
-    source = module.modulation.forward.keywords["source"]
+    rebound: Any = part(module, "modulation").forward
+    source: str = rebound.keywords["source"]
+    reason: str | None
     if keep_modulator:
         reason = "keep_modulator asks for what only the modulation can give"
     else:
@@ -183,8 +188,8 @@ def _why_not_modulation(module: nn.Module, source: str | None) -> str | None:
     )
 
 
-def _in_layout(forward: object, twin: nn.Module, x: torch.Tensor, source: str) -> torch.Tensor:
+def _in_layout(forward: Callable[..., torch.Tensor], twin: nn.Module, x: torch.Tensor, source: str) -> torch.Tensor:
     """``forward(twin, x)`` in the layout of ``source``, for x (B, H, W, C)."""
-    if not modulation.NAMES[source].channels_first:
+    if not MODULATION[source].channels_first:
         return forward(twin, x)
     return forward(twin, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

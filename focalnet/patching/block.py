@@ -6,35 +6,30 @@ convolutions of its own, so only its modulation is patched.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..fusion import cpu_block
 from ..fusion.block_parts import BlockNames
-from ..fusion.module_checks import is_proxy
+from ..fusion.module_checks import is_proxy, part
+from ..fusion.part_names import MODULATION
 from . import modulation
 
 NAMES = {
-    "transformers": BlockNames(forward=modulation.forward),
+    "transformers": BlockNames(MODULATION["transformers"], forward=modulation.forward),
     "authors": BlockNames(
+        MODULATION["authors"],
         post_norm="use_postln",
-        projection_in="f",
-        projection_context="h",
-        projection_out="proj",
-        layernorm="ln",
         use_layernorm=None,
-        normalize=modulation.NAMES["authors"].normalize,
-        activation="act",
         random=("proj_drop", "drop", "drop_path"),
         forward=modulation.forward,
     ),
     "timm": BlockNames(
+        MODULATION["timm"],
         post_norm=("norm1_post", "norm2_post"),
-        projection_in="f",
-        projection_context="h",
-        projection_out="proj",
-        layernorm="norm",
         use_layernorm=None,
-        activation="act",
         scales=("ls1", "ls2"),
         random=("proj_drop", "drop1", "drop2", "drop_path1", "drop_path2"),
         forward=modulation.forward,
@@ -51,7 +46,7 @@ _REQUIRED = {
 def is_candidate(module: nn.Module) -> bool:
     """Whether ``module`` may be a block: it has a focal modulation, norms and an MLP."""
     children = module._modules
-    return all(name in children for name in _IN_COMMON) and modulation.is_candidate(children["modulation"])
+    return all(name in children for name in _IN_COMMON) and modulation.is_candidate(part(module, "modulation"))
 
 
 def why_not(block: nn.Module, source: str) -> str | None:
@@ -83,7 +78,8 @@ def forward_tokens(
 
 def forward_sized(block: nn.Module, x: Tensor, *, backend: str | None = None) -> Tensor:
     """The forward of a patched block of the authors, which has been told H and W: (B, H * W, C) -> (B, H * W, C)."""
-    result = _of_grid(block, x, (block.H, block.W), backend, "authors")
+    sized: Any = block
+    result = _of_grid(block, x, (sized.H, sized.W), backend, "authors")
     return type(block).forward(block, x) if result is None else result
 
 
@@ -112,7 +108,11 @@ def _asked(block: nn.Module, backend: str | None) -> str | None:
     return backend or getattr(bound, "keywords", {}).get("backend")
 
 
-FORWARD = {"transformers": forward_tokens, "authors": forward_sized, "timm": forward_map}
+FORWARD: dict[str, Callable[..., Tensor]] = {
+    "transformers": forward_tokens,
+    "authors": forward_sized,
+    "timm": forward_map,
+}
 
 
 def own_forward(block: nn.Module, x: Tensor, source: str) -> Tensor:
@@ -122,7 +122,8 @@ def own_forward(block: nn.Module, x: Tensor, source: str) -> Tensor:
         return type(block).forward(block, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     if source == "transformers":
         return type(block).forward(block, x.flatten(1, 2), (height, width)).unflatten(1, (height, width))
-    block.H, block.W = height, width
+    sized: Any = block
+    sized.H, sized.W = height, width
     return type(block).forward(block, x.flatten(1, 2)).unflatten(1, (height, width))
 
 

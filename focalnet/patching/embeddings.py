@@ -6,6 +6,8 @@ in the graph. Given a padded image it has nothing to ask: the two compute the sa
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ def pads(module: nn.Module) -> bool:
     """Whether ``module`` is a strided convolution of images that it pads to a multiple of its ``patch_size``."""
     source = source_of(module)
     conv = None if source is None else module._modules[NAMES[source]]
-    size = module.__dict__.get("patch_size")
+    size: Any = module.__dict__.get("patch_size")
     if not isinstance(conv, nn.Conv2d) or conv.stride == (1, 1) or not _is_pair(size):
         return False
     generator = torch.Generator().manual_seed(0)
@@ -39,7 +41,8 @@ def pads(module: nn.Module) -> bool:
 
 def forward(module: nn.Module, pixel_values: Tensor) -> object:
     """What the ``forward`` of patched embeddings is; images (B, C, H, W) -> what the module's own returns."""
-    padded = pad_to_multiple(pixel_values.permute(0, 2, 3, 1), module.patch_size).permute(0, 3, 1, 2)
+    patch_size: Any = module.patch_size
+    padded = pad_to_multiple(pixel_values.permute(0, 2, 3, 1), patch_size).permute(0, 3, 1, 2)
     return type(module).forward(module, padded)
 
 
@@ -47,7 +50,7 @@ def _is_pair(size: object) -> bool:
     return isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(n, int) and n > 1 for n in size)
 
 
-def _are_equal(actual: object, expected: object) -> bool:
+def _are_equal(actual: Any, expected: object) -> bool:
     """A map, or tokens and the size of their grid."""
     if isinstance(expected, tuple):
         return all(_are_equal(a, e) for a, e in zip(actual, expected, strict=True))

@@ -1,4 +1,4 @@
-"""The focal modulation of each published code base: what its parts are called, and the forward that replaces its own.
+"""The focal modulation of each published code base: whether a module is one, and the forward that replaces its own.
 
 A module is known by its structure, never by where it was imported from. Names and shapes decide whether it is a
 candidate; whether it computes focal modulation is then tried out (see `probe`), since there are modules with these
@@ -7,15 +7,16 @@ very parts that do something else with them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch.fx
 from torch import Tensor, nn
 
 from ..backends.registry import requested
 from ..functional import focal_modulation, gated_aggregation
-from ..fusion.context_parts import parameter, unusual_context, widest_kernel
-from ..fusion.module_checks import is_exact_gelu
+from ..fusion.context_parts import convolutions, parameter, unusual_context, weight_of, widest_kernel
+from ..fusion.module_checks import is_exact_gelu, part
+from ..fusion.part_names import MODULATION
 from ..onednn import guarded
 
 # Nodes of their own in graphs of torch.fx, which cannot look into them.
@@ -23,42 +24,6 @@ torch.fx.wrap("focal_modulation")
 torch.fx.wrap("gated_aggregation")
 
 
-@dataclass(frozen=True)
-class ModulationNames:
-    """What a code base calls the parts of its focal modulation. ``normalize`` are flags that mean the same."""
-
-    projection_in: str = "f"
-    projection_context: str = "h"
-    projection_out: str = "proj"
-    projection_dropout: str = "proj_drop"
-    activation: str = "act"
-    layernorm: str = "ln"
-    normalize: tuple[str, ...] = ("normalize_modulator", "scaling_modulator")
-    channels_first: bool = False
-
-    @property
-    def required(self) -> set[str]:
-        return {self.projection_in, self.projection_context, self.projection_out, "focal_layers"}
-
-    @property
-    def known(self) -> set[str]:
-        return self.required | {self.projection_dropout, self.activation, self.layernorm}
-
-
-# "authors" are the classification, detection and segmentation code of microsoft/FocalNet, and what was made from it:
-# X-Decoder and SEEM (scaling_modulator), FocalNet-DINO, detrex, MaskDINO.
-NAMES = {
-    "transformers": ModulationNames(
-        projection_in="projection_in",
-        projection_context="projection_context",
-        projection_out="projection_out",
-        projection_dropout="projection_dropout",
-        activation="activation",
-        layernorm="layernorm",
-    ),
-    "authors": ModulationNames(),
-    "timm": ModulationNames(layernorm="norm", channels_first=True),
-}
 KEPT = ("gates", "modulator")  # what the authors' modules leave behind for visualisation
 
 
@@ -70,7 +35,7 @@ def is_candidate(module: nn.Module) -> bool:
 def source_of(module: nn.Module) -> str | None:
     """The code base whose names ``module`` has."""
     children = module._modules.keys()
-    for source, names in NAMES.items():
+    for source, names in MODULATION.items():
         is_convolution = isinstance(module._modules.get(names.projection_in), nn.Conv2d)
         if names.required <= children and names.channels_first == is_convolution:
             return source
@@ -79,10 +44,10 @@ def source_of(module: nn.Module) -> str | None:
 
 def why_not(module: nn.Module, source: str) -> str | None:
     """Why ``module``, with the part names of ``source``, is no focal modulation by its parts, or None if it may be."""
-    names = NAMES[source]
+    names = MODULATION[source]
     if unknown := sorted((module._modules.keys() - names.known) | module._parameters.keys() | module._buffers.keys()):
         return f"it also has {', '.join(unknown)}, which is no part of a focal modulation"
-    if (reason := _why_not_levels(module.focal_layers)) is not None:
+    if (reason := _why_not_levels(part(module, "focal_layers"))) is not None:
         return reason
     context = module._modules[names.projection_context]
     if not isinstance(context, nn.Conv2d) or context.kernel_size != (1, 1) or context.groups != 1:
@@ -123,31 +88,31 @@ def forward(
     module: nn.Module, x: Tensor, *, source: str, backend: str | None = None, keep_modulator: bool = False
 ) -> Tensor:
     """What the ``forward`` of a patched focal modulation is; shapes as in its own."""
-    names = NAMES[source]
-    context = module._modules[names.projection_context]
+    names = MODULATION[source]
+    context = part(module, names.projection_context)
     # The operator takes weights and calls no module.
     changed = unusual_context(module, names.projection_context, names.activation)
     if changed is not None:
         return _own_forward(module, x, backend, changed)
-    projected = module._modules[names.projection_in](x)
+    projected = part(module, names.projection_in)(x)
     if names.channels_first:
         projected = projected.permute(0, 2, 3, 1)
-    focal_weights = [parameter(level[0], "weight") for level in module.focal_layers]
-    channels = context.in_channels
+    focal_weights = [weight_of(convolution) for convolution in convolutions(part(module, "focal_layers"))]
+    channels: Any = context.in_channels
     q, ctx, gates = projected.split([channels, channels, len(focal_weights) + 1], dim=-1)
     normalize = any(getattr(module, name, False) for name in names.normalize)
     if keep_modulator:
         agg = gated_aggregation(ctx, gates, focal_weights, normalize_modulator=normalize, backend=backend)
         module.gates = gates.permute(0, 3, 1, 2)
-        module.modulator = context(agg.permute(0, 3, 1, 2))
-        out = q * module.modulator.permute(0, 2, 3, 1)
+        module.modulator = modulator = context(agg.permute(0, 3, 1, 2))
+        out = q * modulator.permute(0, 2, 3, 1)
     else:
         out = focal_modulation(
             q,
             ctx,
             gates,
             focal_weights,
-            parameter(context, "weight"),
+            weight_of(context),
             parameter(context, "bias"),
             normalize_modulator=normalize,
             backend=backend,
@@ -155,8 +120,8 @@ def forward(
     if names.channels_first:
         out = out.permute(0, 3, 1, 2)
     for name in (names.layernorm, names.projection_out, names.projection_dropout):
-        part = module._modules.get(name)
-        out = out if part is None else part(out)
+        module_behind = module._modules.get(name)
+        out = out if module_behind is None else module_behind(out)
     return out
 
 
@@ -166,5 +131,5 @@ def _own_forward(module: nn.Module, x: Tensor, backend: str | None, changed: str
             f"backend {requested(backend)!r} cannot run this {type(module).__name__}: {changed} was replaced, wrapped "
             f"or hooked, so the module's own forward runs. Leave the backend out, or undo the change."
         )
-    with guarded(x, widest_kernel(module.focal_layers)):
+    with guarded(x, widest_kernel(part(module, "focal_layers"))):
         return type(module).forward(module, x)

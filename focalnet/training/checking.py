@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +42,8 @@ def without_unreadable(
     """
     tables = {name: getattr(source, name) for name in ("train", "held_out")}
     total = sum(len(table) for table in tables.values() if table is not None)
-    kept, bad, done = {}, [], 0
+    kept: dict[str, datasets.Dataset | None] = {}
+    bad, done = [], 0
     with ThreadPoolExecutor() as pool:
         for name, table in tables.items():
             if table is None:
@@ -64,7 +65,7 @@ def without_unreadable(
     return replace(source, **kept), bad
 
 
-def _cells(table: datasets.Dataset) -> list[dict[str, object]]:
+def _cells(table: datasets.Dataset) -> Iterator[dict[str, object]]:
     return (table[index]["image"] for index in range(len(table)))
 
 

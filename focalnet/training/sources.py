@@ -112,7 +112,7 @@ def _table(
         raise ValueError(f"DATA {folder}: {where} (looked for {', '.join(sorted(reader.suffixes))})")
     columns: dict[str, list] = {"image": [{"bytes": None, "path": str(path)} for path in paths]}
     features = datasets.Features({"image": datasets.Image(decode=False)})
-    if classes is not None:
+    if classes is not None and labels is not None:
         columns["label"] = labels
         features["label"] = datasets.ClassLabel(names=classes)
     return datasets.Dataset.from_dict(columns, features=features)

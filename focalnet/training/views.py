@@ -21,7 +21,7 @@ from .checking import image_of
 from .settings import Settings
 from .sources import ImageReader
 
-_MOST_KEPT = 64 * 2**20  # bytes of decoded images that are kept in memory, where they are no more
+_MAX_KEPT = 64 * 2**20  # bytes of decoded images that are kept in memory, where they are no more
 
 
 def draw(*parts: int) -> int:
@@ -56,7 +56,7 @@ class _Images:
     def _keep(self, index: int, image: Image.Image) -> None:
         self.kept[index] = image
         self.bytes += 3 * image.width * image.height
-        if self.bytes > _MOST_KEPT:
+        if self.bytes > _MAX_KEPT:
             self.kept = None
 
 

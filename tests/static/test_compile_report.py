@@ -39,18 +39,18 @@ def test_a_small_kernel_needs_no_local_memory(arch):
     found = resources(_compile(sum_neighbours_kernel, arch, x=FLOATS, y=FLOATS, n=1000, BLOCK=256), arch)
     assert (found.kernel, found.arch, found.local, found.threads) == ("sum_neighbours_kernel", arch, 0, 128)
     assert 0 < found.registers < 64
-    assert found.reason_against() is None
+    assert found.why_not() is None
 
 
 def test_a_kernel_that_spills_is_found():
     found = resources(_compile(many_registers_kernel, x=FLOATS, y=FLOATS, BLOCK=16384), 90)
-    assert "spills" in found.reason_against()
+    assert "spills" in found.why_not()
 
 
 def test_a_kernel_with_too_much_shared_memory_is_found():
     fits = Resources("kernel", arch=90, registers=32, local=0, shared=200_000, code=0, threads=128)
-    assert fits.reason_against() is None
-    assert "wants 200000 bytes of shared memory" in replace(fits, arch=80).reason_against()
+    assert fits.why_not() is None
+    assert "wants 200000 bytes of shared memory" in replace(fits, arch=80).why_not()
 
 
 def test_alignment_reaches_the_compiler():
@@ -146,7 +146,7 @@ def test_a_launch_of_a_published_model_fits(operator, variant, stage, kernel, ar
     plan = plan_of(operator, case_of(operator, stages(variant)[stage], 128, dtype), DEVICES[arch])
     launch = next(launch for launch in plan.launches if launch.name == kernel)
     compiled = compile_launch(launch.kernel, arguments_of(launch, plan.dtype_of()), launch.options, arch)
-    assert resources(compiled, arch).reason_against() is None
+    assert resources(compiled, arch).why_not() is None
     assert moved(compiled) == []
 
 
@@ -158,7 +158,7 @@ def test_the_product_that_wants_most_shared_memory_fits_every_architecture(arch,
     plan = plan_of("focal_modulation", case, DEVICES[arch])
     launch = next(launch for launch in plan.launches if launch.name == "modulator_fwd_kernel")
     compiled = compile_launch(launch.kernel, arguments_of(launch, plan.dtype_of()), launch.options, arch)
-    assert resources(compiled, arch).reason_against() is None
+    assert resources(compiled, arch).why_not() is None
 
 
 def test_no_product_takes_more_shared_memory_than_its_configuration_says():

@@ -33,5 +33,5 @@ def test_a_kernel_loads_and_stores_sixteen_bytes_at_once_and_does_not_spill(kern
         if launch.name == kernel and set(types.values()) <= {torch.bfloat16, torch.float32}
     )
     compiled = compile_launch(launch.kernel, arguments_of(launch, types), launch.options, arch)
-    assert resources(compiled, arch).reason_against() is None
+    assert resources(compiled, arch).why_not() is None
     assert "ld.global.v4.b32" in compiled.asm["ptx"] and "st.global.v4.b32" in compiled.asm["ptx"]
