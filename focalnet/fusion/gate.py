@@ -1,11 +1,11 @@
-"""Whether an operator may take the place of modules: nobody watches the call, and the modules are what they were.
+"""Decides whether an operator may replace modules: nothing observes the call, and the modules have not changed.
 
-Watching means that somebody wants to see the single steps: compilers, tracers, transformations, hooks on all modules.
+Observers are compilers, tracers, transformations and hooks on all modules. They need to see the individual steps.
 
-What the modules are depends on their classes, settings, hooks and parameters: thousands of look-ups for a small
-network, before every forward. Python takes most of a millisecond for them. The extension compares all of that with a
-record (csrc/structure.h) in a fraction of it. The record and the answer are kept, never a weight. Where anything
-differs from the record, the question is asked anew.
+Whether an operator may run depends on the modules' classes, settings, hooks and parameters: thousands of look-ups for
+a small network before every forward. Python needs most of a millisecond for them. The extension compares everything
+with a record of the last check (csrc/structure.h) in a fraction of that time. Only the record and the answer are
+stored, never a weight. If anything differs from the record, the check runs again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _Structure = None if extension.missing() else extension.structure()
 
 
 def why_not_fused(input: object) -> str | None:
-    """Why modules have to be called one by one in a call with ``input``, whatever they are; or None."""
+    """Why modules must be called one by one for ``input``, regardless of the modules; None if they need not be."""
     if type(input) not in (Tensor, nn.Parameter):
         return f"expected a plain tensor, got {type(input).__name__}"
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
@@ -37,25 +37,25 @@ def why_not_fused(input: object) -> str | None:
 
 
 class _Slot(int):
-    """The place of a tensor in an answer: its index among the parameters of the module."""
+    """A placeholder for a tensor in a stored answer: the tensor's index among the module's parameters."""
 
 
 class _Nested(list):
-    """A part of an answer that holds tensors."""
+    """A list in a stored answer that contains placeholders."""
 
 
 class _Known(NamedTuple):
     settings: tuple
     structure: Any
-    template: Any  # the answer, with a _Slot for each tensor
+    template: Any  # the answer with a _Slot in place of each tensor
 
 
 def while_unchanged(question: Callable) -> Callable:
-    """``question(module, *settings)``, asked again only where the module, or a setting, is another.
+    """Cache ``question(module, *settings)`` until the structure of the module or a setting changes.
 
-    The question may read what csrc/structure.h lists, and nothing else: no shape of a parameter, say. The answer may
-    hold parameters of the module, in lists: what is returned holds those that the module has now. A reason (a string)
-    is not kept.
+    The question may read only what csrc/structure.h lists. It must not depend on the shape of a parameter, for
+    example. The answer may contain parameters of the module in lists. A cached answer is returned with the module's
+    current parameters. A reason (a string) is not cached.
     """
     known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
 
@@ -70,7 +70,7 @@ def while_unchanged(question: Callable) -> Callable:
                 return _filled(last.template, parameters)
         structure = _Structure(module)
         answer = question(module, *settings)
-        # Compared again: another thread may have changed the module meanwhile.
+        # Compare again, because another thread may have changed the module in the meantime.
         parameters = structure.parameters_of(module)
         slots = None if parameters is None or isinstance(answer, str) else _slots(answer, parameters)
         if slots is not None:
@@ -81,9 +81,9 @@ def while_unchanged(question: Callable) -> Callable:
 
 
 def _slots(answer: Any, parameters: list[Tensor | None]) -> dict[int, _Slot] | None:
-    """The place of each parameter by its id; None where the places in ``answer`` would not be certain."""
+    """The index of each parameter by its id, or None if a tensor of ``answer`` has no unique index."""
     slots = {id(p): _Slot(index) for index, p in enumerate(parameters) if p is not None}
-    # A tensor that two modules share has two places, and either may be given another tensor later.
+    # A tensor shared by two modules has two indices, and either module may later get another tensor.
     is_shared = len(slots) < sum(p is not None for p in parameters)
     return None if is_shared or not all(id(tensor) in slots for tensor in _tensors(answer)) else slots
 

@@ -81,8 +81,8 @@ class FocalNetEmbeddings(nn.Module):
         batch, height, width, _ = embeddings.shape
         if self.mask_token is None:
             raise ValueError(
-                "bool_masked_pos: expected None because this model has no mask token, got a mask; "
-                "create the model with use_mask_token=True, or use FocalNetForMaskedImageModeling"
+                "bool_masked_pos: this model has no mask token, so expected None, got a mask; "
+                "make it with use_mask_token=True, or use FocalNetForMaskedImageModeling"
             )
         if tuple(bool_masked_pos.shape) != (batch, height * width):
             raise ValueError(
