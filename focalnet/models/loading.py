@@ -209,7 +209,7 @@ def _check_head(checkpoint: Checkpoint, config_fields: dict[str, Any]) -> None:
     settings = "".join(f", {name}={value!r}" for name, value in config_fields.items() if name not in given)
     raise ValueError(
         f"{checkpoint.source}: {given[0]}: {wanted} labels were requested, but {has}. load_checkpoint does not "
-        f"replace heads: omit {given[0]}. For a new head to train, use FocalNetForImageClassification."
+        f"replace heads: omit {given[0]}; for a new head to be trained use FocalNetForImageClassification."
         f"from_pretrained({checkpoint.source!r}, num_labels={wanted}, ignore_mismatched_sizes=True{settings})"
     )
 
@@ -250,8 +250,8 @@ def _download(name: str) -> Path:
         configuration = Path(hf_hub_download(name, "config.json"))
     except (OSError, EntryNotFoundError, HFValidationError) as error:
         raise OSError(
-            f"path_or_id: {name!r} is not an existing file or directory, and its config.json is neither in the cache "
-            f"of the Hugging Face hub nor could it be downloaded ({type(error).__name__}); check the spelling and the "
+            f"path_or_id: {name!r} is no file or directory here, and its config.json is not in the cache of the "
+            f"Hugging Face hub and could not be downloaded ({type(error).__name__}); check the spelling and the "
             f"connection, or pass the path of a downloaded checkpoint"
         ) from None
     check_architecture(name, read_json(configuration))
