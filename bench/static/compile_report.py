@@ -1,11 +1,11 @@
-"""Registers, local and shared memory of every configuration of the Triton kernels, compiled without a GPU.
+"""Reports registers, local and shared memory of every configuration of the Triton kernels, compiled without a GPU.
 
     python bench/static/compile_report.py --arch 80 --arch 90 --arch 100 [--minutes 15]
 
-Takes what configurations.py lists, two at a time, kernels with few taps first (``--kernel`` names some); a row that
-stands for the same source is not compiled again, so the report can be made in several sittings, and a row that stands
-for nothing that is listed goes. Rows go to bench/results/without-gpu/compiled.json.
-A kernel spills, or wants more shared memory than there is, or a barrier moved: then it exits with an error.
+It compiles the launches listed by configurations.py, two at a time, kernels with few taps first (``--kernel`` selects
+some). Launches with a row for the same source are not compiled again, so the report can be made in several runs. Rows
+of launches that are no longer listed are deleted. The rows go to bench/results/without-gpu/compiled.json. The exit
+code is an error if a kernel spills, needs more shared memory than the GPU has, or a barrier moved.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Every launch that the configuration table can choose for the published models.
+"""Lists every launch that the configuration table can choose for the published models.
 
-The 15 variants at their published sizes, batch 1 and 128, and detection: models at 800 x 1333, with published windows
-and with kernels up to 15; all three dtypes; forward and backward of both operators, every gradient asked for. Launches
-that compile to the same code are one, and so are, for the kernels of the levels, those that differ in the number of
-channels alone: it enters addresses and nothing else, tiles and loops are the same.
+These are the 15 variants at their published sizes with batch 1 and 128, and detection models at 800 x 1333 with
+published windows and with kernels up to 15. All have three dtypes, and forward and backward of both operators with
+every gradient. Launches that compile to the same code are listed once. For kernels of the levels this includes
+launches that differ only in the number of channels, which affects addresses but not tiles and loops.
 """
 
 from __future__ import annotations

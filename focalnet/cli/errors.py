@@ -17,7 +17,8 @@ USAGE_ERROR = 2
 SOME_SKIPPED = 1
 """Exit code if part of the work was skipped and the rest was done."""
 
-# Bad input raises these here, in torch and in transformers. Other exceptions may be bugs and are shown with their type.
+# Exceptions that bad input raises here, in torch and in transformers. Others may be bugs and are shown with their
+# type.
 _EXPECTED = (ValueError, TypeError, OSError, RuntimeError)
 _settings = {"tracebacks": False}
 
