@@ -2,7 +2,7 @@
 
 Each part reserves a minimum of time. A part may run until its own limit, or until the time left is what later parts
 have reserved. So a slow part cannot use up the time of later parts. A part that reserved nothing and finds no time
-left is listed as not run. A part that fails or is stopped does not stop the others.
+left is listed with that outcome. A part that fails or is stopped does not stop the others.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-WORTHWHILE_S = 3.0  # less than this a part is not started
-GRACE_S = 2.0  # between asking a part to end and ending it; inside the part's time
+WORTHWHILE_S = 3.0  # a part with less time than this is not started
+GRACE_S = 2.0  # between SIGTERM and SIGKILL of a part, within its time
 SHOWN_LINES = 4
 
 
