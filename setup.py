@@ -1,17 +1,18 @@
-"""Builds focalnet: the Python packages, and focalnet._C from csrc/ where that is possible.
+"""Builds focalnet: the Python packages and, if possible, the extension focalnet._C from csrc/.
 
-FOCALNET_BUILD says what is wanted:
+FOCALNET_BUILD selects what to build:
 
-    auto    (default) build the extension, with the CUDA kernels where torch has CUDA and nvcc is there; what cannot be
-            built is left out, and the reason recorded
-    cpu     build the extension without CUDA; if that cannot be done, fail
-    cuda    build the extension with the CUDA kernels, whatever torch is installed; if that cannot be done, fail
+    auto    (default) the extension, with the CUDA kernels if torch has CUDA and nvcc is found; a part that cannot be
+            built is left out and the reason recorded
+    cpu     the extension without CUDA; fail if it cannot be built
+    cuda    the extension with the CUDA kernels, for any installed torch; fail if they cannot be built
     none    pure Python
 
-CUDA_HOME says where the CUDA toolkit is (else nvcc is found on PATH), NVCC_CCBIN which host compiler nvcc uses,
-TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX") for which GPUs, MAX_JOBS how many compilers run at once.
+CUDA_HOME is the folder of the CUDA toolkit (by default nvcc is found on PATH), NVCC_CCBIN the host compiler of nvcc,
+TORCH_CUDA_ARCH_LIST the target GPUs ("8.0;9.0+PTX"), MAX_JOBS the number of parallel compilers.
 
-What was built, and of what was not, why, goes to focalnet/_build_info.json, which focalnet.backends.extension reads.
+The result, with reasons for parts that were not built, is written to focalnet/_build_info.json, which
+focalnet.backends.extension reads.
 """
 
 from __future__ import annotations
@@ -36,28 +37,28 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-# With this folder on sys.path (`python setup.py ...`), `import kernels` finds our folder, and huggingface's package of
-# that name, which hooks into setuptools, breaks every build.
+# huggingface's package `kernels` hooks into setuptools. With this folder on sys.path (`python setup.py ...`) its
+# import would find our folder of the same name, and every build would fail.
 sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
 
 MODES = ("auto", "cpu", "cuda", "none")
 MODE = os.environ.get("FOCALNET_BUILD", "").strip().lower() or "auto"
 BUILD_INFO = "_build_info.json"
 
-# The oldest torch whose stable ABI the extension is compiled for; the binary then runs on every later one.
+# The extension is compiled for the stable ABI of this torch version. The binary also runs on every later version.
 MIN_TORCH = (2, 10)
 TORCH_TARGET_VERSION = f"0x{MIN_TORCH[0]:02x}{MIN_TORCH[1]:02x}000000000000"
 
-# Compute capabilities that get machine code where the toolkit knows them; later ones run the newest one's PTX.
+# Compute capabilities that get machine code if the toolkit supports them. Later GPUs run the PTX of the newest one.
 CUDA_ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 MIN_CUDA = 12  # the first whose nvcc reads C++20
 
-# Commands that only describe or pack the sources: importing torch for them would cost seconds and change nothing.
+# Commands that only describe or pack the sources. They do not need torch, and importing it takes seconds.
 DESCRIBING = {"sdist", "egg_info", "dist_info", "clean", "--version", "--name", "--help"}
 
 
 class CannotBuild(Exception):
-    """The extension cannot be built; the text is the reason, fit to be shown to a user."""
+    """The extension cannot be built. The text is the reason, written for users."""
 
 
 def check_mode() -> None:
@@ -71,7 +72,7 @@ def check_mode() -> None:
 
 
 def cuda_sources() -> list[str]:
-    """What nvcc compiles: the kernels, and the host code that includes CUDA's headers."""
+    """The sources that nvcc compiles: the kernels, and host code that includes CUDA's headers."""
     kernels = sorted(ROOT.glob("csrc/cuda/*.cu"))
     return [
         path.relative_to(ROOT).as_posix() for path in kernels and [*kernels, *sorted(ROOT.glob("csrc/cuda/*.cpp"))]
@@ -127,7 +128,7 @@ def compiler_version(compiler: str) -> str:
 
 @dataclass(frozen=True)
 class Cuda:
-    """A toolkit that can compile the kernels: nvcc, its release, the -gencode flags, the libraries' folders."""
+    """A CUDA toolkit that can compile the kernels: nvcc, its release, the -gencode flags, the libraries' folders."""
 
     nvcc: str
     release: str
@@ -145,7 +146,7 @@ def find_nvcc() -> str:
         found = shutil.which("nvcc", path=os.path.join(home, "bin"))
         if found is None:
             raise CannotBuild(
-                f"no nvcc: CUDA_HOME is {home!r}, which has no bin/nvcc; let it name a CUDA toolkit, or unset it to "
+                f"no nvcc: CUDA_HOME is {home!r}, which has no bin/nvcc; set it to a CUDA toolkit, or unset it to "
                 "use the nvcc on PATH"
             )
         return found
@@ -159,7 +160,7 @@ def find_nvcc() -> str:
 
 
 def ask_nvcc(nvcc: str, *arguments: str) -> str:
-    """What nvcc prints, on either stream."""
+    """The output of nvcc, stdout and stderr together. Raises CannotBuild if it fails."""
     try:
         result = subprocess.run(
             [nvcc, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True
@@ -171,7 +172,7 @@ def ask_nvcc(nvcc: str, *arguments: str) -> str:
 
 
 def gencode_flags(known: set[int], wanted: str | None) -> tuple[str, ...]:
-    """nvcc's flags for ``wanted`` ("8.0;9.0+PTX"), or, if it is not set, for what CUDA_ARCHITECTURES and nvcc have."""
+    """nvcc's flags for the GPUs in ``wanted`` ("8.0;9.0+PTX"), by default those of CUDA_ARCHITECTURES in ``known``."""
     if wanted:
         pairs = re.findall(r"(\d+)\.(\d+)a?(\+PTX)?", wanted)
         chosen = [(int(major + minor), bool(ptx)) for major, minor, ptx in pairs]
@@ -189,7 +190,7 @@ def gencode_flags(known: set[int], wanted: str | None) -> tuple[str, ...]:
 
 
 def find_cuda(torch_cuda: str | None) -> Cuda:
-    """The toolkit that suits a torch built with ``torch_cuda`` (None: without CUDA), or raises CannotBuild."""
+    """The toolkit for a torch built with CUDA ``torch_cuda`` (None: without CUDA). Raises CannotBuild if none fits."""
     nvcc = find_nvcc()
     match = re.search(r"release (\d+)\.(\d+)", ask_nvcc(nvcc, "--version"))
     if match is None:
@@ -204,14 +205,14 @@ def find_cuda(torch_cuda: str | None) -> Cuda:
         )
     known = {int(number) for number in re.findall(r"compute_(\d+)\b", ask_nvcc(nvcc, "--list-gpu-arch"))}
     gencode = gencode_flags(known, os.environ.get("TORCH_CUDA_ARCH_LIST"))
-    # nvcc alone knows where its libraries are: the toolkit may come from NVIDIA, a distribution or conda.
+    # Ask nvcc for the folders of its libraries: they differ between toolkits of NVIDIA, distributions and conda.
     libraries = re.search(r"LIBRARIES=(.*)", ask_nvcc(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull))
     folders = tuple(re.findall(r'"-L([^"]+)"', libraries[1])) if libraries else ()
     return Cuda(nvcc, release, gencode, folders)
 
 
 def plan_cuda() -> tuple[Cuda | None, str | None]:
-    """The toolkit to build with, or the reason why the kernels are left out. Fails if they were asked for."""
+    """The toolkit to build with, or the reason why the kernels are left out. Fails if they were requested."""
     import torch
 
     if MODE == "cpu":
@@ -225,7 +226,7 @@ def plan_cuda() -> tuple[Cuda | None, str | None]:
 
 
 def plan() -> tuple[list[Extension], type[build_ext], dict[str, object]]:
-    """Decides what to build: the extensions, the command that builds them and the facts to record."""
+    """Decide what to build. Returns the extensions, the command that builds them and the facts to record."""
     info: dict[str, object] = {"mode": MODE, "built": False, "reason": None, "torch": None, "compiler": None}
     info["cuda"] = {"built": False, "reason": None}
     if MODE == "none":
@@ -239,9 +240,9 @@ def plan() -> tuple[list[Extension], type[build_ext], dict[str, object]]:
     except CannotBuild as error:
         return [], build_ext, info | {"reason": give_up(str(error))}
 
-    # torch's ninja file and setuptools' linker line must name the same compiler; CXX is what both read.
+    # Both torch's ninja file and setuptools' linker command read CXX, and must use the same compiler.
     os.environ["CXX"] = compiler
-    # pip run as .venv/bin/pip, without the environment activated, leaves the ninja beside it off PATH.
+    # If pip runs as .venv/bin/pip without an activated environment, the environment's ninja is not on PATH.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     cuda, reason = plan_cuda()
     info["cuda"] = {"built": False, "reason": reason}
@@ -249,7 +250,7 @@ def plan() -> tuple[list[Extension], type[build_ext], dict[str, object]]:
 
 
 def give_up(reason: str, what: str = "the extension") -> str:
-    """An error where the extension was asked for, else a warning. Returns the reason."""
+    """Fail if FOCALNET_BUILD requires ``what``, else print a warning. Returns the reason."""
     if MODE != "auto":
         raise SystemExit(f"focalnet: FOCALNET_BUILD={MODE}, but {what} cannot be built: {reason}")
     print(f"focalnet: WARNING: installing without {what}: {reason}", file=sys.stderr)
@@ -257,7 +258,7 @@ def give_up(reason: str, what: str = "the extension") -> str:
 
 
 def compile_cuda(cuda: Cuda, folder: Path, torch_version: str) -> list[str]:
-    """Compiles csrc/cuda into objects in ``folder``; those that are up to date are kept. Raises CannotBuild."""
+    """Compile csrc/cuda into objects in ``folder``, except those that are up to date. Raises CannotBuild."""
     from torch.utils.cpp_extension import include_paths
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -268,7 +269,7 @@ def compile_cuda(cuda: Cuda, folder: Path, torch_version: str) -> list[str]:
         if not os.environ.get("NVCC_CCBIN") and len(shlex.split(compiler)) == 1:
             command += [f"-ccbin={compiler}"]
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-    # Sources side by side, and the architectures of each: the longest source is half of all the work.
+    # Compile sources in parallel, and also the architectures of each, because the longest source is half of the work.
     kernels = [*cuda.gencode, "-Xfatbin=-compress-all", f"--threads={jobs}"]
     host = [flag for path in include_paths() for flag in ("-isystem", path)]
     host += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
@@ -303,19 +304,19 @@ def extension(torch_version: str) -> Extension:
 
     defines = [
         ("TORCH_TARGET_VERSION", TORCH_TARGET_VERSION),
-        # In the flags so that ninja compiles everything again when torch changes: it does not follow system headers.
+        # ninja does not track system headers. This flag makes it recompile everything when torch changes.
         ("FOCALNET_BUILT_WITH_TORCH", f'"{torch_version}"'),
     ]
     if os.name == "nt":
         flags, include_dirs = ["/O2", "/std:c++20", "/W3"], include_paths()
     else:
         flags = ["-O3", "-std=c++20", "-Wall", "-Wextra", "-fvisibility=hidden", "-g0"]
-        # The same sources give the same binary, wherever they lie.
+        # The binary must not depend on the path of the sources.
         flags += [f"-ffile-prefix-map={ROOT}{os.sep}="]
-        # torch's headers, and the pybind11 among them, as system headers: their warnings are not ours.
+        # Treat torch's headers, including pybind11, as system headers to silence their warnings.
         flags += [flag for path in include_paths() for flag in ("-isystem", path)]
         include_dirs = []
-    # Not torch's CppExtension, which links libtorch_python: its ABI is the one that changes between versions.
+    # torch's CppExtension would link libtorch_python, whose ABI changes between versions.
     return Extension(
         "focalnet._C",
         cpu_sources(),
@@ -335,8 +336,8 @@ def build_command(cuda: Cuda | None) -> type[build_ext]:
     class Build(BuildExtension):
         def run(self) -> None:
             if self.inplace:
-                # An editable install builds in a folder that is thrown away: keep the objects, or each edit of one
-                # source compiles all of them.
+                # An editable install builds in a temporary folder. Keep the objects in another folder, so that a
+                # change of one source does not recompile all of them.
                 self.build_temp = str(ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}")
             reason = None
             if cuda is not None:
@@ -358,7 +359,8 @@ def build_command(cuda: Cuda | None) -> type[build_ext]:
                 INFO["cuda"] = {"built": False, "reason": give_up(str(error), "the CUDA kernels")}
                 return
             built.extra_objects += objects
-            # The runtime goes into the extension: it loads, and says what is missing, where there is no CUDA.
+            # Link the CUDA runtime statically, so that the extension loads on machines without CUDA and can report
+            # what is missing.
             built.library_dirs += cuda.library_dirs
             built.libraries += ["cudart_static"] if os.name == "nt" else ["cudart_static", "dl", "rt", "pthread"]
             INFO["cuda"] = {
@@ -369,7 +371,7 @@ def build_command(cuda: Cuda | None) -> type[build_ext]:
             }
 
         def leave_out(self, reason: str) -> None:
-            """Makes this a build of the pure package: no binary, no platform in the wheel's name."""
+            """Continue as a build of the pure package: no binary, no platform in the wheel's name."""
             self.extensions = []
             self.distribution.ext_modules = []
             wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
@@ -382,7 +384,7 @@ def build_command(cuda: Cuda | None) -> type[build_ext]:
 
 @contextlib.contextmanager
 def output_kept() -> Iterator[Path]:
-    """Keeps what the compiler prints: it writes to the file descriptors, where Python's redirection does not reach."""
+    """Capture the compiler's output, which goes to the file descriptors and bypasses Python's redirection."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
@@ -403,7 +405,7 @@ def output_kept() -> Iterator[Path]:
 
 
 def first_error(output: str) -> str | None:
-    """The first line in which the compiler or the linker says what is wrong."""
+    """The first error message of the compiler or the linker in ``output``, or None."""
     for line in output.splitlines():
         if re.search(r"\berror\b ?[:A-Z]|^nvcc fatal|undefined reference|cannot find -l", line):
             return f"compiling failed: {line.strip().replace(str(ROOT) + os.sep, '')}"
@@ -411,22 +413,22 @@ def first_error(output: str) -> str | None:
 
 
 def remove_binaries(package: Path) -> None:
-    """An extension of an earlier build must not pass for the one that this build did not make."""
+    """Delete the extension of an earlier build, so that it is not taken for one of this build."""
     for pattern in ("_C.*.so", "_C.so", "_C*.pyd"):
         for path in package.glob(pattern):
             path.unlink()
 
 
 class BuildPackage(build_py):
-    """build_py that records the build's facts: in the build folder; beside the sources too if they are installed."""
+    """build_py that records facts about the build in the build folder, and in the sources for an editable install."""
 
     def run(self) -> None:
         if not self.editable_mode:
-            # A build folder that an earlier build left would put modules that are gone, and binaries, into the wheel.
+            # Files from an earlier build, such as deleted modules and binaries, would otherwise end up in the wheel.
             shutil.rmtree(Path(self.build_lib, "focalnet"), ignore_errors=True)
         super().run()
         if not self.distribution.has_ext_modules():
-            self.write_build_info()  # otherwise build_ext does, when it knows how it ended
+            self.write_build_info()  # otherwise build_ext writes it after the build
 
     def write_build_info(self) -> None:
         folders = [Path(self.build_lib, "focalnet")]

@@ -1,6 +1,6 @@
-// focalnet._C: facts about the build and the machine, and the record of a module's structure. The operators are in
-// csrc/cpu/; they register themselves with torch when this module is loaded. Nothing here includes torch, so the
-// module's ABI is Python's alone.
+// The Python module focalnet._C: facts about the build and the machine, and the class Structure. The operators are in
+// csrc/cpu/ and csrc/cuda/ and register themselves with torch when this module is loaded. This file includes no header
+// of torch, so the module depends on Python's ABI only.
 
 #include <pybind11/pybind11.h>
 
@@ -48,8 +48,8 @@ std::string torch_target_version() {
 #endif
 }
 
-// The instruction sets that the compiler may use anywhere. What a kernel turns on for one function, and picks at run
-// time, is not among them.
+// The instruction sets that the compiler may use in all code. Instruction sets enabled for single functions and
+// selected at run time are not included.
 py::list baseline_instruction_sets() {
     py::list sets;
 #if defined(__SSE2__) || defined(_M_X64)
@@ -90,9 +90,9 @@ py::dict build_info() {
     return info;
 }
 
-// Every key is there on every machine, so that a caller need not know the architecture to ask. The names are those of
-// Linux's /proc/cpuinfo. What cannot be asked for (another architecture, a compiler without the builtin) is false:
-// the slower path is always right, the faster one crashes.
+// The dictionary has the same keys on every machine, named as in Linux's /proc/cpuinfo. If a capability cannot be
+// queried (another architecture, a compiler without the builtin), it is false: the slower path always works, while
+// unsupported instructions crash.
 py::dict cpu_capabilities() {
     bool avx = false, avx2 = false, fma = false, f16c = false;
     bool avx512f = false, avx512bw = false, avx512dq = false, avx512vl = false;
@@ -100,7 +100,7 @@ py::dict cpu_capabilities() {
     bool neon = false, sve = false;
 
 #if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
-    // The builtins also ask whether the operating system saves the wide registers, which cpuid alone does not say.
+    // Unlike cpuid, the builtins also check that the operating system saves the wide registers.
     __builtin_cpu_init();
     avx = __builtin_cpu_supports("avx");
     avx2 = __builtin_cpu_supports("avx2");
@@ -141,10 +141,9 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Build facts and CPU capabilities; loading it registers the compiled operators with torch.";
     m.def("build_info", &build_info, "How this extension was compiled.");
     py::class_<focalnet::Structure>(m, "Structure",
-                                    "What a tree of modules is made of, apart from the numbers in its "
-                                    "tensors.")
+                                    "A record of a tree of modules without the values of its tensors.")
         .def(py::init<py::handle>(), py::arg("module"))
         .def("parameters_of", &focalnet::Structure::parameters_of, py::arg("module"),
-             "The module's parameters in the order of the walk; None where it differs from the record.");
+             "The module's parameters in the order of the record; None if the module differs from the record.");
     m.def("cpu_capabilities", &cpu_capabilities, "Instruction set name -> whether this machine has it.");
 }

@@ -13,7 +13,7 @@ constexpr int kMaxDepth = 64;
 
 PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
-// torch.nn.Module keeps its parts and its hooks in dictionaries of these names.
+// Names of the dictionaries in which torch.nn.Module keeps its parts and its hooks.
 struct Names {
     PyObject* parameters = interned("_parameters");
     PyObject* modules = interned("_modules");
@@ -22,7 +22,7 @@ struct Names {
     std::array<PyObject*, 5> must_be_empty = {interned("_forward_hooks"), interned("_forward_pre_hooks"),
                                               interned("_backward_hooks"), interned("_backward_pre_hooks"),
                                               interned("_buffers")};
-    // Facts of a tensor that decide whether a kernel can read it.
+    // Attributes of a tensor that decide whether a kernel can read it.
     std::array<PyObject*, 3> facts = {interned("dtype"), interned("layout"), interned("is_cpu")};
 };
 
@@ -53,7 +53,7 @@ bool are_plain(PyObject* dictionary) {
     return true;
 }
 
-// Immutable, and owning nothing but its like.
+// Whether `value` is immutable and refers only to other plain values.
 bool is_plain(PyObject* value) {
     if (PyTuple_CheckExact(value)) {
         for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(value); ++i) {
@@ -63,7 +63,7 @@ bool is_plain(PyObject* value) {
         }
         return true;
     }
-    if (PyCFunction_CheckExact(value)) {  // an activation, say; a bound method would own its object
+    if (PyCFunction_CheckExact(value)) {  // such as an activation; a bound method owns its object
         PyObject* self = PyCFunction_GET_SELF(value);
         return self == nullptr || PyModule_Check(self) || PyType_Check(self);
     }
@@ -71,7 +71,7 @@ bool is_plain(PyObject* value) {
            PyUnicode_CheckExact(value);
 }
 
-// `value` is whatever stands there now, `recorded` is plain.
+// Whether `value` equals `recorded`, which is plain. `value` may be any object.
 bool is_equal(PyObject* value, PyObject* recorded) {
     if (value == recorded) {
         return true;
@@ -86,7 +86,7 @@ bool is_equal_name(PyObject* name, const py::object& recorded) {
 
 PyObject* type_of(PyObject* object) { return reinterpret_cast<PyObject*>(Py_TYPE(object)); }
 
-// The attributes of a module; nothing for what is no module.
+// The attribute dictionary of a module, or a null object if `module` has none.
 py::object dictionary_of(PyObject* module) {
     PyObject* dictionary = PyObject_GenericGetDict(module, nullptr);
     if (dictionary == nullptr) {
@@ -193,8 +193,8 @@ void Structure::note_object(const PyObject* object) { note(object, sizeof(PyDict
 
 void Structure::note_dictionary(PyObject* dictionary) {
     note_object(dictionary);
-    // Where the interpreter keeps the items: values alone, if instances of a class share their keys, or a table of
-    // keys and values behind an index of a byte a slot.
+    // The memory of the items: only values if instances of a class share their keys, otherwise an index of one byte
+    // per slot followed by a table of keys and values.
     const auto* fields = reinterpret_cast<PyDictObject*>(dictionary);
     const size_t items = static_cast<size_t>(fields->ma_used);
     if (fields->ma_values != nullptr) {
@@ -257,7 +257,7 @@ bool Structure::matches_attribute(Cursor& next, PyObject* name, PyObject* value,
                    (name != names().forward || has_keywords(value, (next++)->value.ptr()));
         case Kind::ignored:
             return true;
-        case Kind::keywords:  // compared with its forward
+        case Kind::keywords:  // compared together with its forward
             return false;
         case Kind::is_empty:
             return PyDict_Check(value) && PyDict_GET_SIZE(value) == entry.size;

@@ -1,4 +1,4 @@
-// What a tree of torch.nn modules is made of, apart from the numbers in its tensors.
+// A record of the structure of a tree of torch.nn modules, without the values of its tensors.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -7,18 +7,18 @@
 
 namespace focalnet {
 
-// A record of what decides what calling a module does: the classes of the module and of all modules in it, their names
-// and order, their plain attributes (flags, numbers, strings), whether they have hooks, and the class, dtype, layout
-// and device type of every parameter. Of an attribute of another kind only its class is recorded, and of a forward
-// that is a functools.partial its keywords as well.
+// A record of everything that determines the effect of calling a module: the classes of the module and of all modules
+// in it, their names and order, their plain attributes (flags, numbers, strings), whether they have hooks, and the
+// class, dtype and layout of every parameter and whether it is on the CPU. For other attributes only the class is
+// recorded, and for a forward that is a functools.partial also its keywords.
 //
-// A question that reads nothing else has the same answer for as long as `parameters_of` finds no difference. The
-// record keeps neither modules nor tensors alive.
+// A function of these facts alone keeps its result as long as `parameters_of` finds no difference. The record does not
+// keep modules or tensors alive.
 class Structure {
   public:
     explicit Structure(pybind11::handle module);
 
-    // The parameters of `module` in the order of the walk, None for those that are None; or None in all, where
+    // A list of the parameters of `module` in the order of the record (None for those that are None), or None if
     // anything differs from the record.
     pybind11::object parameters_of(pybind11::handle module) const;
 
@@ -29,8 +29,8 @@ class Structure {
     struct Entry {
         Kind kind;
         pybind11::object name;
-        pybind11::object value;  // the value itself, or its class; nothing for a dictionary
-        Py_ssize_t size;         // of a dictionary
+        pybind11::object value;  // the value itself, or its class; None for a dictionary
+        Py_ssize_t size;         // number of items of a dictionary
     };
 
     void record(Kind kind, PyObject* name, PyObject* value, Py_ssize_t size = 0);
@@ -43,15 +43,16 @@ class Structure {
     static bool matches_parameter(Cursor& next, PyObject* name, PyObject* tensor, PyObject* found);
     static bool matches_attribute(Cursor& next, PyObject* name, PyObject* value, PyObject* found);
 
-    // Notes the cache lines that a comparison reads. By the next call an operator has evicted them all, and one after
-    // the other they would be most of the time. An address may be stale by then: prefetching one does no harm.
+    // Note the cache lines that a comparison reads, for prefetching. By the next call an operator has evicted them,
+    // and loading them one by one would take most of the time. An address may be stale by then, but prefetching a
+    // stale address is harmless.
     void note_object(const PyObject* object);
     void note_dictionary(PyObject* dictionary);
     void note(const void* address, size_t bytes);
 
     std::vector<Entry> entries_;
     std::vector<const char*> cache_lines_;
-    bool is_complete_ = true;  // false where something could not be recorded: then nothing matches
+    bool is_complete_ = true;  // false if something could not be recorded; then no module matches
     int depth_ = 0;            // of the module that is being recorded
 };
 

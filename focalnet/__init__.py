@@ -1,7 +1,7 @@
-"""focalnet: FocalNet for PyTorch, drop-in for transformers'.
+"""focalnet: a fast FocalNet for PyTorch, drop-in for the one in transformers.
 
-This file says what is public. The operators and the layer need torch alone; what needs transformers is imported when
-it is first asked for, since that import takes longer than the one of torch.
+This file defines the public names. The operators and the layer need only torch. Names that need transformers are
+imported on first access, because importing transformers takes longer than importing torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""FocalNetConfig: the published configuration, field for field, and the published variants by name."""
+"""FocalNetConfig: transformers' FocalNet configuration, field for field, with the published variants by name."""
 
 from __future__ import annotations
 
@@ -12,58 +12,59 @@ from transformers.backbone_utils import BackboneConfigMixin
 
 from .variants import VARIANTS
 
-# Documented for `hidden_act` by transformers, yet missing from its table of activations.
+# transformers documents "selu" for `hidden_act`, but its table of activations lacks it.
 _MISSING_FROM_ACT2FN = {"selu": nn.SELU}
 
 
 def activation(name: str) -> nn.Module:
-    """The module behind a ``hidden_act``: whatever transformers knows, and "selu"."""
+    """A new module for a ``hidden_act``: any name that transformers knows, or "selu"."""
     return _MISSING_FROM_ACT2FN[name]() if name in _MISSING_FROM_ACT2FN else ACT2FN[name]
 
 
 class FocalNetConfig(BackboneConfigMixin, PreTrainedConfig):
-    """Configuration of a FocalNet, read and written as the same JSON as transformers' FocalNetConfig.
+    """Configuration of a FocalNet. It reads and writes the same JSON as transformers' FocalNetConfig.
 
     The defaults are those of microsoft/focalnet-tiny. A stage's width is ``embed_dim * 2 ** stage``.
 
     Args:
-        image_size (int or pair): height and width the model was trained at, in pixels. Any other size runs as well.
+        image_size (int or pair): height and width of the training images, in pixels. The model accepts any other size.
         patch_size (int or pair): size and stride of a patch in the stem.
         num_channels (int): channels of the input image.
         embed_dim (int): channels of the first stage.
         use_conv_embed (bool): overlapping patches: 7x7 stride 4 in the stem, 3x3 stride 2 between stages.
-        hidden_sizes (list of int): kept for the JSON's sake; what the stages have follows from ``embed_dim``.
+        hidden_sizes (list of int): kept for compatible JSON and otherwise unused; ``embed_dim`` sets the widths.
         depths (list of int): blocks per stage.
         focal_levels (list of int): focal levels L per stage.
         focal_windows (list of int): kernel size of the first level per stage, odd; level l has ``window + 2 * l``.
         hidden_act (str): activation of the MLP, any of transformers' names, or "selu". The modulation's own activation
             is always the exact GELU.
-        mlp_ratio (float): hidden size of the MLP over the block's width.
+        mlp_ratio (float): hidden size of the MLP divided by the width of the block.
         hidden_dropout_prob (float): dropout after the embeddings, the modulation and inside the MLP.
-        drop_path_rate (float): stochastic depth of the last block; it grows linearly from 0.
+        drop_path_rate (float): stochastic depth rate of the last block. Rates grow linearly from 0 at the first block.
         use_layerscale (bool): a learned scale per channel on both branches.
-        layerscale_value (float): its initial value.
+        layerscale_value (float): initial value of that scale.
         use_post_layernorm (bool): LayerNorm after each branch instead of before it.
         use_post_layernorm_in_modulation (bool): LayerNorm inside the modulation, before its last projection.
         normalize_modulator (bool): divide the aggregated context by L + 1.
         initializer_range (float): standard deviation of initial weights.
         layer_norm_eps (float): epsilon of every LayerNorm.
-        encoder_stride (int): how much the decoder of masked image modelling enlarges the last map.
+        encoder_stride (int): upsampling factor of the masked-image-modelling decoder.
         out_features (list of str): names of the maps that a FocalNetBackbone returns: "stem", "stage1", ...
-        out_indices (list of int): the same by number; give one of the two.
-        feature_maps_before_downsampling (bool): FocalNetBackbone returns each stage's map before the downsampling that
-            ends it: strides 4, 8, 16, 32 for stages 1 to 4, as dense prediction wants them, instead of 8, 16, 32, 32.
-        use_feature_map_norms (bool): FocalNetBackbone has a LayerNorm for each map that it returns, as the authors'
+        out_indices (list of int): the same maps by index. Give ``out_features`` or ``out_indices``, not both.
+        feature_maps_before_downsampling (bool): FocalNetBackbone returns each stage's map before the stage's
+            downsampling. Stages 1 to 4 then have strides 4, 8, 16, 32, as dense prediction needs, instead of
+            8, 16, 32, 32.
+        use_feature_map_norms (bool): FocalNetBackbone applies a LayerNorm to each map that it returns, as the authors'
             detection backbone does.
-        stem_padding (int or None): padding of the overlapping stem. None means 2; the authors' mmdet code has 3.
-        drop_incomplete_patches (bool or None): rows and columns that do not fill a patch are dropped at the bottom and
-            the right, as in timm and the authors' classifiers. Otherwise they are padded with zeros, as in
-            transformers. None means False, except for weights in the format of a model that drops.
+        stem_padding (int or None): padding of the overlapping stem. None means 2; the authors' mmdet code uses 3.
+        drop_incomplete_patches (bool or None): drop the rows at the bottom and the columns at the right that do not
+            fill a patch, as timm and the authors' classifiers do. False pads them with zeros, as transformers does.
+            None means False, except for weights in the format of a model that drops.
 
     The last four fields are not in transformers. They are left out of the JSON while they keep their defaults.
 
     Raises:
-        ValueError, TypeError: a field is out of range, of the wrong type or length; the message names it.
+        ValueError, TypeError: a field is out of range, or has the wrong type or length; the message names the field.
     """
 
     model_type = "focalnet"
@@ -131,7 +132,7 @@ class FocalNetConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_variant(cls, variant: str, **fields: Any) -> FocalNetConfig:
-        """The configuration of a published variant, such as "tiny_lrf" or "large_fl4"; ``fields`` override it.
+        """The configuration of a published variant, such as "tiny_lrf" or "large_fl4". ``fields`` override its values.
 
         Raises:
             ValueError: no variant has that name; the message lists them.
@@ -142,11 +143,11 @@ class FocalNetConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def stage_dims(self) -> list[int]:
-        """Channels of each stage before its downsampling."""
+        """Number of channels of each stage, before its downsampling."""
         return [self.embed_dim * 2**stage for stage in range(len(self.depths))]
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is saved: transformers' fields, and ours only where they are set, so that the JSON stays the same."""
+        """The fields to save. Ours are omitted at their defaults, so that the JSON equals that of transformers."""
         fields = super().to_diff_dict()
         for name, default in _OWN_FIELDS.items():
             if fields.get(name, default) == default:
@@ -154,10 +155,10 @@ class FocalNetConfig(BackboneConfigMixin, PreTrainedConfig):
         return fields
 
     def validate_fields(self) -> None:
-        """Check every field; models call it again, since a configuration may be changed after it was made.
+        """Check every field. Models call this again, because a configuration may have been modified since it was made.
 
         Raises:
-            ValueError, TypeError: naming the field, what came and what was expected.
+            ValueError, TypeError: a field is invalid; the message names it with the given and the expected value.
         """
         for name, (expectation, fits) in _FIELDS.items():
             value = getattr(self, name)
@@ -176,7 +177,7 @@ class FocalNetConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def _select_outputs(self, out_features: Sequence[str] | None, out_indices: Sequence[int] | None) -> None:
-        # Written to the JSON together, so they come back together: the features decide, the indices must agree.
+        # The JSON stores both, so loading passes both. out_features take precedence, and out_indices must agree.
         if out_features is None:
             indices: Any = out_indices  # the mixin's setter takes None too
             self.out_indices = indices
@@ -201,7 +202,7 @@ _OWN_FIELDS = {
 
 
 def _error(name: str, expectation: str, value: object) -> Exception:
-    # A value of the right kind that is out of range is a ValueError, any other a TypeError.
+    # ValueError for a number, a list or an activation's name that is out of range; TypeError for any other value.
     numbers = (int, float, list, tuple)
     kind = ValueError if isinstance(value, numbers) and not isinstance(value, bool) else TypeError
     if name == "hidden_act" and isinstance(value, str):

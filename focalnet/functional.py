@@ -1,6 +1,7 @@
-"""The two operators as functions: arguments are checked here, before any kernel runs.
+"""The two operators as functions. Arguments are checked here, before any kernel runs.
 
-Only once for each kind of call: `eager` says when a call can do without the checks and the operator.
+Each kind of call is checked once. `operators.eager` remembers the kinds of calls that passed, and later calls of the
+same kind skip the checks and the dispatcher.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def focal_modulation(
     ``agg = gated_aggregation(ctx, gates, focal_weights)`` it equals ``q * F.linear(agg, weight, bias)``.
 
     Args:
-        q: query, ``(B, H, W, C)``. Views with any strides are taken as they are.
+        q: query, ``(B, H, W, C)``. Views with any strides are accepted and not copied.
         ctx: context before the first level, ``(B, H, W, C)``.
         gates: one gate per position and level, the last for the global level, ``(B, H, W, L + 1)``.
         focal_weights: L depthwise kernels, each ``(C, 1, k, k)`` or ``(C, 1, kh, kw)`` with odd sizes, from the first
@@ -42,7 +43,7 @@ def focal_modulation(
         weight: 1x1 convolution that makes the modulator, ``(C, C)`` or ``(C, C, 1, 1)``.
         bias: ``(C,)`` or None.
         normalize_modulator: divide the aggregated context by L + 1.
-        backend: "triton", "cuda", "cpu" or "reference"; None takes the first that can run the call.
+        backend: "triton", "cuda", "cpu" or "reference"; None selects the first that can run the call.
 
     Returns:
         ``(B, H, W, C)``, contiguous, with the dtype of ``q``. Under autocast, with autocast's dtype.
@@ -50,9 +51,9 @@ def focal_modulation(
     All tensors share one floating-point dtype (except under autocast, which casts) and one device. B may be 0.
 
     Raises:
-        TypeError: an argument is no tensor, not floating point, or of another dtype than ``q``.
-        ValueError: a shape or device does not fit, or no backend has the given name.
-        RuntimeError: the backend that was asked for cannot run this call; the message says why.
+        TypeError: an argument is not a dense floating-point tensor, or its dtype differs from that of ``q``.
+        ValueError: a shape or device does not match, or no backend has the given name.
+        RuntimeError: the requested backend cannot run this call; the message says why.
     """
     given = (q, ctx, gates, weight) if bias is None else (q, ctx, gates, weight, bias)
     key = eager.key("focal_modulation", given, focal_weights, backend)
@@ -117,11 +118,12 @@ def gated_aggregation(
 
 
 def _must_be_plain(backend: str | None) -> bool:
-    """Whether this call has to be plain PyTorch.
+    """Whether this call must run as plain PyTorch operations.
 
-    ONNX has nothing else, and torch.func transforms nothing else. What torch.jit.trace records is for a place without
-    this package (OpenVINO, Core ML, LibTorch), so it holds the operator only where a backend was asked for by name;
-    torch.export's programs hold it unless that backend is the reference.
+    ONNX export and torch.func transformations support nothing else. A graph from torch.jit.trace usually runs where
+    this package is not installed (OpenVINO, Core ML, LibTorch), so it contains the operator only if a backend other
+    than the reference was requested by name. A program from torch.export contains the operator unless the reference
+    was requested.
     """
     if torch.onnx.is_in_onnx_export():
         return True
@@ -148,7 +150,7 @@ def _named_weights(focal_weights: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def _prepare(tensors: dict[str, Tensor], levels: int, images: tuple[str, ...]) -> list[Any]:
-    """``[*images, focal_weights, the rest]``, cast where autocast is on, all of one dtype and on one device."""
+    """``[*images, focal_weights, the rest]``, cast under autocast, checked to share one dtype and one device."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
@@ -175,7 +177,7 @@ def _prepare(tensors: dict[str, Tensor], levels: int, images: tuple[str, ...]) -
 
 
 def _autocast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """As PyTorch's own operators do under autocast: everything but float64 goes to the autocast dtype."""
+    """Cast everything except float64 to the autocast dtype, as PyTorch's own operators do."""
     return {name: tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for name, tensor in tensors.items()}
 
 

@@ -1,4 +1,4 @@
-"""FocalModulation: the layer that stands where a transformer has self-attention."""
+"""FocalModulation: the layer that replaces self-attention in a FocalNet."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .fusion.module_checks import is_proxy
 from .fusion.norm_branches import norm_linear
 from .onednn import guarded
 
-# A node of its own in graphs of torch.fx, which cannot look into it.
+# torch.fx cannot trace through the function, so it becomes one node of the graph.
 torch.fx.wrap("focal_modulation")
 
 
@@ -29,19 +29,20 @@ class FocalModulation(nn.Module):
         dim: number of channels C.
         focal_window: kernel size of the first level, odd.
         focal_level: number of levels L, at least 1.
-        focal_factor: how much the kernel grows from level to level, even.
-        bias: whether ``projection_in`` and ``projection_context`` have one.
+        focal_factor: growth of the kernel size from one level to the next, even.
+        bias: whether ``projection_in`` and ``projection_context`` have a bias.
         proj_drop: dropout probability after ``projection_out``.
         use_post_layernorm_in_modulation: LayerNorm before ``projection_out``.
         normalize_modulator: divide the aggregated context by L + 1.
         layer_norm_eps: epsilon of that LayerNorm.
-        backend: "triton", "cuda", "cpu" or "reference"; None takes the first that can run a call.
+        backend: "triton", "cuda", "cpu" or "reference"; None selects the first that can run each call.
 
     Shapes: input and output ``(B, H, W, C)``, any B, H and W, in the dtype of the parameters.
 
     Raises:
         ValueError: a size is out of range, or the input is not ``(B, H, W, dim)``.
-        TypeError: the input is no tensor.
+        TypeError: the input is not a tensor.
+        RuntimeError: the requested backend cannot run the call; the message says why.
     """
 
     def __init__(
@@ -103,16 +104,19 @@ class FocalModulation(nn.Module):
         if hidden_state.ndim != 4 or hidden_state.shape[-1] != self.dim:
             raise ValueError(
                 f"hidden_state: expected shape (B, H, W, {self.dim}), got {tuple(hidden_state.shape)}; "
-                f"channels come last here, NCHW tensors want .permute(0, 2, 3, 1)"
+                f"channels come last: call .permute(0, 2, 3, 1) on an NCHW tensor"
             )
 
     def of_normed(self, norm: nn.Module, hidden_state: Tensor, *, backend: str | None = None) -> Tensor:
-        """``self(norm(hidden_state))``; in training, what ``norm`` returns is not kept for backward."""
+        """``self(norm(hidden_state))``, (B, H, W, C) -> (B, H, W, C).
+
+        In training the output of ``norm`` is not saved for backward.
+        """
         return self._modulate(norm_linear(norm, self.projection_in, hidden_state, backend or self.backend))
 
     def _modulate(self, projected: Tensor) -> Tensor:
         q, ctx, gates = projected.split([self.dim, self.dim, self.focal_level + 1], dim=-1)
-        # The operator takes weights and calls no module.
+        # The operator reads weights and calls no module, so replaced or hooked modules need the other path.
         changed = unusual_context(self, "projection_context", "activation")
         out = self._fused(q, ctx, gates) if changed is None else self._module_by_module(q, ctx, gates, changed)
         if self.use_post_layernorm_in_modulation:
@@ -136,7 +140,7 @@ class FocalModulation(nn.Module):
         if backend not in (None, "reference"):
             raise RuntimeError(
                 f"backend {backend!r} cannot run this FocalModulation: {changed} was replaced, wrapped or hooked, so "
-                f"its modules are called one by one. Leave the backend out, or undo the change."
+                f"its modules must be called one by one. Omit the backend or undo the change."
             )
         ctx, gates = ctx.permute(0, 3, 1, 2), gates.permute(0, 3, 1, 2)
         agg: Any = 0

@@ -1,4 +1,4 @@
-"""Goes around convolutions of oneDNN that never return."""
+"""Works around a oneDNN bug: some 16-bit depthwise convolutions on a CPU never return. They run in float32 here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-    """``F.conv2d``, in float32 where oneDNN might never return; the result has the dtype that it would have had."""
+    """``F.conv2d`` with the same shapes and dtype of the result, computed in float32 if oneDNN might hang."""
     dtype = _computed_in(x)
     if not may_hang(x.device, dtype, weight.shape[-1]):
         return F.conv2d(x, weight, bias, *args, **kwargs)
@@ -26,10 +26,11 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **
 def may_hang(device: torch.device, dtype: torch.dtype, kernel_width: int) -> bool:
     """Whether a depthwise convolution could reach oneDNN's kernel `brdgmm_dw` with a 16-bit type and a wide kernel.
 
-    On processors with AVX512_BF16 its forward then loops forever, on maps and for numbers of channels that depend on
-    the number of threads: seen in bfloat16 from a width of 15 on, with oneDNN 3.12 as in torch 2.13; no issue
-    upstream is known. It takes channels-last tensors, and compilers choose that layout by themselves, so a layout is
-    no way out. Where there is AVX512_FP16 the same code takes float16. All accumulate in float32 anyway.
+    On processors with AVX512_BF16 the forward of that kernel can loop forever. The affected map sizes and numbers of
+    channels depend on the number of threads. This was seen in bfloat16 from a kernel width of 15 up, with oneDNN 3.12
+    (torch 2.13); no upstream issue is known. The kernel handles channels-last tensors. Choosing another layout does
+    not help, because compilers choose channels-last on their own. With AVX512_FP16 the same code handles float16. The
+    fallback to float32 loses no accuracy: the 16-bit kernels accumulate in float32 too.
     """
     return device.type == "cpu" and dtype.itemsize == 2 and kernel_width >= 15
 
@@ -48,7 +49,10 @@ class _Guarded(TorchFunctionMode):
 
 
 def guarded(x: Tensor, kernel_width: int) -> contextlib.AbstractContextManager[Any]:
-    """Inside it, modules that are called on maps like ``x`` run `conv2d` of this file."""
+    """A context in which every ``torch.conv2d`` is `conv2d` of this file, for modules called on maps like ``x``.
+
+    It does nothing if oneDNN cannot hang on ``x`` with kernels of this width.
+    """
     if isinstance(x, torch.fx.Proxy) or not may_hang(x.device, _computed_in(x), kernel_width):
         return contextlib.nullcontext()
     return _Guarded()

@@ -1,11 +1,12 @@
 """The specification: focal modulation and its gradients in plain PyTorch.
 
 Focal modulation (Yang et al., "Focal Modulation Networks", NeurIPS 2022, arXiv:2203.11926, section 3.2, equations 4-6)
-gathers context level by level and lets every query multiply it. Every other backend is tested against this file: it is
-kept short, uses no in-place operation, and holds in float64 as it does in bfloat16.
+gathers context level by level and multiplies every query by it. All other backends are tested against this file. It is
+short, uses no in-place operation, and works in every floating-point dtype from bfloat16 to float64.
 
 All functions take and return channels-last tensors, ``(B, H, W, C)``; ``focal_weights`` are L depthwise kernels of
-shape ``(C, 1, kh, kw)`` with odd ``kh`` and ``kw``; ``weight`` is ``(C, C)``.
+shape ``(C, 1, kh, kw)`` with odd ``kh`` and ``kw``; ``weight`` is ``(C, C)``. Arguments are not checked here; see
+`functional`.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ def gated_aggregation_bwd(
     normalize_modulator: bool,
     output_mask: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients ``[dctx, dgates, *dfocal_weights]``.
+    """Gradients ``[dctx, dgates, *dfocal_weights]``, each shaped like its input; ``dagg`` is (B, H, W, C).
 
-    ``output_mask`` asks for those of (ctx, gates, focal_weights); the others are None.
+    ``output_mask`` selects among (ctx, gates, focal_weights); the other gradients are None.
     """
     levels = _focal_levels(ctx, focal_weights)
     return _aggregation_gradients(dagg, ctx, levels, gates, focal_weights, normalize_modulator, output_mask)
@@ -74,9 +75,10 @@ def focal_modulation_bwd(
     normalize_modulator: bool,
     output_mask: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients ``[dq, dctx, dgates, dweight, dbias, *dfocal_weights]``; nothing but the inputs is kept from forward.
+    """Gradients ``[dq, dctx, dgates, dweight, dbias, *dfocal_weights]``; ``dout`` is (B, H, W, C).
 
-    ``output_mask`` asks for those of (q, ctx, gates, weight, bias, focal_weights); the others are None.
+    Everything is recomputed from the inputs; forward saves nothing else. ``output_mask`` selects among (q, ctx, gates,
+    weight, bias, focal_weights); the other gradients are None.
     """
     need_q, need_ctx, need_gates, need_weight, need_bias, need_focal = output_mask
     dq = dweight = dbias = None
@@ -127,7 +129,7 @@ def _aggregate(contexts: Levels, gates: Tensor, normalize_modulator: bool) -> Te
 
 
 def _depthwise_conv(x: Tensor, focal_weight: Tensor) -> Tensor:
-    """NHWC in and out; the permuted views are what cuDNN and oneDNN call channels-last."""
+    """NHWC in and out. The permuted views are channels-last NCHW tensors to cuDNN and oneDNN."""
     padding = [size // 2 for size in focal_weight.shape[-2:]]
     out = conv2d(x.permute(0, 3, 1, 2), focal_weight, padding=padding, groups=focal_weight.shape[0])
     return out.permute(0, 2, 3, 1)

@@ -1,4 +1,4 @@
-"""The published variants: what the authors trained (Yang et al., arXiv:2203.11926, and their model zoo)."""
+"""The published variants, as the authors trained them (Yang et al., arXiv:2203.11926, and their model zoo)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Variant:
-    """A published model. ``normalize_modulator`` is None where published sources contradict each other."""
+    """A published model. ``normalize_modulator`` is None if published sources contradict each other."""
 
     embed_dim: int
     depths: tuple[int, ...]
@@ -26,7 +26,7 @@ class Variant:
     hub: str | None = None
 
     def config_fields(self) -> dict[str, Any]:
-        """Arguments of FocalNetConfig; `normalize_modulator` is left out where it is not settled."""
+        """Arguments of FocalNetConfig. ``normalize_modulator`` is omitted if it is None."""
         stages = len(self.depths)
         stride = self.patch_size * 2 ** (stages - 1)
         dims = [self.embed_dim * 2**stage for stage in range(stages)]

@@ -1,8 +1,8 @@
-"""Runs commands one after another within one deadline: a late part gets less time, and the deadline holds.
+"""Runs commands one after another within one deadline.
 
-A part may run for the least of its own limit and of what is left, less what the parts behind it and the end are
-promised. So every part has at least its promise, whatever those before it do; one that was promised nothing and finds
-nothing left is listed as such. A part that fails or is stopped does not stop the rest.
+Each part reserves a minimum of time. A part may run until its own limit, or until the time left is what later parts
+have reserved. So a slow part cannot use up the time of later parts. A part that reserved nothing and finds no time
+left is listed with that outcome. A part that fails or is stopped does not stop the others.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-WORTHWHILE_S = 3.0  # less than this a part is not started
-GRACE_S = 2.0  # between asking a part to end and ending it; inside the part's time
+WORTHWHILE_S = 3.0  # a part with less time than this is not started
+GRACE_S = 2.0  # between SIGTERM and SIGKILL of a part, within its time
 SHOWN_LINES = 4
 
 

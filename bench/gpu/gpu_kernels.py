@@ -1,10 +1,10 @@
-"""The operators on a GPU, stage by stage: time, bytes a second and share of the floor, against the others.
+"""Times the operators on a GPU at the sizes of each stage: time, bytes per second and share of the floor.
 
     python bench/gpu/gpu_kernels.py --variant tiny_lrf --variant base_lrf --batch 128
 
-Compared are the operator with the reference, eager and compiled, and the whole module with transformers' and timm's,
-channels-last and not. Rows go to bench/results/<device>/kernels.json. Without a GPU the floors are printed and nothing
-is measured; ``--device cpu`` tries the script itself on a small batch, and writes nothing.
+The operator is compared with the reference, eager and compiled, and the whole module with transformers' and timm's, in
+both memory formats. The rows go to bench/results/<device>/kernels.json. Without a GPU the script prints the floors and
+measures nothing. ``--device cpu`` tests the script itself on a small batch and writes nothing.
 """
 
 from __future__ import annotations

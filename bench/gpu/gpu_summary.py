@@ -1,4 +1,4 @@
-"""The end of bench/gpu.sh: how its parts ended and what was measured, as a table and as bench/results/<device>.json.
+"""The summary of bench/gpu.sh, as a table and as bench/results/<device>.json: the state of each part, and the results.
 
 python bench/gpu/gpu_summary.py PARTS      (a JSON list of `deadline.Ended`)
 """

@@ -1,10 +1,10 @@
-"""What one call of focal_modulation costs the host: forward, no gradients, warm, the kernels' own time aside.
+"""Measures the host's time for one call of focal_modulation: forward, no gradients, warm, without the kernels' time.
 
-    TRITON_INTERPRET=1 python bench/gpu/host_time.py     without a GPU: the launches are left out, all else is done
-    python bench/gpu/host_time.py                        with one: kernels are launched, and end before the next call's
+    TRITON_INTERPRET=1 python bench/gpu/host_time.py     without a GPU: everything except the launches
+    python bench/gpu/host_time.py                        with a GPU: each call's kernels end before the next call
 
-Beside the public function stand the operator that it leaves out where nothing observes it, the backend alone, and a
-small torch operator, which says how fast the machine was at that moment.
+The public function is compared with the operator, which the function skips if nothing observes it, and with the
+backend alone. A small torch operator shows the speed of the machine at that moment.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Everything that needs a GPU within one deadline: build, tests on the device, measurements, a short table last.
+"""Runs everything that needs a GPU within one deadline: build, tests on the device, measurements, a summary table.
 
     bench/gpu.sh             under ten minutes
-    bench/gpu.sh --quick     under four
+    bench/gpu.sh --quick     under four minutes
 
-Needs torch >= 2.10 with CUDA, triton, nvcc, transformers, pytest and ninja in the environment, and no network; timm is
-measured where it is installed. The time is kept by construction (`deadline`): parts that come late get less, and one
-that fails, is stopped or finds no time left is listed. Rows go to bench/results/<device>/, what every part printed to
-$OUT (default: a new folder), the summary of both to bench/results/<device>.json. This file needs the standard library
-only, so that a broken environment is reported like any other failure.
+It needs torch >= 2.10 with CUDA, triton, nvcc, transformers, pytest and ninja, and no network. timm is measured if it
+is installed. `deadline` limits the time of each part. Parts that fail, are stopped or find no time left are listed.
+The rows go to bench/results/<device>/, the output of every part to $OUT (default: a new folder), and the summary to
+bench/results/<device>.json. This file needs only the standard library, so that a broken environment is reported like
+any other failure.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Whether a compiler kept the barriers of a Triton kernel where its author put them.
+"""Checks that the compiler keeps the barriers of a Triton kernel in place.
 
-A program whose threads read from device memory what other threads of it wrote needs a barrier between the two. That
-the source has one for every such pair is seen in the interpreter (`traffic.Counter.hazards`). That compiling neither
-drops one nor moves a load or store across it (a pipelined loop fetches ahead) is seen here: tl.debug_barrier() cuts
-the program into parts between which there is no way around a barrier, and every part must load and store at the same
-places of the source in Triton's first IR as in the PTX.
+If threads of a program read device memory that other threads of the program wrote, the source needs a barrier between
+the two. `traffic.Counter.hazards` checks in the interpreter that it has one. This file checks that compilation does
+not drop a barrier or move a load or store across it, as a pipelined loop could. Barriers (tl.debug_barrier()) divide
+the program into parts. Each part must have loads and stores from the same source lines in Triton's first IR and in the
+PTX.
 """
 
 from __future__ import annotations

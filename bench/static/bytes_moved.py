@@ -1,13 +1,15 @@
-"""Bytes that the Triton kernels move, stage by stage, against the least possible.
+"""Counts the bytes that the Triton kernels move at each stage, and compares them with the minimum.
 
     TRITON_INTERPRET=1 python bench/static/bytes_moved.py [--variant tiny_lrf ...]
 
-The rule: each program's distinct bytes of each tensor, summed over programs; scratch counts as on chip while all of it
-that is alive at once stays under 60 percent of the L2 cache. Counted by the interpreter, on the launches that the plan
-of the stage lists, with their tiles and channels, but on a small map and one image: what a program touches of a tensor
-of positions grows with the positions, and what it touches of the weights does not, which the tests hold. Then scaled
-to the stage. Where planes are cut into bands, which read halos, programs of the stage's own launch are counted.
-Weights are counted like all else: once for every program that reads them.
+A program's bytes are the distinct bytes of each tensor that it touches, summed over programs. Weights count once for
+every program that reads them. Scratch memory counts as on chip if all of it that is alive at once is under 60 percent
+of the L2 cache.
+
+The interpreter counts the launches in the plan of the stage, with their tiles and channels, but on a small map and one
+image. The result is then scaled to the stage: bytes of tensors with positions grow with the positions, bytes of
+weights do not (a test checks this). If planes are cut into bands, which read halos, programs of the stage's own launch
+are counted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Registers, local and shared memory of every configuration of the Triton kernels, compiled without a GPU.
+"""Reports registers, local and shared memory of every configuration of the Triton kernels, compiled without a GPU.
 
     python bench/static/compile_report.py [--arch 90] [--minutes 15]
 

@@ -1,10 +1,10 @@
-"""Registers, local and shared memory of the kernels around a block's residual branches, compiled without a GPU.
+"""Reports registers, local and shared memory of the kernels of a block's residual branches, compiled without a GPU.
 
     python bench/static/compile_residual.py [--arch 90]
 
-All 15 published variants, in three dtypes and under autocast, with and without stochastic depth. As in
-configurations.py, launches that differ in the number of channels alone are one. Rows go to
-bench/results/without-gpu/compile_residual.json; a kernel that spills makes it exit with an error.
+It covers all 15 published variants in three dtypes and under autocast, with and without stochastic depth. As in
+configurations.py, launches that differ only in the number of channels are compiled once. The rows go to
+bench/results/without-gpu/compile_residual.json. The exit code is an error if a kernel spills.
 """
 
 from __future__ import annotations

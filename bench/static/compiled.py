@@ -1,8 +1,8 @@
-"""What a launch becomes on a GPU, found without one: registers, local memory, shared memory, PTX.
+"""Compiles a launch for a GPU without having one, and reads its registers, local memory, shared memory and PTX.
 
-`compile_launch` runs Triton's own path, specialisation of arguments included, up to the machine code for an
-architecture; `resources` asks cuobjdump (which comes inside the triton package) what that code uses. Compiled code is
-kept in Triton's disk cache, so a second run takes seconds. Local memory means spills: no kernel here has local arrays.
+`compile_launch` runs Triton's own compiler, including the specialisation of arguments, up to the machine code for an
+architecture. `resources` reads what that code uses with cuobjdump, which is part of the triton package. Triton's disk
+cache keeps compiled code, so a second run takes seconds. Local memory means spills: no kernel here has local arrays.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every launch that the configuration table can choose for the published models.
+"""Lists every launch that the configuration table can choose for the published models.
 
 The 15 variants at their published sizes, batch 1 and 128, and detection: models at 800 x 1333, with published windows
 and with kernels up to 15; all three dtypes; forward and backward of both operators, every gradient asked for. Launches

@@ -1,12 +1,12 @@
-"""Registers, spills and static shared memory of every CUDA kernel on every architecture, as ptxas reports them.
+"""Reports registers, spills and static shared memory of every CUDA kernel on every architecture, from ptxas.
 
     python bench/static/ptxas.py [--architecture 90]
     NVCC_APPEND_FLAGS=-Xptxas=-v FOCALNET_BUILD=cuda pip install -v --no-build-isolation . > build.log
     python bench/static/ptxas.py --log build.log
 
-The second way reads the report of a build instead of compiling once more. Needs nvcc and no GPU. The rows go to
-bench/results/nvcc-<release>/ptxas.json. The dynamic shared memory of a launch is chosen when it runs, within what the
-device has: tests/cuda/test_cuda_kernels.py checks that.
+With --log it reads the output of an earlier build instead of compiling again. It needs nvcc and no GPU. The rows go to
+bench/results/nvcc-<release>/ptxas.json. The dynamic shared memory of a launch is chosen at run time;
+tests/cuda/test_cuda_kernels.py checks that it fits the device.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""Bytes that a block moves beside its matrix products and its focal modulation, plain and fused.
+"""Counts the bytes that a block moves outside its matrix products and its focal modulation, plain and fused.
 
     TRITON_INTERPRET=1 python bench/static/residual_bytes.py --variant tiny_lrf --variant large_fl3 --variant huge_fl3
 
-Plain are PyTorch's operators one by one, each with the bytes that it is given and gives back: what one reads twice
-counts once, which favours it. Fused are the kernels of kernels/residual.py, residual_norm.py and layer_norm.py: every
-program's distinct bytes of every tensor, counted by the interpreter. Parameters count for every program that reads
-them, partial sums when they are written and when they are read. Least is every tensor that comes or goes, once.
+"Plain" are PyTorch's operators one by one, with the bytes of their inputs and outputs. Data that an operator reads
+twice counts once, which favours plain. "Fused" are the kernels of kernels/residual.py, residual_norm.py and
+layer_norm.py: the interpreter counts the distinct bytes of every tensor in each program. Parameters count for every
+program that reads them, partial sums when they are written and when they are read. "Least" counts every input and
+output once.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""What a Triton program reads and writes, counted on a CPU.
+"""Counts on a CPU what a Triton program reads and writes.
 
-With TRITON_INTERPRET=1 every kernel runs in Triton's interpreter, one program after the other. `Counter` stands
-between its loads and stores and memory, and keeps three things for each launch:
+With TRITON_INTERPRET=1 every kernel runs in Triton's interpreter, one program after the other. `Counter` intercepts
+loads and stores and records three things for each launch:
 
-- bytes: the distinct bytes that each program loads from and stores to each storage, summed over the programs. Within a
-  program a second access is taken to hit a cache; between programs nothing is shared.
+- bytes: the distinct bytes that each program loads from and stores to each storage, summed over programs. A second
+  access in a program is assumed to hit a cache. Nothing is shared between programs.
 - sectors: the same in 32-byte sectors, the unit in which a GPU moves memory. Views with an odd row pitch need more.
-- hazards: addresses that a program touches twice, at least once storing, with no barrier between; or that two programs
-  of a launch touch, at least one storing. The threads of a program are ordered by nothing but a barrier, so what one
-  wrote another may read too early, or overwrite too soon; programs are ordered by nothing at all.
+- hazards: addresses that a program accesses twice without a barrier between, or that two programs of a launch access,
+  if at least one access is a store. Only barriers order the threads of a program, so one thread may read or overwrite
+  data of another too early. Nothing orders programs.
 
-Large grids are sampled: of a launch with more than ``programs`` programs the first, the last and evenly spaced ones
-run, and the sums are scaled. Only addresses matter then, and a grid that is regular in its program index is counted to
-within the programs at its rim.
+Large grids are sampled. Of a launch with more than ``programs`` programs the first, the last and evenly spaced ones
+run, and the sums are scaled. Only addresses matter then. For a grid that is regular in its program index the error is
+at most the programs at its edge.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Who can run an operator: the registry, and a file for each backend."""
+"""The backends that run the operators: the registry that chooses one, and a file for each backend."""

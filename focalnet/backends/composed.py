@@ -1,8 +1,9 @@
-"""Focal modulation for a backend whose kernels are those of the aggregation: the matrix products are PyTorch's.
+"""Focal modulation for backends that have kernels for the aggregation only. PyTorch computes the matrix products.
 
-``aggregate(ctx, gates, focal_weights, normalize_modulator)`` gives agg, and ``aggregate_bwd(dagg, ctx, gates,
-focal_weights, normalize_modulator, mask)`` gives [dctx, dgates, agg, *dfocal_weights], None where ``mask``, of ctx,
-gates, agg and the focal weights, says so: a backward that runs the levels again has agg on the way.
+``aggregate(ctx, gates, focal_weights, normalize_modulator)`` returns agg. ``aggregate_bwd(dagg, ctx, gates,
+focal_weights, normalize_modulator, mask)`` returns [dctx, dgates, agg, *dfocal_weights]. ``mask`` selects among ctx,
+gates, agg and the focal weights; the others are None. Backward returns agg too, because it recomputes the levels and
+gets agg at little extra cost.
 """
 
 from __future__ import annotations

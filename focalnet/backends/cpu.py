@@ -45,7 +45,7 @@ def gated_aggregation_bwd(
     output_mask: Sequence[bool],
     sums: Tensor | None = None,
 ) -> list[Tensor]:
-    """``sums`` (B, C), float32: of the last level over the map, as a forward has found them."""
+    """``sums`` (B, C), float32, are the sums of the last level over H and W, if a forward has computed them."""
     return torch.ops.focalnet.cpu_gated_aggregation_bwd(
         dagg, ctx, gates, focal_weights, normalize_modulator, output_mask, sums
     )
@@ -71,7 +71,8 @@ def _bwd_with_agg(
 focal_modulation = functools.partial(composed.focal_modulation, gated_aggregation)
 focal_modulation_bwd = functools.partial(composed.focal_modulation_bwd, gated_aggregation, _bwd_with_agg)
 
-# Operators of the extension that only this backend has; without the extension, `missing` says so first.
+# Operators of the extension that only this backend has. They are None if the extension is missing, but then `missing`
+# rejects the backend first.
 _COMPILED = {
     "block": "cpu_block",
     "patch_embed": "cpu_patch_embed",

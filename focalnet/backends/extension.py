@@ -1,7 +1,7 @@
-"""Loads the compiled extension, focalnet._C, and says precisely why it is missing where it is.
+"""Loads the compiled extension, focalnet._C. If it is missing, `missing` returns the exact reason.
 
-An extension that was never built is normal: the package then runs without it. One that was built and does not load is
-a broken installation. Both leave the package usable; :func:`missing` tells them apart.
+An extension that was never built is normal: the package runs without it. An extension that was built and does not load
+is a broken installation. The package stays usable in both cases, and the reason distinguishes them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# Imported before the extension is: the extension links libtorch, which importing torch loads.
+# Imported before the extension, which links libtorch: importing torch loads that library.
 import torch
 
 __all__ = ["build_info", "cpu_capabilities", "cuda_missing", "missing"]
@@ -28,7 +28,7 @@ REBUILD = (
 
 
 def recorded_build(package: Path = PACKAGE) -> dict[str, Any]:
-    """What setup.py wrote down when this package was built; {} when it was not built by setup.py."""
+    """The record that setup.py wrote when it built this package; {} if setup.py did not build it."""
     path = package / "_build_info.json"
     try:
         recorded = json.loads(path.read_text())
@@ -40,7 +40,7 @@ def recorded_build(package: Path = PACKAGE) -> dict[str, Any]:
 
 
 def why_absent(package: Path = PACKAGE) -> str:
-    """Why there is no extension that this interpreter would load."""
+    """Why this interpreter finds no extension to load."""
     others = sorted(path.name for pattern in ("_C.*so", "_C*.pyd") for path in package.glob(pattern))
     if others:
         suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
@@ -57,8 +57,8 @@ def why_absent(package: Path = PACKAGE) -> str:
 
 
 def load() -> tuple[ModuleType | None, str | None]:
-    """Returns the extension and None, or None and the reason."""
-    # Asked of this folder alone: importlib.util.find_spec would also take the one of an editable install elsewhere.
+    """Load the extension. Returns it and None, or None and the reason why it is missing."""
+    # Search this folder only: importlib.util.find_spec would also find that of an editable install elsewhere.
     if importlib.machinery.PathFinder.find_spec(NAME, [str(PACKAGE)]) is None:
         return None, why_absent()
     try:
@@ -75,26 +75,26 @@ _warned = False
 
 
 def missing() -> str | None:
-    """None when the extension is loaded, else the reason, with what to do about it."""
+    """None if the extension is loaded, else the reason with instructions."""
     return _missing
 
 
 def warn_if_missing() -> None:
-    """Says, once in a process, that a call would have used the extension. A kernel of the hub never has one."""
+    """Warn once per process that a call would have used the extension. Kernels from the hub never have one."""
     global _warned
     if _missing is None or _warned or not __name__.startswith("focalnet."):
         return
     _warned = True
     message = (
-        f"focalnet runs without its compiled CPU kernels: {_missing}. Until then PyTorch's own operators take their "
-        f"place, with which a model takes up to twice as long on a CPU. Where that is intended, "
-        f"FOCALNET_BACKEND=reference says so and ends this warning."
+        f"focalnet runs without its compiled CPU kernels: {_missing}. Until then it uses PyTorch's own operators, and "
+        f"a model takes up to twice as long on a CPU. If that is intended, set FOCALNET_BACKEND=reference to silence "
+        f"this warning."
     )
     warnings.warn(message, UserWarning, stacklevel=2)
 
 
 def cuda_missing() -> str | None:
-    """None when the extension is loaded and holds the CUDA kernels, else the reason, with what to do about it."""
+    """None if the extension is loaded and contains the CUDA kernels, else the reason with instructions."""
     if _missing is not None:
         return _missing
     if hasattr(torch.ops.focalnet, "cuda_gated_aggregation"):
@@ -107,16 +107,16 @@ def cuda_missing() -> str | None:
 
 
 def build_info() -> dict[str, Any]:
-    """How the extension was compiled: compiler, C++ standard, torch versions, instruction sets; {} when missing."""
+    """Compiler, C++ standard, torch versions and instruction sets of the extension; {} if it is missing."""
     return _module.build_info() if _module is not None else {}
 
 
 def structure() -> Any:
-    """The class of csrc/structure.h. Raises AttributeError when the extension is missing."""
+    """The class of csrc/structure.h. Raises AttributeError if the extension is missing."""
     extension: Any = _module
     return extension.Structure
 
 
 def cpu_capabilities() -> dict[str, bool]:
-    """Instruction set, named as in Linux's /proc/cpuinfo, -> whether this machine has it; {} when missing."""
+    """Whether this machine has each instruction set, named as in Linux's /proc/cpuinfo; {} without the extension."""
     return _module.cpu_capabilities() if _module is not None else {}

@@ -1,4 +1,4 @@
-"""What a backend may look at before it takes a call: the `Problem`, and whether a tensor is one it can read."""
+"""`Problem`, the facts from which a backend decides whether it can run a call, and a check that a tensor is plain."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.nn import Parameter
 
 
 class Problem(NamedTuple):
-    """What a backend may look at before it takes a call.
+    """The facts from which a backend decides whether it can run a call.
 
-    ``has_affine_norm`` is about operators with a LayerNorm in them: whether it has weight, bias and an eps above 0.
+    ``has_affine_norm`` concerns operators that contain a LayerNorm: whether it has weight, bias and an eps above 0.
     """
 
     operator: str
@@ -27,9 +27,9 @@ class Problem(NamedTuple):
 
 
 def is_plain_tensor(tensor: Any) -> TypeGuard[Tensor]:
-    """Whether an operator may read the elements of ``tensor`` by their strides.
+    """Whether an operator may read the elements of ``tensor`` directly by their strides.
 
-    It may not where a subclass stands for something else (quantised, sharded, low rank), or the layout is sparse.
+    False for subclasses, which may represent other data (quantised, sharded, low rank), and for sparse layouts.
     """
     return type(tensor) in _PLAIN_TENSORS and tensor.layout is torch.strided
 

@@ -1,12 +1,13 @@
-"""Who runs an operator, and why not another: the one place that decides, for every operator.
+"""The registry of backends. It decides for every operator which backend runs a call, and gives the reason.
 
-A backend answers two questions, each with None ("yes") or the reason against it: ``missing()`` about this machine and
-``why_not(problem)`` about one call. The same answer decides and explains. A backend that was asked for by argument, by
-context or by the environment wins over the automatic order.
+A backend has two predicates: ``missing()`` for this machine and ``why_not(problem)`` for one call. Each returns None
+("yes") or the reason why not, so that the decision and its explanation cannot differ. A backend requested by argument,
+by context or by the environment takes precedence over the automatic order.
 
-Focal modulation and gated aggregation have an implementation in every backend: `choose` finds it, or raises the reason
-why the backend that was asked for cannot run. Every other operator is optional: some backends have a kernel for it,
-and PyTorch's own operators do the same elsewhere. `optional` returns its kernel, or the reason why there is none.
+Every backend implements focal modulation and gated aggregation. `choose` returns the implementation, or raises an
+error with the reason why the requested backend cannot run. All other operators are optional: some backends have a
+kernel for them, and PyTorch's own operators run otherwise. `optional` returns the kernel or the reason why there is
+none.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ logger = logging.getLogger(__name__)
 class Backend:
     """A set of implementations: ``operators`` maps an operator's name to the function that runs it.
 
-    Those of focal modulation and gated aggregation have the signatures that `focalnet.reference` gives them; every
-    other one has that of the operator of its name, without ``backend``.
+    Functions for focal modulation and gated aggregation have the signatures of `focalnet.reference`. Every other
+    function has the signature of the operator with the same name, without ``backend``.
     """
 
     name: str
@@ -73,7 +74,7 @@ _in_context: contextvars.ContextVar[str | None] = contextvars.ContextVar("focaln
 
 
 def backends() -> dict[str, str | None]:
-    """Every backend's name, with the reason why it cannot run on this machine, or None where it can.
+    """The name of every backend, with the reason why it cannot run on this machine, or None if it can.
 
     Examples:
         >>> focalnet.backends()["reference"] is None
@@ -86,13 +87,13 @@ def backends() -> dict[str, str | None]:
 def use_backend(name: str) -> Iterator[None]:
     """Run every operator inside the ``with`` block on the backend ``name``: "triton", "cuda", "cpu" or "reference".
 
-    A ``backend=`` argument wins over the context, the context over the environment variable FOCALNET_BACKEND. The
-    backward of a forward that ran inside the block uses the same backend, wherever it runs. Operators that the backend
-    has no kernel for (LayerNorm, MLP and the residual, in some) are PyTorch's.
+    A ``backend=`` argument takes precedence over the context, and the context over the environment variable
+    FOCALNET_BACKEND. If forward ran inside the block, its backward uses the same backend, even outside the block. If
+    the backend has no kernel for an optional operator (LayerNorm, MLP, residual), PyTorch's operators run.
 
     Raises:
         ValueError: no backend has that name.
-        RuntimeError: from the operator, when the backend cannot run it; the message says why.
+        RuntimeError: raised by the operator if the backend cannot run it; the message says why.
     """
     token = _in_context.set(_known(name, "use_backend(name)"))
     try:
@@ -102,7 +103,11 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def requested(backend: str | None) -> str | None:
-    """The backend asked for by argument, context or environment, in this order; None leaves the choice to us."""
+    """The backend requested by argument, context or environment, in this order; None if none was requested.
+
+    Raises:
+        ValueError: no backend has that name.
+    """
     if backend is not None:
         return _known(backend, "backend")
     return _requested_around()
@@ -116,16 +121,19 @@ def _requested_around() -> str | None:
     return None
 
 
-# Dynamo cannot read a ContextVar. This is what torch.compiler.assume_constant_result does, without importing Dynamo. A
-# graph is for the backend that was asked for around the call that made it.
+# Dynamo cannot read a ContextVar. This attribute is what torch.compiler.assume_constant_result sets, without importing
+# Dynamo. A graph keeps the backend that was requested when the graph was made.
 _requested_around._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose(operator: str, ctx: Tensor, focal_weights: Sequence[Tensor], backend: str | None) -> Callable[..., Any]:
-    """What runs ``operator`` on a map ``ctx`` (B, H, W, C): by the ``backend`` asked for, or by the first that can.
+    """The function that runs ``operator`` on a map ``ctx`` (B, H, W, C).
+
+    It is that of the requested backend, or else of the first backend that can run the call.
 
     Raises:
-        RuntimeError: the backend that was asked for cannot; the message says why.
+        ValueError: no backend has the given name.
+        RuntimeError: the requested backend cannot run the call; the message says why.
     """
     kernel_sizes = tuple([weight.shape[-2:] for weight in focal_weights])
     batch, height, width, channels = ctx.shape
@@ -136,7 +144,7 @@ def choose(operator: str, ctx: Tensor, focal_weights: Sequence[Tensor], backend:
         if reason is not None:
             raise RuntimeError(
                 f"backend {name!r} cannot run {problem.operator} here: {reason}. "
-                f"Leave the backend out to let focalnet choose, or see `focalnet info`."
+                f"Omit the backend to let focalnet choose, or run `focalnet info` for the state of every backend."
             )
         return _REGISTRY[name].operators[problem.operator]
     name = automatic(problem)
@@ -152,9 +160,9 @@ def optional(
     *,
     norm: tuple[Tensor | None, Tensor | None, float | None] | None = None,
 ) -> Callable[..., Any] | str:
-    """The kernel of ``operator`` for ``rows`` (..., C), or the reason why PyTorch's operators have to run.
+    """The kernel of ``operator`` for ``rows`` (..., C), or the reason why PyTorch's operators must run.
 
-    ``norm`` are weight, bias and eps of the LayerNorm in it, if there is one.
+    ``norm`` holds weight, bias and eps of the operator's LayerNorm; it is empty for operators without one.
     """
     *positions, channels = rows.shape
     has_affine_norm = not norm or (norm[0] is not None and norm[1] is not None and bool(norm[2]))
@@ -164,7 +172,7 @@ def optional(
 
 
 def optional_kernel(problem: Problem, backend: str | None) -> Callable[..., Any] | str:
-    """The kernel that runs ``problem``, or the reason why PyTorch's operators have to."""
+    """The kernel that runs ``problem``, or the reason why PyTorch's operators must run."""
     name = requested(backend)
     candidates = _AUTOMATIC_ORDER.get(problem.device.type, ()) if name is None else (name,)
     reasons = []

@@ -1,6 +1,5 @@
-"""The backend `triton`: operands as the kernels take them, and the plan of a call, made once for each kind of call.
-
-Named so that ``import triton`` inside the package cannot mean this file.
+"""The backend `triton`. It brings operands into the layout of the kernels and runs a plan, made once for each kind of
+call.
 """
 
 from __future__ import annotations
@@ -147,7 +146,7 @@ def _named(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """In the order of a plan's operands."""
+    """The operands by name, in the order of a plan's operands."""
     operands = {"ctx": ctx, "gates": gates, **dict(zip(_FOCAL_WEIGHTS, focal_weights, strict=False))}
     if q is not None and weight is not None:
         operands["q"], operands["weight"] = q, weight
@@ -157,7 +156,10 @@ def _named(
 
 
 def _as_the_kernels_take_them(operands: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Images as evenly spaced rows of channels, all else contiguous; a copy where it is not."""
+    """Operands in the layout of the kernels: images as evenly spaced rows of channels, all others contiguous.
+
+    Operands in another layout are copied.
+    """
     return {
         name: tensor if name in _IMAGES and _pitch(tensor) is not None else tensor.contiguous()
         for name, tensor in operands.items()
@@ -165,7 +167,7 @@ def _as_the_kernels_take_them(operands: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _pitch(tensor: Tensor) -> int | None:
-    """Elements from one position to the next, if that is the same everywhere and channels lie side by side."""
+    """The number of elements from one position to the next, or None if it varies or channels are not adjacent."""
     batch, height, width, channels = tensor.shape
     to_image, to_row, to_column, to_channel = tensor.stride()
     if to_channel != 1 and channels != 1:
@@ -179,7 +181,7 @@ def _pitch(tensor: Tensor) -> int | None:
 
 # ---- plans ----------------------------------------------------------------------------------------------------------
 
-# A plan, and whether the kernels take operands with this key as they are.
+# The plan, and whether operands with this key need no copy.
 _plans: dict[tuple[Any, ...], tuple[Plan, bool]] = {}
 _MAX_PLANS = 4096
 
@@ -187,7 +189,8 @@ _MAX_PLANS = 4096
 def _run(
     operator: str, operands: dict[str, Tensor], normalize: bool, mask: tuple[bool, ...] = ()
 ) -> dict[str, Tensor]:
-    # What a plan and its compiled code rely on: sizes, strides, and whether a pointer is aligned to 16 bytes.
+    # The key holds everything that a plan and its compiled code depend on: sizes, strides, and whether each pointer is
+    # aligned to 16 bytes.
     ctx, tensors = operands["ctx"], operands.values()
     device = ctx.device
     addresses = [tensor.data_ptr() for tensor in tensors]
@@ -251,7 +254,7 @@ def _plan(operator: str, tensors: dict[str, Tensor], normalize: bool, mask: tupl
 
 
 def _seconds(plan: Plan, tensors: dict[str, Tensor], device: torch.device, repeats: int = 10) -> float:
-    """Of one run, on the device, compiled beforehand."""
+    """Time of one run on the device, without compilation."""
     plan.run(tensors, device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -268,9 +271,9 @@ def _seconds(plan: Plan, tensors: dict[str, Tensor], device: torch.device, repea
 def _why_not_rows(problem: Problem) -> str | None:
     """Why the kernels do not take rows like these, or None."""
     if not problem.has_affine_norm:
-        return "the norm has no weight, no bias, or an eps of 0, by which the padding of a row would be divided"
+        return "the norm has no weight, no bias, or an eps of 0, and then the padding of a row would be divided by 0"
     if not 1 <= problem.channels <= MAX_CHANNELS:
-        return f"{problem.channels} channels are more than {MAX_CHANNELS}, or none"
+        return f"{problem.channels} channels are outside the range 1 to {MAX_CHANNELS}"
     if problem.batch * problem.height * problem.width >= MAX_ROWS:
         return f"there are {MAX_ROWS} positions or more"
     return None
@@ -309,7 +312,7 @@ def residual_bwd(
     operands = {"dout": dout, "update": update, "gamma": gamma, "kept": kept}
     operands |= {"weight": norm_weight, "bias": norm_bias}
     wanted = {"dupdate": update_dtype if need_update else None}
-    # With a norm the kernel always sums for three parameters. Without gamma, the first sum belongs to none.
+    # With a norm the kernel always writes three sums. Without gamma the first sum is unused.
     sums = (3 if norm_weight is not None else 1, parameters[0].dtype) if need_parameters else None
     dupdate, made = _rows("residual_bwd", operands, wanted, sums, keep=keep, eps=eps)
     return [dupdate, None if made is None else made[-len(parameters) :]]
@@ -364,7 +367,10 @@ def layer_norm_bwd(
     output_mask: list[bool],
     normed_dtype: torch.dtype | None,
 ) -> list[Tensor | None]:
-    """[normed, dhidden_state, dweight, dbias]; normed in ``normed_dtype`` unless that is None, the others by mask."""
+    """[normed, dhidden_state, dweight, dbias], each None unless requested.
+
+    ``normed_dtype`` requests normed in that dtype; ``output_mask`` requests the gradients.
+    """
     need_hidden, *need_parameters = output_mask
     operands = {"dnormed": dnormed, "hidden_state": hidden_state, "weight": weight, "bias": bias}
     wanted = {"dhidden_state": hidden_state.dtype if need_hidden else None, "normed": normed_dtype}
@@ -387,17 +393,17 @@ def _rows(
     keep: float = 1.0,
     eps: float = 0.0,
 ) -> list[Any]:
-    """The ``outputs`` in their order, each like the first operand (B, ..., C); and the ``sums`` (number, C).
+    """Run an operator on rows. Returns [*outputs, each shaped like the first operand, the sums (number, C)].
 
     Tensors, and None for what is not wanted.
 
     Args:
         operator: "residual", "residual_bwd", "residual_norm", "residual_norm_bwd" or "layer_norm_bwd".
-        operands: by the names of the kernel's arguments; None where one is not given.
-        outputs: the dtype of each, None for one that is not wanted.
-        sums: how many gradients of parameters (C,), and their dtype.
+        operands: tensors by the names of the kernel's arguments; None for one that is not given.
+        outputs: the dtype of each output, or None for an output that is not requested.
+        sums: the number of gradients of parameters (C,), and their dtype; None requests no sums.
         keep: probability of keeping a sample.
-        eps: of the norm.
+        eps: epsilon of the norm.
     """
     given = {name: tensor.contiguous() for name, tensor in operands.items() if tensor is not None}
     first = next(iter(given.values()))
@@ -426,7 +432,7 @@ def _run_rows(
     eps: float,
 ) -> dict[str, Tensor]:
     first = next(iter(operands.values()))
-    # A compiled launch relies on whether a pointer is aligned to 16 bytes.
+    # A compiled launch depends on whether each pointer is aligned to 16 bytes.
     kinds = [(name, tensor.dtype, tensor.data_ptr() & 15 == 0) for name, tensor in operands.items()]
     key = (operator, first.device, first.shape, *kinds, *outputs.items(), sums, keep, eps)
     plan = _row_plans.get(key)

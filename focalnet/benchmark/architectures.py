@@ -1,6 +1,7 @@
-"""Networks of FocalNet-T's size that people choose between, as transformers ships them.
+"""Other networks of about FocalNet-T's size, as implemented in transformers, for comparison.
 
-The paper's claim (section 4.1) is a better result at about the cost of Swin and ViT; this compares the cost.
+The paper (section 4.1) claims better accuracy at about the cost of Swin and ViT. These models serve to compare the
+cost.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What needs no clock: operators that run, bytes that they are given and give back, bytes that are kept for backward.
+"""Counts operators, the bytes of their arguments and results, and the bytes saved for backward.
 
 >>> with OperatorCounter() as counter, torch.no_grad():
 ...     model(images)
@@ -19,10 +19,10 @@ from .runtimes import Case, ours, theirs, timm_model
 
 
 class OperatorCounter(TorchDispatchMode):
-    """Counts ATen's and the package's operators while it is entered; views move nothing and are left out.
+    """A context that counts the operators of ATen and of this package, except views, which move no data.
 
-    bytes: of all tensors among the arguments and the results, each counted whenever an operator takes or gives it,
-    weights included. What an operator keeps to itself (its scratch) is not seen.
+    ``bytes`` is the total size of all tensor arguments and results of all calls, including weights. An operator's
+    internal scratch memory is not counted.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class OperatorCounter(TorchDispatchMode):
 
     @property
     def operators(self) -> int:
-        """How many operators ran."""
+        """Number of operators that ran."""
         return self.by_operator.total()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:  # noqa: ANN001
@@ -54,7 +54,7 @@ def _tensor_bytes(tree: object) -> int:
 
 
 def saved_bytes(model: torch.nn.Module, images: Tensor) -> int:
-    """Bytes of the storages that a forward pass keeps for backward, parameters aside, each storage once."""
+    """Bytes of the storages that a forward pass saves for backward, each counted once, without parameters."""
     parameters = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept = {}
 
@@ -70,9 +70,9 @@ def saved_bytes(model: torch.nn.Module, images: Tensor) -> int:
 
 
 def counted(name: str, case: Case) -> dict[str, float]:
-    """Operators of an inference pass, bytes moved and bytes saved for backward per image, of one of `COUNTED`.
+    """Operators of an inference pass of a model of `COUNTED`, and its bytes moved and bytes saved per image.
 
-    Without autograd, but not in inference mode, which would show composite operators beside those they are made of.
+    The pass runs under no_grad. In inference mode composite operators would be counted in addition to their parts.
     """
     make, device = COUNTED[name]
     with torch.device(device):
@@ -87,8 +87,9 @@ def counted(name: str, case: Case) -> dict[str, float]:
     }
 
 
-# How each is made and where it runs. On meta tensors nothing is computed, and plain PyTorch dispatches as anywhere
-# else; ours calls on the CPU what no other device has, and on meta tensors what a GPU would be given.
+# The function that makes each model, and its device. On meta tensors nothing is computed, and plain PyTorch dispatches
+# the same operators as on any device. Our models call CPU-only operators on the CPU, and on meta tensors the operators
+# that they would call on a GPU.
 COUNTED: dict[str, tuple[Callable[[Case], torch.nn.Module], str]] = {
     "focalnet": (ours, "cpu"),
     "focalnet, without CPU kernels": (ours, "meta"),

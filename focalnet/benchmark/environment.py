@@ -1,4 +1,4 @@
-"""Where and with what a row was measured."""
+"""The facts that every result row records: device, versions and commit."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ PACKAGES = ("torch", "triton", "transformers", "timm", "onnxruntime", "openvino"
 
 
 def facts(kind: str = "cpu") -> dict[str, object]:
-    """Device, versions and commit, as every row has them; ``kind`` is "cpu" or "cuda"."""
+    """Device, versions and commit for a result row; ``kind`` is "cpu" or "cuda"."""
     common = {"device": device(kind), "commit": commit(), **versions()}
     return common | (_gpu_facts() if kind == "cuda" else _cpu_facts())
 
 
 def device(kind: str = "cpu") -> str:
-    """What rows are kept by: the name of the GPU; of a processor also family, model, instruction sets and cores."""
+    """The device's name in results: that of the GPU, or of the processor with family, instruction set and cores."""
     return _gpu_name() if kind == "cuda" else str(processor.here())
 
 
@@ -55,7 +55,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit, with "+" where the tree has changes; None outside a checkout."""
+    """The commit, followed by "+" if the tree has changes; None outside a checkout."""
     if not (ROOT / ".git").exists():
         return None
     git = ["git", "-C", str(ROOT)]

@@ -1,7 +1,7 @@
-"""The least that focal modulation can cost: bytes, arithmetic, and the time a GPU needs for the larger of them.
+"""Lower bounds of the cost of focal modulation: bytes, arithmetic, and the time a GPU needs for the slower of them.
 
-`Stage` is what one block of a model works on, `Work` what an operator must at least move and compute there, `Gpu` the
-peak rates of a device. No kernel can beat ``work.seconds(gpu, dtype)``; a table states it beside every time.
+`Stage` holds the sizes of one stage, `Work` the bytes and operations that an operator needs at least, `Gpu` the peak
+rates of a device. No kernel can be faster than ``work.seconds(gpu, dtype)``, and tables show it beside every time.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Stage:
 
     @property
     def taps(self) -> int:
-        """Weights of a channel."""
+        """Number of kernel weights per channel, over all levels."""
         return sum(k * k for k in self.kernels)
 
     @property
     def multiply_adds(self) -> int:
-        """Of the convolutions of one channel of one map; what would meet the zero padding needs none."""
+        """Multiply-adds of all convolutions for one channel of one map, without those on zero padding."""
         return sum(_overlaps(self.height, k) * _overlaps(self.width, k) for k in self.kernels)
 
     def __str__(self) -> str:
@@ -63,14 +63,17 @@ def _channels(variant: Variant, stage: int) -> int:
 
 
 def _overlaps(size: int, kernel: int) -> int:
-    """Pairs of a position and a tap that meets the map, along one axis."""
+    """The number of pairs of a position and a tap inside the map, along one axis."""
     reach = kernel // 2
     return sum(min(size, position + reach + 1) - max(0, position - reach) for position in range(size))
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one call must do: bytes in and out once each, float32 multiply-adds, erf (or exp), matrix multiply-adds."""
+    """The minimal work of one call: bytes read and written once, float32 multiply-adds, erf or exp, matrix products.
+
+    ``matrix`` counts multiply-adds.
+    """
 
     bytes: int
     fma: int
@@ -78,7 +81,7 @@ class Work:
     matrix: int
 
     def floors(self, gpu: Gpu, dtype: torch.dtype) -> dict[str, float]:
-        """Seconds that each unit needs at its peak rate."""
+        """Seconds that each unit of the GPU needs at its peak rate."""
         return {
             "memory": self.bytes / gpu.bandwidth,
             "fma": 2 * self.fma / gpu.fp32,
@@ -87,16 +90,16 @@ class Work:
         }
 
     def seconds(self, gpu: Gpu, dtype: torch.dtype) -> float:
-        """The floor: every unit may work beside the others, so the slowest alone counts."""
+        """The floor in seconds. Units may work in parallel, so only the slowest counts."""
         return max(self.floors(gpu, dtype).values())
 
 
 def work(operator: str, stage: Stage, batch: int, dtype: torch.dtype) -> Work:
-    """Of one call, every gradient asked for.
+    """The work of one call; backward computes every gradient.
 
-    Backward recomputes the levels (issue's design: only the packed projection is saved): the taps three times (levels,
-    gradients of their inputs, of their weights), erf and exp for GELU and its derivative, three matrix products where
-    forward has one.
+    Backward recomputes the levels, because only the packed projection is saved. It needs the taps three times (levels,
+    gradients of their inputs, gradients of their weights), erf and exp for GELU and its derivative, and three matrix
+    products where forward has one.
     """
     positions, channels = batch * stage.height * stage.width, stage.channels
     plane, gates = positions * channels, positions * (stage.levels + 1)
@@ -120,9 +123,9 @@ def work(operator: str, stage: Stage, batch: int, dtype: torch.dtype) -> Work:
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak rates: bytes and operations a second. A multiply-add is two operations, dense matrices, no sparsity.
+    """Peak rates of a GPU in bytes and operations per second, for dense matrices. A multiply-add is two operations.
 
-    ``special`` is what the special function units do (16 a clock and multiprocessor).
+    ``special`` is the rate of the special function units (16 operations per clock and multiprocessor).
     """
 
     name: str
@@ -146,5 +149,5 @@ H100 = GPUS[1]
 
 
 def gpu_named(name: str) -> Gpu | None:
-    """The peaks of a device as torch.cuda.get_device_name() calls it, or None for one that the table lacks."""
+    """The peak rates of a device, by its name from torch.cuda.get_device_name(), or None if it is not in the table."""
     return next((gpu for gpu in GPUS if gpu.name == name), None)

@@ -1,4 +1,4 @@
-"""`focal_modulation` by each backend that runs here, at the stages of a published model."""
+"""Times `focal_modulation` with each backend that runs here, at the sizes of a published model's stages."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def able_backends(device: str) -> list[str]:
 
 
 def compare(case: Case, rounds: int, on_step: Callable[[], object] = lambda: None) -> Iterator[dict[str, Any]]:
-    """A row for each stage, direction and backend; ``on_step`` is called for each round of each of them."""
+    """Yield a row for each stage, direction and backend. ``on_step`` is called after each round of each of them."""
     for stage in stages(case):
         for direction, make in DIRECTIONS.items():
             calls = {name: make(stage, case, name) for name in able_backends(case.device)}
@@ -72,7 +72,7 @@ def compare(case: Case, rounds: int, on_step: Callable[[], object] = lambda: Non
 
 
 def steps(case: Case, rounds: int) -> int:
-    """How often `compare` calls ``on_step``."""
+    """The number of times `compare` calls ``on_step``."""
     return len(stages(case)) * len(DIRECTIONS) * len(able_backends(case.device)) * rounds
 
 

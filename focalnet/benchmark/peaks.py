@@ -1,6 +1,6 @@
-"""What the processor can do at best, measured: float32 multiply-adds on registers alone, bytes read from memory.
+"""Measures the peak rates of the processor: float32 multiply-adds in registers, and bytes read from memory.
 
-Both are loops in C, compiled where they run; every thread has registers, or a buffer, of its own.
+Both are loops in C, compiled on the machine that runs them. Each thread uses its own registers or its own buffer.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ double read_rate(int threads, long bytes) {
 
 
 class Peaks:
-    """FLOP/s and bytes/s of this processor, the best that any `measure` saw: noise only ever lowers them."""
+    """FLOP/s and bytes/s of this processor: the maximum over all calls of `measure`. Noise only lowers them."""
 
     def __init__(self, threads: int | None = None) -> None:
         self._threads = min(256, threads or len(os.sched_getaffinity(0)))
@@ -84,9 +84,9 @@ class Peaks:
         self.fma = self.bandwidth = 0.0
 
     def measure(self) -> dict[str, float]:
-        """Half a second; returns what rows have: ``fma_peak`` in FLOP/s (a multiply-add is two), ``bandwidth``."""
+        """Measure for half a second. Returns ``fma_peak`` in FLOP/s (a multiply-add is two) and ``bandwidth``."""
         self.fma = max(self.fma, *(self._loops.fma_rate(self._threads, 20_000_000) for _ in range(5)))
-        # 256 MB between the threads: more than any cache holds of them.
+        # 256 MB over all threads, which exceeds any cache.
         per_thread = (256 << 20) // self._threads // 64 * 64
         self.bandwidth = max(self.bandwidth, self._loops.read_rate(self._threads, per_thread))
         return {"fma_peak": self.fma, "bandwidth": self.bandwidth}

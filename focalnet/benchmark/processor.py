@@ -1,4 +1,4 @@
-"""Which processor a row was measured on: its name alone does not tell, Zen 3 and Zen 4 are both "AMD EPYC"."""
+"""Identifies the processor of a result row. The name is not enough: Zen 3 and Zen 4 can both be "AMD EPYC"."""
 
 from __future__ import annotations
 
@@ -8,19 +8,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 CPUINFO = Path("/proc/cpuinfo")
-# As Linux names them, each group from the narrowest to the widest: what decides which kernels run.
+# The instruction sets that decide which kernels run, named as in Linux, each group from narrowest to widest.
 INSTRUCTION_SETS = (
     ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16"),
     ("asimd", "asimddp", "sve", "bf16", "sve2", "sme"),
 )
-# Each makes a processor act as a lesser one.
+# Environment variables that restrict the instruction sets in use.
 LIMITS = ("FOCALNET_CPU_ISA", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
 
 @dataclass(frozen=True)
 class Processor:
-    """``name`` is the vendor's; ``family`` and ``model`` are numbers as the processor reports them, None where it
-    reports none; ``cores`` those that this process may use; ``limits`` the environment variables that hold it back."""
+    """A processor.
+
+    Attributes:
+        name: the vendor's name.
+        family: number that the processor reports, or None.
+        model: number that the processor reports, or None.
+        instruction_sets: those of INSTRUCTION_SETS that it has.
+        cores: number of cores that this process may use.
+        limits: settings of the LIMITS that are in effect.
+    """
 
     name: str
     family: str | None
@@ -35,12 +43,12 @@ class Processor:
         return ", ".join(filter(None, [self.name, kind, *self.instruction_sets[-1:], cores, *self.limits]))
 
     def row(self) -> dict[str, object]:
-        """As rows have it."""
+        """The processor as JSON values for a result row."""
         return {**asdict(self), "instruction_sets": list(self.instruction_sets), "limits": list(self.limits)}
 
 
 def here() -> Processor:
-    """The processor of this machine, as far as this process may use it."""
+    """The processor of this machine, with the cores that this process may use."""
     cpuinfo = CPUINFO.read_text() if CPUINFO.exists() else ""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     limits = tuple(f"{name}={os.environ[name]}" for name in LIMITS if os.environ.get(name))
@@ -48,7 +56,7 @@ def here() -> Processor:
 
 
 def described(cpuinfo: str, cores: int, limits: tuple[str, ...] = ()) -> Processor:
-    """The first processor of Linux's /proc/cpuinfo, an x86 or an ARM; of an empty text what Python knows."""
+    """The first processor in the text of Linux's /proc/cpuinfo, x86 or ARM. Without text, Python's name is used."""
     facts = {}
     for line in cpuinfo.partition("\n\n")[0].splitlines():
         key, _, value = line.partition(":")

@@ -1,9 +1,8 @@
-"""Result rows: one JSON list for each kind of measurement and device, in
-bench/results/<device>/<kind>.json. A device is a GPU by its name, or a processor by name, family, model, instruction
-sets and cores.
+"""Stores result rows: one JSON list for each kind of measurement and device, in bench/results/<device>/<kind>.json.
 
-A row has what was measured (its case), the figures, and the facts of the machine. A new row replaces the one of the
-same case and leaves the others.
+A device is a GPU, identified by name, or a processor, identified by name, family, model, instruction set and cores. A
+row holds the case that was measured, the results, and facts about the machine. A new row replaces the old row of the
+same case.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from typing import Any
 from .environment import ROOT
 
 RESULTS = ROOT / "bench" / "results"
-NOWHERE = "without-gpu"  # in the place of a device, for what no machine changes
-# What tells one case from another; everything else in a row is a figure or a fact about the machine.
+NOWHERE = "without-gpu"  # replaces the device for results that do not depend on the machine
+# The fields that identify a case. All other fields of a row are results or facts about the machine.
 CASE = (
     "case",
     "operator",
@@ -44,17 +43,17 @@ def read(kind: str, device: str) -> list[dict[str, Any]]:
 
 
 def devices(kind: str) -> list[str]:
-    """The devices that rows of a kind were measured on."""
+    """The names of all devices with rows of this kind."""
     return sorted({row["device"] for path in RESULTS.glob(f"*/{kind}.json") for row in json.loads(path.read_text())})
 
 
 def processors(kind: str) -> list[str]:
-    """Those of the devices that are no GPU: a GPU's rows have its driver."""
+    """The names of all processors with rows of this kind. Only rows of GPUs have a driver."""
     return [device for device in devices(kind) if not any("driver" in row for row in read(kind, device))]
 
 
 def write(rows: list[dict[str, Any]], kind: str, device: str) -> Path:
-    """Puts ``rows`` among those that are there; returns the file."""
+    """Merge ``rows`` into the stored rows. Returns the file."""
     merged = {key(row): row for row in [*read(kind, device), *rows]}
     path = folder(device) / f"{kind}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +62,7 @@ def write(rows: list[dict[str, Any]], kind: str, device: str) -> Path:
 
 
 def keep_only(keys: set[tuple[Any, ...]], kind: str, device: str) -> None:
-    """Drops the rows of cases that no longer exist."""
+    """Delete the rows of all cases except ``keys``."""
     rows = [row for row in read(kind, device) if key(row) in keys]
     (folder(device) / f"{kind}.json").write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -1,6 +1,6 @@
-"""What can run a FocalNet: each runtime as a function from a case to a call that takes images.
+"""The runtimes that can run a FocalNet. Each is a function from a case to a callable that takes images.
 
-Every runtime gets the same seeded weights, as transformers initialises them. `worker` gives each its own process.
+All runtimes get weights from the same seed, initialised as in transformers. `worker` runs each in its own process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Placed = TypeVar("Placed", torch.Tensor, torch.nn.Module)
 
 @dataclass(frozen=True)
 class Case:
-    """A published variant at an image size and a batch; ``device`` is "cpu" or "cuda", ``dtype`` "float32", ..."""
+    """A published variant with image and batch size; ``device`` is "cpu" or "cuda", ``dtype`` "float32", ..."""
 
     variant: str
     size: int
@@ -36,7 +36,7 @@ class Case:
         return self.placed(torch.randn(self.batch, 3, self.size, self.size, generator=generator))
 
     def placed(self, what: Placed) -> Placed:
-        """A tensor or a model on the device and in the dtype of the case."""
+        """Move a tensor or a model to the device and the dtype of the case."""
         return what.to(self.device, getattr(torch, self.dtype))
 
 
@@ -67,7 +67,7 @@ def ours(case: Case) -> torch.nn.Module:
 
 
 def stepping(model: torch.nn.Module) -> Callable[..., Any]:
-    """Logits; while training, a step of SGD on a loss of them."""
+    """A callable from images to logits. For a model in training mode it also takes a step of SGD."""
     if not model.training:
         return torch.inference_mode()(lambda images: model(images))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -116,7 +116,7 @@ def compiled(make: MakeModel, mode: str = "default") -> Start:
 
 
 def channels_last(how: Callable[[MakeModel], Start], make: MakeModel) -> Start:
-    """``how(make)`` with weights and images of NCHW shape that lie in memory as NHWC."""
+    """``how(make)`` with weights and images in the channels-last memory format."""
 
     def start(case: Case) -> Callable[..., Any]:
         run = how(lambda case: make(case).to(memory_format=torch.channels_last))(case)
@@ -170,18 +170,21 @@ FLOAT32_INFERENCE_ON_A_CPU = ("onnxruntime", "openvino")
 
 
 def able(case: Case) -> list[str]:
-    """The runtimes that can run a case where they are installed."""
+    """The runtimes that can run a case if they are installed."""
     everything = not case.training and case.device == "cpu" and case.dtype == "float32"
     return [name for name in RUNTIMES if everything or name not in FLOAT32_INFERENCE_ON_A_CPU]
 
 
 def unasked(case: Case) -> list[str]:
-    """Those of `able` that are measured unless others are named: max-autotune takes minutes to start."""
+    """The default runtimes for a case: those of `able` without max-autotune, which takes minutes to start."""
     return [name for name in able(case) if not name.endswith("max-autotune")]
 
 
 def flops_per_image(case: Case, make: MakeModel = theirs) -> int:
-    """Of convolutions and matrix products (a multiply-add is two) in a forward pass; on meta tensors, in a moment."""
+    """FLOPs of the convolutions and matrix products of a forward pass; a multiply-add counts as two.
+
+    They are counted on meta tensors, without computation.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     one = replace(case, batch=1, training=False, device="meta", dtype="float32")
@@ -202,7 +205,7 @@ class _Logits(torch.nn.Module):
 
 
 def _onnx(case: Case) -> str:
-    """transformers' model as an ONNX file of this very shape, made once for all runtimes that want it."""
+    """Path of transformers' model as an ONNX file with fixed shapes. The file is made once and shared by runtimes."""
     path = Path(tempfile.gettempdir(), f"focalnet-bench-{case.variant}-{case.size}-{case.batch}.onnx")
     if not path.exists():
         unfinished = path.with_suffix(".part.onnx")

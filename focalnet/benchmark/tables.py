@@ -1,4 +1,4 @@
-"""Result rows as tables for a terminal."""
+"""Formats result rows as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .runtimes import Case
 
 
 def of_runtimes(case: Case, rows: list[dict[str, Any]]) -> Table:
-    """Runtimes below each other: median times, and the ratios of times in the same round with their standard error."""
+    """A table with a row per runtime: median time, and the ratio of times per round with its standard error."""
     what = f"{case.variant}, {case.size} x {case.size}, batch {case.batch}, {case.dtype}, {rows[0]['case']}"
     table = Table(title=what, title_justify="left", title_style="bold")
     table.add_column("runtime", no_wrap=True)
@@ -33,7 +33,7 @@ def of_runtimes(case: Case, rows: list[dict[str, Any]]) -> Table:
 
 
 def of_operators(rows: list[dict[str, Any]]) -> Table:
-    """Stages below each other, backends side by side; the last is the reference."""
+    """A table with a row per stage and direction, and a column per backend. The last backend is the reference."""
     names = list(dict.fromkeys(row["backend"] for row in rows))
     first = rows[0]
     kernels = ", ".join(map(str, first["kernels"]))

@@ -1,7 +1,8 @@
-"""The timing core: several calls compared in one process, all taking turns.
+"""Compares the times of several calls in one process. The calls take turns.
 
-On a GPU a block of calls lies between two CUDA events; on a CPU torch.utils.benchmark times it. Each call gets a
-running number, by which it picks its inputs: with `copies_past_cache` of them no call finds its inputs in a cache.
+On a GPU, CUDA events before and after a block of calls measure it. On a CPU, torch.utils.benchmark does. Each call
+gets a running number to select its inputs. With `copies_past_cache` copies of the inputs, no call finds them in a
+cache.
 """
 
 from __future__ import annotations
@@ -18,18 +19,18 @@ import torch
 from torch.utils.benchmark import Timer
 
 WARM_UP = 3
-BLOCK_S = 0.02  # a block of calls lasts at least this long: clocks and events resolve microseconds
+BLOCK_S = 0.02  # minimal time of a block of calls, far above the microseconds that clocks and events resolve
 MAX_COPIES = 16
 
 
 @dataclass
 class Timing:
-    """Seconds a call took, one value for each round."""
+    """Seconds per call, one value for each round."""
 
     seconds: list[float] = field(default_factory=list)
 
     def row(self) -> dict[str, object]:
-        """As result rows have it."""
+        """The statistics for a result row."""
         low, median, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         fastest = min(self.seconds)
         return {"median_s": median, "quartiles_s": [low, high], "fastest_s": fastest, "runs": len(self.seconds)}
@@ -41,7 +42,7 @@ def measure(
     rounds: int = 7,
     on_block: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
-    """Times every one of ``calls`` in each of ``rounds`` rounds; ``on_block`` hears of each, for a progress bar."""
+    """Time a block of each of ``calls`` in each round. ``on_block`` is called after each block, for a progress bar."""
     block = _cuda_block if torch.device(device).type == "cuda" else _cpu_block
     repeats = {name: _warm_up(call, block) for name, call in calls.items()}
     timings = {name: Timing() for name in calls}
@@ -53,10 +54,10 @@ def measure(
 
 
 def ratio(theirs: list[float], ours: list[float]) -> dict[str, object]:
-    """Of times in the same rounds: the median quotient, its quartiles, its relative standard error.
+    """The median of ``theirs / ours`` over rounds, its quartiles, and its relative standard error.
 
-    The error is a median's under a normal distribution, 1.2533 s / sqrt(n), with s from the quartiles (1.349 s apart),
-    so that a few disturbed rounds count for little.
+    The error is that of a median under a normal distribution, 1.2533 s / sqrt(n). s is estimated from the quartiles,
+    which are 1.349 s apart, so that a few disturbed rounds have little influence.
     """
     low, median, high = statistics.quantiles(
         [t / o for t, o in zip(theirs, ours, strict=True)], n=4, method="inclusive"
@@ -66,7 +67,7 @@ def ratio(theirs: list[float], ours: list[float]) -> dict[str, object]:
 
 
 def copies_past_cache(bytes_per_call: int, device: torch.device | str = "cpu") -> int:
-    """How many sets of inputs it takes that the first is out of the cache when its turn comes again."""
+    """The number of copies of the inputs needed so that each is evicted from the cache before it is used again."""
     if torch.device(device).type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
     else:
@@ -75,7 +76,7 @@ def copies_past_cache(bytes_per_call: int, device: torch.device | str = "cpu") -
 
 
 def _warm_up(call: Callable[[int], object], block: Callable[[Callable[..., Any], int], float]) -> int:
-    """Returns how many calls make a block."""
+    """Run a few calls. Returns the number of calls in a block."""
     for index in range(WARM_UP):
         call(index)
     return max(1, round(BLOCK_S / max(block(call, 1), 1e-7)))

@@ -1,6 +1,6 @@
-"""timm without torchvision, which it imports for its data pipelines.
+"""Lets timm be imported without torchvision, which timm needs only for its data pipelines.
 
-torchvision has no CPU build to install beside torch's from the package index.
+The package index has no CPU build of torchvision that matches the CPU build of torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def stubbed_torchvision() -> Iterator[None]:
-    """Lets timm be imported where torchvision is not installed: an empty one stands in for it until the end.
+    """A context in which an empty stub replaces torchvision, if torchvision is not installed.
 
     >>> with stubbed_torchvision():
     ...     import timm
@@ -28,14 +28,14 @@ def stubbed_torchvision() -> Iterator[None]:
     try:
         yield
     finally:
-        # Others (transformers among them) go by whether torchvision can be found.
+        # Remove it, because other packages such as transformers check whether torchvision can be found.
         sys.meta_path.remove(finder)
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
 
 
 class _Finder:
-    """Finds every module of torchvision, each with whatever is asked of it."""
+    """An import finder that provides a stub for every module of torchvision."""
 
     def find_spec(
         self, name: str, path: object = None, target: object = None
@@ -52,7 +52,7 @@ class _Finder:
 
 
 class _Named(type):
-    """A class whose attributes are their own names, as an enumeration's would do."""
+    """A metaclass whose classes return the name of each attribute as its value, in place of enumerations."""
 
     def __getattr__(cls, name: str) -> str:
         if name.startswith("__"):

@@ -1,8 +1,8 @@
-"""Runtimes taking turns, each in a process of its own: a machine that drifts drifts for all.
+"""Times runtimes in turns, each in its own process, so that a drift of the machine's speed affects all of them.
 
-In one process the runtimes' thread pools would slow each other down. What is compared are the times of one round,
-seconds apart: a ratio is the median over the rounds of theirs / ours. Each round has another order, so that nobody
-always follows the same one, and rounds are added while a ratio is not yet known to `STEADY`.
+In one process the runtimes' thread pools would slow each other down. Times are compared within a round, where they are
+seconds apart: a ratio is the median of theirs / ours over the rounds. Each round has another order, so that no runtime
+always follows the same one. Rounds are added until the standard error of every ratio is below `STEADY`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ OURS = "focalnet"
 WARM_UP_ROUNDS = 1  # after all processes have started, and not counted
 TURN_S = 0.25  # a turn has as many runs as fit, at least one and at most MAX_RUNS; their median is its time
 MAX_RUNS = 16
-STEADY = 0.02  # standard error of a ratio, over the ratio, below which no more rounds are needed
-MORE = 0.5  # of the rounds asked for, how many are added at most
-NOISY = 1.25  # median over fastest, from which times (not ratios) are said to be unlike those of an idle machine
+STEADY = 0.02  # relative standard error of a ratio below which no more rounds are needed
+MORE = 0.5  # maximal number of added rounds, as a share of the requested rounds
+NOISY = 1.25  # median over fastest time above which a warning says that the machine was not idle
 
 
 class Runtime:
-    """A worker process that has loaded one runtime. ``absent`` says why there is none, or is None."""
+    """A worker process that has loaded one runtime. ``absent`` is the reason why it could not, or None."""
 
     def __init__(self, name: str, case: Case) -> None:
         self.name = name
@@ -51,11 +51,11 @@ class Runtime:
         self.absent = None if answer[0] == "ready" else str(answer[1])
 
     def warm_up(self) -> None:
-        """A turn that is not counted; it says how many runs fit into one."""
+        """Take a turn that is not counted, and find out how many runs fit into a turn."""
         self._runs_a_turn = min(MAX_RUNS, max(1, round(TURN_S / self._run())))
 
     def turn(self) -> None:
-        """Runs for about `TURN_S`."""
+        """Take a turn of about `TURN_S` seconds."""
         runs = [self._run() for _ in range(self._runs_a_turn)]
         self.runs += runs
         self.turns.append(statistics.median(runs))
@@ -85,7 +85,7 @@ class Runtime:
 def compare(
     case: Case, names: list[str], rounds: int, on_step: Callable[[], object] = lambda: None
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """The rows of the runtimes that are there, and why each of the others is not.
+    """The rows of the runtimes that could run, and for each other runtime the reason why not.
 
     ``rounds`` is at least 2. ``on_step`` is called ``steps(names, rounds)`` times.
     """
@@ -105,7 +105,7 @@ def compare(
 
 
 def steps(names: list[str], rounds: int) -> int:
-    """Of a progress bar: processes started and turns; rounds that are added are none of them."""
+    """Total of a progress bar: starts of processes and turns, without those of added rounds."""
     return len(names) * (1 + WARM_UP_ROUNDS + rounds)
 
 
@@ -124,7 +124,7 @@ def _take_turns(runtimes: list[Runtime], rounds: int, on_step: Callable[[], obje
 
 
 def order(runtimes: list[Any], number: int) -> list[Any]:
-    """The order of a round, the same in every run: rotation alone would keep everybody's predecessor."""
+    """A random order for round ``number``, the same in every run. A rotation would keep each runtime's predecessor."""
     return random.Random(number).sample(runtimes, len(runtimes))
 
 
@@ -133,7 +133,7 @@ def _steady(runtimes: list[Runtime]) -> bool:
 
 
 def _base(runtimes: list[Runtime]) -> Runtime:
-    """What the others are compared with: ours, or without it the first."""
+    """The runtime that the others are compared with: ours, or the first if ours is missing."""
     return next((runtime for runtime in runtimes if runtime.name == OURS), runtimes[0])
 
 
@@ -158,7 +158,7 @@ def _row(case: Case, runtime: Runtime, base: Runtime) -> dict[str, Any]:
 
 
 def warnings(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each figure that the machine was too busy with something else to settle."""
+    """Warnings about results that are unreliable because the machine was busy with other work."""
     unsteady = [
         f"{row['runtime']} {row['ratio']:.2f} (standard error {row['ratio_error']:.0%})"
         for row in rows

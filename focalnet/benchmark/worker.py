@@ -1,9 +1,9 @@
-"""One runtime in a process of its own: reads "run" from standard input, runs once, writes the seconds it took.
+"""The worker process of one runtime. For each "run" on standard input it runs once and writes the seconds it took.
 
     python -m focalnet.benchmark.worker RUNTIME CASE        (CASE: the fields of `Case` as JSON)
 
-The first line written is "ready", or "absent" and the reason (a library that is missing, what the runtime raised);
-after "end" comes the peak memory in bytes: of the process on a CPU, of torch's tensors on a GPU.
+The first line of output is "ready", or "absent" and the reason (a missing library, or the runtime's exception). After
+"end" the worker writes the peak memory in bytes: that of the process on a CPU, that of torch's tensors on a GPU.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(out: IO[str]) -> None:
         say(out, "absent", f"{error.name} is not installed")
         return
     except Exception as error:
-        # A peer that cannot compile or run the case is left out with its own words.
+        # A runtime that cannot compile or run the case is left out, with its exception as the reason.
         say(out, "absent", f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
         traceback.print_exc()
         return
@@ -51,7 +51,7 @@ def main(out: IO[str]) -> None:
 
 
 def warm_up(run: Callable[..., Any], images: list[torch.Tensor]) -> None:
-    """The first run compiles, and counts for nothing in the time."""
+    """Run a few times for up to `WARM_UP_S`. The first run compiles and does not count towards that time."""
     run(images[0])
     start = time.perf_counter()
     for index in range(1, WARM_UP_RUNS):
@@ -83,6 +83,6 @@ def say(out: IO[str], what: str, value: object) -> None:
 
 
 if __name__ == "__main__":
-    # Libraries print what they like; the answers have a channel of their own.
+    # Libraries may print to stdout, so redirect it to stderr and keep the original for the answers.
     answers, sys.stdout = sys.stdout, sys.stderr
     main(answers)

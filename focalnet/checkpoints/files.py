@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors and PyTorch's own, read without ever running code from them."""
+"""Reads and writes files of tensors, safetensors and PyTorch's own. Reading never runs code from a file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from . import inert_pickle
 from .training_files import Weights, choose, refuse_average
 
-# What a directory in transformers' format keeps its weights in, safetensors first.
+# The files that may hold the weights in a directory of transformers' format, in the order of preference.
 IN_DIRECTORY = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -38,17 +38,18 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def read_weights(path: str | os.PathLike[str], use_ema: bool | None = None) -> Weights:
-    """The state dict in a file, on the CPU: safetensors by content or suffix, otherwise what torch.save wrote.
+    """The state dict in a file, on the CPU. The file is safetensors (by content or suffix) or written by torch.save.
 
-    Of a training script's file, the weights are taken and everything beside them ignored: objects of classes that lie
-    there are neither built nor imported.
+    Only the weights are read from a training script's file. Other objects in it are neither constructed nor imported.
 
     Args:
-        use_ema: which weights, where a file has their average over training beside them; see `training_files.choose`.
+        path: the file.
+        use_ema: which weights to read from a file that also holds their average over training; see
+            `training_files.choose`.
 
     Raises:
-        ValueError: the file is damaged, holds something other than a state dict, or is made to run code, which is
-            refused; the message names the file and says what to do.
+        ValueError: the file is damaged, holds something other than a state dict, or tries to run code; the message
+            names the file and says what to do.
         OSError: the file cannot be read.
     """
     path = Path(path)
@@ -68,7 +69,7 @@ def _check_kind(path: Path, start: bytes) -> None:
         raise ValueError(
             f"{path}: this is a pointer of Git LFS, not the weights; run `git lfs pull` where it came from"
         )
-    # A safetensors file may begin with this character too, as the first byte of a number that is never so large.
+    # A safetensors file may begin with "{" too, as the low byte of the header's length, but the high bytes are then 0.
     if path.suffix == ".json" or (start.lstrip().startswith(b"{") and b"\0" not in start[:8]):
         beside = [name for name in IN_DIRECTORY if (path.parent / name).is_file()]
         advice = f"pass its folder, {path.parent}" if beside else "pass the file of the weights, or a folder with both"
@@ -84,7 +85,8 @@ def weights_of_directory(path: str | os.PathLike[str], use_ema: bool | None = No
     """The state dict of a directory as save_pretrained writes it, in one file or several.
 
     Raises:
-        ValueError, OSError: as `read_weights`; FileNotFoundError: none of the known files is there.
+        ValueError, OSError: as `read_weights`.
+        FileNotFoundError: the directory has none of the known files.
     """
     path = Path(path)
     for name in IN_DIRECTORY:
@@ -96,18 +98,18 @@ def weights_of_directory(path: str | os.PathLike[str], use_ema: bool | None = No
 
 
 def parts_of(path: Path) -> list[Path]:
-    """The files that hold the tensors: ``path`` itself, or all that it lists if it is an index."""
+    """The files that hold the tensors: ``path`` itself, or all files listed in it if it is an index."""
     if path.suffix != ".json":
         return [path]
     index = read_json(path).get("weight_map")
-    # The names come from outside: they may only point into this directory.
+    # The names are untrusted input: they must not point outside this directory.
     if not isinstance(index, dict) or not all(isinstance(n, str) and n == Path(n).name for n in index.values()):
         raise ValueError(f'{path}: expected "weight_map" to map tensors to files in this directory; {_AGAIN}')
     return [path.parent / name for name in sorted(set(index.values()))]
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; ValueError, naming the file, if it holds anything else."""
+    """The JSON object in a file. ValueError, naming the file, if the file holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -118,9 +120,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], wrapper: str | None = None) -> Path:
-    """Write a state dict: safetensors for that suffix, otherwise torch.save, there under the key ``wrapper`` if any.
+    """Write a state dict as safetensors if ``path`` has that suffix, otherwise with torch.save. Returns the path.
 
-    An existing file is replaced only once the new one is complete.
+    torch.save stores the tensors under the key ``wrapper``, if one is given. An existing file is replaced only when
+    the new one is complete.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,21 +165,21 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _unpickle(path: Path) -> object:
     try:
         with warnings.catch_warnings(), path.open("rb") as file:
-            warnings.simplefilter("ignore")  # about pickles of unusual kinds: the error that follows says it
+            warnings.simplefilter("ignore")  # torch warns about unusual pickles, but the error below is clearer
             try:
                 return torch.load(file, map_location="cpu", weights_only=True)
             except pickle.UnpicklingError:
-                # It has other objects than tensors. What torch hands to another reader than unpicklers (TorchScript,
-                # tar files) has raised something else by now.
+                # The file holds other objects besides tensors. TorchScript and tar files, which torch reads without an
+                # unpickler, have raised other exceptions by now.
                 file.seek(0)
                 return torch.load(file, map_location="cpu", weights_only=False, pickle_module=inert_pickle)
     except inert_pickle.Hostile as error:
         raise ValueError(
-            f"{path}: refused, since {error}, which files of weights have no use for and files that attack have; "
-            f"nothing of it was run. If you trust the file, save its tensors alone where it was made: "
+            f"{path}: refused, since {error}, which malicious files use and files of weights do not need; "
+            f"nothing of it was run. If you trust the file, save only its tensors where it was made: "
             f'torch.save({{"model": model.state_dict()}}, ...), or as safetensors'
         ) from None
-    except Exception as error:  # what a damaged pickle raises is not to be foreseen
+    except Exception as error:  # a damaged pickle may raise anything
         raise ValueError(
             f"{path}: expected a safetensors file, or tensors that torch.save wrote, but it is damaged, cut off or of "
             f"another kind ({_brief(error)}); {_AGAIN}, or save the state dict anew"
@@ -184,6 +187,6 @@ def _unpickle(path: Path) -> object:
 
 
 def _brief(error: Exception) -> str:
-    """What an error says, without the pages of advice that torch puts around it."""
+    """The first sentence of an error message, without the long advice that torch adds."""
     message = re.sub(r"(?s)\AWeights only load failed.*?WeightsUnpickler error:", "", str(error)).strip()
     return re.split(r"\n|\. ", message or type(error).__name__)[0].rstrip(".")[:200]

@@ -1,4 +1,4 @@
-"""Checkpoints that are no FocalNet, or one that differs from the published network: said by name, with what to do."""
+"""Recognises checkpoints of other architectures and of modified FocalNets. The errors name them and say what to do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from .files import read_json
 
-# What tells a network whose modules have the authors' names, but that computes something else: (whose it is, why not).
+# Networks whose modules have the authors' names but compute something else: (pattern of names, network, reason).
 _RELATIVES = (
     (
         re.compile(r"layers\.\d+\.blocks\.\d+\.dw[12]\."),
@@ -26,7 +26,7 @@ _RELATIVES = (
 
 
 def refuse_by_name(names: Iterable[str], source: str) -> None:
-    """ValueError if the tensors are those of a relative that this package's models cannot compute."""
+    """Raise ValueError if the tensors belong to a related network that this package's models cannot compute."""
     names = list(names)
     has_modulation = any(".modulation." in name for name in names)
     for pattern, whose, why in _RELATIVES:
@@ -38,7 +38,7 @@ def refuse_by_name(names: Iterable[str], source: str) -> None:
 
 
 def configuration_in(folder: Path) -> dict[str, Any]:
-    """A folder's config.json; nothing where there is none, or one that its reader will complain of."""
+    """The content of a folder's config.json; {} if it is missing or invalid, which its reader reports."""
     try:
         return read_json(folder / "config.json")
     except (OSError, ValueError):
@@ -46,7 +46,10 @@ def configuration_in(folder: Path) -> dict[str, Any]:
 
 
 def check_architecture(folder: str | Path, config: Mapping[str, Any]) -> None:
-    """ValueError if a folder's config.json is that of a model without a FocalNet; timm's are of another kind."""
+    """Raise ValueError if ``config``, a folder's config.json, describes a model without a FocalNet.
+
+    transformers' files are recognised by "model_type", timm's by "architecture".
+    """
     kind = config.get("model_type")
     if kind is None:
         kind = config.get("architecture")
@@ -63,13 +66,14 @@ def check_architecture(folder: str | Path, config: Mapping[str, Any]) -> None:
 
 
 def is_foreign(path: Path, config_elsewhere: object = None) -> bool:
-    """Whether from_pretrained of transformers cannot read ``path`` by itself: a file, or a directory of timm.
+    """Whether transformers' from_pretrained cannot read ``path`` on its own: a file, or a directory of timm.
 
     Args:
-        config_elsewhere: where a caller says that the configuration is; the directory's is not looked at then.
+        path: a file or a directory.
+        config_elsewhere: another place of the configuration, given by the caller; the directory's is then ignored.
 
     Raises:
-        ValueError: it is a directory with a model of another architecture.
+        ValueError: ``path`` is a directory with a model of another architecture.
     """
     if config_elsewhere or not path.is_dir():
         return path.is_file()

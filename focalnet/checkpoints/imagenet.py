@@ -1,8 +1,9 @@
-"""The classes of ImageNet-1K and of the ImageNet-22K that the authors trained on, by index.
+"""The classes of ImageNet-1K and of the authors' ImageNet-22K, by index.
 
-ImageNet-22K has 21,842 outputs in the authors' order: ImageNet-1K's thousand classes in theirs, then the others by
-WordNet id (labelmap_22k_reorder.txt of microsoft/FocalNet, which leaves out index 850, a class that 22K lacks and no
-image was trained on). So the first thousand outputs are ImageNet-1K's, and one file tells both.
+The authors' ImageNet-22K has 21,842 outputs: first the thousand classes of ImageNet-1K in their own order, then the
+others by WordNet id. The order is that of labelmap_22k_reorder.txt in microsoft/FocalNet. That file omits index 850, a
+class that 22K lacks and that had no training images. The first thousand outputs are those of ImageNet-1K, so one file
+lists both.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from functools import cache
 from importlib.resources import files
 
 SIZES = (1000, 21842)
-"""How many classes ImageNet-1K and the authors' ImageNet-22K have."""
+"""Numbers of classes of ImageNet-1K and of the authors' ImageNet-22K."""
 
 
 def class_names(count: int | None) -> list[str] | None:
-    """What the classes of the ImageNet of ``count`` classes are called, such as "tench, Tinca tinca", or None."""
+    """Names of the ``count`` classes of ImageNet-1K or 22K, such as "tench, Tinca tinca"; None for other counts."""
     return [name for _, name in _classes()[:count]] if count in SIZES else None
 
 
 def class_ids(count: int | None) -> list[str] | None:
-    """The WordNet ids of these classes, such as "n01440764", which ImageNet's folders are named by, or None."""
+    """WordNet ids of these classes, such as "n01440764", the names of ImageNet's folders; None for other counts."""
     return [wordnet_id for wordnet_id, _ in _classes()[:count]] if count in SIZES else None
 
 

@@ -1,13 +1,12 @@
-"""A pickle module for torch.load that builds tensors and plain containers, and nothing else.
+"""A pickle module for torch.load that constructs tensors and plain containers, and nothing else.
 
-torch's own weights-only reader refuses a file as soon as it names a class that it does not know, and dict subclasses
-altogether. Training scripts leave such objects beside the weights: an argparse.Namespace, a yacs CfgNode, numpy
-scalars. Here every name that is not one of the few below becomes an `Inert`: it takes whatever the pickle does to it
-and does nothing. Nothing is looked up or imported by a name that the file gives.
+torch's weights-only reader refuses a file that names an unknown class or a subclass of dict. Training scripts store
+such objects beside the weights: an argparse.Namespace, a yacs CfgNode, numpy scalars. Here every unknown name becomes
+an `Inert`, an object that accepts all operations of a pickle and does nothing. No name from a file is ever imported.
 
-What may be called is a closed list: `_rebuild` and its kin, which make a tensor of a storage and check that it lies
-inside, and plain values of torch. They are wrapped anew for each file and take no state, so that a file cannot change
-anything that outlives it.
+A pickle may call only a closed list of functions: `_rebuild` and its variants, which make a tensor from a storage and
+check that it lies inside the storage, and plain values of torch. They are wrapped anew for each file and take no
+state, so a file cannot change anything that lasts longer than its own loading.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.storage import TypedStorage
 
-# Modules that no training script leaves in a checkpoint, and that a file would name to run something.
+# Modules that no training script refers to in a checkpoint. A file names them only to run code.
 _HOSTILE_MODULES = frozenset(
     {"os", "posix", "nt", "sys", "subprocess", "pty", "shutil", "socket", "ctypes", "importlib", "runpy", "webbrowser"}
 )
@@ -28,7 +27,7 @@ _HOSTILE_BUILTINS = frozenset({"eval", "exec", "compile", "open", "__import__", 
 
 
 class Hostile(pickle.UnpicklingError):
-    """The pickle names a function that only a file made to run code would name; ``name`` says which."""
+    """The pickle names a function that only a file made to run code would name; ``name`` is that function."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"it asks for {name}")
@@ -36,7 +35,7 @@ class Hostile(pickle.UnpicklingError):
 
 
 class Inert:
-    """What stands for an object of an unknown class, or for what a call of an unknown function would have given."""
+    """Replaces an object of an unknown class, or the result of a call of an unknown function."""
 
     __slots__ = ()
     names = "an object"
@@ -57,17 +56,17 @@ class Inert:
         pass
 
     def append(self, item: object) -> None:
-        """As a list's, since the class may be a list's."""
+        """Ignore the item. A pickle calls this for subclasses of list."""
 
     def extend(self, items: object) -> None:
-        """As a list's."""
+        """Ignore the items. A pickle calls this for subclasses of list."""
 
     def add(self, item: object) -> None:
-        """As a set's."""
+        """Ignore the item. A pickle calls this for subclasses of set."""
 
 
 class _Dict(dict[str, Any]):
-    """An OrderedDict of the file, without the attributes that a pickle could set on one."""
+    """Replaces an OrderedDict in the file; a pickle cannot set attributes on it."""
 
     __slots__ = ()
 
@@ -76,7 +75,7 @@ class _Dict(dict[str, Any]):
 
 
 class _Function:
-    """One of the functions that a pickle may call; it keeps no attributes and takes no state."""
+    """A function that a pickle may call. It accepts no attributes and no state."""
 
     __slots__ = ("_call",)
     _call: Callable[..., Any]
@@ -95,8 +94,8 @@ class _Function:
 
 
 def _rebuild(storage: object, offset: object, size: object, stride: object, *rest: object) -> object:
-    """A tensor on a storage of the file; whether it wants gradients, and its hooks, are left out."""
-    metadata = rest[2:]  # such as that values are negated, which weights never are
+    """A tensor on a storage of the file. ``requires_grad`` and hooks are ignored."""
+    metadata = rest[2:]  # for example the negation bit, which weights never have
     if type(storage) is not TypedStorage or any(metadata):
         return Inert()
     _check_inside(storage, offset, size, stride)
@@ -104,7 +103,7 @@ def _rebuild(storage: object, offset: object, size: object, stride: object, *res
 
 
 def _rebuild_of_dtype(storage: object, *rest: object) -> object:
-    """As `_rebuild`, for dtypes that have no storage class; their storage counts bytes."""
+    """Like `_rebuild`, for dtypes without a storage class; the storage then counts bytes."""
     offset, size, stride, wants_gradient, hooks, dtype, *metadata = rest
     if type(storage) is not TypedStorage or not isinstance(dtype, torch.dtype):
         return Inert()
@@ -117,12 +116,12 @@ def _rebuild_parameter(data: object, *_: object) -> object:
 
 
 def _rebuild_from_type(function: object, kind: object, args: Any, state: object) -> object:
-    """A tensor with attributes, or of a subclass: the tensor alone, where it is one that can be had."""
+    """A tensor with attributes or of a subclass. Only the plain tensor is made, if ``function`` is an allowed one."""
     return function(*args) if isinstance(function, _Function) else Inert()
 
 
 def _check_inside(storage: TypedStorage, offset: Any, size: Any, stride: Any) -> None:
-    """Otherwise torch would enlarge the storage to whatever the file says."""
+    """Raise if a tensor does not fit into its storage: torch would enlarge the storage to any size the file gives."""
     numbers = [offset, *size, *stride]
     if not all(type(number) is int and number >= 0 for number in numbers) or len(size) != len(stride):
         raise pickle.UnpicklingError("it has a tensor of impossible shape")
@@ -147,17 +146,17 @@ _BYTES = ("torch.storage", "UntypedStorage")
 
 
 class Unpickler(pickle.Unpickler):
-    """Reads a pickle without running or building anything of it; torch.load derives its own from this one."""
+    """Reads a pickle without running code or constructing its objects. torch.load derives its own class from this."""
 
     def __init__(self, file: IO[bytes], **options: Any) -> None:
         super().__init__(file, **options)
         self._found: dict[tuple[str, str], object] = {}
 
     def find_class(self, module: str, name: str) -> object:
-        """What stands for a name in the file.
+        """The replacement for a name in the file.
 
         Raises:
-            Hostile: only a file that is made to run code would have this name.
+            Hostile: only a file made to run code contains this name.
         """
         key = (module, name)
         if key not in self._found:
@@ -165,12 +164,13 @@ class Unpickler(pickle.Unpickler):
         return self._found[key]
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # torch.load sets it; in old files it also takes source code, to be compared with what the class has here.
+        # torch.load assigns persistent_load. For old files that function also compares source code of classes, which
+        # `_storages_only` prevents.
         super().__setattr__(name, _storages_only(value) if name == "persistent_load" else value)
 
 
 def load(file: IO[bytes], **options: Any) -> object:
-    """One pickle from ``file``, as pickle.load."""
+    """Read one pickle from ``file``, like pickle.load."""
     return Unpickler(file, **options).load()
 
 

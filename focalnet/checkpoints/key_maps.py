@@ -1,7 +1,7 @@
-"""What a FocalNet's tensors are called in each published naming: one table, read in every direction.
+"""The names of a FocalNet's tensors in each published naming: one table for all directions of conversion.
 
-Three namings exist: "transformers", "authors" (microsoft/FocalNet, classification and detection) and "timm". Names of
-transformers stand here without the "focalnet." that models with a head put before the body's names.
+There are three namings: "transformers", "authors" (microsoft/FocalNet, classification and detection) and "timm".
+transformers' names are listed without the "focalnet." prefix that models with a head add to the names of the body.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ NAMINGS = ("transformers", "authors", "timm")
 
 @dataclass(frozen=True)
 class Row:
-    """One module or parameter, by its name in each naming; None where that naming has no place for it.
+    """The name of one module or parameter in each naming; None if a naming has no such tensor.
 
-    ``{stage}``, ``{layer}`` and ``{level}`` stand for numbers from 0 and ``{stage+1}`` for one more; ``{post}`` is
-    "_post" where LayerNorm comes after a branch, else nothing. ``pointwise`` marks what is a linear layer for
-    transformers and the authors, and a 1x1 convolution for timm.
+    ``{stage}``, ``{layer}`` and ``{level}`` stand for indices from 0, ``{stage+1}`` for an index from 1. ``{post}`` is
+    "_post" if LayerNorm comes after a branch, else empty. ``pointwise`` marks layers that are linear in transformers
+    and the authors' code, and 1x1 convolutions in timm.
     """
 
     transformers: str
@@ -60,7 +60,7 @@ TABLE = (
     _in_block("mlp.fc2", "mlp.fc2", "mlp.fc2", pointwise=True),
     _in_block("gamma_1", "gamma_1", "ls1.gamma"),
     _in_block("gamma_2", "gamma_2", "ls2.gamma"),
-    # timm counts a downsampling to the stage that it leads to.
+    # In timm a downsampling belongs to the stage after it.
     Row(
         "encoder.stages.{stage}.downsample.projection",
         "layers.{stage}.downsample.proj",
@@ -88,7 +88,7 @@ _PLACES = {
 
 @cache
 def _patterns(naming: str) -> tuple[tuple[Row, re.Pattern[str]], ...]:
-    """The rows that ``naming`` has, each with what recognises its keys."""
+    """The rows that exist in ``naming``, each with the pattern that matches its names."""
     patterns = []
     for row in TABLE:
         if (template := getattr(row, naming)) is not None:
@@ -100,7 +100,7 @@ def _patterns(naming: str) -> tuple[tuple[Row, re.Pattern[str]], ...]:
 
 @dataclass(frozen=True)
 class Key:
-    """A name taken apart: its row of the table and what stood in the row's places."""
+    """A parsed name: its row of the table and the values of the row's placeholders."""
 
     row: Row
     suffix: str
@@ -111,11 +111,11 @@ class Key:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether this is the weight of a linear layer that timm has as a 1x1 convolution."""
+        """Whether this is the weight of a linear layer that is a 1x1 convolution in timm."""
         return self.row.pointwise and self.suffix == ".weight"
 
     def named(self, naming: str, post_norm: bool = False) -> str | None:
-        """The name in ``naming``, or None where it has none."""
+        """The name in ``naming``, or None if that naming has no such tensor."""
         name = getattr(self.row, naming)
         if name is None:
             return None
@@ -132,7 +132,7 @@ class Key:
 
 
 def parse(name: str, naming: str) -> Key | None:
-    """``name`` of ``naming`` taken apart; None if the table does not know it."""
+    """Parse a ``name`` of ``naming``; None if it is not in the table."""
     for row, pattern in _patterns(naming):
         if (match := pattern.fullmatch(name)) is not None:
             found = {place: value for place, value in match.groupdict().items() if value is not None}
@@ -147,13 +147,13 @@ def parse(name: str, naming: str) -> Key | None:
 def rename(
     tensors: Mapping[str, Tensor], source: str, target: str, post_norm: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors of naming ``source`` under their names in ``target``, linear layers reshaped as that wants them.
+    """Rename tensors from naming ``source`` to naming ``target``, and reshape linear layers as ``target`` needs.
 
-    ``post_norm`` says that LayerNorm comes after the branches, which timm's names tell. No value changes, and going
-    back gives the same names and tensors.
+    ``post_norm`` means that LayerNorm comes after the branches, which shows in timm's names. No value changes, and
+    renaming back gives the same names and tensors.
 
     Returns:
-        What was renamed, and what could not be: unknown to ``source``, or without a place in ``target``.
+        The renamed tensors, and the tensors that are unknown in ``source`` or have no name in ``target``.
     """
     renamed: dict[str, Tensor] = {}
     unknown: dict[str, Tensor] = {}
@@ -169,14 +169,14 @@ def rename(
 
 
 def _reshaped(tensor: Tensor, naming: str) -> Tensor:
-    """The weight of a linear layer as ``naming`` has it; another shape is left for the check of shapes to report."""
+    """The weight of a linear layer in the shape of ``naming``. Unexpected shapes stay and fail the later check."""
     if naming == "timm":
         return tensor[..., None, None] if tensor.ndim == 2 else tensor
     return tensor.flatten(1) if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) else tensor
 
 
 def count_known(tensors: Mapping[str, Tensor], naming: str) -> int:
-    """How many tensors have a name and, where a linear layer tells the namings apart, a rank of ``naming``."""
+    """The number of tensors with a name of ``naming``; weights of linear layers must also have its rank."""
     count = 0
     for name, tensor in tensors.items():
         key = parse(name, naming)
@@ -186,5 +186,5 @@ def count_known(tensors: Mapping[str, Tensor], naming: str) -> int:
 
 
 def has_post_norms(names: Iterable[str]) -> bool:
-    """Whether timm's ``names`` say that LayerNorm comes after the branches."""
+    """Whether timm's ``names`` show that LayerNorm comes after the branches."""
     return any((key := parse(name, "timm")) is not None and key.is_post_norm for name in names)

@@ -1,7 +1,7 @@
-"""Checkpoints in every published format: recognised by their keys, their configuration inferred from their shapes.
+"""Reads checkpoints of every published format: recognises the format and infers the configuration.
 
 Formats: "transformers"; "authors" (microsoft/FocalNet's classifiers); "authors-detection" (its detection backbones,
-with a norm for each output); "timm". `focalnet.models.loading` makes models of what is read here.
+with a norm for each output); "timm". `focalnet.models.loading` builds models from the result.
 """
 
 from __future__ import annotations
@@ -32,11 +32,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds.
+    """The content of a checkpoint.
 
-    format: one of FORMATS. kind: one of KINDS. config: read from config.json or inferred. state_dict: in
-    transformers' naming, as the class of ``kind`` has it. unknown: tensors whose names the format does not have.
-    source: where it came from, for messages. notes: choices that were made in reading it, for the user.
+    Attributes:
+        format: one of FORMATS.
+        kind: one of KINDS.
+        config: read from config.json or inferred.
+        state_dict: in transformers' naming, for the class of ``kind``.
+        source: path or id of the checkpoint, for messages.
+        unknown: tensors whose names do not exist in the format.
+        notes: choices made while reading, for the user.
     """
 
     format: str
@@ -48,14 +53,14 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
 
     def verify(self, expected: Mapping[str, Tensor], body_only: bool = False) -> None:
-        """Check names and shapes against ``expected``, the state dict of the model to be filled (meta tensors do).
+        """Check names and shapes against ``expected``, the state dict of the model that will be filled.
 
         Args:
-            expected: in transformers' naming.
-            body_only: leave out heads, which another class of model may have or lack.
+            expected: in transformers' naming; meta tensors are enough.
+            body_only: ignore heads, which other model classes may have or lack.
 
         Raises:
-            ValueError: listing everything that is missing, unexpected or mis-shaped, in the file's own naming.
+            ValueError: tensors are missing, unexpected or mis-shaped; the message lists all, in the file's naming.
         """
         held = {**self._in_own_naming(self.state_dict, body_only), **self.unknown}
         shapes = {name: tuple(t.shape) for name, t in held.items()}
@@ -83,7 +88,7 @@ class Checkpoint:
         return {**renamed, **without_place}
 
     def tell(self) -> None:
-        """Log the notes, for a user who sees nothing but the model."""
+        """Log the notes as warnings."""
         for note in self.notes:
             logger.warning("%s: %s", self.source, note)
 
@@ -97,24 +102,25 @@ def read_checkpoint(
     overriding: bool = False,
     **config_fields: Any,
 ) -> Checkpoint:
-    """Read a file of any format, or a directory as save_pretrained writes it.
+    """Read a file of any format, or a directory written by save_pretrained.
 
-    A directory's config.json decides the configuration, and so it does for a file in transformers' naming beside
-    it. Otherwise it is inferred from shapes; what those cannot tell comes from ``config_fields``, else ``variant``,
-    else the one published variant with that structure.
+    The configuration of a directory, or of a file in transformers' naming, comes from the config.json in the same
+    folder. Otherwise it is inferred from shapes. Fields that shapes do not determine come from ``config_fields``, else
+    from ``variant``, else from the only published variant with that structure.
 
     Args:
         path: a file (safetensors, or written by torch.save) or a directory.
         variant: name of a published variant, such as "large_fl4".
-        config: the configuration, if it is known; nothing is inferred then.
-        use_ema: the averaged weights of a training script's file (True), the plain ones (False), or the averaged
-            where there are any (None).
-        overriding: let ``config_fields`` contradict the file.
+        config: the configuration, if it is known; then nothing is inferred.
+        use_ema: which weights of a training script's file to read: True the averaged, False the plain, None the
+            averaged if there are any.
+        overriding: allow ``config_fields`` to contradict the file.
         config_fields: arguments of FocalNetConfig.
 
     Raises:
-        ValueError: the file is damaged or refused, is no FocalNet, contradicts ``variant`` or ``config_fields``, or
-            does not tell its whole configuration; the message says what to pass.
+        ValueError: the file is damaged, refused or not a FocalNet, contradicts ``variant`` or ``config_fields``, or
+            does not determine the whole configuration; the message says what to pass.
+        TypeError: an argument is not a field of the configuration.
         OSError: the file cannot be read.
     """
     path = Path(path)
@@ -127,7 +133,7 @@ def read_checkpoint(
         published = config.to_dict()
     elif beside.is_file() and (path.is_dir() or recognise(weights.tensors, str(path))[0] == "transformers"):
         published = read_json(beside)
-    # timm's directories have a config.json as well, of another kind.
+    # timm's directories have a config.json too, with other content.
     if published is not None and published.get("model_type") != FocalNetConfig.model_type:
         published = None
     return interpret(
@@ -151,7 +157,7 @@ def interpret(
     notes: tuple[str, ...] = (),
     **config_fields: Any,
 ) -> Checkpoint:
-    """What `read_checkpoint` makes of a file's tensors; ``published`` is the content of its config.json."""
+    """The checkpoint for the tensors of a file; see `read_checkpoint`. ``published`` is the content of config.json."""
     check_arguments(variant, config_fields)
     taken = take_apart(tensors, source, published, config_fields)
     config = _configuration(taken, source, variant, published, config_fields, overriding)
@@ -161,19 +167,19 @@ def interpret(
     notes += taken.notes
     if "stem_padding" in taken.known and published is None and "stem_padding" not in config_fields:
         notes += (
-            f"took stem_padding={USUAL_STEM_PADDING}, which FocalNet-DINO, detrex, MaskDINO, X-Decoder and "
-            f"Relation-DETR have; a model of the authors' mmdet or mmseg code needs stem_padding=3",
+            f"took stem_padding={USUAL_STEM_PADDING}, as in FocalNet-DINO, detrex, MaskDINO, X-Decoder and "
+            f"Relation-DETR; a model of the authors' mmdet or mmseg code needs stem_padding=3",
         )
     return Checkpoint(taken.format, taken.kind, config, state_dict, source, taken.unknown, notes)
 
 
 def told_fields(tensors: Mapping[str, Tensor], source: str) -> dict[str, Any]:
-    """Arguments of FocalNetConfig as a reader of ``tensors`` alone finds them; what stays open is not among them."""
+    """Arguments of FocalNetConfig that can be inferred from ``tensors`` alone; undetermined ones are omitted."""
     taken = take_apart(tensors, source, None, {})
     return _merged(taken.known, {}, taken.format, None)[0]
 
 
-# Fields that from_pretrained takes by itself.
+# Fields that from_pretrained handles itself.
 _OF_THE_MODEL = frozenset({"dtype", "attn_implementation"})
 
 
@@ -184,7 +190,7 @@ def _field_names() -> frozenset[str]:
 
 
 def check_arguments(variant: str | None, config_fields: Mapping[str, Any]) -> None:
-    """ValueError for a variant that is not published, TypeError for an argument that is no configuration field."""
+    """Raise ValueError for an unknown variant, TypeError for an argument that is not a configuration field."""
     if variant is not None and variant not in VARIANTS:
         raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
     if strange := sorted(set(config_fields) - _field_names()):
@@ -213,16 +219,16 @@ def _configuration(
         return FocalNetConfig.from_dict({**published, **told}, **given)
     labels = {name: given[name] for name in _LABELS if name in given}
     config = _inferred(taken, source, variant, {name: given[name] for name in given if name not in labels})
-    # As for a directory, where from_pretrained puts its arguments over what config.json says.
+    # Labels override the file, as from_pretrained's arguments override config.json.
     return FocalNetConfig.from_dict(config.to_dict(), **labels) if labels else config
 
 
 def _inferred(taken: Taken, source: str, variant: str | None, given: dict[str, Any]) -> FocalNetConfig:
-    """The configuration of a file without one, its labels aside."""
+    """The configuration of a file without config.json, before labels given by the caller."""
     fields, matching = _merged(taken.known, given, taken.format, variant)
     _check_complete(fields, source)
     _check_settled(fields, matching, taken.format, source)
-    # Only a 7x7 stem does not tell its patches; its stride is 4 or 7.
+    # Only for a 7x7 stem the shapes do not determine the patch size; its stride is 4 or 7.
     fields.setdefault("patch_size", 4 if fields["use_conv_embed"] else 7)
     names = class_names(taken.known.get("num_labels"))
     if taken.format != "transformers" and names is not None:
@@ -237,17 +243,17 @@ def _inferred(taken: Taken, source: str, variant: str | None, given: dict[str, A
 def _merged(
     known: Mapping[str, Any], given: Mapping[str, Any], format: str, variant: str | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """(what is given, else inferred, else the variant's; the variants it could be)."""
+    """(fields, variants that match). Each field is the given one, else the inferred one, else that of the variant."""
     matching = matching_variants({**known, **given}, format) if variant is None else [variant]
     usual = {"num_channels": 3, "mlp_ratio": 4.0}
     fields = {**usual, **VARIANTS[matching[0]].config_fields()} if len(matching) == 1 else {}
     return {**fields, **known, **given}, matching
 
 
-# What names the outputs of a head, and counts them.
+# Fields that name and count the outputs of a head.
 _LABELS = ("num_labels", "id2label", "label2id")
-# Fields that do not contradict a file: a fine-tuned model changes them, only training uses them, shapes do not show
-# them, or the check of shapes says it better.
+# Fields that are not checked against a file: fine-tuning changes them, only training uses them, shapes do not show
+# them, or the check of shapes gives a better message.
 _FREE = {
     "num_labels",
     "image_size",
@@ -268,7 +274,7 @@ def _told_by(variant: str, format: str) -> dict[str, Any]:
     """The fields in which a file must agree with its variant."""
     fields = {name: v for name, v in VARIANTS[variant].config_fields().items() if name not in _FREE}
     if format == "authors-detection":
-        del fields["focal_windows"]  # detection enlarged them
+        del fields["focal_windows"]  # the detection models have larger windows
     return fields
 
 
@@ -279,11 +285,11 @@ def _check_agreement(known: Mapping[str, Any], told: Mapping[str, Any], by: str,
         if name in known and name not in _FREE and comparable(name, told[name]) != comparable(name, known[name])
     ]
     if differing:
-        raise ValueError(f"{source}: {'; '.join(differing)}. Pass what the file was trained with, or leave it out")
+        raise ValueError(f"{source}: {'; '.join(differing)}. Pass what the file was trained with, or omit it")
 
 
 def comparable(name: str, value: Any) -> Any:
-    """A field's value such that equal settings are equal: lists for tuples, a patch's size as a pair."""
+    """A field's value in a normal form, in which equal settings compare equal: lists, and patch sizes as pairs."""
     if name == "patch_size" and isinstance(value, int):
         return [value, value]
     if name == "stem_padding" and value is None:
@@ -297,14 +303,14 @@ _OUTPUTS = ("out_features", "out_indices")
 
 
 def _agreeing_outputs(fields: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the inferred outputs where the caller chose some by the other name."""
+    """The fields without inferred out_features or out_indices if the caller gave the other one."""
     inferred = [name for name in _OUTPUTS if name not in given]
     chosen = len(inferred) < len(_OUTPUTS)
     return {name: value for name, value in fields.items() if not (chosen and name in inferred)}
 
 
 def _check_complete(fields: Mapping[str, Any], source: str) -> None:
-    """Raise where tensors are missing that would tell a field: its default would be a guess."""
+    """Raise if too many tensors are missing to infer a field, because its default would be a guess."""
     needed = ("embed_dim", "depths", "focal_levels", "focal_windows", "num_channels", "mlp_ratio")
     if untold := [name for name in needed if not fields.get(name)]:
         raise ValueError(
@@ -314,7 +320,7 @@ def _check_complete(fields: Mapping[str, Any], source: str) -> None:
 
 
 def _check_settled(fields: Mapping[str, Any], matching: list[str], format: str, source: str) -> None:
-    """Raise for every field that neither the file nor an argument nor a variant settles."""
+    """Raise if a field is determined neither by the file, nor by an argument, nor by a variant."""
     open_fields = {name: why for name, why in UNSETTLED_BY_SHAPES.items() if name not in fields}
     if not open_fields:
         return
@@ -324,7 +330,8 @@ def _check_settled(fields: Mapping[str, Any], matching: list[str], format: str, 
         structure = {name: fields[name] for name in ("embed_dim", "depths", "focal_levels", "focal_windows")}
         cause = f"no published variant settles it for {', '.join(f'{k}={v}' for k, v in structure.items())}"
     wanted = "; ".join(f"{name}=True or {name}=False ({why})" for name, why in open_fields.items())
-    # A classifier's variant would have been found by its structure; detection changes windows, so naming it helps.
+    # A classifier's variant is found by its structure. A detection model has other windows, so its variant is not
+    # found, and naming it helps.
     could_be_named = not matching and format == "authors-detection"
     other = f", or variant=, one of {', '.join(VARIANTS)}" if could_be_named else ""
     raise ValueError(
@@ -338,11 +345,13 @@ def pretrained_arguments(
 ) -> dict[str, Any]:
     """Arguments for from_pretrained(None, ...) that fill a ``model_class`` from a file of any format.
 
-    Heads that the class lacks or has anew are left for from_pretrained to report, as for any of its checkpoints.
+    Missing and unused heads are not checked here; from_pretrained reports them as for every checkpoint.
 
     Args:
-        arguments: those of from_pretrained: ``config``, ``variant``, ``use_ema`` and fields of the configuration are
-            used here. With ``ignore_mismatched_sizes`` the fields may contradict the file, as they may a directory.
+        model_class: the class of the model to fill.
+        path: a file or a directory.
+        arguments: those of from_pretrained. ``config``, ``variant``, ``use_ema`` and configuration fields are used
+            here. With ``ignore_mismatched_sizes`` the fields may contradict the file, as in transformers.
 
     Raises:
         ValueError, TypeError, OSError: as `read_checkpoint`, or the body does not fit.

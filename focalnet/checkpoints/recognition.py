@@ -1,4 +1,4 @@
-"""What a state dict holds: whose names it has, where in it the FocalNet lies, and what kind of model that is."""
+"""Recognises a state dict: the naming of its tensors, the prefix of the FocalNet in it, and the kind of model."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .key_maps import NAMINGS, count_known, has_post_norms, rename
 from .structure import infer_fields
 
 FORMATS = ("transformers", "authors", "authors-detection", "timm")
-# What a checkpoint holds, and the class that transformers' config.json names for it.
+# Kinds of models, with the class named in transformers' config.json.
 KINDS = {
     "classifier": "FocalNetForImageClassification",
     "masked-image-modeling": "FocalNetForMaskedImageModeling",
     "backbone": "FocalNetBackbone",
     "base": "FocalNetModel",
 }
-# Parts that models may lack or have anew; everything else is the body, the same in every model.
+# Prefixes of the body, which is the same in every model. All other parts may be missing or new in a model.
 BODY = ("embeddings.patch_embeddings.", "embeddings.norm.", "encoder.")
 _PREFIXED = ("embeddings.", "encoder.", "layernorm.")
-# Where a state dict's names begin, behind whatever a larger model put before them.
+# The beginning of a FocalNet's names, after any prefix that a larger model added ("outer").
 _BEGINNING = re.compile(
     r"(?P<outer>(?:[^.]+\.)*?)(?P<own>focalnet\.)?"
     r"(?:embeddings\.patch_embeddings|encoder\.stages\.\d+\.layers|patch_embed|stem|layers\.\d+\.blocks)\."
@@ -35,17 +35,17 @@ _SHOWN = 8
 
 
 def naming_of(format: str) -> str:
-    """The naming that a format uses: detection backbones have the authors'."""
+    """The naming that a format uses. Detection backbones use the authors' naming."""
     return "authors" if format == "authors-detection" else format
 
 
 def bare_name(name: str) -> str:
-    """A name of transformers without the "focalnet." before the body."""
+    """A name of transformers without the "focalnet." prefix of the body."""
     return name.removeprefix("focalnet.")
 
 
 def shortened(items: Iterable[str], shown: int = _SHOWN) -> str:
-    """``items`` joined; of a long list only the beginning, and how many more there are."""
+    """``items`` joined by commas; a long list is cut after ``shown`` items, with the number of the others."""
     items = list(items)
     more = f", ... and {len(items) - shown} more" if len(items) > shown else ""
     return ", ".join(items[:shown]) + more
@@ -53,7 +53,16 @@ def shortened(items: Iterable[str], shown: int = _SHOWN) -> str:
 
 @dataclass(frozen=True)
 class Taken:
-    """A file taken apart: tensors in transformers' bare naming, those without place there, inferred fields, notes."""
+    """An analysed file.
+
+    Attributes:
+        format: one of FORMATS.
+        kind: one of KINDS.
+        canonical: tensors in transformers' naming, without "focalnet." before the body.
+        unknown: tensors without a name in that naming.
+        known: inferred arguments of FocalNetConfig.
+        notes: choices made, for the user.
+    """
 
     format: str
     kind: str
@@ -85,7 +94,7 @@ def take_apart(
 
 
 def _with_norms_inside(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Relation-DETR and Salience-DETR have the network as ``backbone.0``, the norms of its maps as ``backbone.1``."""
+    """Move the map norms of Relation-DETR and Salience-DETR from ``backbone.1`` to the network in ``backbone.0``."""
     network = next((match["outer"] for name in tensors if (match := _NETWORK_BEFORE_NORMS.match(name))), None)
     if network is None:
         return tensors
@@ -94,10 +103,10 @@ def _with_norms_inside(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def recognise(tensors: Mapping[str, Tensor], source: str) -> tuple[str, str]:
-    """(format, what stands before its names): the naming that knows most of the names.
+    """(format, prefix of the FocalNet's names). The naming that knows most of the names determines the format.
 
     Raises:
-        ValueError: no naming knows any.
+        ValueError: no naming knows any of the names.
     """
     beginnings = Counter(match["outer"] for name in tensors if (match := _BEGINNING.match(name)) is not None)
     outer = beginnings.most_common(1)[0][0] if beginnings else ""
@@ -139,7 +148,7 @@ def prefixed(name: str) -> str:
 
 
 def _chosen_norms(canonical: dict[str, Tensor], config_fields: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Without the norms of maps that the caller does not want."""
+    """The tensors without the norms of maps that the caller did not select."""
     chosen = config_fields.get("out_features")
     if chosen is None and config_fields.get("out_indices") is not None:
         chosen = ["stem" if index == 0 else f"stage{index}" for index in config_fields["out_indices"]]

@@ -1,4 +1,4 @@
-"""A FocalNet's configuration from the names and shapes of its tensors, as far as they tell it."""
+"""Infers a FocalNet's configuration from the names and shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ..variants import VARIANTS
 
-# Fields that change results and leave no trace in shapes (timm's names tell the second, several stages the third).
+# Fields that change results but not shapes. timm's names determine the second; more than one stage, the third.
 UNSETTLED_BY_SHAPES = {
     "normalize_modulator": "whether the aggregated context is divided by L + 1",
     "use_post_layernorm": "whether LayerNorm comes after the branches",
     "use_conv_embed": "whether a 7x7 stem has stride 4 or its patches do not overlap",
 }
-# What identifies a published variant: all that its shapes show except the head and the image.
+# Fields that identify a published variant: all that shapes determine, except those of the head and the image.
 _STRUCTURE = (
     "embed_dim",
     "depths",
@@ -30,19 +30,21 @@ _STRUCTURE = (
     "use_post_layernorm_in_modulation",
     "use_post_layernorm",
 )
-# FocalNet-DINO, detrex, MaskDINO, X-Decoder and Relation-DETR have this one. The authors' mmdet and mmseg code has 3,
-# but no published configuration of theirs has the overlapping stem.
+# The padding in FocalNet-DINO, detrex, MaskDINO, X-Decoder and Relation-DETR. The authors' mmdet and mmseg code uses
+# 3, but none of its published configurations has the overlapping stem.
 USUAL_STEM_PADDING = 2
-# Formats of models that leave out what fills no patch: timm's and the authors' classifiers; their detectors pad.
+# Formats whose models drop incomplete patches: timm's and the authors' classifiers. The authors' detectors pad.
 DROPPING_FORMATS = ("timm", "authors")
-# First windows that the authors' detection configurations give to the classifiers' tiny, small and base variants.
+# First window of the tiny, small and base variants in the authors' detection configurations.
 _DETECTION_WINDOW = 9
 
 Shape = tuple[int, ...]
 
 
 class _Shapes:
-    """Shapes by name, asked by pattern. Where tensors disagree most of them decide: the odd one is reported later."""
+    """Shapes by name, queried by pattern. If tensors disagree, the majority decides; the check of shapes reports the
+    others later.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -54,7 +56,7 @@ class _Shapes:
         return votes.most_common(1)[0][0] if votes else None
 
     def count(self, pattern: str) -> int:
-        """One more than the highest number that the pattern's group finds; 0 if it finds none."""
+        """One more than the highest number matched by the pattern's group; 0 if nothing matches."""
         return max((int(m[1]) + 1 for name in self._shapes if (m := re.match(pattern, name))), default=0)
 
     def has(self, pattern: str) -> bool:
@@ -62,11 +64,12 @@ class _Shapes:
 
 
 def infer_fields(tensors: Mapping[str, Tensor], kind: str, format: str) -> dict[str, Any]:
-    """Arguments of FocalNetConfig that names and shapes tell; what they do not tell is left out.
+    """Arguments of FocalNetConfig that follow from names and shapes; all others are omitted.
 
     Args:
         tensors: in transformers' naming, without "focalnet." before the body.
-        kind, format: of the checkpoint.
+        kind: one of KINDS.
+        format: one of FORMATS.
     """
     shapes = _Shapes(tensors)
     stages = shapes.count(r"encoder\.stages\.(\d+)\.layers\.")
@@ -89,7 +92,7 @@ def infer_fields(tensors: Mapping[str, Tensor], kind: str, format: str) -> dict[
 
 
 def matching_variants(fields: Mapping[str, Any], format: str) -> list[str]:
-    """The published variants whose structure agrees with ``fields`` as far as those go; one, for what is published."""
+    """The published variants that agree with ``fields``; exactly one for a published checkpoint."""
     if fields.get("mlp_ratio", 4.0) != 4.0:
         return []
     matching = []
@@ -127,7 +130,7 @@ def _levels(shapes: _Shapes, stage: int, dim: int) -> int | None:
 
 
 def _mlp_ratio(shapes: _Shapes, dims: Sequence[int]) -> float | None:
-    """The roundest ratio that gives every stage its hidden size, ``int(dim * ratio)``."""
+    """The ratio with the fewest digits that gives every stage its hidden size, ``int(dim * ratio)``."""
     hidden = [shapes.vote(_layers(stage) + r"mlp\.fc1\.bias", lambda shape: shape[0], 1) for stage in range(len(dims))]
     pairs = [(dim, size) for dim, size in zip(dims, hidden, strict=True) if size is not None]
     if not pairs:
@@ -146,7 +149,7 @@ def _stem(shapes: _Shapes, stages: int) -> dict[str, Any]:
     downsampling = shapes.vote(r"encoder\.stages\.\d+\.downsample\.projection\.weight", lambda shape: shape[2:], 4)
     if downsampling is not None:
         overlaps = downsampling == (3, 3)
-    else:  # a single stage: other stems than 7x7 do not overlap
+    else:  # with a single stage, only a 7x7 stem can overlap
         overlaps = None if kernel in (None, (7, 7)) else False
     fields = {"num_channels": shapes.vote(projection, lambda shape: shape[1], 4), "use_conv_embed": overlaps}
     if overlaps:
@@ -157,7 +160,7 @@ def _stem(shapes: _Shapes, stages: int) -> dict[str, Any]:
 
 
 def _outputs(shapes: _Shapes, kind: str, format: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of heads and of maps."""
+    """The fields that concern heads and feature maps."""
     outputs: dict[str, Any] = {}
     patch_size = fields.get("patch_size")
     if isinstance(patch_size, int):

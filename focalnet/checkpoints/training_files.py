@@ -1,4 +1,4 @@
-"""Which of the weights in a training script's file to take: the plain ones, or their average over training (EMA)."""
+"""Selects the weights in a training script's file: the plain ones, or their average over training (EMA)."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from torch import Tensor
 
 from .inert_pickle import Inert
 
-# What training scripts wrap a state dict in, in the order of preference.
+# Keys under which training scripts store a state dict, in the order of preference.
 WRAPPERS = ("model", "state_dict")
-# What they call the exponential moving average of the weights, those that timm takes first.
+# Keys of the exponential moving average of the weights; timm's come first, in its order.
 AVERAGES = ("state_dict_ema", "model_ema", "ema_model", "ema_state_dict", "ema")
-# What an average is wrapped in once more where its bookkeeping lies beside it.
+# Keys of the state dict inside an average that also stores its bookkeeping.
 _INNER = ("module", "state_dict", "model")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A state dict, and what a reader should be told about the choice of it."""
+    """A state dict, and notes for the user about how it was chosen."""
 
     tensors: dict[str, Tensor]
     notes: tuple[str, ...] = ()
 
 
 def choose(content: Any, source: str, use_ema: bool | None = None) -> Weights:
-    """The state dict in what a file holds.
+    """Select the state dict from the content of a file.
 
     Args:
-        content: what was unpickled.
+        content: the unpickled object.
         source: the file, for messages.
-        use_ema: True for the averaged weights, False for the plain ones, None for the averaged where there are any,
-            as timm does.
+        use_ema: True for the averaged weights, False for the plain ones, None for the averaged if there are any, as in
+            timm.
 
     Raises:
-        ValueError: there is no state dict, or not the one that ``use_ema`` asks for.
+        ValueError: there is no state dict, or not the one that ``use_ema`` requests.
     """
     plain, average = _candidates(content)
     if use_ema and average is None:
@@ -58,7 +58,7 @@ def choose(content: Any, source: str, use_ema: bool | None = None) -> Weights:
 
 
 def refuse_average(source: str, use_ema: bool | None) -> None:
-    """ValueError if ``use_ema`` asks for what no file of tensors alone can tell from plain weights."""
+    """Raise ValueError if ``use_ema`` is True: a safetensors file does not mark averaged weights."""
     if use_ema:
         raise ValueError(
             f"use_ema: expected a training script's file with averaged weights, since True was given, {source} has "
@@ -67,7 +67,7 @@ def refuse_average(source: str, use_ema: bool | None) -> None:
 
 
 def _candidates(content: object) -> tuple[str | None, str | None]:
-    """The keys of the plain weights and of their average; None where there are none."""
+    """The keys of the plain weights and of their average, each None if the file has none."""
     if not isinstance(content, Mapping):
         return None, None
     plain = next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
@@ -87,7 +87,7 @@ def _holds_tensors(value: object) -> bool:
 
 
 def _unwrapped(value: Mapping[Any, Any]) -> Mapping[Any, Any]:
-    """``value``, or the mapping in it that has the tensors."""
+    """``value``, or the mapping inside it that holds the tensors."""
     inner = next((value[name] for name in _INNER if isinstance(value.get(name), Mapping)), None)
     return value if inner is None else inner
 
@@ -97,8 +97,8 @@ def _state_dict(content: object, source: str) -> dict[str, Tensor]:
         return {name: tensor.detach() for name, tensor in content.items()}
     if isinstance(content, Inert):
         raise ValueError(
-            f"{source}: holds an object of {content.names}, not its weights, and building it would run code; where "
-            f'that class is at hand, save its state dict: torch.save({{"model": model.state_dict()}}, ...)'
+            f"{source}: holds an object of {content.names}, not its weights, and building it would run code; on a "
+            f'machine with that class, save its state dict: torch.save({{"model": model.state_dict()}}, ...)'
         )
     raise ValueError(
         f"{source}: expected a state dict, names to tensors, by itself or under {_either((*WRAPPERS, *AVERAGES))}, "
@@ -119,7 +119,7 @@ def _described(content: object) -> str:
 
 
 def _not_tensors(content: Mapping[Any, Any]) -> list[object]:
-    """The keys of all that has no place in a state dict."""
+    """The keys of all entries that do not belong in a state dict."""
     return [name for name, value in content.items() if not (isinstance(name, str) and isinstance(value, Tensor))]
 
 

@@ -1,6 +1,6 @@
 """The command line: ``focalnet info | classify | evaluate | finetune | pretrain | convert | bench``.
 
-One file a command; what takes long to import is imported inside the commands that need it.
+Each command has its own file. Slow imports are inside the commands that need them.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="focalnet",
-    help="FocalNet for PyTorch: what runs here, and how fast; classify images, check accuracy, train, convert.",
+    help="FocalNet for PyTorch: show what runs here and how fast, classify images, check accuracy, train, convert.",
     no_args_is_help=True,
-    # Errors are reported by `errors.one_line`; whoever asks for a traceback gets Python's own.
+    # `errors.one_line` reports errors. With --debug Python prints its own traceback.
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -1,4 +1,4 @@
-"""``focalnet bench``: the model and the operator on this machine, against what is installed here."""
+"""``focalnet bench``: times the model and the operator on this machine against the runtimes installed here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .compute import Device, DType, device_for
 from .errors import UserError
 from .output import Bar
 
-# In the order of the table; more are in `focalnet.benchmark.runtimes`.
+# The default runtimes, in the order of the table. `focalnet.benchmark.runtimes` has more.
 DEFAULT = (
     "focalnet",
     "transformers",
@@ -27,18 +27,19 @@ def bench(
     variant: Annotated[str, typer.Option(help="A published variant, e.g. tiny_lrf.")] = "tiny_lrf",
     size: Annotated[int, typer.Option(min=32, help="Image size in pixels.")] = 224,
     batch: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images in one pass.")] = 1,
-    device: Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")] = Device.auto,
-    dtype: Annotated[DType, typer.Option(help="What to compute in.")] = DType.float32,
-    train: Annotated[bool, typer.Option("--train", help="A training step instead of inference.")] = False,
+    device: Annotated[Device, typer.Option(help="auto uses a GPU if there is one.")] = Device.auto,
+    dtype: Annotated[DType, typer.Option(help="Data type of the computation.")] = DType.float32,
+    train: Annotated[bool, typer.Option("--train", help="Time a training step instead of inference.")] = False,
     runtimes: Annotated[
-        list[str] | None, typer.Option("--runtime", metavar="NAME", help="Which runtimes; all that are installed.")
+        list[str] | None, typer.Option("--runtime", metavar="NAME", help="A runtime to time; repeat for several.")
     ] = None,
-    rounds: Annotated[int, typer.Option(min=2, help="Turns of each; more on a noisy machine.")] = 9,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds of measurements; use more on a noisy machine.")] = 9,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
 ) -> None:
-    """Time a FocalNet here: against transformers, timm, ONNX Runtime and OpenVINO, and the operator by each backend.
+    """Time a FocalNet on this machine against transformers, timm, ONNX Runtime and OpenVINO, and time each backend.
 
-    Every runtime has a process of its own, and all take turns. Those that are not installed are named and left out.
+    Each runtime has its own process, and the runtimes take turns. Runtimes that are not installed are listed and left
+    out.
     """
     from ..benchmark import environment, operators, turns
     from ..benchmark.runtimes import RUNTIMES, Case, able

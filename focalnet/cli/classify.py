@@ -1,4 +1,4 @@
-"""``focalnet classify``: the most probable labels of images."""
+"""``focalnet classify``: prints the most probable labels of images."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ def classify(
         ),
     ],
     variant: Annotated[
-        str | None, typer.Option(help="The published variant, where a file does not tell, e.g. large_fl4.")
+        str | None, typer.Option(help="The published variant, if a file does not determine it, e.g. large_fl4.")
     ] = None,
     fields: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="A configuration field that a file does not tell."),
+        typer.Option("--set", metavar="FIELD=VALUE", help="A configuration field that a file does not determine."),
     ] = None,
     use_ema: UseEma = None,
     labels: LabelsFile = None,
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Labels for each image.")] = 5,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images in one pass.")] = 16,
     backend: Annotated[
-        str | None, typer.Option(help="triton, cuda, cpu or reference; focalnet chooses by itself.")
+        str | None, typer.Option(help="triton, cuda, cpu or reference; chosen automatically by default.")
     ] = None,
-    device: Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")] = Device.auto,
-    dtype: Annotated[DType, typer.Option(help="What to compute in.")] = DType.float32,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
+    device: Annotated[Device, typer.Option(help="auto uses a GPU if there is one.")] = Device.auto,
+    dtype: Annotated[DType, typer.Option(help="Data type of the computation.")] = DType.float32,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
 ) -> None:
-    """Classify images: a table of the most probable labels for each.
+    """Classify images: print a table of the most probable labels for each.
 
     A file that cannot be read is reported and skipped. Exit code: 0, or 1 if anything was skipped, or 2 if there is no
     image or no model.

@@ -1,4 +1,4 @@
-"""Where and in what a command computes: the options that commands share, and what becomes of them."""
+"""The options --device, --dtype and --backend that commands share, and their conversion to torch's objects."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class DType(str, Enum):
 
 
 def device_for(device: Device, backend: str | None) -> torch.device:
-    """The device to run on, once it is sure that it is there and that the backend can run."""
+    """The device to run on. Raises UserError if the device is missing or the backend cannot run."""
     import torch
 
     from ..backends.registry import backends

@@ -1,4 +1,4 @@
-"""``focalnet convert``: a checkpoint from one format to another."""
+"""``focalnet convert``: converts a checkpoint from one format to another."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Format(str, Enum):
 
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="SRC", help="A directory, a checkpoint file, or a hub id; any of the formats.")
+        str, typer.Argument(metavar="SRC", help="A directory, a checkpoint file, or a hub id, in any format.")
     ],
     destination: Annotated[
-        Path, typer.Argument(metavar="DST", help="A directory for transformers, a .pth or .safetensors file else.")
+        Path, typer.Argument(metavar="DST", help="A directory for transformers, else a .pth or .safetensors file.")
     ],
-    to: Annotated[Format, typer.Option("--format", "-f", help="What to write.")] = Format.transformers,
+    to: Annotated[Format, typer.Option("--format", "-f", help="Format to write.")] = Format.transformers,
     variant: Annotated[
-        str | None, typer.Option(help="The published variant, where SRC does not tell, e.g. large_fl4.")
+        str | None, typer.Option(help="The published variant, if SRC does not determine it, e.g. large_fl4.")
     ] = None,
     fields: Annotated[
         list[str] | None,
@@ -39,11 +39,11 @@ def convert(
     use_ema: UseEma = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite DST.")] = False,
 ) -> None:
-    """Convert a checkpoint between transformers', the authors' and timm's formats; no value changes."""
+    """Convert a checkpoint between the formats of transformers, the authors and timm. No value changes."""
     from .. import convert_checkpoint
 
     silence_transformers()
-    # What it warns of is printed below, as this command line has it.
+    # Its warnings are printed below as notes, with the options of this command.
     logging.getLogger(convert_checkpoint.__module__).setLevel(logging.ERROR)
     _refuse_to_overwrite(destination, force)
     with reading(source, "SRC"):
@@ -62,4 +62,4 @@ def convert(
 def _refuse_to_overwrite(destination: Path, force: bool) -> None:
     there = any(destination.iterdir()) if destination.is_dir() else destination.exists()
     if there and not force:
-        raise UserError(f"DST {destination} is there already; choose another name, or overwrite it with --force")
+        raise UserError(f"DST {destination} already exists; choose another name, or overwrite it with --force")

@@ -1,6 +1,7 @@
-"""Images of more than 8 bits a value to 8 bits: a file says how wide its values are stored, seldom what white is.
+"""Converts images with more than 8 bits per value to 8 bits.
 
-Pillow would clip them at 255: most of them would become white, and floating point in 0..1 black.
+A file records how many bits its values occupy, but rarely which value is white. Pillow would clip values at 255: most
+images would become white, and floating point in 0..1 black.
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-# What cameras, scanners and instruments record.
+# Bit depths of cameras, scanners and instruments.
 BITS = (8, 10, 12, 14, 16, 24, 32)
 # The tags of TIFF: BitsPerSample and MaxSampleValue.
 _BITS_TAG, _WHITE_TAG = 258, 281
-# Formats whose integers Pillow has scaled to all 16 bits, whatever the file has.
+# Formats whose integers Pillow scales to 16 bits for any depth of the file.
 _SCALED_BY_PILLOW = ("PPM", "JPEG2000")
 
 
 def to_8_bit(image: Image.Image, opened: Image.Image, name: str) -> Image.Image:
-    """``image`` scaled to 8 bits if it is grey of 12 to 32 bits or in floating point, else as it is.
+    """``image`` scaled to 8 bits if it is grey with 12 to 32 bits or in floating point, else unchanged.
 
-    White is what the file says, ``opened``. Where it says nothing, it is the greatest value of the fewest `BITS` that
-    hold the brightest one, and 1 for floating point that is not beyond. With negative values the range is that of
-    the image. Values that are not finite become black. What was guessed is noted on stderr, once for each kind.
+    White is the value recorded in the file ``opened``. Without a record, white is the maximum of the smallest of
+    `BITS` that holds the brightest value, or 1 for floating point up to 1. An image with negative values is scaled by
+    its own range. Values that are not finite become black. Guesses are noted on stderr, once for each kind of image.
+    ``name`` is the image's name in these notes.
 
     Raises:
         ValueError: no value is finite.
@@ -76,7 +78,7 @@ def _stated_white(opened: Image.Image) -> int | None:
     if _WHITE_TAG in tags:
         return max(_numbers(tags[_WHITE_TAG]))
     bits = max(_numbers(tags.get(_BITS_TAG, 16)))
-    # 16 and 32 say how values are stored; less is not stored like that by chance.
+    # 16 and 32 are just the width of storage. Fewer bits are recorded on purpose and give the depth.
     return 2**bits - 1 if bits < 16 else None
 
 
@@ -85,9 +87,10 @@ def _numbers(value: int | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def note_if_cut(image: Image.Image, stored: str, name: str) -> None:
-    """Pillow keeps the upper 8 of 16 bits of colour: where these hold nearly nothing, the image is not 16 bits deep.
+    """Note on stderr if a colour image with 16 bits per value does not use all of them.
 
-    ``stored`` is Pillow's name for how the file has its values.
+    Pillow keeps the upper 8 of 16 bits of colour. If these are nearly empty, the image has fewer than 16 bits and is
+    nearly black. ``stored`` is Pillow's name for the way values are stored in the file.
     """
     if ";16" not in stored or image.mode not in ("RGB", "RGBA", "LA"):
         return
@@ -96,7 +99,7 @@ def note_if_cut(image: Image.Image, stored: str, name: str) -> None:
     if brightest < 2**6:
         _note(
             name,
-            f"has 16 bits a colour, of which it uses at most {8 + brightest.bit_length()}",
+            f"has 16 bits a colour, but uses at most {8 + brightest.bit_length()}",
             "it is nearly black to the model; scale its values to all 16 bits, or to 8",
         )
 

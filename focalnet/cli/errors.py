@@ -1,4 +1,4 @@
-"""How errors reach the user: one line on stderr and exit code 2, never a traceback unless asked for."""
+"""Reports errors to the user: one line on stderr and exit code 2, and a traceback only with --debug."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 USAGE_ERROR = 2
-"""Exit code when nothing could be done: bad arguments, no image, no such model."""
+"""Exit code if nothing could be done: bad arguments, no image, no such model."""
 
 SOME_SKIPPED = 1
-"""Exit code when part of the work was skipped, and the rest was done."""
+"""Exit code if part of the work was skipped and the rest was done."""
 
-# What bad input raises here, in torch and in transformers. Anything else is shown with its type: it may be our bug.
+# Exceptions that bad input raises here, in torch and in transformers. Others may be bugs and are shown with their
+# type.
 _EXPECTED = (ValueError, TypeError, OSError, RuntimeError)
 _settings = {"tracebacks": False}
 
 
 class UserError(ValueError):
-    """Something the user can put right; the message says what came, what was expected and what to do."""
+    """An error that the user can fix. The message names the given value, the expected value and what to do."""
 
 
 def show_tracebacks(wanted: bool) -> None:
-    """Whether `one_line` lets exceptions through."""
+    """Set whether `one_line` lets exceptions through, so that Python prints their tracebacks."""
     _settings["tracebacks"] = wanted
 
 
@@ -37,12 +38,12 @@ def complain(kind: str, message: str) -> None:
 
 
 def in_one_line(message: object) -> str:
-    """The message without line breaks, and without what a terminal cannot print (file names may hold anything)."""
+    """The message without line breaks and without unprintable bytes, which file names may contain."""
     return printable(" ".join(str(message).split()))
 
 
 def printable(text: str) -> str:
-    """``text`` with a replacement for each byte that is not text."""
+    """``text`` with a replacement for each byte that is not valid text."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

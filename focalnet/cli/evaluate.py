@@ -1,4 +1,4 @@
-"""``focalnet evaluate``: the top-1 and top-5 accuracy of a classifier on a folder of classes."""
+"""``focalnet evaluate``: measures the top-1 and top-5 accuracy of a classifier on a folder of classes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from .record import Record
 
 TOP = 5
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+"""Exit code after Ctrl-C, as in shells."""
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How often the right class was the most probable one, or among the five most probable."""
+    """The share of images whose correct class was the most probable one (top1) or among the five most probable."""
 
     images: int
     top1: float
@@ -37,7 +37,7 @@ class Accuracy:
 
     @classmethod
     def of(cls, ranks: list[int | None]) -> Accuracy:
-        """``ranks``: where the right class came for each image, from 0; None where it was not among the five."""
+        """``ranks``: the rank of the correct class of each image, from 0, or None if it was not among the five."""
         images = len(ranks)
         return cls(images, ranks.count(0) / images, sum(rank is not None for rank in ranks) / images)
 
@@ -55,38 +55,38 @@ def evaluate(
         ),
     ],
     variant: Annotated[
-        str | None, typer.Option(help="The published variant, where a file does not tell, e.g. large_fl4.")
+        str | None, typer.Option(help="The published variant, if a file does not determine it, e.g. large_fl4.")
     ] = None,
     fields: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="A configuration field that a file does not tell."),
+        typer.Option("--set", metavar="FIELD=VALUE", help="A configuration field that a file does not determine."),
     ] = None,
     use_ema: UseEma = None,
     labels: LabelsFile = None,
     among_folders: Annotated[
         bool,
         typer.Option(
-            "--among-folders", help="Choose among the classes that have a folder, such as 1K's of a 22K model's."
+            "--among-folders", help="Choose only among classes with a folder, e.g. ImageNet-1K's of a 22K model."
         ),
     ] = False,
     record: Annotated[
         Path | None,
-        typer.Option(help="A file to keep every image's result in; an interrupted run goes on from there."),
+        typer.Option(help="A file for the result of every image; an interrupted run continues from it."),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images in one pass.")] = 32,
     backend: Annotated[
-        str | None, typer.Option(help="triton, cuda, cpu or reference; focalnet chooses by itself.")
+        str | None, typer.Option(help="triton, cuda, cpu or reference; chosen automatically by default.")
     ] = None,
-    device: Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")] = Device.auto,
-    dtype: Annotated[DType, typer.Option(help="What to compute in.")] = DType.float32,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of a table.")] = False,
+    device: Annotated[Device, typer.Option(help="auto uses a GPU if there is one.")] = Device.auto,
+    dtype: Annotated[DType, typer.Option(help="Data type of the computation.")] = DType.float32,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
 ) -> None:
     """Check a classifier's accuracy on a folder of classes, such as ImageNet's validation set.
 
-    A class folder is named like one of the model's labels, by its WordNet id (n01440764, ...) where the model has
-    ImageNet's 1000 or 21,842 classes or --labels has the ids, or by its index; or there are as many folders as
-    labels, and they stand for them in alphabetical order. A file that cannot be read is reported
-    and left out. Exit code: 0, or 1 if any was left out, or 2 if there is nothing to evaluate.
+    The name of a class folder is one of the model's labels, a WordNet id (n01440764, ...) or an index. WordNet ids
+    need a model with ImageNet's 1000 or 21,842 classes, or --labels with ids. Otherwise there must be as many folders
+    as labels, in alphabetical order. A file that cannot be read is reported and left out. Exit code: 0, or 1 if any
+    file was left out, or 2 if there is nothing to evaluate.
     """
     silence_transformers()
     where = device_for(device, backend)
@@ -131,7 +131,7 @@ def evaluate(
 def _collect(
     batches: Iterator[list[Classified | Skipped]], todo: list[LabelledImage], results: Record, bar: Bar
 ) -> list[Skipped]:
-    """Puts the results into the record as they come; returns what could not be read."""
+    """Add the results to the record as they arrive. Returns the files that could not be read."""
     by_path = {str(image.path): image for image in todo}
     skipped: list[Skipped] = []
     for batch in batches:

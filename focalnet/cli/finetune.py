@@ -1,4 +1,4 @@
-"""``focalnet finetune``: train a classifier on images."""
+"""``focalnet finetune``: trains a classifier on images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def finetune(
     fields: options.Fields = None,
     use_ema: UseEma = None,
     keep_head: Annotated[
-        bool, typer.Option("--keep-head", help="Train the model's own head; the data's labels must be among its.")
+        bool, typer.Option("--keep-head", help="Train the model's own head; it must have all labels of the data.")
     ] = False,
     strict: options.Strict = False,
     check: options.Check = True,
@@ -43,9 +43,9 @@ def finetune(
 ) -> None:
     """Train a classifier on the images in DATA, from a checkpoint or from scratch.
 
-    What is held out, if DATA does not say, is every fifth image of each class. The folder that is written loads in
-    transformers, and in focalnet classify, evaluate and convert. Exit code: 0, or 1 if images were left out because
-    they cannot be read, or 2 if nothing was trained.
+    If DATA has no validation split, every fifth image of each class is held out. The output folder loads in
+    transformers, and in focalnet classify, evaluate and convert. Exit code: 0, or 1 if unreadable images were left
+    out, or 2 if nothing was trained.
     """
     options.prepare(data)
     from ..training import Run

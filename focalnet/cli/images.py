@@ -1,4 +1,4 @@
-"""Images: finding the files, reading them, and turning them into what a model takes."""
+"""Finds image files, reads them, and converts them to a model's input."""
 
 from __future__ import annotations
 
@@ -23,20 +23,24 @@ if TYPE_CHECKING:
 EXTENSIONS = frozenset(
     ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split()  # noqa: SIM905
 )
-# Resizing the shortest edge of a strip of one pixel by thousands would ask for gigabytes.
+# Resizing the shortest edge of a strip of one by thousands of pixels would need gigabytes.
 _MAX_ELONGATION = 200
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A path that gave no result, and why."""
+    """A path without a result, and the reason."""
 
     path: str
     error: str
 
 
 def find_images(arguments: Iterable[str]) -> tuple[list[Path], list[Skipped]]:
-    """The files behind files, folders (searched recursively) and globs, each once, and the arguments without any."""
+    """The image files in files, folders (searched recursively) and globs, without duplicates.
+
+    Returns:
+        The files, and the arguments without any file.
+    """
     found: dict[Path, None] = {}
     skipped = []
     for argument in arguments:
@@ -53,7 +57,7 @@ def _expand(argument: str) -> list[Path] | Skipped:
     if path.is_dir():
         in_folder = _images_in(path)
         return in_folder or Skipped(argument, f"no image in this folder (looked for {', '.join(sorted(EXTENSIONS))})")
-    # A file first: its name may hold brackets, too.
+    # An existing file takes precedence over a glob, because its name may contain brackets.
     if path.exists():
         return [path]
     if not any(character in argument for character in "*?["):
@@ -69,12 +73,13 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def read_image(source: Path | IO[bytes], name: str | None = None) -> Image.Image:
-    """The image upright and in RGB, as transformers' pipelines read it; deeper ones scaled to 8 bits.
+    """The image in RGB and upright by its EXIF tag, as transformers' pipelines read it, scaled to 8 bits if deeper.
 
-    ``name`` is what notes call it, of a path its last part.
+    ``name`` is the image's name in notes; by default the file name.
 
     Raises:
-        Whatever Pillow raises on a file that it cannot read; ValueError for an image that is hardly one.
+        ValueError: the image is extremely long and thin, or has no finite value.
+        Exception: the exception of Pillow for a file that it cannot read.
     """
     from PIL import Image, ImageOps
 
@@ -90,7 +95,7 @@ def read_image(source: Path | IO[bytes], name: str | None = None) -> Image.Image
 
 
 def why_unreadable(error: Exception) -> str:
-    """What to tell about an exception from `read_image`."""
+    """The reason to report for an exception from `read_image`."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, PermissionError):
@@ -101,9 +106,9 @@ def why_unreadable(error: Exception) -> str:
 
 
 def load_processor(model: str, config: FocalNetConfig) -> BaseImageProcessor:
-    """The image processor saved with the model, or the preprocessing that the published models were evaluated with.
+    """The image processor saved with the model, else the preprocessing used to evaluate the published models.
 
-    Always the one built on Pillow: the same numbers whether torchvision is installed or not.
+    It is always the one built on Pillow, so that results do not depend on whether torchvision is installed.
     """
     from transformers import AutoImageProcessor
 
@@ -115,15 +120,15 @@ def load_processor(model: str, config: FocalNetConfig) -> BaseImageProcessor:
         try:
             return AutoImageProcessor.from_pretrained(model, backend="pil")
         except OSError:
-            pass  # A model on the hub that came without one.
+            pass  # The model on the hub has none.
     return published_processor(config)
 
 
 def load_pixels(path: Path, processor: BaseImageProcessor) -> Tensor | Skipped:
-    """``pixel_values`` (3, H, W) of one file, or why there are none."""
+    """``pixel_values`` (3, H, W) of one file, or the reason why it was skipped."""
     try:
         image = read_image(path)
-    # Decoders raise whatever a damaged file leads them to: SyntaxError, struct.error, IndexError, ...
+    # Decoders raise many kinds of exceptions on damaged files: SyntaxError, struct.error, IndexError, ...
     except Exception as error:
         return Skipped(str(path), why_unreadable(error))
     return processor(images=image, return_tensors="pt")["pixel_values"][0]

@@ -1,4 +1,4 @@
-"""From image files to their most probable labels, a batch at a time."""
+"""Classifies image files in batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prediction:
-    """One label of an image."""
+    """A predicted label of an image, with its index and probability."""
 
     label: str
     index: int
@@ -45,13 +45,14 @@ def classify_files(
     batch_size: int,
     among: list[int] | None = None,
 ) -> Iterator[list[Classified | Skipped]]:
-    """The results of ``paths``, ``batch_size`` of them at a time; ``among`` are the labels to choose from, if not all.
+    """Classify ``paths`` and yield the results of ``batch_size`` of them at a time.
 
-    The files of a batch are decoded in parallel, while the model works on the batch before.
+    ``among`` holds the indices of the labels to choose from; None means all. The files of a batch are decoded in
+    parallel, while the model works on the previous batch.
     """
     batches = [paths[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     with ThreadPoolExecutor() as pool, warnings.catch_warnings():
-        # Pillow's remarks on metadata and palettes that it read all the same.
+        # Pillow warns about metadata and palettes even if it can read the image.
         warnings.filterwarnings("ignore", module="PIL")
         decode = functools.partial(pool.map, lambda path: load_pixels(path, processor))
         ahead = decode(batches[0]) if batches else iter(())
@@ -68,7 +69,7 @@ def _results(
 ) -> list[Classified | Skipped]:
     results: list[Classified | Skipped] = [pixels for _, pixels in loaded if isinstance(pixels, Skipped)]
     readable = [(path, pixels) for path, pixels in loaded if not isinstance(pixels, Skipped)]
-    # A processor that does not crop gives images of several sizes.
+    # A processor without a crop returns images of several sizes.
     for _, same_size in groupby(readable, key=lambda item: item[1].shape):
         results += _classify(classifier, list(same_size), top_k, among)
     return results
@@ -96,7 +97,8 @@ def _most_probable(
         return Skipped(str(path), f"the model's output in {classifier.dtype} is not finite; try --dtype float32")
     choice = range(len(logits)) if among is None else among
     logits = logits if among is None else logits[among]
-    # Several labels at once, or a single one: each is a yes or no by itself, as in transformers' pipeline.
+    # With multiple labels per image, or a single label, each label is an independent yes or no, as in transformers'
+    # pipeline.
     independent = config.problem_type == "multi_label_classification" or config.num_labels == 1
     probabilities = logits.sigmoid() if independent else logits.softmax(-1)
     values, places = probabilities.topk(min(top_k, len(probabilities)))

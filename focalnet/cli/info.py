@@ -1,4 +1,4 @@
-"""``focalnet info``: what is installed, what this machine has, and what runs on it."""
+"""``focalnet info``: shows installed versions, the hardware of this machine, and the backends that run on it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def info(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
 ) -> None:
     """Show versions, devices, the compiled extension, and each backend with the reason why it cannot run here."""
     gathered = gather()
@@ -39,7 +39,7 @@ def info(
 
 
 def gather() -> dict[str, Any]:
-    """Everything that `focalnet info` shows, as JSON has it."""
+    """Everything that `focalnet info` shows, as JSON values."""
     from ..backends.registry import backends
 
     return {
@@ -53,7 +53,7 @@ def gather() -> dict[str, Any]:
 
 
 def automatic_backend(device: str) -> str:
-    """The backend that takes a float32 call of a published size on a device ("cpu", "cuda") when none is asked for."""
+    """The backend chosen automatically for a float32 call of a published size on a device ("cpu" or "cuda")."""
     import torch
 
     from ..backends.problem import Problem
@@ -86,7 +86,7 @@ def _triton() -> str:
         if error.name == "triton":
             return "not installed"
         return f"installed, but does not import: {error}"
-    # A build for another machine fails in its own ways.
+    # A build for another machine may raise anything.
     except Exception as error:
         return f"installed, but does not import: {error}"
 
@@ -156,7 +156,7 @@ def _extension() -> dict[str, Any]:
 
 
 def _facts(title: str, facts: dict[str, Any]) -> Table:
-    """A table of names and values; what is absent is left out."""
+    """A table of names and values, without empty values."""
     from rich.table import Table
     from rich.text import Text
 
@@ -182,7 +182,7 @@ def _backend_table(reasons: dict[str, str | None], extension_reason: str | None)
     table = Table("name", "runs here", "why not", title="backends", title_justify="left", title_style="bold")
     for name, reason in reasons.items():
         verdict = Text("no", style="red") if reason else Text("yes", style="green")
-        # Long, and shown already.
+        # The reason is long and already shown above.
         why_not = "the compiled extension is missing: see above" if reason == extension_reason else reason
         table.add_row(name, verdict, Text((why_not or "") if reason else "", overflow="fold"))
     return table

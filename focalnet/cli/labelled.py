@@ -1,4 +1,4 @@
-"""Images in a folder of classes, each with the index of the right label."""
+"""Finds the images in a folder of classes, each with the index of its correct label."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class LabelledImage:
 
 
 def find_labelled_images(folder: Path, config: FocalNetConfig, ids: list[str] | None = None) -> list[LabelledImage]:
-    """The images of every class folder in ``folder``, class by class; ``ids`` are further names of the classes.
+    """The images of all class folders in ``folder``, class by class. ``ids`` are the WordNet ids of the classes.
 
     Raises:
-        UserError: there is no such folder, no image in it, or its folders are not the model's classes.
+        UserError: the folder does not exist or has no images, or its folders do not match the model's classes.
     """
     if not folder.is_dir():
         raise UserError(f"DIR: expected a folder with one folder for each class, got {folder}")
@@ -43,7 +43,7 @@ def find_labelled_images(folder: Path, config: FocalNetConfig, ids: list[str] | 
 
 
 def _labels(names: list[str], config: FocalNetConfig, ids: list[str] | None, folder: Path) -> list[int]:
-    """The label of each class folder: by its name, its id, the number that is its name, or its place."""
+    """The label of each class folder, by name, by WordNet id, by a number as name, or by alphabetical order."""
     id2label: Any = config.id2label
     by_name: dict[str, int] = {label: index for index, label in id2label.items()}
     by_id = {wordnet_id: index for index, wordnet_id in enumerate(ids or [])}

@@ -1,4 +1,4 @@
-"""What a model's outputs are called, and the WordNet ids that ImageNet's folders are named by."""
+"""Names of a model's outputs from --labels, and the WordNet ids that are the names of ImageNet's folders."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LabelsFile = Annotated[
     typer.Option(
         "--labels",
         metavar="FILE",
-        help="Names of the model's outputs, in order: a line each, or a JSON list or object.",
+        help="Names of the model's outputs, in order: one per line, or a JSON list or object.",
     ),
 ]
 _WITH_ID = re.compile(r"(n\d{8})[\s,]+(\S.*)")
@@ -28,20 +28,21 @@ _WITH_ID = re.compile(r"(n\d{8})[\s,]+(\S.*)")
 
 @dataclass(frozen=True)
 class Labels:
-    """``names`` by index, and the WordNet ``ids`` of the classes, where a file has them."""
+    """``names`` by index, and the WordNet ``ids`` of the classes if the file has them."""
 
     names: list[str]
     ids: list[str] | None = None
 
 
 def use_labels(config: FocalNetConfig, file: Path | None) -> list[str] | None:
-    """Names a model's outputs as ``file`` says, if there is one.
+    """Name a model's outputs by the labels in ``file``, if one is given.
 
     Returns:
-        The WordNet ids of the classes: the file's, or ImageNet's for as many classes as ImageNet-1K or 22K has.
+        The WordNet ids of the classes: those of the file, else ImageNet's if the model has as many classes as
+        ImageNet-1K or 22K, else None.
 
     Raises:
-        UserError: the file cannot be read, or has not one label for each output.
+        UserError: the file cannot be read, or does not have one label for each output.
     """
     from ..checkpoints.imagenet import class_ids
 
@@ -72,7 +73,7 @@ def _read(file: Path) -> Labels:
 
 
 def _from_json(text: str, file: Path) -> list[str]:
-    """The names in a list, or in an object from index to name; a pair is an id and a name, as Keras has them."""
+    """The names in a list, or in an object from index to name. A pair is an id and a name, as in Keras' file."""
     expected = f"--labels {file}: expected a JSON list of names, or an object from 0, 1, ... to names"
     try:
         content = json.loads(text)

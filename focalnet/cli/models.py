@@ -1,4 +1,4 @@
-"""Models for the command line: from a file, a directory or the Hugging Face hub, without noise or long waits."""
+"""Loads models for the command line from a file, a directory or the Hugging Face hub, without noise or long waits."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ UseEma = Annotated[
     bool | None,
     typer.Option(
         "--ema/--no-ema",
-        help="Take the averaged weights of a training script's file, or the plain ones.",
-        show_default="averaged, where there are any",
+        help="Use the averaged weights of a training script's file, or the plain ones.",
+        show_default="averaged, if there are any",
     ),
 ]
 
 
 def silence_transformers() -> None:
-    """No progress bars for milliseconds of work, no advice between our lines of output."""
+    """Turn off transformers' progress bars and its messages, which would mix with the command's output."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -39,9 +39,9 @@ def silence_transformers() -> None:
 
 
 def stay_offline_unless_reachable() -> bool:
-    """Ask the hub for an answer within seconds; without one, keep huggingface_hub to its cache. True: it answered.
+    """Check within seconds whether the hub answers; if it does not, restrict huggingface_hub to its cache.
 
-    Otherwise huggingface_hub itself would retry for a minute.
+    Without this check huggingface_hub would retry for a minute. Returns whether the hub answered.
     """
     from urllib.error import HTTPError
     from urllib.request import Request, urlopen
@@ -53,7 +53,7 @@ def stay_offline_unless_reachable() -> bool:
     try:
         urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=_SECONDS_TO_ANSWER).close()
     except HTTPError:
-        return True  # An answer all the same.
+        return True  # an error status is an answer too
     except (OSError, ValueError):
         constants.HF_HUB_OFFLINE = True
         return False
@@ -72,7 +72,7 @@ def parse_fields(assignments: list[str] | None) -> dict[str, Any]:
 
 
 def _parse(text: str) -> Any:
-    """JSON or Python, as the user likes; what is neither is a string."""
+    """The value of a JSON or Python literal; any other text is a string."""
     for parse in (json.loads, ast.literal_eval):
         try:
             return parse(text)
@@ -83,14 +83,14 @@ def _parse(text: str) -> Any:
 
 @contextmanager
 def reading(model: str, argument: str) -> Iterator[None]:
-    """Around whatever reads ``model``: quick without network, and errors begin with the command line's argument."""
+    """A context for reading ``model``: fails fast without network, and begins errors with ``argument``."""
     if not Path(model).expanduser().exists() and shipped(model) is None:
         stay_offline_unless_reachable()
     try:
         refuse_what_is_no_checkpoint(model)
         yield
     except (ValueError, TypeError, OSError) as error:
-        # The library names its own argument or the file, which is the same here.
+        # The library's message begins with its own argument or the file, which would repeat ``argument``.
         reason = in_one_line(error).removeprefix("path_or_id: ").removeprefix(f"{Path(model).expanduser()}: ")
         hint = " (here: --variant NAME, --set FIELD=VALUE)" if "Pass " in reason else ""
         raise UserError(f"{argument} {model}: {reason}{hint}") from error
@@ -99,10 +99,10 @@ def reading(model: str, argument: str) -> Iterator[None]:
 def load_classifier(
     model: str, variant: str | None, fields: dict[str, Any], use_ema: bool | None = None
 ) -> FocalNetForImageClassification:
-    """The classifier that ``model`` names, in evaluation mode.
+    """Load the classifier ``model``, in evaluation mode.
 
     Raises:
-        UserError: there is none, it cannot be read, or it cannot classify colour images.
+        UserError: it does not exist, cannot be read, or cannot classify colour images.
     """
     from .. import FocalNetForImageClassification, load_checkpoint
 

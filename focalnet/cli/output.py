@@ -1,4 +1,4 @@
-"""What commands on images show: tables on stdout, what was skipped and a progress bar on stderr."""
+"""The output of commands on images: tables on stdout, skipped files and a progress bar on stderr."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 
 def report(skipped: list[Skipped]) -> None:
-    """A line for each path that gave no result."""
+    """Print a line for each skipped path to stderr."""
     for one in skipped:
         complain("skipped", f"{one.path}: {one.error}")
 
 
 def print_tables(classified: list[Classified]) -> None:
-    """A table for each image."""
+    """Print a table for each image."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = Console(highlight=False)
     for image in classified:
-        # Text, not strings: paths and labels may hold what rich takes for markup.
+        # Text objects, because rich would interpret markup in paths and labels given as strings.
         table = Table(title=Text(printable(image.path), overflow="fold"), title_justify="left", title_style="bold")
         table.add_column("label", overflow="fold", min_width=24)
         table.add_column("probability", justify="right")
@@ -39,7 +39,7 @@ def print_tables(classified: list[Classified]) -> None:
 
 
 class Bar:
-    """A progress bar on stderr, only where somebody watches."""
+    """A progress bar on stderr, shown only if stderr is a terminal."""
 
     def __init__(self, doing: str, total: int, wanted: bool) -> None:
         self._progress = _new_bar(doing) if wanted and sys.stderr.isatty() else None
@@ -61,7 +61,7 @@ class Bar:
 
     @contextmanager
     def aside(self, done: int) -> Iterator[None]:
-        """Out of the way of what the body prints, since both may share a terminal; then ``done`` further along."""
+        """Hide the bar while the body prints, because both may share a terminal, then advance it by ``done``."""
         if self._progress is None:
             yield
             return
@@ -76,7 +76,7 @@ def _new_bar(doing: str) -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     columns = (doing, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # A piped stdout must stay what it is.
+    # Do not redirect stdout: it may be a pipe.
     return Progress(
         *columns, console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False
     )

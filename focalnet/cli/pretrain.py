@@ -1,4 +1,4 @@
-"""``focalnet pretrain``: train on images without labels, by reconstructing what is masked."""
+"""``focalnet pretrain``: trains on images without labels, by reconstructing masked parts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pretrain(
     accumulate: options.Accumulate = None,
     learning_rate: options.LearningRate = None,
     image_size: options.ImageSize = None,
-    mask_ratio: Annotated[float | None, typer.Option(help="Share of an image that is hidden.")] = None,
+    mask_ratio: Annotated[float | None, typer.Option(help="Share of each image that is masked.")] = None,
     seed: options.Seed = None,
     workers: options.Workers = None,
     bf16: options.Bf16 = None,
@@ -39,9 +39,9 @@ def pretrain(
     images: options.Images = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Train on the images in DATA without labels, as SimMIM: predict the pixels of masked squares.
+    """Train on the images in DATA without labels, as in SimMIM: predict the pixels of masked squares.
 
-    The folder that is written loads in transformers, and in focalnet finetune --model. Exit code as of finetune.
+    The output folder loads in transformers, and in focalnet finetune --model. Exit codes are those of finetune.
     """
     options.prepare(data)
     from ..training import Run

@@ -1,7 +1,7 @@
-"""The results of an evaluation so far, kept in a file so that an interrupted run can go on.
+"""Keeps the results of an evaluation in a file, so that an interrupted run can continue.
 
-JSON lines: first what was evaluated, then a line for each image: its name, and where the right class came among the
-five most probable (from 0; null where it did not).
+The file has JSON lines. The first describes the run. Each other line holds the name of an image and the rank of its
+correct class among the five most probable (from 0; null if it is not among them).
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from .errors import UserError
 
 
 class Record:
-    """``ranks`` by image name, written to ``path`` as they come; a record without a path is kept in memory only.
+    """``ranks`` by image name, written to ``path`` as they arrive. Without a path they are kept in memory only.
 
     Raises:
-        UserError: on entering, when the file holds the results of something else than ``run``.
+        UserError: on entering, if the file holds the results of another run than ``run``.
     """
 
     def __init__(self, path: Path | None, run: dict[str, object]) -> None:
@@ -35,7 +35,7 @@ class Record:
             self._check(first)
             self.ranks = dict(map(_parse, results))
         self._file = self._path.open("ab")
-        # What was interrupted may have left half a line.
+        # An interrupted run may have left half a line.
         self._file.truncate(len(whole))
         if not whole:
             self._write([self._run])

@@ -1,6 +1,6 @@
-"""What was given in the place of a checkpoint, where one look at it tells that it is something else.
+"""Rejects arguments that are obviously not checkpoints, such as images, with a clear message.
 
-Checkpoints of other architectures and configurations are named by what reads checkpoints (checkpoints/foreign.py).
+Checkpoints of other architectures are rejected when they are read (checkpoints/foreign.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ WEIGHTS = (".safetensors", ".pth", ".pt", ".bin")
 
 
 def refuse_what_is_no_checkpoint(model: str) -> None:
-    """Raises UserError, with what ``model`` is and what to give instead; a hub id or a likely path passes."""
+    """Raise UserError if ``model`` is obviously not a checkpoint; the message says what it is and what to give.
+
+    Hub ids and paths that may be checkpoints pass.
+    """
     path = Path(model).expanduser()
     reason = _why_not_folder(path) if path.is_dir() else _why_not_file(path) if path.is_file() else None
     if reason is not None:

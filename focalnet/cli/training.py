@@ -1,4 +1,4 @@
-"""What the commands that train share: their options, where the settings come from, and what is shown of a run."""
+"""The parts that the training commands share: options, settings, and the display of a run."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ Data = Annotated[
 ]
 Model = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="A directory, checkpoint file, hub id or variant; the recipe's if left out."),
+    typer.Option("--model", "-m", help="A directory, checkpoint file, hub id or variant; by default the recipe's."),
 ]
 Output = Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write to.", show_default="runs/DATA")]
-RecipeName = Annotated[str | None, typer.Option("--recipe", "-r", help="A recipe's name, or a .yaml file of one.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in the output folder.")]
-Epochs = Annotated[float | None, typer.Option(help="How often all images are seen.")]
-MaxMinutes = Annotated[float | None, typer.Option(help="End early, with a checkpoint; --resume goes on.")]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", "-b", help="Images in one pass of one process.")]
-Accumulate = Annotated[int | None, typer.Option(help="Passes that make a step.")]
-LearningRate = Annotated[float | None, typer.Option(help="At its peak, after the warm-up.")]
-ImageSize = Annotated[int | None, typer.Option(help="Side in pixels that the model is trained at.")]
-Seed = Annotated[int | None, typer.Option(help="Of weights, order, augmentation and dropout.")]
+RecipeName = Annotated[str | None, typer.Option("--recipe", "-r", help="Name of a recipe, or a .yaml file.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the last complete checkpoint in --output.")]
+Epochs = Annotated[float | None, typer.Option(help="Number of passes over all images.")]
+MaxMinutes = Annotated[float | None, typer.Option(help="Stop early with a checkpoint; --resume continues.")]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", "-b", help="Images per pass and process.")]
+Accumulate = Annotated[int | None, typer.Option(help="Passes per optimizer step.")]
+LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate, after the warm-up.")]
+ImageSize = Annotated[int | None, typer.Option(help="Side of the training images in pixels.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of weights, order, augmentation and dropout.")]
 Workers = Annotated[int | None, typer.Option(help="Processes that prepare images.")]
 Bf16 = Annotated[bool | None, typer.Option("--bf16/--no-bf16", help="Compute in bfloat16, keep weights in float32.")]
 GradientCheckpointing = Annotated[
     bool | None,
-    typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Compute blocks twice, to save memory."),
+    typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Recompute blocks to save memory."),
 ]
 Options = Annotated[
     list[str] | None,
@@ -64,7 +64,7 @@ Options = Annotated[
 ]
 Fields = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="A configuration field that the model does not tell."),
+    typer.Option("--set", metavar="FIELD=VALUE", help="A configuration field that the model does not determine."),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse to train if an image cannot be read.")]
 Check = Annotated[bool, typer.Option("--check/--no-check", help="Decode every image once before training.")]
@@ -72,14 +72,17 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show the plan (steps, learning rate, memory, hours) and stop.")
 ]
 Images = Annotated[
-    int | None, typer.Option(help="With --dry-run: so many images to train on; DATA need not be there.")
+    int | None, typer.Option(help="With --dry-run: number of training images; DATA need not exist.")
 ]
-DeviceOption = Annotated[Device, typer.Option(help="auto takes a GPU where there is one.")]
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON document at the end instead of lines.")]
+DeviceOption = Annotated[Device, typer.Option(help="auto uses a GPU if there is one.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document at the end instead of lines.")]
 
 
 def prepare(data: str) -> None:
-    """Quiet, offline where there is no network, and sure that what training needs is installed."""
+    """Prepare a training command: check the packages, silence libraries, go offline without network.
+
+    UserError if a package is missing.
+    """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     module, package = _DATA_PACKAGES.get(data, ("torch", "torch"))
     if importlib.util.find_spec(module) is None:
@@ -87,7 +90,7 @@ def prepare(data: str) -> None:
     if missing:
         raise UserError(f"training needs {', '.join(missing)}: pip install 'focalnet[train]'")
     silence_transformers()
-    # What datasets shows of its own work is milliseconds, between our lines.
+    # datasets' progress bars last milliseconds and would mix with the command's output.
     import datasets
 
     datasets.disable_progress_bars()
@@ -100,10 +103,11 @@ def prepare(data: str) -> None:
 
 
 def chosen_recipe(name: str | None, task: str, default: str) -> Recipe:
-    """The recipe of that name, or the task's own for built-in data.
+    """The recipe called ``name``, or ``default`` if no name is given.
 
     Raises:
-        UserError: there is none, or it is for another task.
+        UserError: the recipe is for another task.
+        ValueError: there is no such recipe, or it is invalid.
     """
     from ..training import load_recipe
 
@@ -114,7 +118,7 @@ def chosen_recipe(name: str | None, task: str, default: str) -> Recipe:
 
 
 def settings_of(recipe: Recipe, options: list[str] | None, **given: Any) -> Settings:
-    """The recipe's settings, with those of the command line in their place."""
+    """The recipe's settings, overridden by those of the command line."""
     from ..training.settings import parse_setting
 
     try:
@@ -128,7 +132,7 @@ def settings_of(recipe: Recipe, options: list[str] | None, **given: Any) -> Sett
 
 
 def start_of(model: str | None, recipe: Recipe, fields: list[str] | None, use_ema: bool | None = None) -> Start:
-    """Where the weights come from: --model, else what the recipe names."""
+    """The source of the initial weights: --model, else the recipe's."""
     from ..training.models import Start
     from ..variants import VARIANTS
 
@@ -148,7 +152,7 @@ def start_of(model: str | None, recipe: Recipe, fields: list[str] | None, use_em
 
 
 def reader() -> ImageReader:
-    """Training reads files as every other command does."""
+    """The reader that gives training the same image files and reading as all other commands."""
     from ..training.sources import ImageReader
     from .images import EXTENSIONS, read_image, why_unreadable
 
@@ -156,7 +160,7 @@ def reader() -> ImageReader:
 
 
 def show_run(train: Callable[[Run, Events], dict[str, Any]], run: Run, as_json: bool) -> None:
-    """Train, and show it; what the run refuses goes to the user as it is."""
+    """Train and show the progress. Exceptions of the run are not caught."""
     shown = Shown(quiet=as_json)
     events: Any = shown  # no Events by class, which would import the training
     try:
@@ -168,7 +172,7 @@ def show_run(train: Callable[[Run, Events], dict[str, Any]], run: Run, as_json: 
 
 
 def show_plan(run: Run, task: str, images: int | None, source: str, as_json: bool) -> None:
-    """What `focalnet.training.plan` expects of a run."""
+    """Print the plan that `focalnet.training.plan` computes for a run."""
     from ..training.plan import plan
 
     expected = plan(run, task, images, source)
@@ -181,7 +185,7 @@ def show_plan(run: Run, task: str, images: int | None, source: str, as_json: boo
 
 
 def finish(summary: dict[str, Any], as_json: bool) -> None:
-    """Say what was written; exit code 1 if images were left out."""
+    """Print what was written. Exit code 1 if images were left out."""
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
     else:
@@ -205,7 +209,7 @@ def _result(summary: dict[str, Any]) -> str:
 
 
 class Shown:
-    """A run's events on a terminal: what starts, one line an epoch on stdout, and a bar on stderr."""
+    """Shows a run's events on a terminal: the start and one line per epoch on stdout, a progress bar on stderr."""
 
     def __init__(self, quiet: bool) -> None:
         self.quiet = quiet

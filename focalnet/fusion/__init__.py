@@ -1,1 +1,1 @@
-"""Several modules as one operator: whether their parts are what the operator takes them for, and the call."""
+"""Runs several modules as one operator: checks that their parts are what the operator expects, and makes the call."""

@@ -1,10 +1,10 @@
-"""What a block is made of, whatever its code base calls the parts.
+"""The parts of a block, under the names of each code base.
 
-`cpu_block` computes every block of this make: a focal modulation and an MLP, each a residual branch, with LayerNorm
-before or behind the branch and a scale behind that.
+A block has two residual branches, a focal modulation and an MLP. LayerNorm comes before or after a branch, and an
+optional scale after that. `cpu_block` and `gpu_block` run every block of this structure.
 
-All of this is asked in every call of every block. So parts are looked up in the dictionaries of their modules: the
-attribute protocol of nn.Module takes ten times as long.
+These checks can run in every call of every block, so they read the modules' dictionaries directly. The attribute
+protocol of nn.Module takes ten times as long.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ Norm = tuple["Tensor | None", "Tensor | None", "float | None"]  # weight, bias, 
 class BlockNames:
     """What a code base calls the parts of its block; ``inner`` are those of the modulation.
 
-    ``post_norm`` is the flag that says where the norms act; without one, it is the names of the norms that act behind
-    the branch, which are identities otherwise. ``modulation`` and ``mlp`` are the classes of those parts; without one,
-    their structure decides. ``forward`` is the function that the modulation's forward may be bound to, if it is not
-    that of its class. ``random`` are the parts of block, modulation and MLP that do nothing in inference.
+    Attributes:
+        modulation: class of the modulation; None accepts any class with the right structure.
+        mlp: class of the MLP; None accepts any class with the right structure.
+        post_norm: name of the flag that puts the norms after the branches. Without such a flag, the names of the two
+            norms after the branches, which are identities if unused.
+        forward: function that the modulation's forward may be bound to instead of that of its class.
+        random: parts of block, modulation and MLP that do nothing in inference (dropout, stochastic depth).
     """
 
     inner: ModulationNames = MODULATION["transformers"]
@@ -47,7 +50,7 @@ class BlockNames:
     def weights_of(self, block: nn.Module) -> tuple[tuple[Any, ...], list[Tensor | None]] | str:
         """The arguments of the operator cpu_block after ``hidden_state``, and the tensors among them.
 
-        The reason instead, where a part of ``block`` is not what the operator takes it for.
+        Returns the reason as a string if a part of ``block`` is not what the operator expects.
         """
         if reason := self.unusual_part(block):
             return reason
@@ -79,7 +82,7 @@ class BlockNames:
         return arguments, [*projection_in, *focal_weights, *linears, *norms, *scales]
 
     def unusual_part(self, block: nn.Module) -> str | None:
-        """Why a part of ``block`` is not what the operator takes it for, or None if all are."""
+        """Why a part of ``block`` is not what the operator expects, or None if all are."""
         modulation, mlp = part(block, "modulation"), part(block, "mlp")
         reason = (
             _unusual(block, "", self._block_roles, self.forward)
@@ -93,14 +96,14 @@ class BlockNames:
         return reason
 
     def _missing_norm(self, block: nn.Module) -> str | None:
-        """Why a norm that acts is none. An identity is usual only in the place of one that does not act."""
+        """Why a norm in use is missing, or None. An identity is expected only for a norm that is not in use."""
         for name in self._norms(block)[:2]:
             if type(block._modules[name]) is nn.Identity:
                 return _is_unusual(name, block._modules[name])
         return None
 
     def random_part(self, block: nn.Module) -> str | None:
-        """Why a part of ``block`` draws random numbers although the block itself is in evaluation mode."""
+        """Why a part of ``block`` is random although the block is in evaluation mode, or None."""
         for owner in (block, part(block, "modulation"), part(block, "mlp")):
             for name in self.random:
                 child = owner._modules.get(name)
@@ -109,7 +112,7 @@ class BlockNames:
         return None
 
     def _norms(self, block: nn.Module) -> tuple[str, str, bool]:
-        """The names of the norms that act, and whether they act behind their branch."""
+        """The names of the two norms in use, and whether they come after their branches."""
         if isinstance(self.post_norm, str):
             return "norm1", "norm2", bool(getattr(block, self.post_norm, False))
         if type(block._modules["norm1"]) is nn.Identity:
@@ -165,7 +168,7 @@ class BlockNames:
 def _unusual(
     owner: nn.Module, prefix: str, roles: dict[str, Role], forward: Callable[..., Any] | None = None
 ) -> str | None:
-    """Why a child of ``owner`` does not play its role; ``forward`` is what that of the modulation may be bound to."""
+    """Why a child of ``owner`` does not fit its role, or None. The modulation may be bound to ``forward``."""
     for name, module in owner._modules.items():
         is_bound = name == "modulation" and forward is not None and _is_bound_to(module, forward)
         if not is_bound and (module is None or not roles.get(name, _never)(module) or is_changed(module)):
@@ -174,7 +177,7 @@ def _unusual(
 
 
 def _is_bound_to(modulation: nn.Module | None, forward: Callable[..., Any]) -> bool:
-    """Whether ``modulation`` is unchanged but for a ``forward`` that computes the same, and keeps nothing of it."""
+    """Whether ``modulation`` has no hooks, and its forward is bound to ``forward`` without ``keep_modulator``."""
     if modulation is None or is_hooked(modulation):
         return False
     bound: Any = modulation.__dict__.get("forward")
@@ -188,7 +191,7 @@ def _unusual_level(modulation: nn.Module) -> str | None:
     name = unusual_level(focal_layers)
     if name is not None:
         return _is_unusual(f"modulation.{name}", modulation.get_submodule(name))
-    # Computed weights would be attributes.
+    # A computed weight (parametrisation) is an attribute and not a registered parameter.
     return None if all(map(_has_parameters, convolutions(focal_layers))) else "a weight is computed"
 
 
@@ -207,14 +210,14 @@ def _norm(module: nn.Module) -> Norm:
 
 
 def _scale(block: nn.Module, name: str) -> Tensor | None:
-    """A parameter, a module with one, or None: a plain number, which is 1 wherever there is no layer scale."""
+    """The layer scale: a parameter or that of a module, or None for a plain number, which is checked to be 1."""
     if (module := block._modules.get(name)) is not None:
         return module._parameters.get("gamma")
     return block._parameters.get(name)
 
 
 def _has_parameters(module: nn.Module) -> bool:
-    """Whether weight and bias are registered, with a tensor or with None. Computed ones would be attributes."""
+    """Whether weight and bias are registered parameters (a tensor or None). Computed ones are attributes instead."""
     parameters = module._parameters
     return "weight" in parameters and "bias" in parameters
 
@@ -225,7 +228,7 @@ def _never(_: nn.Module) -> bool:
 
 def _is_norm(module: nn.Module) -> bool:
     kind = type(module)
-    # LayerNorm2d is timm's: the same norm of a channels-first map, which it is not here.
+    # LayerNorm2d is timm's. It normalises the channels of a channels-first map; here the same norm runs channels-last.
     if kind is nn.LayerNorm or kind.__name__ == "LayerNorm2d":
         shape: Any = module.normalized_shape
         return len(shape) == 1 and _has_parameters(module)
@@ -242,6 +245,6 @@ def _is_layer_scale(module: nn.Module) -> bool:
 
 
 def _is_random(module: nn.Module) -> bool:
-    """Dropout and stochastic depth: nothing in inference, so the operator leaves them out."""
+    """Whether ``module`` is dropout or stochastic depth, which do nothing in inference."""
     kind = type(module)
     return kind is nn.Dropout or kind is nn.Identity or kind.__name__ in ("DropPath", "FocalNetDropPath")

@@ -1,7 +1,8 @@
-"""Whether the modules that gather context are what the operators take them for: these take weights and call no module.
+"""Checks that the modules that gather context are what the operators expect.
 
-What acts when a module is called (hooks, adapters, offloading, another activation), what a convolution is set to, and
-parameters that stand for something else (quantised, sharded, sparse) would go unnoticed.
+The operators read weights and call no module. Without these checks they would ignore everything that acts when a
+module is called (hooks, adapters, offloading, another activation), the settings of a convolution, and parameters that
+represent other data (quantised, sharded, sparse).
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from .module_checks import is_changed, is_exact_gelu, part
 
 
 def unusual_context(modulation: nn.Module, projection_context: str, activation: str) -> str | None:
-    """The name of a part of ``modulation`` between its two projections that has to be called, or None: all may not be.
+    """The name of the first part of ``modulation`` between its projections that must be called, or None.
 
-    ``projection_context`` and ``activation`` are the names of two of them; the others are ``focal_layers``. There may
-    be no activation.
+    The parts are ``focal_layers`` and those named by ``projection_context`` and ``activation``. The activation is
+    optional. None means that an operator may replace all calls.
     """
     focal_layers = part(modulation, "focal_layers")
     if (name := unusual_level(focal_layers)) is not None:
@@ -41,7 +42,7 @@ def unusual_context(modulation: nn.Module, projection_context: str, activation: 
 
 
 def unusual_level(focal_layers: nn.Module) -> str | None:
-    """The name of a level, or of a part of one, that is no depthwise convolution and exact GELU, or None."""
+    """The name of the first level or part that is not a depthwise convolution with an exact GELU, or None."""
     for index, level in focal_layers._modules.items():
         if type(level) is not nn.Sequential or is_changed(level) or len(level._modules) != 2:
             return f"focal_layers.{index}"
@@ -81,13 +82,13 @@ def is_pointwise(conv: nn.Conv2d) -> bool:
 
 
 def widest_kernel(focal_layers: nn.Module) -> int:
-    """The width of the widest convolution in ``focal_layers``, whatever stands there."""
+    """The width of the widest convolution anywhere in ``focal_layers``, or 1 if there is none."""
     return max((conv.kernel_size[1] for conv in focal_layers.modules() if isinstance(conv, nn.Conv2d)), default=1)
 
 
 def parameter(module: nn.Module, name: str) -> Tensor | None:
-    """What ``module`` computes with under ``name``: replicas of DataParallel have tensors for parameters."""
-    # Not getattr, for which torch.fx has a proxy where there is a parameter.
+    """The parameter ``name`` of ``module``, or the plain tensor that replicas of DataParallel have instead."""
+    # Under torch.fx, getattr would return a proxy for a parameter.
     found = module._parameters.get(name)
     return module.__dict__.get(name) if found is None else found
 
@@ -101,7 +102,7 @@ def weight_of(module: nn.Module) -> Tensor:
 def _is_readable(tensor: Tensor | None) -> bool:
     if is_plain_tensor(tensor):
         return True
-    # Exporters put tensors of their own in the place of parameters.
+    # Exporters replace parameters by their own tensors.
     return isinstance(tensor, Tensor) and _is_fake(tensor) and tensor.layout is torch.strided
 
 

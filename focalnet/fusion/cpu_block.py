@@ -1,4 +1,4 @@
-"""The block in inference on a CPU: one operator instead of some twenty."""
+"""A block in inference on a CPU: one operator replaces about twenty."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Call = list[Any]  # [operator, its arguments behind the map]
 def runner(
     block: nn.Module, names: BlockNames, hidden_state: Tensor, backend: str | None = None
 ) -> Callable[[Tensor], Tensor] | str:
-    """What computes ``block``, whose parts have ``names``, on maps (B, H, W, C) like ``hidden_state``.
+    """A function that computes ``block``, (B, H, W, C) -> (B, H, W, C), for maps like ``hidden_state``.
 
-    The reason instead, where the block has to be called module by module.
+    Returns the reason as a string if the block must be called module by module. ``names`` are those of its parts.
     """
     if reason := why_not_call(hidden_state):
         return reason
@@ -33,7 +33,7 @@ def runner(
 
 
 def call(block: nn.Module, names: BlockNames, dtype: torch.dtype, backend: str | None) -> Call | str:
-    """[the operator, its arguments behind the map] for maps of ``dtype``, or the reason why there is none."""
+    """[the operator, its arguments after the map] for maps of ``dtype``, or the reason why it cannot run."""
     if block.training:
         return "the block is in training mode"
     run = kernel("block", dtype, backend)

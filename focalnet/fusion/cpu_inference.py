@@ -1,7 +1,7 @@
-"""What every operator of CPU inference asks of a call, and of the weights.
+"""The checks of a call and its weights that all operators of CPU inference share.
 
-The operators read parameters where the modules have them, at every call. Nothing of a weight is kept between calls, so
-nothing can go stale, however a weight is written and whoever writes it.
+The operators read the modules' parameters at every call. No data of a weight is cached between calls, so writing to a
+weight can never leave a stale copy.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def why_not_call(input: Tensor) -> str | None:
-    """Why no operator of CPU inference can take a call with ``input``, whatever the modules are; or None."""
+    """Why operators of CPU inference cannot run a call with ``input``, regardless of the modules; None if they can."""
     if torch.is_grad_enabled():
         return "gradients are being computed"
     if reason := why_not_fused(input):
@@ -31,12 +31,12 @@ def why_not_call(input: Tensor) -> str | None:
 
 
 def kernel(operator: str, dtype: torch.dtype, backend: str | None) -> Callable[..., Any] | str:
-    """What runs ``operator`` on a map of ``dtype``, or the reason why modules have to."""
+    """The function that runs ``operator`` on a CPU map of ``dtype``, or the reason why the modules must run."""
     return optional_kernel(Problem(operator, CPU, dtype), backend)
 
 
 def why_not_weights(weights: Iterable[Tensor | None], dtype: torch.dtype, *owners: nn.Module) -> str | None:
-    """Why the operators cannot read ``weights``, parameters of ``owners`` and their parts, or None if they can."""
+    """Why the operators cannot read ``weights``, or None. ``owners`` hold the weights and give the name to report."""
     for weight in weights:
         if weight is None or (is_plain_tensor(weight) and weight.dtype is dtype and weight.is_cpu):
             continue

@@ -1,5 +1,5 @@
-"""Patches to channels in inference on a CPU: a strided convolution and its LayerNorm as one operator, a matrix product
-on channels-last tokens.
+"""Patch embeddings in inference on a CPU: a strided convolution and its LayerNorm as one operator, which computes a
+matrix product on channels-last tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .module_checks import is_changed
 
 
 def call(conv: nn.Module | None, norm: nn.Module | None, dtype: torch.dtype, backend: str | None) -> list[Any] | str:
-    """What `run` calls instead of ``conv`` and ``norm``; the reason instead, where these have to be called."""
+    """The call for `run` that replaces ``conv`` and ``norm``, or the reason why these modules must be called."""
     operator = kernel("patch_embed", dtype, backend)
     if isinstance(operator, str):
         return operator
@@ -29,7 +29,7 @@ def call(conv: nn.Module | None, norm: nn.Module | None, dtype: torch.dtype, bac
 
 
 def run(x: Tensor, size: tuple[int, int], call: list[Any]) -> Tensor:
-    """``norm(conv(x))``, (B, H, W, C) -> (B, *size, N), by the `call` that they gave."""
+    """``norm(conv(x))``, (B, H, W, C) -> (B, *size, N), by the operator and arguments that `call` returned."""
     operator, before_size, behind_size = call
     return operator(x, *before_size, size, *behind_size)
 
@@ -42,5 +42,5 @@ def _unusual_part(conv: nn.Module, norm: nn.Module) -> str | None:
     if norm.normalized_shape != (conv.out_channels,):
         return f"the norm is over {norm.normalized_shape}; expected the {conv.out_channels} channels"
     if conv.groups != 1 or conv.dilation != (1, 1) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        return "the convolution is grouped, dilated, or padded with something else than a number of zeros"
+        return "the convolution is grouped, dilated, or not padded with a fixed number of zeros"
     return None

@@ -1,11 +1,11 @@
-"""Whether an operator may take the place of modules: nobody watches the call, and the modules are what they were.
+"""Decides whether an operator may replace modules: nothing observes the call, and the modules have not changed.
 
-Watching means that somebody wants to see the single steps: compilers, tracers, transformations, hooks on all modules.
+Observers are compilers, tracers, transformations and hooks on all modules. They need to see the individual steps.
 
-What the modules are depends on their classes, settings, hooks and parameters: thousands of look-ups for a small
-network, before every forward. Python takes most of a millisecond for them. The extension compares all of that with a
-record (csrc/structure.h) in a fraction of it. The record and the answer are kept, never a weight. Where anything
-differs from the record, the question is asked anew.
+Whether an operator may run depends on the modules' classes, settings, hooks and parameters: thousands of look-ups for
+a small network before every forward. Python needs most of a millisecond for them. The extension compares everything
+with a record of the last check (csrc/structure.h) in a fraction of that time. Only the record and the answer are
+stored, never a weight. If anything differs from the record, the check runs again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _Structure = None if extension.missing() else extension.structure()
 
 
 def why_not_fused(input: object) -> str | None:
-    """Why modules have to be called one by one in a call with ``input``, whatever they are; or None."""
+    """Why modules must be called one by one for ``input``, regardless of the modules; None if they need not be."""
     if type(input) not in (Tensor, nn.Parameter):
         return f"expected a plain tensor, got {type(input).__name__}"
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
@@ -44,7 +44,7 @@ class _Known(NamedTuple):
 
 
 def while_unchanged(question: Callable[..., Any]) -> Callable[..., Any]:
-    """``question(module, *settings)``, asked again only where the module, or a setting, is another.
+    """Cache ``question(module, *settings)`` until the structure of the module or a setting changes.
 
     The question may read what csrc/structure.h lists, and nothing else: no shape of a parameter, for example. The
     answer may hold parameters of the module in nested lists. What is returned holds those that the module has now, in
@@ -63,7 +63,7 @@ def while_unchanged(question: Callable[..., Any]) -> Callable[..., Any]:
                 return last.answer.with_parameters(parameters)
         structure = _Structure(module)
         answer = question(module, *settings)
-        # Compared again: another thread may have changed the module meanwhile.
+        # Compare again, because another thread may have changed the module in the meantime.
         parameters = structure.parameters_of(module)
         if parameters is not None and not isinstance(answer, str):
             kept = _Answer.of(answer, parameters)

@@ -1,8 +1,8 @@
-"""A block on a GPU by operators alone: the ends of its residual branches are one pass each over memory.
+"""A block on a GPU, run by operators instead of modules. The end of each residual branch is one pass over memory.
 
-    before the branches (norm1, norm2):   hidden_state, normed = residual_norm(hidden_state, modulation(norm1(...)))
-                                          hidden_state = residual(hidden_state, mlp of normed)
-    behind them:                          hidden_state = residual(hidden_state, branch(hidden_state), norm), twice
+    norms before the branches:   hidden_state, normed = residual_norm(hidden_state, modulation(norm1(...)))
+                                 hidden_state = residual(hidden_state, mlp of normed)
+    norms after the branches:    hidden_state = residual(hidden_state, branch(hidden_state), norm), twice
 
 In training the operators save less for backward than the modules do (operators/norm_linear.py, norm_mlp.py).
 """
@@ -35,9 +35,10 @@ MaybeTensor = TypeVar("MaybeTensor", Tensor, "Tensor | None")
 
 @dataclass(frozen=True)
 class _Block:
-    """The parts of a block, in the order of `BlockNames.weights_of`, and how one call of it goes.
+    """The parts of a block, in the order of `BlockNames.weights_of`, and the settings of a call.
 
-    ``keep`` is the probability that stochastic depth keeps a branch, ``cast`` what autocast casts products to.
+    ``keep`` is the probability that stochastic depth keeps a branch. ``cast`` is the autocast dtype of products, or
+    None.
     """
 
     projection_in: Linear
@@ -61,9 +62,9 @@ class _Block:
 def runner(
     block: nn.Module, names: BlockNames, hidden_state: Tensor, backend: str | None = None
 ) -> Callable[[Tensor], Tensor] | str:
-    """What computes ``block``, whose parts have ``names``, on maps (B, H, W, C) like ``hidden_state``.
+    """A function that computes ``block``, (B, H, W, C) -> (B, H, W, C), for maps like ``hidden_state``.
 
-    The reason instead, where its modules have to run one by one.
+    Returns the reason as a string if the modules must run one by one. ``names`` are those of the block's parts.
     """
     if reason := why_not_fused(hidden_state):
         return reason
@@ -77,9 +78,9 @@ def runner(
     if isinstance(parts, str):
         return parts
     made = _Block(*[*parts, cast, backend])
-    # Asked every time: the gate keeps no shapes.
+    # Checked in every call, because `while_unchanged` does not compare shapes.
     if any(gamma is not None and gamma.shape != hidden_state.shape[-1:] for gamma in (made.gamma_1, made.gamma_2)):
-        return "a layer scale has not one value for each channel"
+        return "a layer scale does not have one value for each channel"
     return functools.partial(_run, made)
 
 
@@ -87,7 +88,7 @@ def runner(
 def _parts(
     block: nn.Module, names: BlockNames, dtype: torch.dtype, device: torch.device, cast: torch.dtype | None
 ) -> list[Any] | str:
-    """The first fields of a `_Block`, or why the operators cannot take a call."""
+    """The fields of a `_Block` up to ``keep``, or the reason why the operators cannot run the block."""
     found = names.weights_of(block)
     if isinstance(found, str):
         return found
@@ -97,7 +98,7 @@ def _parts(
     if cast is not None and dtype != torch.float32:
         return f"autocast is on, and the input is {dtype}, not float32"
     if any(t is not None and (t.dtype != dtype or t.device != device) for t in tensors):
-        return "parameters are not of the dtype, or not on the device, of the input"
+        return "not all parameters have the dtype and the device of the input"
     norms = {"norm1": (n1w, n1b, eps1), "norm2": (n2w, n2b, eps2)}
     if inner_eps is not None:
         norms["layernorm"] = (iw, ib, inner_eps)
@@ -114,7 +115,7 @@ def _parts(
 
 
 def _keep(block: nn.Module, names: BlockNames) -> float | str:
-    """The probability that a branch is kept, 1 where nothing is drawn; or why that is not all that is random."""
+    """The probability that stochastic depth keeps a branch (1 if it is off), or why other random parts are active."""
     for owner in (block, part(block, "modulation"), part(block, "mlp")):
         for name in names.random:
             child = owner._modules.get(name)
@@ -124,12 +125,12 @@ def _keep(block: nn.Module, names: BlockNames) -> float | str:
     if drop_path is None or type(drop_path) is nn.Identity or not drop_path.training:
         return 1.0
     if type(drop_path).__name__ != "DropPath" or is_changed(drop_path) or not 0 <= drop_path.drop_prob < 1:
-        return "drop_path was replaced, wrapped or hooked, or leaves every branch out"
+        return "drop_path was replaced, wrapped or hooked, or drops every branch"
     return 1 - drop_path.drop_prob
 
 
 def draw(hidden_state: Tensor, keep: float, dtype: torch.dtype) -> Tensor:
-    """(B, 1, ...), 1 for samples of (B, ...) whose branch is kept, else 0."""
+    """(B, 1, ...) of ``dtype``: 1 for samples of (B, ...) whose branch is kept, with probability ``keep``, else 0."""
     shape = (hidden_state.shape[0],) + (1,) * (hidden_state.ndim - 1)
     return torch.floor(keep + torch.rand(shape, dtype=dtype, device=hidden_state.device))
 
@@ -167,7 +168,7 @@ def _modulate(block: _Block, projected: Tensor) -> Tensor:
 def _focal_modulation(
     block: _Block, q: Tensor, ctx: Tensor, gates: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    if not torch.is_grad_enabled():  # where the operator itself may be left out
+    if not torch.is_grad_enabled():  # then the function may skip the dispatcher
         normalize = block.normalize_modulator
         return focal_modulation(
             q, ctx, gates, block.focal_weights, weight, bias, normalize_modulator=normalize, backend=block.backend
@@ -186,7 +187,7 @@ def _norm_and_linear(block: _Block, norm: Norm, linear: Linear, x: Tensor) -> Te
 
 
 def _mlp(block: _Block, hidden_state: Tensor, norm: Norm | None = None, normed: Tensor | None = None) -> Tensor:
-    """The MLP of ``hidden_state``, or of ``normed``, which is the ``norm`` of it."""
+    """The MLP of ``hidden_state``, or of ``normed`` if given, which is ``norm(hidden_state)``."""
     x = hidden_state if normed is None else normed
     if not torch.is_grad_enabled():
         return F.linear(F.gelu(F.linear(x, *block.fc1)), *block.fc2)
@@ -203,7 +204,7 @@ def _cast(block: _Block, tensor: MaybeTensor) -> MaybeTensor:
 def _add(
     block: _Block, hidden_state: Tensor, update: Tensor, gamma: Tensor | None, norm: Norm | None = None
 ) -> Tensor:
-    """The residual: norm, layer scale, stochastic depth, sum."""
+    """The end of a residual branch: norm, layer scale, stochastic depth, sum."""
     kept = _kept(block, hidden_state, update, hidden_state if norm is not None else gamma)
     if gamma is None and kept is None and norm is None:
         return hidden_state + update
@@ -211,7 +212,7 @@ def _add(
 
 
 def _kept(block: _Block, hidden_state: Tensor, update: Tensor, factor: Tensor | None) -> Tensor | None:
-    """The samples to keep, drawn in the dtype that the update has once ``factor`` is in it."""
+    """The samples to keep, drawn in the dtype of ``factor * update``, or None if stochastic depth is off."""
     if block.keep == 1:
         return None
     dtype = update.dtype if factor is None else torch.promote_types(update.dtype, factor.dtype)

@@ -1,4 +1,4 @@
-"""Whether calling a module does just what its class says, so that an operator may take its parameters instead."""
+"""Checks that a call of a module does only what its class defines, so that an operator may replace the call."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def part(module: nn.Module, name: str) -> nn.Module:
 
 
 def is_changed(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than its class says: hooks, or a forward of its own."""
-    # Asked of every part of a block in every call: plain dictionary look-ups, no attribute protocol.
+    """Whether ``module`` has hooks or a forward bound to the instance."""
+    # This runs for every part of a block, so it reads the dictionary and avoids nn.Module's attribute protocol.
     own = module.__dict__
     return bool(
         own["_forward_hooks"]
@@ -33,7 +33,7 @@ def is_changed(module: nn.Module) -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether hooks are called when ``module`` is."""
+    """Whether ``module`` has forward or backward hooks."""
     own = module.__dict__
     return bool(
         own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
@@ -41,19 +41,19 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def all_are_watched() -> bool:
-    """Whether hooks hang on all modules at once, as profilers and counters of operations have them."""
+    """Whether global module hooks are registered, as profilers and FLOP counters do."""
     return not torch.compiler.is_compiling() and torch.nn.modules.module._has_any_global_hook()
 
 
 def is_proxy(value: object) -> bool:
-    """Whether torch.fx traces symbolically: ``value`` has no shape, dtype or device that a branch could ask for."""
+    """Whether ``value`` is a torch.fx proxy, which has no concrete shape, dtype or device to branch on."""
     return isinstance(value, torch.fx.Proxy)
 
 
 def is_plain(module: nn.Module, kind: type[ModuleT]) -> TypeGuard[ModuleT]:
-    """Whether ``module`` is a ``kind``, no subclass of it, unchanged, with ordinary tensors as parameters.
+    """Whether ``module`` is exactly a ``kind``, unchanged, with plain tensors as parameters.
 
-    Adapters, quantisation, sharding and parametrisation show in one of these.
+    Adapters, quantisation, sharding and parametrisation each violate one of these conditions.
     """
     if type(module) is not kind or is_changed(module):
         return False
@@ -61,12 +61,12 @@ def is_plain(module: nn.Module, kind: type[ModuleT]) -> TypeGuard[ModuleT]:
 
 
 def is_exact_gelu(module: nn.Module) -> bool:
-    """Whether ``module`` is the GELU by erf: torch's, or transformers', whose class may stand for another one."""
+    """Whether ``module`` is the exact (erf) GELU of torch or transformers. transformers' class has other variants."""
     if type(module) is nn.GELU:
         return module.approximate == "none"
     return type(module).__name__ == "GELUActivation" and module.act is nn.functional.gelu
 
 
 def is_mean(module: nn.Module) -> bool:
-    """Whether ``module`` pools (B, C, N) to the mean of each channel, and does nothing else when it is called."""
+    """Whether ``module`` is an unchanged pooling of (B, C, N) to the mean of each channel."""
     return type(module) is nn.AdaptiveAvgPool1d and module.output_size in (1, (1,)) and not is_changed(module)

@@ -1,8 +1,8 @@
-"""Linear layers and MLPs behind a LayerNorm: one operator in training, the modules one by one where that is not right.
+"""A linear layer or an MLP after a LayerNorm: one operator in training, else the modules one by one.
 
 The operators (operators/norm_linear.py, norm_mlp.py) save less for backward than the modules do, and call no module.
-They are taken only where nothing hangs on one: whatever acts when a module is called (hooks, adapters, offloading,
-sharding) keeps being called.
+They are used only for plain modules. If a module has something that acts when it is called (hooks, adapters,
+offloading, sharding), the modules are called.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .module_checks import is_changed, is_exact_gelu, is_plain, is_proxy
 
 
 def norm_linear(norm: nn.Module, linear: nn.Module, hidden_state: Tensor, backend: str | None = None) -> Tensor:
-    """``linear(norm(hidden_state))``, of which the input is saved for backward and not the norm of it."""
+    """``linear(norm(hidden_state))``, (..., K) -> (..., N). The output of ``norm`` is not saved for backward."""
     operands = None
     if _is_norm(norm, hidden_state) and is_plain(linear, nn.Linear):
         operands = _operands(norm, (linear,), hidden_state, backend)
@@ -37,10 +37,10 @@ def norm_mlp(
     normed: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | None:
-    """``mlp.fc2(GELU(mlp.fc1(norm(hidden_state))))``, of which the input and fc1's output are saved for backward.
+    """``mlp.fc2(GELU(mlp.fc1(norm(hidden_state))))``, (..., C) -> (..., C), or None if ``mlp`` must be called itself.
 
-    ``norm`` may be None; ``normed`` is ``norm(hidden_state)`` where that is there already. Returns None where ``mlp``
-    has to be called as it is.
+    Only the input and fc1's output are saved for backward. ``norm`` may be None. ``normed`` is ``norm(hidden_state)``
+    if the caller has computed it already.
     """
     if norm is not None and not _is_norm(norm, hidden_state):
         return None
@@ -70,9 +70,9 @@ def _is_norm(norm: nn.Module, hidden_state: Tensor) -> TypeGuard[nn.LayerNorm]:
 def _operands(
     norm: nn.Module | None, linears: tuple[nn.Module, ...], hidden_state: Tensor, backend: str | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor | None]] | None:
-    """(hidden_state, norm weight, norm bias, [weight, bias of every linear]), or None: call the modules.
+    """(hidden_state, norm weight, norm bias, [weight, bias of every linear]), or None if the modules must be called.
 
-    Under autocast the norm runs in float32 and the products in autocast's dtype, as they do one by one.
+    Under autocast the norm runs in float32 and the products in autocast's dtype, as with separate modules.
     """
     modules = linears if norm is None else (norm, *linears)
     if _must_stay_visible(hidden_state, backend) or not (torch.is_grad_enabled() or any(m.training for m in modules)):
@@ -99,10 +99,10 @@ def _weight_and_bias(module: Any) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _must_stay_visible(hidden_state: Tensor, backend: str | None) -> bool:
-    """Whether the single steps are asked for, or someone looks at, transforms or compiles them."""
+    """Whether the modules must run as separate steps: the reference was requested, or something observes the call."""
     if requested(backend) == "reference":
         return True
     if torch.compiler.is_compiling() and type(hidden_state) in (Tensor, nn.Parameter):
-        # A compiler for GPUs fuses the steps, and recomputes what is cheap, by itself.
+        # A compiler for GPUs fuses the steps on its own and recomputes cheap ones.
         return torch.compiler.is_exporting() or hidden_state.device.type != "cpu"
     return why_not_fused(hidden_state) is not None

@@ -1,1 +1,1 @@
-"""focalnet as a kernel of huggingface's `kernels`: the layer, and the script that lays out its repository."""
+"""focalnet as a kernel for huggingface's `kernels`: the layer, and the script that generates its repository."""

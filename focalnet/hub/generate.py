@@ -1,10 +1,10 @@
-"""Lays out a repository of huggingface's `kernels` from this package: build.toml, torch-ext/ and build/.
+"""Generates a repository for huggingface's `kernels` from this package: build.toml, torch-ext/ and build/.
 
     python -m focalnet.hub.generate FOLDER
 
-It is one without architecture: Triton and plain PyTorch, nothing compiled beforehand. What `layers` imports is copied
-and nothing else. A kernel is loaded from any path, beside other versions of itself and beside an installed focalnet,
-so its operators get a namespace of their own, made from the sources' hash.
+The kernel does not depend on an architecture: it has Triton and plain PyTorch and no compiled code. Only the sources
+that `layers` imports are copied. A kernel may be loaded from any path, together with other versions of itself and an
+installed focalnet. Its operators therefore get their own namespace, derived from a hash of the sources.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
 NAME = "focalnet"
-VERSION = 1  # of the layers' interface, as the hub counts
+VERSION = 1  # version of the layers' interface on the hub
 BACKENDS = ("cpu", "cuda")
 ENTRY = "hub/layers.py"
 INIT = '''"""FocalNet's operators and layers. https://huggingface.co/docs/kernels says how to load them."""
@@ -45,7 +45,7 @@ backends = {json.dumps(BACKENDS)}
 
 
 def needed_sources() -> dict[str, str]:
-    """What the layers import, directly or not: path in the package -> source."""
+    """The sources that the layers import, directly or indirectly: path in the package -> source."""
     sources: dict[str, str] = {}
     waiting = [ENTRY]
     while waiting:
@@ -60,7 +60,7 @@ def needed_sources() -> dict[str, str]:
 
 
 def _imported_files(path: str, source: str) -> list[str]:
-    """The files that relative imports in ``source`` may mean."""
+    """The files to which relative imports in ``source`` may refer."""
     files = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.level > 0:
@@ -72,7 +72,7 @@ def _imported_files(path: str, source: str) -> list[str]:
 
 
 def generate(folder: Path) -> Path:
-    """Writes the repository to ``folder``, in place of what an earlier run wrote there; returns it."""
+    """Write the repository to ``folder``, replacing that of an earlier run. Returns the folder."""
     sources = needed_sources()
     revision = hashlib.sha256("".join(path + sources[path] for path in sorted(sources)).encode()).hexdigest()[:8]
     _write_package(folder / "torch-ext" / NAME, sources, f"_{NAME}_{revision}")
@@ -91,7 +91,7 @@ def _write_package(folder: Path, sources: dict[str, str], namespace: str) -> Non
     for path, source in sources.items():
         renamed = source.replace(f"{NAME}::", f"{namespace}::")
         files[path] = renamed.replace(f"torch.ops.{NAME}.", f"torch.ops.{namespace}.")
-    # Packages are entered without running the __init__ that makes them focalnet's: nothing of it is needed here.
+    # Subpackages get empty __init__ files, because their original content is not needed here.
     packages = {parent.as_posix() for path in files for parent in Path(path).parents if parent != Path(".")}
     files |= {f"{package}/__init__.py": "" for package in packages}
     shutil.rmtree(folder, ignore_errors=True)

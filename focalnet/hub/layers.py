@@ -1,4 +1,4 @@
-"""The layers that `kernels.kernelize` puts in the place of a model's own: stateless, they take over its parts."""
+"""The layers that `kernels.kernelize` swaps into a model. They are stateless and use the parameters of the model."""
 
 from torch import Tensor, nn
 
@@ -8,7 +8,8 @@ from ..patching import modulation
 class FocalNetModulation(nn.Module):
     """Runs transformers' FocalNetModulation on focalnet's operators, (B, H, W, C) -> (B, H, W, C).
 
-    Only ``forward`` is used, on an instance of transformers' class: parameters and settings are those that are there.
+    `kernels` uses only ``forward``, with an instance of transformers' class as ``self``. Parameters and settings are
+    those of that instance.
     """
 
     can_torch_compile = True

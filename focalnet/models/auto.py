@@ -1,4 +1,4 @@
-"""Registration with transformers' Auto classes: one explicit call, never a side effect of import."""
+"""Registration with transformers' Auto classes. It is an explicit call and never a side effect of an import."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .modeling import FocalNetBackbone, FocalNetForImageClassification, FocalNet
 
 
 def register_auto_classes() -> None:
-    """Makes transformers' Auto classes (AutoConfig, AutoModel..., AutoBackbone) build this package's FocalNet.
+    """Make transformers' Auto classes (AutoConfig, AutoModel..., AutoBackbone) build this package's FocalNet.
 
-    This holds for the whole process. transformers' own FocalNet can still be imported by name. A second call does
-    nothing.
+    The registration applies to the whole process. transformers' own FocalNet can still be imported by name. A second
+    call has no effect.
     """
     AutoConfig.register("focalnet", FocalNetConfig, exist_ok=True)
     for auto_class, model_class in (

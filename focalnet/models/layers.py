@@ -29,7 +29,10 @@ OURS = BlockNames(modulation=FocalModulation, mlp=FocalNetMlp)
 
 
 class FocalNetEmbeddings(nn.Module):
-    """Images (B, num_channels, H, W) to normalised patches (B, h, w, embed_dim); masked ones become the mask token."""
+    """Images (B, num_channels, H, W) to normalised patches (B, h, w, embed_dim), with masked patches replaced.
+
+    The replacement is the learned mask token; a model without one raises ValueError if a mask is given.
+    """
 
     def __init__(self, config: FocalNetConfig, use_mask_token: bool = False) -> None:
         super().__init__()
@@ -41,19 +44,14 @@ class FocalNetEmbeddings(nn.Module):
     def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
         if not isinstance(pixel_values, torch.fx.Proxy):
             self._check_images(pixel_values)
-        # The image processors give float32 whatever the model's dtype is.
+        # Image processors return float32 for models of any dtype.
         pixel_values = pixel_values.to(self.patch_embeddings.projection.weight.dtype)
         images = pixel_values.permute(0, 2, 3, 1)
         call = why_not_call(images) or _stem_call(self, images.dtype, requested(None))
-        by_operator = not isinstance(call, str)
-        if by_operator:
-            embeddings = self.patch_embeddings.by_operator(images, call)
-        else:
-            embeddings = self.norm(self.patch_embeddings(images))
-        if bool_masked_pos is not None:
-            embeddings = self._masked(bool_masked_pos, embeddings)
-        # Where the operator runs, the dropout does nothing.
-        return embeddings if by_operator else self.dropout(embeddings)
+        if isinstance(call, str):
+            return self.dropout(self._masked(bool_masked_pos, self.norm(self.patch_embeddings(images))))
+        # The operator runs only where the dropout does nothing.
+        return self._masked(bool_masked_pos, self.patch_embeddings.by_operator(images, call))
 
     def _check_images(self, pixel_values: Tensor | None) -> None:
         channels = self.patch_embeddings.num_channels
@@ -65,20 +63,22 @@ class FocalNetEmbeddings(nn.Module):
             shape = tuple(pixel_values.shape)
             hint = "; channels come first here: .permute(0, 3, 1, 2)" if shape[3:] == (channels,) else ""
             raise ValueError(
-                f"pixel_values: expected shape (B, {channels}, H, W), since config.num_channels is {channels}, "
+                f"pixel_values: expected shape (B, {channels}, H, W) because config.num_channels is {channels}, "
                 f"got {shape}{hint}"
             )
         if not pixel_values.is_floating_point():
             raise TypeError(
-                f"pixel_values: expected floating point, got {pixel_values.dtype}; an image processor "
-                f"(AutoImageProcessor) rescales and normalises integer images"
+                f"pixel_values: expected floating point, got {pixel_values.dtype}; use an image processor "
+                f"(AutoImageProcessor) to rescale and normalise integer images"
             )
 
-    def _masked(self, bool_masked_pos: Tensor, embeddings: Tensor) -> Tensor:
+    def _masked(self, bool_masked_pos: Tensor | None, embeddings: Tensor) -> Tensor:
+        if bool_masked_pos is None:
+            return embeddings
         batch, height, width, _ = embeddings.shape
         if self.mask_token is None:
             raise ValueError(
-                "bool_masked_pos: this model has no mask token to put at masked positions; "
+                "bool_masked_pos: this model has no mask token, so expected None, got a mask; "
                 "make it with use_mask_token=True, or use FocalNetForMaskedImageModeling"
             )
         if tuple(bool_masked_pos.shape) != (batch, height * width):
@@ -98,14 +98,14 @@ def _stem_call(stem: FocalNetEmbeddings, dtype: torch.dtype, backend: str | None
 
 
 def _what_came(images: object) -> str:
-    """What was given in the place of a tensor of images, and how to make one of it."""
+    """The part of an error message that names the given object and how to convert it to a tensor of images."""
     name = f"{type(images).__module__}.{type(images).__qualname__}".removeprefix("builtins.")
     if isinstance(images, Mapping):
-        return f"got {name}, which holds arguments by name: call model(**inputs)"
+        return f"got {name}, a mapping of named arguments: call model(**inputs)"
     processor = 'an image processor makes one: model(**processor(images, return_tensors="pt"))'
     if hasattr(images, "__array_interface__") and hasattr(images, "shape"):
-        converted = "torch.from_numpy(array) if it is prepared as the model wants it, channels first"
-        return f"got {name} of shape {images.shape}; pass {converted}, else {processor}"
+        converted = "torch.from_numpy(array) if the array is already preprocessed and channels-first"
+        return f"got {name} of shape {images.shape}; pass {converted}; otherwise {processor}"
     return f"got {name}; {processor}"
 
 
@@ -139,7 +139,7 @@ class FocalNetLayer(GradientCheckpointingLayer):
 
     @property
     def backend(self) -> str | None:
-        """The one that was asked of its modulation; what was put into its place may know of none."""
+        """The backend requested for the modulation, or None. A replaced modulation may not have the attribute."""
         return getattr(self.modulation, "backend", None)
 
     def forward(self, hidden_state: Tensor) -> Tensor:
@@ -159,14 +159,14 @@ class FocalNetLayer(GradientCheckpointingLayer):
         return self.add(hidden_state, self.branch_of_normed(branch, norm, hidden_state), gamma)
 
     def branch_of_normed(self, branch: nn.Module, norm: nn.Module, hidden_state: Tensor) -> Tensor:
-        """``branch(norm(hidden_state))``"""
+        """``branch(norm(hidden_state))``, (B, H, W, dim) -> (B, H, W, dim), fused if the branch supports it."""
         is_taken = not (is_changed(branch) or all_are_watched())
         if is_taken and (type(branch) is FocalModulation or type(branch) is FocalNetMlp):
             return branch.of_normed(norm, hidden_state, backend=self.backend)
         return branch(norm(hidden_state))
 
     def add(self, hidden_state: Tensor, update: Tensor, gamma: Tensor | None) -> Tensor:
-        """The sum of the residual and what a branch made of it."""
+        """``hidden_state + drop_path(gamma * update)``; without layer scale ``gamma`` is None."""
         if gamma is not None:
             update = gamma * update
         return hidden_state + self.drop_path(update)
@@ -186,13 +186,13 @@ class FocalNetStage(nn.Module):
         self.downsample = None if is_last else FocalNetPatchEmbeddings.downsampling(config, config.stage_dims[stage])
 
     def forward(self, hidden_state: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, H, W, C) -> the maps after and before the downsampling; the same one where there is none."""
+        """(B, H, W, C) -> the maps after and before the downsampling, equal if the stage has no downsampling."""
         for layer in self.layers:
             hidden_state = layer(hidden_state)
         return hidden_state if self.downsample is None else self.downsample(hidden_state), hidden_state
 
     def by_operators(self, hidden_state: Tensor, calls: list[Any]) -> tuple[Tensor, Tensor]:
-        """What forward returns, by the `_calls` of the stage alone."""
+        """The result of forward, computed by operators; ``calls`` are those that `_calls` found for this stage."""
         blocks, downsampling = calls
         for operator, arguments in blocks:
             hidden_state = operator(hidden_state, *arguments)
@@ -202,7 +202,7 @@ class FocalNetStage(nn.Module):
 
 
 class FocalNetEncoder(nn.Module):
-    """All stages, one after the other."""
+    """All stages in sequence."""
 
     def __init__(self, config: FocalNetConfig) -> None:
         super().__init__()
@@ -211,11 +211,15 @@ class FocalNetEncoder(nn.Module):
     def forward(
         self, hidden_state: Tensor, collect: bool = False, before_downsampling: bool = False
     ) -> tuple[Tensor, tuple[TokensAndMap, ...]]:
-        """(B, H, W, C) -> the last map, and with ``collect`` what the stem and every stage gave."""
+        """(B, H, W, C) -> the last map, and with ``collect`` the tokens and maps of the stem and of every stage.
+
+        Maps are taken after each stage's downsampling, or before it with ``before_downsampling``.
+        """
         taps: tuple[TokensAndMap, ...] = ()
         if collect:
             hidden_state, taps = _tap(hidden_state, taps)
-        # Asked once, before the first block: an operator evicts Python's objects from the caches.
+        # Check everything once, before the first block: each operator evicts Python's objects from the CPU caches, so
+        # a check between two blocks would be slower.
         calls = why_not_call(hidden_state) or _calls(self, hidden_state.dtype, requested(None))
         stage: Any  # FocalNetStage, or what was put in its place
         for index, stage in enumerate(self.stages):
@@ -232,10 +236,10 @@ class FocalNetEncoder(nn.Module):
 
 @while_unchanged
 def _calls(encoder: FocalNetEncoder, dtype: torch.dtype, around: str | None) -> list[Any] | str:
-    """For each stage the calls of its blocks and that of its downsampling or None, by which CPU inference goes.
+    """For each stage, the operator calls of its blocks and that of its downsampling (None if it has none).
 
-    The reason instead, where a module between them has to be called. ``around`` is the backend that was asked for by
-    context or environment.
+    Only CPU inference has these operators. Returns the reason as a string if any module must be called itself.
+    ``around`` is the backend requested by context or environment.
     """
     found = []
     for stage in encoder.stages._modules.values():
@@ -261,9 +265,10 @@ def _calls_of_stage(stage: nn.Module, dtype: torch.dtype, around: str | None) ->
 
 
 def _tap(hidden_state: Tensor, taps: tuple[TokensAndMap, ...]) -> tuple[Tensor, tuple[TokensAndMap, ...]]:
-    """Adds (tokens (B, H * W, C), map (B, C, H, W)) of ``hidden_state`` (B, H, W, C), and returns it again.
+    """Append (tokens (B, H * W, C), map (B, C, H, W)) of ``hidden_state`` (B, H, W, C) to ``taps``.
 
-    What is returned is made from the tokens: so they lie on the way to the loss, and have a gradient to retain.
+    The returned hidden state is a view of the tokens. The loss then depends on the tokens, so that they receive a
+    gradient and ``retain_grad`` works on them.
     """
     tokens = hidden_state.flatten(1, 2)
     hidden_state = tokens.view(hidden_state.shape)

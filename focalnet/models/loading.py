@@ -1,4 +1,4 @@
-"""Models out of checkpoints of any format, and checkpoints from one format to another."""
+"""Loads a checkpoint of any known format as a model, and converts checkpoints between formats."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _CLASSES = {
     for model in (FocalNetBackbone, FocalNetForImageClassification, FocalNetForMaskedImageModeling, FocalNetModel)
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-# Fields that change what a model computes and that a file outside transformers' format may not tell.
+# Fields that change the model's results and may be missing from files that are not in transformers' format.
 _RESULT_FIELDS = (
     "normalize_modulator",
     "use_post_layernorm",
@@ -47,7 +47,7 @@ _RESULT_FIELDS = (
     "layer_norm_eps",
     "drop_incomplete_patches",
 )
-# What the classifier is called where it is not called so.
+# Names of the classifier's weight in formats that do not call it "classifier.weight".
 _HEADS = {"authors": "head.weight", "timm": "head.fc.weight"}
 
 
@@ -60,36 +60,39 @@ def load_checkpoint(
 ) -> FocalNetPreTrainedModel:
     """Load a checkpoint as a model of the class that fits it, in evaluation mode.
 
-    Reads transformers' directories and hub ids, the authors' .pth files (classifiers and detection backbones) and
-    timm's state dicts, as safetensors or pickles. A pickle never runs code, and objects that a training script stored
-    beside the weights are not built.
+    Supported are transformers' directories and hub ids, the authors' .pth files (classifiers and detection backbones)
+    and timm's state dicts, as safetensors or pickles. Loading a pickle never runs code. Objects that a training script
+    stored beside the weights are not constructed.
 
-    The format is recognised by the names of the tensors, and the configuration is inferred from their shapes. What
-    the shapes leave open is taken from ``config_fields``, else from ``variant``, else from the one published variant
-    with this structure. Activation, epsilon and image size are not recorded either; without an argument or a variant
-    they have their defaults. Choices that matter to a user (averaged weights, the padding of a detector's stem,
-    dropped parts) are logged as warnings.
+    The format is recognised by the names of the tensors, and the configuration is inferred from their shapes. Fields
+    that the shapes do not determine come from ``config_fields``, else from ``variant``, else from the only published
+    variant with this structure. Activation, epsilon and image size are not recorded either. Without an argument or a
+    variant they have their defaults. Choices that matter to a user (averaged weights, the padding of a detector's
+    stem, dropped parts) are logged as warnings.
 
-    Files of timm and of the authors' classifiers set ``drop_incomplete_patches``, because those models drop them.
-    With 1000 or 21,842 outputs they also get the names of the classes of ImageNet-1K or 22K.
+    Files of timm and of the authors' classifiers set ``drop_incomplete_patches``, because those models drop incomplete
+    patches. With 1000 or 21,842 outputs they also get the class names of ImageNet-1K or ImageNet-22K.
 
-    A file with a head gives FocalNetForImageClassification or FocalNetForMaskedImageModeling. A file without one gives
-    FocalNetModel. A detection backbone of the authors gives FocalNetBackbone, with the maps before downsampling and
+    A file with a head loads as FocalNetForImageClassification or FocalNetForMaskedImageModeling, a file without one as
+    FocalNetModel. A detection backbone of the authors loads as FocalNetBackbone, with the maps before downsampling and
     their norms.
 
     Args:
         path_or_id: a file, a directory written by save_pretrained, an id on the Hugging Face hub, or "digits", the
-            small model that comes with the package. A path that exists comes first.
+            small model included in the package. An existing path takes precedence over an id.
         variant: name of a published variant, such as "large_fl4".
-        use_ema: for a file of a training script that holds both the weights and their average over training. True
-            takes the average, False the plain weights, None the average if there is one (as timm does).
+        use_ema: which weights to load from a training script's file that holds both the weights and their average over
+            training. True loads the average, False the plain weights, None the average if there is one (as timm does).
         config_fields: arguments of FocalNetConfig, such as ``normalize_modulator=True``, or ``stem_padding=3`` for a
             detector of the authors' mmdet code with the overlapping stem.
 
+    Returns:
+        The model, in evaluation mode.
+
     Raises:
         ValueError: the file is damaged, refused or not a FocalNet; its tensors do not match its configuration (all
-            mismatches are listed); it contradicts the arguments; or it leaves the configuration open. A head of
-            another size is an error too: use from_pretrained for that.
+            mismatches are listed); it contradicts the arguments; or the configuration stays ambiguous. A head of
+            another size is an error too: use from_pretrained to replace a head.
         TypeError: an argument is not a field of the configuration.
         OSError: the file does not exist (FileNotFoundError), or the hub cannot be reached.
     """
@@ -104,19 +107,19 @@ def load_checkpoint(
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert_checkpoint` did.
+    """The result of `convert_checkpoint`.
 
     Attributes:
-        source: where the checkpoint was read from.
+        source: path or id that the checkpoint was read from.
         path: the file or directory that was written.
         source_format: format of the source: "transformers", "authors", "authors-detection" or "timm".
-        format: format of what was written.
-        kind: what the model is: "classifier", "masked-image-modeling", "backbone" or "base".
-        tensors: how many tensors there are.
-        parameters: how many values they hold.
+        format: format of the written file or directory.
+        kind: kind of model: "classifier", "masked-image-modeling", "backbone" or "base".
+        tensors: number of tensors.
+        parameters: number of values in all tensors.
         config: the model's configuration.
         pass_when_reading: settings that the written file does not record. Pass them to `load_checkpoint` with it.
-        notes: choices that were made in reading the source, and what the format's own library does differently.
+        notes: choices made while reading the source, and differences in the results of the format's own library.
     """
 
     source: str
@@ -140,14 +143,14 @@ def convert_checkpoint(
     use_ema: bool | None = None,
     **config_fields: Any,
 ) -> Conversion:
-    """Convert a checkpoint from any format to another. No value changes: a round trip gives the same bits.
+    """Convert a checkpoint from any known format to another. No value changes: a round trip is bit-exact.
 
     ``src``, ``variant``, ``use_ema`` and ``config_fields`` are those of `load_checkpoint`.
 
     Args:
-        dst: what to write; it is replaced if it exists. For "transformers" a directory, which gets config.json and
-            model.safetensors. For the other formats a file: .safetensors, or .pth, .pt or .bin for torch.save, with
-            the tensors under "model" in the authors' formats.
+        dst: path to write to; an existing file is replaced. "transformers" needs a directory, which receives
+            config.json and model.safetensors. The other formats need a file ending in .safetensors, or in .pth, .pt or
+            .bin for torch.save. The authors' formats hold the tensors under the key "model".
         format: "transformers", "authors", "authors-detection" or "timm".
 
     Returns:
@@ -173,7 +176,7 @@ def convert_checkpoint(
     for note in notes:
         logger.warning("%s: %s", src, note)
     if open_fields:
-        logger.warning("%s does not record %s: pass that when reading it", dst, open_fields)
+        logger.warning("%s does not record %s: pass these to load_checkpoint when reading it", dst, open_fields)
     return Conversion(
         source=str(src),
         path=dst,
@@ -191,7 +194,7 @@ def convert_checkpoint(
 def _read(
     path_or_id: str | os.PathLike[str], variant: str | None, use_ema: bool | None, config_fields: dict[str, Any]
 ) -> Checkpoint:
-    """A checkpoint that fits the class of its kind, from wherever it is."""
+    """Read a checkpoint from a path, the package or the hub, and check that its tensors fit the model's class."""
     check_arguments(variant, config_fields)
     path = Path(path_or_id).expanduser()
     if not str(path_or_id) or not path.exists():  # "" is a path to the current directory
@@ -205,7 +208,7 @@ def _read(
 
 
 def _check_head(checkpoint: Checkpoint, config_fields: dict[str, Any]) -> None:
-    """Raise where another number of labels is asked for than the file has: a model is given as the file holds it."""
+    """Raise if the requested number of labels differs from the file's: load_checkpoint never replaces a head."""
     given = [name for name in ("num_labels", "id2label") if name in config_fields]
     weight = checkpoint.state_dict.get("classifier.weight")
     wanted = checkpoint.config.num_labels
@@ -217,22 +220,22 @@ def _check_head(checkpoint: Checkpoint, config_fields: dict[str, Any]) -> None:
         has = f"{name} is {tuple(weight.shape)}, expected {(wanted, *weight.shape[1:])}"
     settings = "".join(f", {name}={value!r}" for name, value in config_fields.items() if name not in given)
     raise ValueError(
-        f"{checkpoint.source}: {given[0]}: {wanted} labels are asked for, but {has}. load_checkpoint gives the model "
-        f"as the file holds it: leave {given[0]} out; for a new head to be trained use FocalNetForImageClassification."
+        f"{checkpoint.source}: {given[0]}: {wanted} labels were requested, but {has}. load_checkpoint does not "
+        f"replace heads: omit {given[0]}; for a new head to be trained use FocalNetForImageClassification."
         f"from_pretrained({checkpoint.source!r}, num_labels={wanted}, ignore_mismatched_sizes=True{settings})"
     )
 
 
 def _differences(config: FocalNetConfig, format: str) -> tuple[str, ...]:
-    """What the models that ``format`` belongs to will do otherwise with the weights."""
+    """Notes on results that differ between this model and the models of ``format`` with the same weights."""
     drops = bool(config.drop_incomplete_patches)
     if drops == (format in DROPPING_FORMATS):
         return ()
-    does = "fill incomplete patches up with zeros" if drops else "drop incomplete patches"
+    does = "fill incomplete patches with zeros" if drops else "drop incomplete patches"
     kept = "; config.json keeps drop_incomplete_patches for focalnet" if format == "transformers" else ""
     return (
-        f"models of the format {format} {does}, this one does not: results differ where an image is no whole number "
-        f"of patches in every stage{kept}",
+        f"models of the format {format} {does}, this one does not: results differ for images that are not a whole "
+        f"number of patches in every stage{kept}",
     )
 
 
@@ -250,7 +253,7 @@ def _download(name: str) -> Path:
     if not _HUB_ID.fullmatch(name) or name.endswith((*SUFFIXES, ".json")):
         raise FileNotFoundError(
             f"path_or_id: expected a file, a directory, or an id on the Hugging Face hub such as "
-            f"microsoft/focalnet-tiny, got {name!r}, where nothing is"
+            f"microsoft/focalnet-tiny, got {name!r}, which does not exist; check the path"
         )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError
@@ -259,9 +262,9 @@ def _download(name: str) -> Path:
         configuration = Path(hf_hub_download(name, "config.json"))
     except (OSError, EntryNotFoundError, HFValidationError) as error:
         raise OSError(
-            f"path_or_id: {name!r} is no file or directory here, and its config.json could not be had from the "
-            f"Hugging Face hub nor from its cache ({type(error).__name__}); check the spelling and the connection, or "
-            f"pass the path of a downloaded checkpoint"
+            f"path_or_id: {name!r} is no file or directory here, and its config.json is not in the cache of the "
+            f"Hugging Face hub and could not be downloaded ({type(error).__name__}); check the spelling and the "
+            f"connection, or pass the path of a downloaded checkpoint"
         ) from None
     check_architecture(name, read_json(configuration))
     for weights in IN_DIRECTORY:
@@ -273,8 +276,8 @@ def _download(name: str) -> Path:
             continue
         return configuration.parent
     raise OSError(
-        f"path_or_id: none of {', '.join(IN_DIRECTORY)} of {name!r} could be had from the Hugging Face hub nor from "
-        f"its cache; check the connection, or pass the path of a downloaded checkpoint"
+        f"path_or_id: none of {', '.join(IN_DIRECTORY)} of {name!r} is in the cache of the Hugging Face hub or could "
+        f"be downloaded; check the connection, or pass the path of a downloaded checkpoint"
     )
 
 
@@ -289,7 +292,7 @@ def _check_destination(dst: Path, format: str) -> None:
 
 
 def _why_not(checkpoint: Checkpoint, format: str) -> str | None:
-    """Why ``format`` cannot hold the checkpoint; None if it can."""
+    """Why ``format`` cannot hold the checkpoint, or None if it can."""
     if format == "transformers":
         return None
     config = checkpoint.config
@@ -321,7 +324,7 @@ def _renamed(checkpoint: Checkpoint, format: str) -> dict[str, Tensor]:
 
 
 def _not_told(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The settings of the checkpoint that a reader of ``tensors`` alone would miss or get wrong."""
+    """The settings of the checkpoint that cannot be inferred from ``tensors``, or would be inferred wrongly."""
     usual = {name: getattr(FocalNetConfig(), name) for name in _RESULT_FIELDS if name not in UNSETTLED_BY_SHAPES}
     told = {**usual, **told_fields(tensors, checkpoint.source)}
     settings = {name: getattr(checkpoint.config, name) for name in _RESULT_FIELDS}
@@ -333,7 +336,7 @@ def _not_told(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> dict[str, A
 
 
 def _write_directory(checkpoint: Checkpoint, directory: Path) -> None:
-    # Not by a model's save_pretrained: a model has one dtype, a file may have several.
+    # A file may hold several dtypes. A model has one, so a model's save_pretrained would change some tensors.
     config = FocalNetConfig.from_dict(checkpoint.config.to_dict())
     config.architectures = [KINDS[checkpoint.kind]]
     config.dtype = next((t.dtype for t in checkpoint.state_dict.values() if t.is_floating_point()), None)

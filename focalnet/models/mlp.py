@@ -1,4 +1,4 @@
-"""The second branch of a block, and the stochastic depth of both."""
+"""The MLP, the second branch of a block, and DropPath, the stochastic depth of both branches."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ class FocalNetMlp(nn.Module):
     def of_normed(
         self, norm: nn.Module, hidden_state: Tensor, normed: Tensor | None = None, *, backend: str | None = None
     ) -> Tensor:
-        """``self(norm(hidden_state))``; in training, what ``norm`` returns is not kept for backward.
+        """``self(norm(hidden_state))``, (..., dim) -> (..., dim).
 
-        ``normed`` is ``norm(hidden_state)`` where that is there already.
+        In training the output of ``norm`` is not saved for backward. ``normed`` is ``norm(hidden_state)`` if the
+        caller has computed it already.
         """
         fused = norm_mlp(norm, self, hidden_state, normed, backend)
         if fused is not None:
@@ -42,7 +43,10 @@ class FocalNetMlp(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al., arXiv:1603.09382): a branch is left out for whole samples while training."""
+    """Stochastic depth (Huang et al., arXiv:1603.09382): in training a branch is dropped for random whole samples.
+
+    (B, ...) -> (B, ...). Kept samples are divided by the probability of keeping them.
+    """
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
@@ -59,7 +63,7 @@ class DropPath(nn.Module):
         return 1 - self.drop_prob
 
     def draw(self, hidden_state: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """(B, 1, ...), 1 for samples of (B, ...) whose branch is kept, else 0; None where all are."""
+        """(B, 1, ...) of ``dtype``: 1 for samples of (B, ...) whose branch is kept, else 0. None if all are kept."""
         if self.drop_prob == 0.0 or not self.training:
             return None
         return draw(hidden_state, self.keep_prob, dtype)

@@ -1,7 +1,7 @@
 """The FocalNet models, drop-in for transformers': the same names, parameters, arguments and outputs.
 
-Yang et al., "Focal Modulation Networks", NeurIPS 2022 (arXiv:2203.11926). docs/differences.md lists where these models
-do more, or other, than transformers'.
+Yang et al., "Focal Modulation Networks", NeurIPS 2022 (arXiv:2203.11926). docs/differences.md lists the additions to
+transformers' models and the differences from them.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from .padding import cut_to
 
 @dataclass
 class FocalNetModelOutput(ModelOutput):
-    """What FocalNetModel returns.
+    """The output of FocalNetModel.
 
-    last_hidden_state (B, N, C): tokens of the last stage after the final LayerNorm.
-    pooler_output (B, C): their mean; None without pooling layer.
-    hidden_states: tokens (B, N_i, C_i) of the stem and of every stage after its downsampling, if asked for.
-    reshaped_hidden_states: the same as maps (B, C_i, H_i, W_i).
+    Attributes:
+        last_hidden_state: (B, N, C), tokens of the last stage after the final LayerNorm.
+        pooler_output: (B, C), the mean of those tokens; None without a pooling layer.
+        hidden_states: tokens (B, N_i, C_i) of the stem and of every stage after its downsampling, if requested.
+        reshaped_hidden_states: the hidden states as maps (B, C_i, H_i, W_i).
     """
 
     last_hidden_state: Tensor | None = None
@@ -46,11 +47,13 @@ class FocalNetModelOutput(ModelOutput):
 
 @dataclass
 class FocalNetMaskedImageModelingOutput(ModelOutput):
-    """What FocalNetForMaskedImageModeling returns.
+    """The output of FocalNetForMaskedImageModeling.
 
-    loss (): mean absolute error over masked pixels, given ``bool_masked_pos``.
-    reconstruction (B, num_channels, H, W): reconstructed pixel values; ``logits`` is another name for it.
-    hidden_states, reshaped_hidden_states: as in FocalNetModelOutput.
+    Attributes:
+        loss: scalar, mean absolute error over masked pixels; None without ``bool_masked_pos``.
+        reconstruction: (B, num_channels, H, W), reconstructed pixel values; ``logits`` is another name for it.
+        hidden_states: as in FocalNetModelOutput.
+        reshaped_hidden_states: as in FocalNetModelOutput.
     """
 
     loss: Tensor | None = None
@@ -60,16 +63,19 @@ class FocalNetMaskedImageModelingOutput(ModelOutput):
 
     @property
     def logits(self) -> Tensor | None:
-        """The reconstruction, under the name that published examples read."""
+        """The reconstruction, under the name used in published examples."""
         return self.reconstruction
 
 
 @dataclass
 class FocalNetImageClassifierOutput(ModelOutput):
-    """What FocalNetForImageClassification returns.
+    """The output of FocalNetForImageClassification.
 
-    loss (): given ``labels``. logits (B, num_labels): before softmax, or the regression's values.
-    hidden_states, reshaped_hidden_states: as in FocalNetModelOutput.
+    Attributes:
+        loss: scalar; None without ``labels``.
+        logits: (B, num_labels), scores before softmax, or the values of a regression.
+        hidden_states: as in FocalNetModelOutput.
+        reshaped_hidden_states: as in FocalNetModelOutput.
     """
 
     loss: Tensor | None = None
@@ -79,7 +85,7 @@ class FocalNetImageClassifierOutput(ModelOutput):
 
 
 class FocalNetPreTrainedModel(PreTrainedModel):
-    """Weights: initialisation, loading and saving, as in every model of transformers."""
+    """Base class of all models: initialises, loads and saves weights, as every model of transformers does."""
 
     config: FocalNetConfig
     config_class = FocalNetConfig
@@ -97,11 +103,14 @@ class FocalNetPreTrainedModel(PreTrainedModel):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any
     ) -> FocalNetPreTrainedModel:
-        """As in transformers, and from a single file too, in any format that `focalnet.load_checkpoint` reads.
+        """Load a model as in transformers, or from a single file in any format that `focalnet.load_checkpoint` reads.
 
         For a file or a directory of timm, ``variant`` names the published variant, ``use_ema`` chooses between the
-        averaged and the plain weights of a training script, and configuration fields settle what the shapes leave
-        open. A missing or unused head is reported as for every checkpoint.
+        averaged and the plain weights of a training script, and configuration fields set what the shapes do not
+        determine. A missing or unused head is reported as for every checkpoint.
+
+        Returns:
+            The model, or with ``output_loading_info=True`` the model and the loading information.
 
         Raises:
             ValueError: the file does not fit, or the directory holds a model of another architecture.
@@ -131,8 +140,8 @@ class FocalNetModel(FocalNetPreTrainedModel):
 
     Args:
         config: the configuration.
-        add_pooling_layer: compute ``pooler_output``.
-        use_mask_token: learn a token that stands in for masked patches.
+        add_pooling_layer: whether to compute ``pooler_output``.
+        use_mask_token: whether to learn a token that replaces masked patches.
     """
 
     def __init__(self, config: FocalNetConfig, add_pooling_layer: bool = True, use_mask_token: bool = False) -> None:
@@ -169,7 +178,7 @@ class FocalNetModel(FocalNetPreTrainedModel):
             return_dict: return a FocalNetModelOutput instead of a tuple. None means ``config.return_dict``.
 
         Raises:
-            ValueError, TypeError: the images or the mask do not fit; the message names the argument.
+            ValueError, TypeError: the images or the mask are invalid; the message names the argument.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -184,7 +193,7 @@ class FocalNetModel(FocalNetPreTrainedModel):
         )
         if _wants_dict(self.config, return_dict):
             return output
-        # transformers keeps the place of a missing pooler_output, so that hidden states are always third.
+        # transformers returns None for a missing pooler_output, so that hidden states are always third.
         rest = (output.hidden_states, output.reshaped_hidden_states) if maps else ()
         return (output.last_hidden_state, output.pooler_output, *rest)
 
@@ -200,7 +209,7 @@ class FocalNetModel(FocalNetPreTrainedModel):
 class FocalNetForMaskedImageModeling(FocalNetPreTrainedModel):
     """FocalNet with a decoder that reconstructs masked patches, as in SimMIM (Xie et al., arXiv:2111.09886).
 
-    Images of any height and width; the mask is given per patch of the grid that the image makes.
+    Images may have any height and width. The mask has one value for each patch of the stem's grid.
     """
 
     def __init__(self, config: FocalNetConfig) -> None:
@@ -230,12 +239,12 @@ class FocalNetForMaskedImageModeling(FocalNetPreTrainedModel):
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        # Tokens do not say which grid they came from; the maps do.
+        # The maps are needed for the height and width of their grids, which tokens do not have.
         outputs = self.focalnet(pixel_values, bool_masked_pos, output_hidden_states=True, return_dict=True)
         images: Any = pixel_values  # the embeddings refuse None
         stem, *_, last = outputs.reshaped_hidden_states
         tokens = outputs.last_hidden_state.transpose(1, 2).view(last.shape)
-        # The stem and the downsamplings pad at the bottom and the right: what they added is cut off again.
+        # The stem and the downsamplings pad at the bottom and the right, so the reconstruction can exceed the image.
         reconstruction = self.decoder(tokens)
         if not self.config.drop_incomplete_patches:
             reconstruction = cut_to(reconstruction, images.shape[-2:])
@@ -254,17 +263,17 @@ class FocalNetForMaskedImageModeling(FocalNetPreTrainedModel):
         """Mean absolute error over the pixels of masked patches; ``mask`` (B, h, w)."""
         if reconstruction.shape != pixel_values.shape and self.config.drop_incomplete_patches:
             raise ValueError(
-                f"pixel_values: expected a height and a width of whole patches in every stage, since "
-                f"config.drop_incomplete_patches is set, got {tuple(pixel_values.shape[-2:])}, of which the "
-                f"reconstruction covers {tuple(reconstruction.shape[-2:])}"
+                f"pixel_values: expected a height and a width of whole patches in every stage because "
+                f"config.drop_incomplete_patches is set, got {tuple(pixel_values.shape[-2:])}; the reconstruction "
+                f"covers only {tuple(reconstruction.shape[-2:])}. Resize the images or unset the field"
             )
         if reconstruction.shape != pixel_values.shape:
             raise ValueError(
                 f"encoder_stride: expected the network's stride, so that the reconstruction covers the image of "
-                f"{tuple(pixel_values.shape[-2:])}, got {self.config.encoder_stride}, which makes it "
+                f"{tuple(pixel_values.shape[-2:])}, got {self.config.encoder_stride}, which makes the reconstruction "
                 f"{tuple(reconstruction.shape[-2:])}"
             )
-        # The stem's stride, not config.patch_size: overlapping patches are 4 apart whatever it says.
+        # Use the stem's stride: with overlapping patches it is always 4, even if config.patch_size differs.
         patch_height, patch_width = self.focalnet.embeddings.patch_embeddings.projection.stride
         mask = mask.repeat_interleave(patch_height, 1).repeat_interleave(patch_width, 2)[:, None]
         mask = cut_to(mask, pixel_values.shape[-2:])
@@ -273,7 +282,7 @@ class FocalNetForMaskedImageModeling(FocalNetPreTrainedModel):
 
 
 class FocalNetForImageClassification(FocalNetPreTrainedModel):
-    """FocalNet with a linear classifier on the mean of the last stage's tokens, e.g. for ImageNet."""
+    """FocalNet with a linear classifier on the mean of the last stage's tokens, for example for ImageNet."""
 
     def __init__(self, config: FocalNetConfig) -> None:
         super().__init__(config)
@@ -295,8 +304,8 @@ class FocalNetForImageClassification(FocalNetPreTrainedModel):
 
         Args:
             labels: ``(B,)`` class indices, ``(B, num_labels)`` floats for multi-label classification, or regression
-                targets. ``config.problem_type`` says which. If it is None: regression with one label, classes for
-                integers, multi-label for floats.
+                targets. ``config.problem_type`` selects one. None selects regression if num_labels is 1, else
+                classification for integer labels and multi-label classification for floats.
 
         Raises:
             ValueError: a class index is outside ``[0, num_labels)`` (checked for labels on the CPU).
@@ -317,7 +326,8 @@ class FocalNetForImageClassification(FocalNetPreTrainedModel):
 
     def _check_labels(self, labels: Tensor) -> None:
         are_classes = self.num_labels > 1 and not labels.is_floating_point()
-        # Reading values from a GPU would wait for it; its own assertion speaks there. A graph cannot read them at all.
+        # Reading values from a GPU would synchronise with it; its loss kernel asserts the range. A graph cannot read
+        # values at all.
         if torch.compiler.is_compiling() or labels.device.type != "cpu" or not are_classes:
             return
         if self.config.problem_type not in (None, "single_label_classification"):
@@ -331,16 +341,16 @@ class FocalNetForImageClassification(FocalNetPreTrainedModel):
 
 
 class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
-    """FocalNet as a backbone: maps of the stages that ``config.out_features`` or ``config.out_indices`` name.
+    """FocalNet as a backbone: returns the maps of the stages in ``config.out_features`` or ``config.out_indices``.
 
     By default a stage's map is taken after its downsampling, as in transformers: strides 8, 16, 32, 32. With
     ``config.feature_maps_before_downsampling`` it is taken before: strides 4, 8, 16, 32, as dense prediction needs.
     ``channels`` holds the number of channels of each returned map.
 
-    Parameters that no map depends on (the final LayerNorm, stages after the last map) have ``requires_grad=False``, so
-    that DistributedDataParallel does not wait for their gradients. They stay in the state dict. If hidden states are
-    requested, all stages get gradients. DistributedDataParallel looks at ``requires_grad`` only once, so set
-    ``config.output_hidden_states`` before wrapping the model.
+    Parameters that do not contribute to a map (the final LayerNorm, stages after the last map) have
+    ``requires_grad=False``, so that DistributedDataParallel does not wait for their gradients. They stay in the state
+    dict. If hidden states are requested, all stages get gradients. DistributedDataParallel reads ``requires_grad``
+    only once, so set ``config.output_hidden_states`` before wrapping the model.
     """
 
     has_attentions = False
@@ -352,7 +362,7 @@ class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
         self.num_features = [config.embed_dim, *stages]
         self.focalnet = FocalNetModel(config)
         if config.use_feature_map_norms:
-            # The maps have norms of their own then, and the published checkpoints no final one.
+            # Each map has its own norm here, and the published checkpoints have no final norm.
             self.focalnet.layernorm = nn.Identity()
             self.hidden_states_norms = nn.ModuleDict(
                 {
@@ -368,7 +378,7 @@ class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
         return self.focalnet.get_input_embeddings()
 
     def train(self, mode: bool = True) -> FocalNetBackbone:
-        # from_pretrained, also that of a head, makes all parameters anew and calls this when they are there.
+        # from_pretrained (also of a model that contains this one) replaces all parameters and then calls eval.
         self._freeze_what_no_map_comes_from()
         return super().train(mode)
 
@@ -376,12 +386,12 @@ class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
         unused = ("focalnet.layernorm", *self._parts_behind_the_maps())
         parts = {name: part for name, part in self.named_modules() if name in (*unused, *self._frozen)}
         for name, part in parts.items():
-            # True where the configuration names other maps now than when this was frozen.
+            # Unfreeze parts that contribute to a map since the configuration was changed.
             part.requires_grad_(name not in unused)
         self._frozen = unused
 
     def _let_all_stages_train(self) -> None:
-        """Hidden states were asked for, and come from all stages; but who froze the whole backbone has it frozen."""
+        """Unfreeze all stages, because requested hidden states depend on them. A frozen backbone stays frozen."""
         behind_the_maps = self._frozen[1:]
         if behind_the_maps and any(parameter.requires_grad for parameter in self.parameters()):
             for name in behind_the_maps:
@@ -389,7 +399,7 @@ class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
             self._frozen = self._frozen[:1]
 
     def _parts_behind_the_maps(self) -> list[str]:
-        """Names of stages, and of a downsampling, that neither a map nor a hidden state comes from."""
+        """Names of the stages, and of the downsampling, that no returned map or hidden state depends on."""
         if self.config.output_hidden_states:
             return []
         last = max(self.stage_names.index(stage) for stage in self.out_features)  # 0 is the stem
@@ -408,7 +418,8 @@ class FocalNetBackbone(BackboneMixin, FocalNetPreTrainedModel):
     ) -> tuple[Any, ...] | BackboneOutput:
         """``pixel_values`` (B, num_channels, H, W) -> ``feature_maps``, one (B, C_i, H_i, W_i) for each out_feature.
 
-        ``output_hidden_states`` may also be an index or several. The hidden states at other indices are then None.
+        ``output_hidden_states`` may also be an index or a list of indices. Hidden states at other indices are then
+        None. Errors are those of `FocalNetModel.forward`.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states

@@ -1,5 +1,5 @@
-"""Patches to channels, the stem's and those between stages: a strided convolution, in CPU inference one operator with
-the LayerNorm behind it.
+"""The patch embeddings of the stem and of the downsamplings between stages: a strided convolution. In CPU inference
+the convolution and the LayerNorm after it are one operator.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
 
 
 class FocalNetPatchEmbeddings(nn.Module):
-    """Patches to channels by a strided convolution, ``(B, H, W, C_in) -> (B, ceil(H / s), ceil(W / s), C_out)``.
+    """A strided convolution of patches, ``(B, H, W, C_in) -> (B, ceil(H / s), ceil(W / s), C_out)``.
 
-    Images whose size is not a multiple of the patch size are padded with zeros at the bottom and the right; with
-    ``drops_incomplete`` they are not, and what fills no patch is left out.
+    A map is padded with zeros at the bottom and the right to a multiple of the patch size. With ``drops_incomplete``
+    it is not padded, and rows and columns that do not fill a patch are dropped.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class FocalNetPatchEmbeddings(nn.Module):
 
     @classmethod
     def downsampling(cls, config: FocalNetConfig, dim: int) -> FocalNetPatchEmbeddings:
-        """Between two stages: half the size, twice the channels, then a LayerNorm."""
+        """The downsampling between two stages: half the height and width, twice the channels, then a LayerNorm."""
         if config.use_conv_embed:
             conv = nn.Conv2d(dim, 2 * dim, kernel_size=3, stride=2, padding=1)
         else:
@@ -75,14 +75,14 @@ class FocalNetPatchEmbeddings(nn.Module):
         return self.norm(self._by_modules(x)) if isinstance(found, str) else self.by_operator(x, found)
 
     def by_operator(self, x: Tensor, call: list[Any]) -> Tensor:
-        """What the projection and the norm behind it give, by the operator that stands for both."""
+        """``norm(projection(x))``, computed by one operator; ``call`` is the result of the function `call`."""
         return cpu_patch_embed.run(x, self.output_size(*x.shape[1:3]), call)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """The grid of patches that a map of this size gives.
+        """The height and width of the grid of patches for a map of this size.
 
         Raises:
-            ValueError: it has not even one, and is not filled up to one.
+            ValueError: incomplete patches are dropped and the map is smaller than one patch.
         """
         conv: Any = self.projection
         drops = self.drops_incomplete
@@ -90,8 +90,8 @@ class FocalNetPatchEmbeddings(nn.Module):
         grid = grid_of(height, width, conv.kernel_size, conv.stride, conv.padding, None if drops else self.patch_size)
         if drops and min(grid) < 1:
             raise ValueError(
-                f"pixel_values: expected larger images, since config.drop_incomplete_patches is set and a map of "
-                f"{height} x {width} is left without a patch of {conv.kernel_size[0]} x {conv.kernel_size[1]}"
+                f"pixel_values: expected larger images because config.drop_incomplete_patches is set, got a map of "
+                f"{height} x {width}, smaller than a patch of {conv.kernel_size[0]} x {conv.kernel_size[1]}"
             )
         return grid[0], grid[1]
 
@@ -99,8 +99,9 @@ class FocalNetPatchEmbeddings(nn.Module):
         if not self.drops_incomplete:
             x = pad_to_multiple(x, self.patch_size)
         elif not is_proxy(x):
-            self.output_size(*x.shape[1:3])  # raises where there is no whole patch
-        # A channels-last input makes the convolution write channels-last: the image is the smaller thing to reorder.
+            self.output_size(*x.shape[1:3])  # raises if there is no whole patch
+        # A channels-last input makes the convolution write channels-last. Reordering the input costs less than
+        # reordering the output, which is larger.
         nchw = x.contiguous().permute(0, 3, 1, 2)
         return self.projection(nchw).permute(0, 2, 3, 1)
 
@@ -126,9 +127,9 @@ def _grid(
 def call(
     embeddings: nn.Module, norm: nn.Module | None, dtype: torch.dtype, backend: str | None, *, is_owner: bool = False
 ) -> list[Any] | str:
-    """What `by_operator` takes for ``norm(embeddings(x))``; the reason instead, where both have to be called.
+    """The call for `by_operator` that computes ``norm(embeddings(x))``, or the reason why the modules must be called.
 
-    ``is_owner``: the norm is a part of ``embeddings``, whose forward asks.
+    ``is_owner``: ``norm`` is a part of ``embeddings``, and its own forward is asking.
     """
     if type(embeddings) is not FocalNetPatchEmbeddings or (is_changed(embeddings) and not is_owner):
         return "the embeddings were replaced, wrapped or hooked"

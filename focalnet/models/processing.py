@@ -1,4 +1,4 @@
-"""The preprocessing that the published models were evaluated with."""
+"""The preprocessing used to evaluate the published models."""
 
 from __future__ import annotations
 
@@ -18,8 +18,14 @@ def published_processor(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> BaseImageProcessor:
-    """Resizes, and cuts out the centre, ``crop_fraction`` of the resized image's side; ImageNet's statistics, if none
-    are given."""
+    """An image processor that resizes, crops the centre and normalises.
+
+    Args:
+        config: its ``image_size`` is the size of the crop.
+        crop_fraction: longer side of the crop divided by the shorter side of the resized image.
+        mean: of each channel; None means ImageNet's.
+        std: of each channel; None means ImageNet's.
+    """
     import transformers
     from PIL import Image
     from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD

@@ -1,1 +1,1 @@
-"""The operators as torch.library knows them, one file each: schema, fake tensors, autograd."""
+"""The operators registered with torch.library, one file each: schema, fake tensors, autograd."""

@@ -1,4 +1,4 @@
-"""Defining an operator from a typed function: its schema is the function's signature."""
+"""Registers an operator from a typed function. The schema is inferred from the function's signature."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def operator(function: Function) -> Function:
-    """Registers ``torch.ops.focalnet.<name of the function>``, which runs ``function`` on every device.
+    """Register ``torch.ops.focalnet.<name of the function>``, which runs ``function`` on every device.
 
-    No argument is written to, and no output is a view of one. Fake tensors and autograd are registered beside it. An
-    argument at the end that is left at its default does not count among autograd's ``needs_input_grad``.
+    The function must not write to its arguments or return views of them. Fake tensors and autograd are registered
+    separately. autograd's ``needs_input_grad`` omits trailing arguments that are left at their defaults.
     """
     name = f"focalnet::{function.__name__}"
     schema = torch.library.infer_schema(function, mutates_args=())

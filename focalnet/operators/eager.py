@@ -1,11 +1,10 @@
-"""Calls that nothing observes go straight to the backend that ran their like before.
+"""A shortcut in eager mode: repeated calls go directly to the backend, without checks and without the dispatcher.
 
-PyTorch's dispatch of an operator written in Python and the checks of its arguments cost more than the host needs to
-launch the kernels. What the checks and the choice of a backend find depends on a few facts of the arguments alone, the
-`key` of a call: so a call whose key has passed once need not be checked again. And the operator is there for those
-who look at it (autograd, compilers, tracers, modes, transformations): where none does, it is left out. Profilers and
-the level of logging change nothing: a profile shows the name of the operator all the same, and a choice is logged once
-for each kind of call.
+Dispatching an operator written in Python and checking its arguments take longer than launching the kernels. The result
+of the checks and the choice of a backend depend only on a few facts of the arguments, the `key` of a call, so a call
+with a known key is not checked again. The operator itself is needed only by autograd, compilers, tracers, modes and
+transformations. If none of them is active, it is skipped. Profilers and the logging level do not change which code
+runs: a profile still shows the name of the operator, and each choice is logged once for each kind of call.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ _runs: dict[tuple[Any, ...], Callable[..., Any]] = {}
 def key(
     name: str, tensors: tuple[Any, ...], focal_weights: Sequence[Tensor], backend: str | None
 ) -> tuple[Any, ...] | None:
-    """What decides whether a call of the operator ``name`` is valid and which backend runs it.
+    """The facts that determine whether a call of the operator ``name`` is valid, and which backend runs it.
 
-    None where the call has to go through the operator, or where its arguments are not even tensors.
+    None if the call must go through the operator, or if an argument is not a plain tensor.
     """
     if _is_observed() or type(focal_weights) not in (list, tuple):
         return None
@@ -45,7 +44,7 @@ def key(
 
 
 def known(key: tuple[Any, ...] | None) -> Callable[..., Any] | None:
-    """The function of the backend that takes calls with this key, as far as one has passed before."""
+    """The backend's function for calls with this key, or None if no such call has been checked yet."""
     if key is None:
         return None
     run = _runs.get(key)
@@ -62,7 +61,7 @@ def _profiled(name: str, run: Callable[..., Any], *arguments: object) -> Tensor:
 def remember(
     key: tuple[Any, ...], name: str, ctx: Tensor, focal_weights: Sequence[Tensor], backend: str | None
 ) -> None:
-    """The arguments have been checked: choose their backend for all calls with this key."""
+    """Choose the backend for all calls with this key. The arguments must have been checked."""
     if len(_runs) >= _MAX_KEYS:
         _runs.clear()
     if ctx.device.type in ("cpu", "cuda"):
@@ -70,7 +69,7 @@ def remember(
 
 
 def _is_observed() -> bool:
-    """Whether anything could tell an operator from the function that it runs."""
+    """Whether something is active that needs to see the operator itself."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0

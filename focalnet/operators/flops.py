@@ -1,7 +1,7 @@
-"""What torch.utils.flop_counter counts for the operators: the products of a model that is made of PyTorch's modules.
+"""FLOP formulas of the operators for torch.utils.flop_counter.
 
-Forward and backward count what PyTorch's formulas give for those modules, so that a model's total is the same with and
-without these operators. What backward computes once more, instead of keeping it, counts nothing.
+Forward and backward count the same as PyTorch's formulas for the equivalent modules, so that a model's total is the
+same with and without these operators. Recomputation in backward is not counted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-# Imported for the operators that they register.
+# These imports register the operators.
 from ..backends import extension as _operators_0  # noqa: F401
 from . import focal_modulation as _operators_3  # noqa: F401
 from . import norm_linear as _operators_1  # noqa: F401
@@ -24,7 +24,7 @@ Shape = Sequence[int]
 
 def _formula_of(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(formula: Callable[..., Any]) -> Callable[..., Any]:
-        operator = getattr(torch.ops.focalnet, name, None)  # those of the extension may be missing
+        operator = getattr(torch.ops.focalnet, name, None)  # operators of the extension may be missing
         if operator is not None and operator not in flop_registry:
             register_flop_formula(operator)(formula)
         return formula
@@ -33,7 +33,7 @@ def _formula_of(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def _product(rows: Shape, matrix: Shape) -> int:
-    """Of (..., K) and a matrix (N, K), as of the gradient of either."""
+    """FLOPs of the product of (..., K) with a matrix (N, K). The gradient of either operand counts the same."""
     return 2 * prod(rows[:-1]) * prod(matrix)
 
 
@@ -42,7 +42,7 @@ def _convolutions(ctx: Shape, focal_weights: Sequence[Shape]) -> int:
 
 
 def _convolutions_bwd(ctx: Shape, focal_weights: Sequence[Shape], need_ctx: bool, need_focal: bool) -> int:
-    """By PyTorch's own formula, which counts the gradient of a depthwise weight as that of a dense one."""
+    """FLOPs by PyTorch's own formula, which counts the gradient of a depthwise weight like that of a dense weight."""
     batch, height, width, channels = ctx
     nchw = [batch, channels, height, width]
     count = 0

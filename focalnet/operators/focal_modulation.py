@@ -1,8 +1,9 @@
-"""The operators as torch.library knows them: schema, backend choice, fake tensors, autograd.
+"""Focal modulation and gated aggregation as operators of torch.library.
 
-One public operator per function of `focalnet.functional`, and one for its backward. The public operators choose their
-backend in their body, so a compiled graph holds one node whatever runs it. Backward recomputes the focal levels: only
-the inputs are saved, which are views of one packed projection.
+The file holds schemas, fake tensors and autograd. Each function of `focalnet.functional` has one operator for forward
+and one for backward. An operator chooses its backend in its body, so a compiled graph contains one node for any
+backend. Backward recomputes the focal levels: only the inputs are saved, which are usually views of one packed
+projection.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..backends.registry import choose, requested
 from .define import operator
 from .gradients import pack, unpack
 
-# ---- what runs ------------------------------------------------------------------------------------------------------
+# ---- implementations ------------------------------------------------------------------------------------------------
 
 
 @operator
@@ -185,7 +186,7 @@ for _name, _backward, _setup in (
 
 
 def _map_tensors(function: Callable[..., Any], arguments: Sequence[Any]) -> list[Any]:
-    """``function`` on every tensor of an argument list that may hold lists of tensors."""
+    """Apply ``function`` to every tensor of an argument list, also inside nested lists."""
     mapped = []
     for argument in arguments:
         if isinstance(argument, (list, tuple)):
@@ -209,7 +210,7 @@ def _double_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> No
 
 
 def _restore(positions: Sequence[Any], tensors: Sequence[Any]) -> list[Any]:
-    """The argument list that `_double_setup` took apart; a position is an int, a flag a bool."""
+    """Rebuild the argument list that `_double_setup` split. Positions are ints; flags are bools and become None."""
     restored: list[Any] = []
     for position in positions:
         if isinstance(position, list):

@@ -1,4 +1,7 @@
-"""Gradients as a torch.library schema can pass them, which has no list of optional tensors; gradients of gradients."""
+"""Helpers for gradients: packing optional ones for a torch.library schema, and gradients of gradients.
+
+A schema cannot return a list of optional tensors, so an empty tensor replaces None.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,20 @@ from torch import Tensor
 
 
 def pack(gradients: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
-    """What was not asked for travels as an empty tensor."""
+    """The gradients as contiguous tensors, with an empty tensor for each None."""
     return [like.new_empty(0) if gradient is None else gradient.contiguous() for gradient in gradients]
 
 
 def unpack(gradients: Sequence[Tensor | None], wanted: Sequence[bool]) -> list[Tensor | None]:
-    """What `pack` was given, by what was asked for."""
+    """The gradients given to `pack`, with None for those that are not ``wanted``."""
     return [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
 
 
 def composed_gradients(
     function: Callable[..., Tensor], inputs: Sequence[Tensor | None], dout: Tensor
 ) -> list[Tensor | None]:
-    """Gradients of ``function(*inputs)``, differentiable themselves; None where none is wanted."""
-    # Through aliases, since an input may depend on another, or be the same tensor.
+    """Differentiable gradients of ``function(*inputs)``; None for inputs that do not require one."""
+    # Use aliases, because an input may depend on another input or be the same tensor.
     aliases = [None if tensor is None else tensor.view_as(tensor) for tensor in inputs]
     wanted = [alias for alias in aliases if alias is not None and alias.requires_grad]
     if not wanted:

@@ -1,10 +1,11 @@
-"""LayerNorm and the linear layer behind it as one operator, which saves the input of the norm, not its output.
+"""LayerNorm and the following linear layer as one operator that saves only the norm's input for backward.
 
     norm_linear(x) = Linear(LayerNorm(x))          x (..., K) -> (..., N)
 
-Composed of two modules, autograd keeps x for the norm and LayerNorm(x) for the gradient of the linear weight. Here x
-is kept, and LayerNorm(x) computed once more in backward: K elements a token less, for two passes over K. On a GPU the
-kernel of the norm's gradient writes it (kernels/layer_norm.py): four passes where PyTorch's operators make seven.
+With two modules, autograd saves x for the norm and LayerNorm(x) for the gradient of the linear weight. This operator
+saves only x and recomputes LayerNorm(x) in backward. That saves K elements per token and costs two passes over K. On a
+GPU the kernel of the norm's gradient also writes LayerNorm(x) (kernels/layer_norm.py), in four passes where PyTorch's
+operators need seven.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def composed(
     weight: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    """The specification: LayerNorm in the dtype of ``hidden_state``, the product in that of ``weight``."""
+    """The specification: LayerNorm in the dtype of ``hidden_state``, the product in the dtype of ``weight``."""
     normed = F.layer_norm(hidden_state, hidden_state.shape[-1:], norm_weight, norm_bias, eps)
     return F.linear(normed.to(weight.dtype), weight, bias)
 

@@ -1,15 +1,15 @@
-"""The MLP of a block, with or without the LayerNorm before it, as one operator that saves little for backward.
+"""The MLP of a block, with or without the LayerNorm before it, as one operator that saves less for backward.
 
     norm_mlp(x) = Linear(GELU(Linear(LayerNorm(x))))          x (..., C) -> (..., hidden) -> (..., C)
 
-Composed of modules, autograd keeps x, LayerNorm(x), fc1's output and its GELU: 2 C + 2 hidden elements a token. Here x
-and fc1's output are kept, C + hidden, and the other two computed once more in backward, a pass each.
+With modules, autograd saves x, LayerNorm(x), fc1's output and its GELU: 2 C + 2 hidden elements per token. This
+operator saves x and fc1's output, C + hidden elements, and recomputes the other two in backward, in one pass each.
 
-Where LayerNorm(x) is there already, since the pass that made x made it too (`residual_norm`), it is given as
-``normed``, and the gradient goes there and not to x. It is not saved all the same, but computed once more from x.
+If LayerNorm(x) has been computed already, by the same pass as x (`residual_norm`), the caller gives it as ``normed``.
+The gradient then flows to ``normed`` and not to x. ``normed`` is still not saved, but recomputed from x.
 
-On a CPU in float32 the bias and both GELUs are the kernels of csrc/cpu/gelu_rows.inc: one pass over the hidden units
-before the second product, one in backward, in place where that is possible.
+On a CPU in float32 the kernels of csrc/cpu/gelu_rows.inc compute the bias and both GELUs: one pass over the hidden
+units before the second product and one in backward, in place if possible.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def composed(
     bias2: Tensor | None,
     normed: Tensor | None = None,
 ) -> Tensor:
-    """The specification. ``eps`` None: no norm. The norm has ``hidden_state``'s dtype, the rest that of weights."""
+    """The specification. ``eps`` None means no norm. The norm runs in ``hidden_state``'s dtype, the rest in the
+    weights' dtype.
+    """
     if normed is None:
         normed = _norm(hidden_state, norm_weight, norm_bias, eps)[0].to(weight1.dtype)
     return F.linear(F.gelu(F.linear(normed, weight1, bias1)), weight2, bias2)
@@ -46,7 +48,7 @@ def composed(
 def _norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """LayerNorm(x), and the mean and 1 / deviation it took; x itself without norm."""
+    """[LayerNorm(x), mean, 1 / standard deviation], or [x, None, None] without norm."""
     return (x, None, None) if eps is None else torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
@@ -81,7 +83,7 @@ def norm_mlp(
     normed: Tensor | None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The result, and fc1's output, which backward needs."""
+    """The result (..., C), and fc1's output (..., hidden), which backward needs."""
     if normed is None:
         normed = _norm(hidden_state, norm_weight, norm_bias, eps)[0].to(weight1.dtype)
     fc1, act = _fc1_and_gelu(normed.flatten(0, -2), weight1, bias1, backend)
@@ -119,7 +121,10 @@ def norm_mlp_bwd(
     of_normed: bool = False,
     backend: str | None = None,
 ) -> list[Tensor]:
-    """The gradients; ``of_normed``: that of the norm in the place of that of its input."""
+    """The gradients of all tensors in the order of the arguments.
+
+    With ``of_normed`` the first is the gradient of ``normed`` instead of that of ``hidden_state``.
+    """
     *need_norm, need_weight1, need_bias1, need_weight2, need_bias2 = output_mask
     dweight1 = dbias1 = dweight2 = None
     from_norm: Sequence[Tensor | None] = (None, None, None)
@@ -172,7 +177,7 @@ def _fc1_bwd_of_normed(
     need_weight1: bool,
     backend: str | None,
 ) -> list[Tensor | None]:
-    """[dweight1, gradient of the norm, None, None]"""
+    """[dweight1, dnormed, None, None]"""
     dweight1 = None
     if need_weight1:
         dweight1 = dfc1.T @ _norm(x, norm_weight, norm_bias, eps)[0].to(dfc1.dtype)
@@ -180,7 +185,7 @@ def _fc1_bwd_of_normed(
 
 
 def _gelu_bwd(dact: Tensor, fc1: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
-    """GELU(fc1) and dfc1; the latter may take the place of ``dact``."""
+    """GELU(fc1) and dfc1. dfc1 may overwrite ``dact``."""
     run = optional("gelu_bwd", fc1, backend)
     if isinstance(run, str):
         return F.gelu(fc1), torch.ops.aten.gelu_backward(dact, fc1)
@@ -235,7 +240,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.backend = requested(backend)
     ctx.is_given = normed is not None
     ctx.save_for_backward(output[1], hidden_state, norm_weight, norm_bias, *weights)
-    # There is no gradient for fc1, and zeros in its place would be a pass over the largest map.
+    # fc1 has no gradient. Materialising zeros for it would cost a pass over the largest map.
     ctx.set_materialize_grads(False)
 
 
@@ -260,7 +265,7 @@ def _autograd(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Any, ...
 
 
 def _differentiable(ctx: Any, dout: Tensor, tensors: list[Any]) -> list[Tensor | None]:
-    """The gradients, with gradients of their own."""
+    """The gradients, differentiable themselves."""
     hidden_state, norm_weight, norm_bias, *weights = tensors
     if not ctx.is_given:
         return composed_gradients(lambda x, g, s, *w: composed(x, g, s, ctx.eps, *w), tensors, dout)

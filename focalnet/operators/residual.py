@@ -1,16 +1,16 @@
-"""The end of a residual branch as one operator, with the LayerNorm behind the branch or the one that follows the sum.
+"""The end of a residual branch as one operator, with the LayerNorm after the branch or the LayerNorm after the sum.
 
     residual       out = hidden_state + kept / keep * gamma * LayerNorm(update)                      all (B, ..., C)
     residual_norm  out = hidden_state + kept / keep * gamma * update,  normed = LayerNorm(out)
 
-gamma (C,) is the layer scale; kept (B, 1, ...) is 1 for samples whose branch stays and 0 for the others, drawn with
-probability ``keep`` (stochastic depth). Each of them may be missing, and the norm of `residual`.
+gamma (C,) is the layer scale. kept (B, 1, ...) is 1 for samples whose branch is kept and 0 for the others, drawn with
+probability ``keep`` (stochastic depth). gamma, kept and the norm of `residual` are optional.
 
-Saved for backward: by `residual` update, and only where gamma or the norm needs it; by `residual_norm` out, which the
-next residual keeps anyway, and update where gamma needs it. Neither saves normed or statistics.
+`residual` saves update for backward, and only if gamma or the norm needs it. `residual_norm` saves out, which the next
+residual saves anyway, and update if gamma needs it. Neither saves normed or the statistics of the norm.
 
-On a GPU each is one pass (kernels/residual.py, residual_norm.py); elsewhere `composed` and `composed_norm`, the
-specifications.
+On a GPU each is one pass over memory (kernels/residual.py, kernels/residual_norm.py). Elsewhere the specifications
+`composed` and `composed_norm` run.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def composed(
     norm_bias: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """The specification, in the dtype of ``hidden_state``; ``norm_weight`` None: no norm."""
+    """The specification of `residual`, in the dtype of ``hidden_state``. ``norm_weight`` None means no norm."""
     if norm_weight is not None:
         update = F.layer_norm(update.to(norm_weight.dtype), update.shape[-1:], norm_weight, norm_bias, eps)
     return (hidden_state + scaled(update, gamma, kept, keep)).to(hidden_state.dtype)
 
 
 def scaled(update: Tensor, gamma: Tensor | None, kept: Tensor | None, keep: float) -> Tensor:
-    """Layer scale and stochastic depth of a branch, and of the gradient on its way back."""
+    """Apply layer scale and stochastic depth to the update of a branch, or to its gradient."""
     if gamma is not None:
         update = gamma * update
     return update if kept is None else update.div(keep) * kept
@@ -83,7 +83,7 @@ def residual_bwd(
     output_mask: list[bool],
     backend: str | None = None,
 ) -> list[Tensor]:
-    """[dupdate, gradients (number, C) of gamma, norm_weight and norm_bias, of those that there are]"""
+    """[dupdate, gradients (number, C)]: the gradients are those of gamma, norm_weight and norm_bias that are given."""
     run = optional("residual_bwd", dout, backend)
     run = _composed_bwd if isinstance(run, str) else run
     made = run(dout, update, gamma, kept, keep, norm_weight, norm_bias, eps, update_dtype, output_mask)
@@ -177,12 +177,12 @@ def _autograd(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
 def _differentiable(
     ctx: Any, dout: Tensor, update: Tensor | None, gamma: Tensor | None, kept: Tensor | None, *norm: Tensor
 ) -> list[Tensor | None]:
-    """Gradients of update, gamma, norm_weight and norm_bias that have gradients themselves."""
+    """Differentiable gradients of update, gamma, norm_weight and norm_bias."""
     if update is None:
         return [scaled(dout, None, kept, ctx.keep), None, None, None]
 
     def branch(update: Tensor, gamma: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        # Without the residual: its gradient is dout.
+        # The residual is left out because its gradient is dout.
         return composed(torch.zeros_like(dout), update, gamma, kept, ctx.keep, weight, bias, ctx.eps)
 
     return composed_gradients(branch, [update, gamma, *norm], dout)
@@ -205,7 +205,7 @@ def composed_norm(
     eps: float,
     norm_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The specification: out in the dtype of ``hidden_state``, normed in ``norm_dtype``."""
+    """The specification of `residual_norm`: out in the dtype of ``hidden_state``, normed in ``norm_dtype``."""
     out = (hidden_state + scaled(update, gamma, kept, keep)).to(hidden_state.dtype)
     return out, F.layer_norm(out, out.shape[-1:], norm_weight, norm_bias, eps).to(norm_dtype)
 
@@ -244,7 +244,7 @@ def residual_norm_bwd(
     output_mask: list[bool],
     backend: str | None = None,
 ) -> list[Tensor]:
-    """[dhidden_state, dupdate, gradients of norm_weight, norm_bias and, where there is one, gamma (number, C)]"""
+    """[dhidden_state, dupdate, gradients (number, C)]: those of norm_weight, norm_bias and, if given, gamma."""
     run = optional("residual_norm_bwd", out, backend, norm=(norm_weight, norm_bias, eps))
     run = _composed_norm_bwd if isinstance(run, str) else run
     made = run(dout, dnormed, out, update, gamma, kept, keep, norm_weight, norm_bias, eps, update_dtype, output_mask)
@@ -321,7 +321,7 @@ def _norm_autograd(ctx: Any, dout: Tensor, dnormed: Tensor) -> tuple[Any, ...]:
         dhidden, dupdate, dgamma, dweight, dbias = _norm_differentiable(ctx, dout, dnormed)
         return dhidden, dupdate, dgamma, None, None, dweight, dbias, None, None, None
     out, update, gamma, kept, norm_weight, norm_bias = ctx.saved_tensors
-    # Where nothing scales the branch, both gradients are one tensor.
+    # If nothing scales the branch, dhidden_state and dupdate are equal and share one tensor.
     is_one = gamma is None and kept is None and ctx.update_dtype == out.dtype
     mask = [need_hidden or (is_one and need_update), need_update and not is_one, need_gamma or any(need_norm)]
     made = torch.ops.focalnet.residual_norm_bwd(
@@ -345,7 +345,7 @@ def _norm_autograd(ctx: Any, dout: Tensor, dnormed: Tensor) -> tuple[Any, ...]:
 
 
 def _norm_differentiable(ctx: Any, dout: Tensor, dnormed: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of hidden_state, update, gamma, norm_weight and norm_bias that have gradients themselves."""
+    """Differentiable gradients of hidden_state, update, gamma, norm_weight and norm_bias."""
     out, update, gamma, kept, norm_weight, norm_bias = ctx.saved_tensors
 
     def norm(out: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""One line that makes a model that exists already fast: `patch`, and `unpatch`, which undoes it.
+"""`patch` makes an existing model fast in one line; `unpatch` undoes it.
 
-``forward`` is rebound on the live modules that compute focal modulation. Everything else stays as it is: weights and
-their names, the identity of every parameter, hooks, classes.
+``forward`` is rebound on the live modules that compute focal modulation. Nothing else changes: weights and their
+names, the identity of every parameter, hooks and classes stay the same.
 """
 
 from __future__ import annotations
@@ -30,28 +30,29 @@ logger = logging.getLogger(__name__)
 
 
 def patch(model: nn.Module, backend: str | None = None, *, keep_modulator: bool = False) -> PatchReport:
-    """Lets focalnet's operators run every focal modulation in ``model``, in place.
+    """Run every focal modulation in ``model`` with focalnet's operators. The model is changed in place.
 
-    A focal modulation is known by its structure: that of transformers' FocalNet, timm's, the authors' (classification,
-    detection, segmentation) and what was made from theirs, such as X-Decoder, SEEM, FocalNet-DINO, detrex, MaskDINO.
-    None of those packages is needed. A module whose structure fits is tried out on a random input before it is
-    touched, and left alone if it computes something else. Where the block around a modulation is known too, float32
-    inference on a CPU runs it as one operator. Patch embeddings that pad do so at every size in exported graphs.
+    A focal modulation is recognised by its structure. Known structures are those of transformers' FocalNet, timm's,
+    the authors' (classification, detection, segmentation) and the projects derived from theirs, such as X-Decoder,
+    SEEM, FocalNet-DINO, detrex and MaskDINO. None of those packages is needed. A module with a matching structure is
+    first tried on a random input, and is left alone if it computes something else. If the block around a modulation
+    is known too, float32 inference on a CPU runs the whole block as one operator. Patch embeddings that pad are
+    patched as well, so that exported graphs pad correctly at every size.
 
     Args:
-        model: any module; what it holds is searched.
-        backend: "triton", "cuda", "cpu" or "reference"; None takes the first that can run a call.
+        model: any module; all its submodules are searched.
+        backend: "triton", "cuda", "cpu" or "reference"; None selects the first that can run each call.
         keep_modulator: at every call, write ``gates`` (B, L + 1, H, W) and ``modulator`` (B, C, H, W) to each
-            modulation, as the authors' modules do for visualisation. Otherwise they are not kept, and what an earlier
-            call left behind is removed, lest it be taken for that of a later one.
+            modulation, as the authors' modules do for visualisation. If False they are not written, and values from
+            earlier calls are removed, because they would be out of date.
 
     Returns:
-        What was replaced, and what was left alone and why; ``print`` it to see a table. Patching again is harmless:
-        ``backend`` and ``keep_modulator`` are then those of the last call.
+        The modules that were replaced, and those that were left alone with the reason; ``print`` shows a table.
+        Patching a model twice is allowed: the last call's ``backend`` and ``keep_modulator`` apply.
 
     Raises:
         TypeError: ``model`` is not a module.
-        ValueError: nothing in ``model`` has focal layers, or no backend has the given name.
+        ValueError: no module in ``model`` has focal layers, or no backend has the given name.
     """
     _check(model)
     requested(backend)
@@ -69,7 +70,10 @@ def patch(model: nn.Module, backend: str | None = None, *, keep_modulator: bool 
 
 
 def unpatch(model: nn.Module) -> tuple[str, ...]:
-    """Undoes `patch`: every module gets its class's own forward back. Returns the names of those that had not.
+    """Undo `patch`: every patched module uses the forward of its class again.
+
+    Returns:
+        The names of the modules that were patched.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -77,7 +81,7 @@ def unpatch(model: nn.Module) -> tuple[str, ...]:
     _check(model)
     patched = [(name, module) for name, module in model.named_modules() if _is_patched(module)]
     for _, module in patched:
-        module.__dict__.pop("forward", None)  # another thread may have been faster
+        module.__dict__.pop("forward", None)  # another thread may have removed it already
     return tuple(name for name, _ in patched)
 
 
@@ -107,17 +111,17 @@ def _entries(model: nn.Module, backend: str | None, keep_modulator: bool) -> Ite
 
 
 class Rebound(functools.partial[Any]):
-    """The forward of a patched module: one of this package's functions, given the module and the settings.
+    """The forward of a patched module: a function of this package, with the module and the settings bound to it.
 
-    Not a bound method, since that cannot be pickled with the module that it belongs to.
+    A bound method would not do, because it cannot be pickled together with its module.
     """
 
     @property
     def __globals__(self) -> dict[str, Any]:
-        # torch.jit.script asks for these when it comes to compile a forward; whoever else does can go without.
+        # torch.jit.script reads this when it compiles a forward, so this is the place to report that it cannot.
         raise AttributeError(
             "torch.jit.script cannot compile a module that focalnet.patch has patched. Call focalnet.unpatch(model) "
-            "first, or use torch.jit.trace, torch.export or torch.compile, which can."
+            "first, or use torch.jit.trace, torch.export or torch.compile, which support patched modules."
         )
 
 
@@ -149,7 +153,7 @@ def _patch_block(name: str, module: nn.Module, backend: str | None, keep_modulat
     source: str = rebound.keywords["source"]
     reason: str | None
     if keep_modulator:
-        reason = "keep_modulator asks for what only the modulation can give"
+        reason = "keep_modulator needs the modulation to run by itself"
     else:
         reason = extension.missing() or _why_not_rebinding(module) or _why_not_block(module, source)
     if reason is None:

@@ -1,7 +1,7 @@
 """Whole blocks: in inference on a CPU a patched block is one operator; everywhere else its own forward runs.
 
-Blocks are known as modulations are (see `modulation`), by structure and by a trial. That of X-Decoder and SEEM has
-convolutions of its own, so only its modulation is patched.
+Blocks are recognised like modulations (see `modulation`): by structure, then by a trial. The block of X-Decoder and
+SEEM has additional convolutions, so only its modulation is patched.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def is_candidate(module: nn.Module) -> bool:
 
 
 def why_not(block: nn.Module, source: str) -> str | None:
-    """Why ``block`` has other parts than the operator knows of a block of ``source``, or None if it has those."""
+    """The first part of ``block`` that the operator does not expect of a block of ``source``, or None if all fit."""
     children = block._modules.keys()
     if unknown := sorted(children - _REQUIRED[source] | block._buffers.keys()):
         return f"it also has {', '.join(unknown)}"
@@ -60,7 +60,7 @@ def why_not(block: nn.Module, source: str) -> str | None:
 
 
 def fused(block: nn.Module, x: Tensor, source: str) -> Tensor:
-    """What the operator makes of x (B, H, W, C), whatever the block says of itself; for the trial."""
+    """The operator's result for x (B, H, W, C) on the CPU, for the trial. ValueError if it cannot run ``block``."""
     found = cpu_block.call(block, NAMES[source], x.dtype, "cpu")
     if isinstance(found, str):
         raise ValueError(found)
@@ -77,14 +77,14 @@ def forward_tokens(
 
 
 def forward_sized(block: nn.Module, x: Tensor, *, backend: str | None = None) -> Tensor:
-    """The forward of a patched block of the authors, which has been told H and W: (B, H * W, C) -> (B, H * W, C)."""
+    """The forward of a patched block of the authors, (B, H * W, C) -> (B, H * W, C), H and W from the block."""
     sized: Any = block
     result = _of_grid(block, x, (sized.H, sized.W), backend, "authors")
     return type(block).forward(block, x) if result is None else result
 
 
 def forward_map(block: nn.Module, x: Tensor, *, backend: str | None = None) -> Tensor:
-    """The forward of a patched block of timm, (B, C, H, W) -> (B, C, H, W), which lies channels-last in memory."""
+    """The forward of a patched block of timm, (B, C, H, W) -> (B, C, H, W), channels-last in memory."""
     run = cpu_block.runner(block, NAMES["timm"], x, _asked(block, backend)) if _is_map(x) else "x is no map"
     if isinstance(run, str):
         return type(block).forward(block, x)
@@ -94,7 +94,7 @@ def forward_map(block: nn.Module, x: Tensor, *, backend: str | None = None) -> T
 def _of_grid(
     block: nn.Module, tokens: Tensor, size: tuple[int | None, int | None], backend: str | None, source: str
 ) -> Tensor | None:
-    """What the operator makes of tokens (B, H * W, C); None where the block's own forward has to run."""
+    """The operator's result for tokens (B, H * W, C), or None if the block's own forward must run."""
     grid = _grid(tokens, size)
     if grid is None:
         return None
@@ -103,7 +103,7 @@ def _of_grid(
 
 
 def _asked(block: nn.Module, backend: str | None) -> str | None:
-    """The backend that the block was patched with, or else its modulation, which may have been patched by itself."""
+    """The backend that the block was patched with, else that of its modulation, which may have been patched alone."""
     bound = block._modules["modulation"].__dict__.get("forward")
     return backend or getattr(bound, "keywords", {}).get("backend")
 
@@ -116,7 +116,7 @@ FORWARD: dict[str, Callable[..., Tensor]] = {
 
 
 def own_forward(block: nn.Module, x: Tensor, source: str) -> Tensor:
-    """What the class of ``block`` makes of x (B, H, W, C)."""
+    """The result of the class's own forward for x (B, H, W, C), in the same layout."""
     height, width = x.shape[1:3]
     if source == "timm":
         return type(block).forward(block, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -132,7 +132,7 @@ def _is_map(x: Tensor) -> bool:
 
 
 def _grid(tokens: Tensor, size: tuple[int | None, int | None]) -> Tensor | None:
-    """Tokens (B, H * W, C) as a map (B, H, W, C); None where they do not fit, which the block itself reports."""
+    """Tokens (B, H * W, C) as a map (B, H, W, C), or None if they do not fit; the block's own forward reports that."""
     height, width = size
     if is_proxy(tokens) or tokens.ndim != 3 or height is None or width is None or tokens.shape[1] != height * width:
         return None

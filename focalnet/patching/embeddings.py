@@ -1,7 +1,8 @@
-"""Patch embeddings that pad their images: patched, they do so at every size in graphs that are exported.
+"""Patching of patch embeddings that pad their images, so that exported graphs pad correctly at every size.
 
-Their own forward asks whether a size is a multiple of the patch size, which leaves the answer for the example's size
-in the graph. Given a padded image it has nothing to ask: the two compute the same.
+Their own forward branches on whether the image size is a multiple of the patch size, and an exported graph records
+only the branch of the example's size. The patched forward pads first, without a branch on the size, and then calls
+the module's own forward. The results are equal.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ NAMES = {"transformers": "projection", "authors": "proj"}  # timm's do not pad
 
 
 def source_of(module: nn.Module) -> str | None:
-    """The code base whose name for the convolution ``module`` has."""
+    """The code base whose name for the convolution occurs in ``module``, or None."""
     return next((source for source, name in NAMES.items() if name in module._modules), None)
 
 
@@ -35,12 +36,12 @@ def pads(module: nn.Module) -> bool:
         x = torch.randn(2, conv.in_channels, 2 * size[0] + 1, 3 * size[1] + 1, generator=generator)
         try:
             return _are_equal(type(twin).forward(twin, x), forward(twin, x))
-        except Exception:  # what it takes is no image
+        except Exception:  # the module does not take an image
             return False
 
 
 def forward(module: nn.Module, pixel_values: Tensor) -> object:
-    """What the ``forward`` of patched embeddings is; images (B, C, H, W) -> what the module's own returns."""
+    """The ``forward`` of patched embeddings: pads images (B, C, H, W) and returns the result of the module's own."""
     patch_size: Any = module.patch_size
     padded = pad_to_multiple(pixel_values.permute(0, 2, 3, 1), patch_size).permute(0, 3, 1, 2)
     return type(module).forward(module, padded)
@@ -51,7 +52,7 @@ def _is_pair(size: object) -> bool:
 
 
 def _are_equal(actual: Any, expected: object) -> bool:
-    """A map, or tokens and the size of their grid."""
+    """Whether two outputs are equal: a map, or a tuple of tokens and the size of their grid."""
     if isinstance(expected, tuple):
         return all(_are_equal(a, e) for a, e in zip(actual, expected, strict=True))
     return torch.equal(actual, expected) if isinstance(expected, Tensor) else actual == expected

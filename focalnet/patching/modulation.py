@@ -1,8 +1,8 @@
 """The focal modulation of each published code base: whether a module is one, and the forward that replaces its own.
 
-A module is known by its structure, never by where it was imported from. Names and shapes decide whether it is a
-candidate; whether it computes focal modulation is then tried out (see `probe`), since there are modules with these
-very parts that do something else with them.
+A module is recognised by its structure, never by the package it was imported from. Names and shapes decide whether it
+is a candidate. A trial (see `probe`) then decides whether it computes focal modulation, because some modules have the
+same parts and compute something else.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from ..fusion.module_checks import is_exact_gelu, part
 from ..fusion.part_names import MODULATION
 from ..onednn import guarded
 
-# Nodes of their own in graphs of torch.fx, which cannot look into them.
+# torch.fx cannot trace through these functions, so each becomes one node of the graph.
 torch.fx.wrap("focal_modulation")
 torch.fx.wrap("gated_aggregation")
 
 
-KEPT = ("gates", "modulator")  # what the authors' modules leave behind for visualisation
+KEPT = ("gates", "modulator")  # attributes that the authors' modules set for visualisation
 
 
 def is_candidate(module: nn.Module) -> bool:
-    """Whether ``module`` may be a focal modulation at all: it has focal layers."""
+    """Whether ``module`` may be a focal modulation, that is, has ``focal_layers``."""
     return "focal_layers" in module._modules
 
 
 def source_of(module: nn.Module) -> str | None:
-    """The code base whose names ``module`` has."""
+    """The code base whose names for the parts occur in ``module``, or None."""
     children = module._modules.keys()
     for source, names in MODULATION.items():
         is_convolution = isinstance(module._modules.get(names.projection_in), nn.Conv2d)
@@ -43,10 +43,10 @@ def source_of(module: nn.Module) -> str | None:
 
 
 def why_not(module: nn.Module, source: str) -> str | None:
-    """Why ``module``, with the part names of ``source``, is no focal modulation by its parts, or None if it may be."""
+    """Why the parts of ``module``, named as in ``source``, are not those of a focal modulation; None if they are."""
     names = MODULATION[source]
     if unknown := sorted((module._modules.keys() - names.known) | module._parameters.keys() | module._buffers.keys()):
-        return f"it also has {', '.join(unknown)}, which is no part of a focal modulation"
+        return f"it also has {', '.join(unknown)}, which a focal modulation does not have"
     if (reason := _why_not_levels(part(module, "focal_layers"))) is not None:
         return reason
     context = module._modules[names.projection_context]
@@ -65,7 +65,7 @@ def _why_not_levels(focal_layers: nn.Module) -> str | None:
         name = f"focal_layers.{index}"
         if not isinstance(level, nn.Sequential) or len(level) != 2:
             return (
-                f"{name} is not a convolution and a GELU, but {type(level).__name__} of {len(list(level.children()))}"
+                f"{name} is not a convolution and a GELU but a {type(level).__name__} of {len(list(level.children()))}"
             )
         conv, activation = level
         if not isinstance(conv, nn.Conv2d) or conv.bias is not None or conv.groups != conv.in_channels:
@@ -78,7 +78,7 @@ def _why_not_levels(focal_layers: nn.Module) -> str | None:
                 f"{name}.0 has a kernel of {height} and a padding of {conv.padding}: it does not keep the map's size"
             )
         if conv.stride != (1, 1) or conv.dilation != (1, 1) or conv.padding_mode != "zeros":
-            return f"{name}.0 is {conv}, with a stride, dilation or padding mode of its own"
+            return f"{name}.0 is {conv}, with an unsupported stride, dilation or padding mode"
         if not is_exact_gelu(activation):
             return f"{name}.1 is {activation}, not the exact GELU"
     return None
@@ -87,10 +87,13 @@ def _why_not_levels(focal_layers: nn.Module) -> str | None:
 def forward(
     module: nn.Module, x: Tensor, *, source: str, backend: str | None = None, keep_modulator: bool = False
 ) -> Tensor:
-    """What the ``forward`` of a patched focal modulation is; shapes as in its own."""
+    """The ``forward`` of a patched focal modulation. Shapes are those of the module's own forward.
+
+    RuntimeError if a backend was requested by name and a part of the module was replaced, wrapped or hooked.
+    """
     names = MODULATION[source]
     context = part(module, names.projection_context)
-    # The operator takes weights and calls no module.
+    # The operator reads weights and calls no module, so replaced or hooked modules need their own forward.
     changed = unusual_context(module, names.projection_context, names.activation)
     if changed is not None:
         return _own_forward(module, x, backend, changed)
@@ -129,7 +132,7 @@ def _own_forward(module: nn.Module, x: Tensor, backend: str | None, changed: str
     if requested(backend) not in (None, "reference"):
         raise RuntimeError(
             f"backend {requested(backend)!r} cannot run this {type(module).__name__}: {changed} was replaced, wrapped "
-            f"or hooked, so the module's own forward runs. Leave the backend out, or undo the change."
+            f"or hooked, so the module's own forward must run. Omit the backend or undo the change."
         )
     with guarded(x, widest_kernel(part(module, "focal_layers"))):
         return type(module).forward(module, x)

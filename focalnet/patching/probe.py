@@ -1,9 +1,9 @@
-"""Trying out whether a module computes what its parts suggest, without touching it.
+"""A trial of whether a module computes focal modulation. The module itself is not touched.
 
-A twin shares the module's class and settings, and has random weights and no hooks. Its own forward and the one that is
-to replace it must agree on one small random input. This tells focal modulation from modules with the same parts that
-put a sigmoid on the gates, mask the map or mix the images of a batch, and it works on weights that are on the meta
-device, quantised or sharded.
+The trial runs on a twin, a copy with the module's class and settings, random weights and no hooks. Its own forward and
+the new one must agree on one small random input. This rejects modules with the same parts that, for example, apply a
+sigmoid to the gates, mask the map or mix the images of a batch. The twin makes it work for modules with weights on the
+meta device, quantised weights and sharded weights.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 TOLERANCE = 1e-4  # relative to the largest output; float32 rounding of one block stays below 1e-5
-SIZE = (2, 5, 6)  # more than one image, more rows than one, and not as many as columns
+SIZE = (2, 5, 6)  # B, H, W: several images, and H differs from W, so that a swap of axes shows
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def twin_of(module: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A copy in evaluation mode with random float32 weights on the CPU; nothing of ``module`` is written to."""
-    # Not copy.copy, which parametrised modules refuse.
+    """A copy in evaluation mode with random float32 weights on the CPU. ``module`` is not modified."""
+    # Parametrised modules raise on copy.copy.
     twin = type(module).__new__(type(module))
     twin.__dict__.update(module.__dict__)
-    twin.__dict__.pop("forward", None)  # it would be that of ``module``
+    twin.__dict__.pop("forward", None)  # a rebound forward is bound to ``module``
     for name in _HOOKS:
         twin.__dict__[name] = OrderedDict()
     twin.__dict__["training"] = False
@@ -37,7 +37,7 @@ def twin_of(module: nn.Module, generator: torch.Generator) -> nn.Module:
 
 
 def _random_like(parameter: Tensor, generator: torch.Generator) -> nn.Parameter:
-    """Of the size that keeps what flows through at about one."""
+    """Random values scaled so that activations stay near a magnitude of one."""
     fan_in = parameter[0].numel() if parameter.ndim > 1 else 1
     values = torch.randn(parameter.shape, generator=generator, device="cpu") * fan_in**-0.5
     return nn.Parameter(values, requires_grad=False)
@@ -46,7 +46,10 @@ def _random_like(parameter: Tensor, generator: torch.Generator) -> nn.Parameter:
 def difference(
     module: nn.Module, own: Callable[[nn.Module, Tensor], Tensor], new: Callable[[nn.Module, Tensor], Tensor]
 ) -> str | None:
-    """Where ``new(twin, x)`` differs from ``own(twin, x)`` on a random x (B, H, W, C), or None if they agree."""
+    """How ``new(twin, x)`` differs from ``own(twin, x)`` on a random x (B, H, W, C), or None if they agree.
+
+    They agree if the largest difference is at most `TOLERANCE` times the largest output.
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.device("cpu"), torch.no_grad(), torch.autocast("cpu", enabled=False):
         twin = twin_of(module, generator)

@@ -1,4 +1,4 @@
-"""What `focalnet.patch` did, module by module."""
+"""The report of `focalnet.patch`: one entry for each module, printed as a table."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Entry:
-    """One module that is, or may have been, a focal modulation, a block around one, or patch embeddings that pad.
+    """One candidate for patching: a focal modulation, a block around one, or patch embeddings that pad.
 
-    ``name`` is its name in the model, ``kind`` "modulation", "block" or "patch embeddings", ``source`` the code base
-    whose structure it has (None if unknown), ``reason`` why it was left alone (None if it was replaced).
+    Attributes:
+        name: the module's name in the model.
+        kind: "modulation", "block" or "patch embeddings".
+        source: the code base whose structure the module has; None if unknown.
+        reason: why the module was left alone; None if it was replaced.
     """
 
     name: str
@@ -25,13 +28,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class PatchReport:
-    """Entries in the order of ``model.named_modules()``; ``print(report)`` shows them as a table."""
+    """All entries, in the order of ``model.named_modules()``. ``print(report)`` shows them as a table."""
 
     entries: tuple[Entry, ...]
 
     @property
     def replaced(self) -> tuple[str, ...]:
-        """Names of the modules whose forward is focalnet's now."""
+        """Names of the modules that were replaced."""
         return tuple(entry.name for entry in self.entries if entry.reason is None)
 
     @property

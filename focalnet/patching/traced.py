@@ -1,4 +1,4 @@
-"""What torch.fx has traced: a graph holds the operations of modules, and never calls the modules it went into."""
+"""Finds modules inside torch.fx graphs. A graph holds a traced module's operations and never calls the module."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import torch.fx
 from torch import nn
 
 REASON = (
-    "its operations were traced into a torch.fx graph (a feature extractor, an exported program), which does not call "
-    "it any more; patch the model before it is traced"
+    "its operations were traced into a torch.fx graph (a feature extractor, an exported program), which no longer "
+    "calls the module; patch the model before tracing it"
 )
 
 
 def traced_parts(model: nn.Module) -> set[str]:
-    """The names of the modules in ``model`` that a graph has taken the place of."""
+    """Names of the modules in ``model`` that were traced into a graph and are never called."""
     names: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, torch.fx.GraphModule):

@@ -1,6 +1,6 @@
 """Training: pre-training on masked images and fine-tuning of classifiers, on transformers' Trainer.
 
-``focalnet.training.finetune`` and ``focalnet.training.pretrain`` are what the commands of these names call. Needs the
+The commands finetune and pretrain call ``focalnet.training.finetune`` and ``focalnet.training.pretrain``. It needs the
 extra ``train``: datasets, accelerate, kornia, matplotlib, scikit-learn, scikit-image.
 """
 

@@ -1,4 +1,4 @@
-"""A run's settings as the Trainer's arguments."""
+"""Converts a run's settings to the Trainer's arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The average of the weights over training (EMA), and how it takes the model's place for a while."""
+"""The exponential moving average of the weights (EMA), which can replace the model's weights for an evaluation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Average(TrainerCallback):
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The model has the averaged weights inside, and its own again after."""
+        """A context in which the model has the averaged weights. Afterwards it has its own again."""
         own = [parameter.detach().clone() for parameter in self.model.parameters()]
         _copy(self.average.module.parameters(), self.model)
         try:
@@ -46,7 +46,7 @@ class Average(TrainerCallback):
         save_file({**tensors, _COUNT: self.average.n_averaged.view(1)}, folder / FILE)
 
     def load(self, folder: Path) -> None:
-        """Raises ValueError where there is no average in ``folder``."""
+        """Load the average from ``folder``. ValueError if the folder has none."""
         if not (folder / FILE).is_file():
             raise ValueError(f"{folder}: no {FILE} in it; the run that wrote it had ema=0")
         tensors = load_file(folder / FILE)

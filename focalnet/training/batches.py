@@ -1,4 +1,4 @@
-"""Batches for each task, as the Trainer's collators: they run where the data loader's workers do."""
+"""The Trainer's collators for each task. They run in the data loader's workers."""
 
 from __future__ import annotations
 

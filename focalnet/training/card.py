@@ -1,4 +1,4 @@
-"""The card of a trained model: what it was trained on, how, and what came of it."""
+"""Writes the card of a trained model: its data, settings and results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which images of a source can be read: each is decoded once before training starts."""
+"""Finds unreadable images of a source: every image is decoded once before training starts."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .sources import ImageReader, Source
 
 @dataclass(frozen=True)
 class Unreadable:
-    """An image that cannot be read, and why."""
+    """An image that cannot be read, and the reason."""
 
     path: str
     error: str
 
 
 def image_of(row: dict[str, object], reader: ImageReader) -> Image.Image:
-    """The RGB image in a cell of a table: ``{"bytes", "path"}``. Raises what the reader does."""
+    """The RGB image in a cell of a table, ``{"bytes", "path"}``. Exceptions are those of the reader."""
     name = Path(str(row["path"] or "an image without a name"))
     if row["bytes"] is not None:
         return reader.read(io.BytesIO(row["bytes"]), name.name)
@@ -33,12 +33,12 @@ def image_of(row: dict[str, object], reader: ImageReader) -> Image.Image:
 def without_unreadable(
     source: Source, reader: ImageReader, strict: bool, report: Callable[[int, int], None] = lambda done, of: None
 ) -> tuple[Source, list[Unreadable]]:
-    """The source without images that cannot be read, and these.
+    """The source without unreadable images, and a list of those.
 
-    ``report`` is told how many are done and of how many.
+    ``report`` is called with the number of images checked so far and the total.
 
     Raises:
-        ValueError: there are such images and ``strict``, or there is nothing else.
+        ValueError: an image is unreadable and ``strict`` is set, or all images are unreadable.
     """
     tables = {name: getattr(source, name) for name in ("train", "held_out")}
     total = sum(len(table) for table in tables.values() if table is not None)
@@ -72,7 +72,7 @@ def _cells(table: datasets.Dataset) -> Iterator[dict[str, object]]:
 def _error(cell: dict[str, object], reader: ImageReader) -> Unreadable | None:
     try:
         image_of(cell, reader)
-    # Decoders raise whatever a damaged file leads them to.
+    # Decoders raise many kinds of exceptions on damaged files.
     except Exception as error:
         return Unreadable(str(cell["path"]), reader.explain(error))
     return None

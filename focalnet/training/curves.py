@@ -1,4 +1,4 @@
-"""A plot of a run: loss, learning rate and accuracy against epochs."""
+"""Plots loss, learning rate and accuracy of a run against epochs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def plot_curves(history: list[dict[str, float]], path: Path, title: str) -> None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # Without pyplot: it would choose a backend for the process, and keep figures.
+    # pyplot would choose a backend for the whole process and keep figures alive.
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     has_accuracy = any("eval_accuracy" in entry for entry in history)

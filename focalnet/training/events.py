@@ -1,4 +1,4 @@
-"""What happens in a run, for whoever shows it; and how a run ends when its time is up."""
+"""The events of a run, for its display, and the callback that ends a run at its time limit."""
 
 from __future__ import annotations
 
@@ -22,29 +22,31 @@ class Epoch:
 
 
 class Events:
-    """Does nothing; the command line's prints. Called in the first process alone."""
+    """Receives the events of a run. This class ignores them; the command line's prints them. Only the first process
+    calls it.
+    """
 
     def note(self, message: str) -> None:
-        """Something that a user may want to know."""
+        """Information for the user."""
 
     def skipped(self, path: str, reason: str) -> None:
         """An image was left out."""
 
     def checked(self, done: int, total: int) -> None:
-        """So many images of ``total`` were decoded."""
+        """``done`` images of ``total`` were decoded."""
 
     def started(self, facts: dict[str, object]) -> None:
-        """Everything is ready; the first step comes next."""
+        """Everything is ready, and the first step follows."""
 
     def step(self, done: int, total: int) -> None:
-        """A step of ``total`` was made."""
+        """``done`` steps of ``total`` were made."""
 
     def epoch(self, epoch: Epoch) -> None:
         """An epoch ended, and the held-out images were evaluated."""
 
 
 class Telling(TrainerCallback):
-    """Tells ``events`` of steps and epochs."""
+    """Reports steps and epochs to ``events``."""
 
     def __init__(self, events: Events, has_held_out: bool) -> None:
         self.events, self.has_held_out = events, has_held_out
@@ -88,7 +90,7 @@ class Telling(TrainerCallback):
 
 
 class TimeLimit(TrainerCallback):
-    """Ends training after ``minutes``, with an evaluation and a checkpoint to go on from."""
+    """Ends training after ``minutes``, with an evaluation and a checkpoint for --resume."""
 
     def __init__(self, minutes: float) -> None:
         self.seconds = 60 * minutes

@@ -14,7 +14,7 @@ def random_masks(seeds: list[int], image_size: tuple[int, int], stride: int, set
     """(B, h * w), true where a patch of the stem's grid is masked; ``stride`` pixels lie between its patches.
 
     Raises:
-        ValueError: squares of mask_patch_size hold no whole number of patches.
+        ValueError: mask_patch_size is not a multiple of ``stride``.
     """
     if settings.mask_patch_size % stride:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The model that a run starts from: a variant from scratch, or a checkpoint of any format with the head that fits."""
+"""Makes the model that a run starts from: a new variant, or a checkpoint of any format with a suitable head."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Start:
         return FocalNetConfig(**given) if self.model is None else FocalNetConfig.from_variant(self.model, **given)
 
     def load(self) -> FocalNetPreTrainedModel:
-        """Raises as `load_checkpoint`, and ValueError for models that are not of colour images."""
+        """Load the checkpoint. Errors are those of `load_checkpoint`, and ValueError without three input channels."""
         loaded = load_checkpoint(self.model, variant=self.variant, use_ema=self.use_ema, **(self.config or {}))
         if loaded.config.num_channels != 3:
             raise ValueError(
@@ -94,7 +94,7 @@ def masked_model(start: Start, settings: Settings) -> FocalNetForMaskedImageMode
 
 
 def recompute_blocks(model: FocalNetPreTrainedModel) -> None:
-    """Keep only what lies between blocks for backward (gradient checkpointing), whatever transformers calls it."""
+    """Turn on gradient checkpointing of blocks, in every supported version of transformers."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 

@@ -1,4 +1,4 @@
-"""Groups of parameters: which decay, and how fast each learns."""
+"""Groups of parameters with their weight decay and learning rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run will take, before it starts: steps, learning rates, memory and hours, from one step measured here."""
+"""Estimates a run before it starts: steps, learning rates, memory and hours, from one measured step."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Plan:
 
 
 def plan(run: Run, task: str, images: int | None, source: str = "") -> Plan:
-    """The plan of ``run``; with ``images`` its data need not be there.
+    """The plan of ``run``. With ``images``, the number of training images, its data need not exist.
 
     Raises:
         ValueError: the data, the model or the settings do not fit.

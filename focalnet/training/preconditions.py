@@ -1,4 +1,4 @@
-"""What must hold before a run starts, and where it starts from."""
+"""Checks the preconditions of a run, and finds the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from .runs import Run
 
 RUN_FILE = "run.json"
-# What a resumed run may have otherwise without another result.
+# Settings that a resumed run may change without changing the result.
 _FREE_ON_RESUMING = ("max_minutes", "workers", "save_steps")
 
 
 def refuse_taken_output(run: Run) -> None:
-    """Raises ValueError where the output folder holds something and the run does not resume it."""
+    """Raise ValueError if the output folder is not empty and the run does not resume it."""
     if run.resume or not run.output.exists():
         return
     if not run.output.is_dir() or any(run.output.iterdir()):
@@ -34,7 +34,7 @@ def refuse_taken_output(run: Run) -> None:
 
 
 def check_batch(run: Run, arguments: TrainingArguments, images: int) -> None:
-    """Raises ValueError where no step can be made of the images, or the device has no bfloat16."""
+    """Raise ValueError if there are too few images for a step, or the device does not support bfloat16."""
     s = run.settings
     together = s.batch_size * arguments.world_size
     if together > images:
@@ -47,7 +47,7 @@ def check_batch(run: Run, arguments: TrainingArguments, images: int) -> None:
 
 
 def check_space(run: Run, parameters: int) -> None:
-    """Raises ValueError where the checkpoints of so many parameters do not fit on the disk."""
+    """Raise ValueError if checkpoints with this number of parameters do not fit on the disk."""
     if reason := why_no_space(run.output, bytes_on_disk(parameters, run.settings.ema > 0)):
         raise ValueError(f"output {run.output}: {reason}; free some space, or choose another disk")
 

@@ -1,4 +1,4 @@
-"""Recipes: a model and settings by name, each a small YAML file that says where its numbers come from."""
+"""Recipes: named sets of a model and settings. Each is a small YAML file that gives the source of its numbers."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def recipe_names(task: str | None = None) -> list[str]:
 
 
 def load_recipe(name_or_path: str) -> Recipe:
-    """The recipe of that name, or in that file.
+    """Load a recipe by name or from a .yaml file.
 
     Raises:
-        ValueError: there is none, or it holds something that no recipe has; the message lists what there is.
+        ValueError: there is no such recipe, or it has an invalid entry; the message lists the valid ones.
     """
     path = Path(name_or_path).expanduser()
     if _is_yaml(path.name):

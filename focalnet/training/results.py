@@ -1,4 +1,4 @@
-"""What came of a run: its summary, and the files that others load."""
+"""The results of a run: its summary, and the files of the trained model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def is_evaluated(trainer: FocalNetTrainer) -> bool:
-    """Whether the weights as they are were evaluated on the held-out images."""
+    """Whether the current weights have been evaluated on the held-out images."""
     last = trainer.state.global_step
     return any("eval_loss" in entry and entry["step"] == last for entry in trainer.state.log_history)
 
@@ -60,7 +60,7 @@ def summarise(
     seconds: dict[str, float],
     out_of_time: bool,
 ) -> dict[str, Any]:
-    """What summary.json holds: ``started`` and what became of it."""
+    """The content of summary.json: the facts in ``started`` and the results."""
     history = trainer.state.log_history
     last = next((entry for entry in reversed(history) if "eval_loss" in entry), {})
     losses = [entry["loss"] for entry in history if "loss" in entry]
@@ -101,7 +101,7 @@ def write_results(
     processor: BaseImageProcessor,
     summary: dict[str, Any],
 ) -> None:
-    """The model, its processor and card, the curves and the summary, into the output folder."""
+    """Write the model, its processor and card, the curves and the summary to the output folder."""
     aside = run.output / STAGING
     shutil.rmtree(aside, ignore_errors=True)
     model = trainer.accelerator.unwrap_model(trainer.model)

@@ -1,4 +1,4 @@
-"""A run from its data to its files: checks first, then training, then what others load."""
+"""A run from its data to its files: first the checks, then training, then the files of the trained model."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ def finetune(run: Run, events: Events | None = None) -> dict[str, Any]:
     """Train a classifier of the data's labels. Returns the summary that is written to summary.json.
 
     Raises:
-        ValueError: the data, the model or the settings do not fit, or the output is taken; before training starts.
+        ValueError: the data, the model or the settings do not fit, or the output folder is in use. It is raised before
+            training starts.
     """
     events = events or Events()
     source, skipped = _source(run, events, labelled=True)
@@ -80,7 +81,7 @@ def finetune(run: Run, events: Events | None = None) -> dict[str, Any]:
 def pretrain(run: Run, events: Events | None = None) -> dict[str, Any]:
     """Train a model to reconstruct masked patches, without labels. Returns and raises as `finetune`.
 
-    The summary has ``mean_colour_loss`` too: the loss of who predicts the mean colour of the held-out images.
+    The summary also has ``mean_colour_loss``, the loss of a prediction of the mean colour for all held-out images.
     """
     events = events or Events()
     source, skipped = _source(run, events, labelled=False)

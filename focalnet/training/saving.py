@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written aside, listed, made durable, and only then given their name."""
+"""Writes checkpoints atomically: into a temporary folder, with a list of files, flushed to disk, and then renamed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def why_not_whole(folder: Path) -> str | None:
-    """Why a checkpoint is not complete, by the sizes that were listed when it was; None if it is."""
+    """Why a checkpoint is not complete, by the file sizes listed when it was written; None if it is complete."""
     try:
         sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -29,13 +29,13 @@ def why_not_whole(folder: Path) -> str | None:
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The whole checkpoints in ``root``, the latest last."""
+    """The complete checkpoints in ``root``, the latest last."""
     found = [(int(match[1]), path) for path in root.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found) if why_not_whole(path) is None]
 
 
 def publish(folder: Path, destination: Path) -> None:
-    """Make ``folder``, whose files are all written, durable, and call it ``destination``: whole, or not at all."""
+    """Flush ``folder``, whose files are all written, to disk and rename it to ``destination`` atomically."""
     sizes = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -51,7 +51,7 @@ def publish(folder: Path, destination: Path) -> None:
 
 
 def move_files(folder: Path, destination: Path) -> None:
-    """Put the files of ``folder`` into ``destination`` one by one, each whole at any moment."""
+    """Move the files of ``folder`` to ``destination`` one by one. Each file is replaced atomically."""
     destination.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.iterdir()):
         _flush(path)
@@ -61,7 +61,7 @@ def move_files(folder: Path, destination: Path) -> None:
 
 
 def keep_latest(root: Path, count: int) -> None:
-    """Remove all but the ``count`` latest whole checkpoints, and what is not whole."""
+    """Remove all but the ``count`` latest complete checkpoints, and all incomplete ones."""
     kept = checkpoints(root)[-count:]
     for path in root.glob("checkpoint-*"):
         if path not in kept:
@@ -69,7 +69,7 @@ def keep_latest(root: Path, count: int) -> None:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write ``content`` so that the file is whole at any moment."""
+    """Write ``content`` as JSON. The file is replaced atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(path.name + STAGING)
     aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -78,7 +78,7 @@ def write_json(path: Path, content: object) -> None:
 
 
 def why_no_space(folder: Path, needed: int) -> str | None:
-    """Why ``needed`` bytes do not fit where ``folder`` is to be; None if they do."""
+    """Why ``needed`` bytes do not fit on the disk of ``folder``, or None if they do."""
     there = next(parent for parent in (folder.resolve(), *folder.resolve().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if free >= needed:

@@ -1,4 +1,4 @@
-"""What a training run is told: one flat list of settings, each checked by name."""
+"""The settings of a training run: one flat list, each checked by name."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Settings:
     save_steps: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError naming the setting, what came and what was expected."""
+        """Raise ValueError if a setting is invalid; the message names it, its value and the expected values."""
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, list):
@@ -88,7 +88,7 @@ class Settings:
                 raise ValueError(f"{field.name}: expected {expectation}, got {value!r}")
 
     def but(self, **changes: Any) -> Settings:
-        """These settings with others in the place of some; None keeps what is there.
+        """A copy with some settings replaced; None keeps the current value.
 
         Raises:
             ValueError: there is no such setting, or it is out of range.

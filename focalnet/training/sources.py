@@ -1,4 +1,4 @@
-"""From the name of some data to two tables: what is trained on, and what is held out."""
+"""Loads data by name as two tables: the training images and the held-out images."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""transformers' Trainer with what training a FocalNet adds: groups of parameters, mixed labels, averaged weights, and
-checkpoints that are whole or not there."""
+"""transformers' Trainer with additions for FocalNet: groups of parameters, mixed labels, averaged weights, and
+checkpoints that are written atomically."""
 
 from __future__ import annotations
 
@@ -134,12 +134,12 @@ def mixed_loss(logits: Tensor, inputs: dict[str, Tensor], label_smoothing: float
 
 
 def most_probable(outputs: object, labels: Tensor) -> Tensor:
-    """The indices of the five largest logits, (B, 5) or fewer: what accuracy needs of 21,842 values."""
+    """The indices of the five largest logits, (B, 5) or fewer. Accuracy needs no more of up to 21,842 values."""
     logits = outputs[0] if isinstance(outputs, tuple) else outputs
     return logits.topk(min(5, logits.shape[-1])).indices
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Top-1 and top-5 accuracy of what `most_probable` left."""
+    """Top-1 and top-5 accuracy from the result of `most_probable`."""
     hits = prediction.predictions == np.asarray(prediction.label_ids)[:, None]
     return {"accuracy": float(hits[:, 0].mean()), "top5": float(hits.any(-1).mean())}

@@ -1,7 +1,7 @@
-"""What a model sees of an image in training: a random part of it, which depends on the seed, the epoch and the image.
+"""The views of images that a model gets in training: random crops that depend on the seed, the epoch and the image.
 
-Not on the process that makes it, nor on what was drawn before. So a run that is resumed, or spread over more
-processes, sees what the uninterrupted one sees.
+They do not depend on the process that makes them or on earlier random numbers. A run that is resumed, or spread over
+several processes, therefore gets the same views as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _Images:
 
 
 def _labels(table: datasets.Dataset, places: list[int] | None) -> list[int] | None:
-    """Those of the table, or their places among a head's outputs."""
+    """The labels of the table, or their places among a head's outputs."""
     if places is None or "label" not in table.column_names:
         return None
     return [places[label] for label in table["label"]]
@@ -91,7 +91,7 @@ class TrainingViews(Dataset):
 
 
 class EvaluationViews(Dataset):
-    """What the saved processor makes of images: ``{"pixel_values": float32 (3, H, W)}``, and the label if any."""
+    """Images processed by the saved processor: ``{"pixel_values": float32 (3, H, W)}``, and the label if any."""
 
     def __init__(
         self,
@@ -118,7 +118,8 @@ class EvaluationViews(Dataset):
 def random_view(image: Image.Image, settings: Settings, rng: random.Random) -> Tensor:
     """A random crop of ``image`` (Szegedy et al., arXiv:1409.4842), resized, perhaps mirrored: uint8 (3, size, size).
 
-    Ours, by Pillow: kornia crops batches of one size, and files have any. Cutting out and resizing is one pass here.
+    It uses Pillow, because kornia crops batches of one size and files have any size. Pillow crops and resizes in one
+    pass.
     """
     size = settings.image_size
     image = image.resize((size, size), Image.Resampling.BILINEAR, box=_box(*image.size, settings.crop_scale, rng))

@@ -87,7 +87,7 @@ def test_without_nvcc(sources, tmp_path):
 
 def test_cuda_home_without_nvcc(sources, tmp_path):
     output = refusal(sources, CUDA_HOME=str(tmp_path))
-    assert f"CUDA_HOME is {str(tmp_path)!r}, which has no bin/nvcc; let it name a CUDA toolkit" in output
+    assert f"CUDA_HOME is {str(tmp_path)!r}, which has no bin/nvcc; set it to a CUDA toolkit" in output
 
 
 def test_toolkit_that_is_too_old(sources, toolkit):

@@ -372,7 +372,7 @@ def with_a_drop_path_of_its_own(block):
     [
         (hooked, "norm2 is LayerNorm, or was wrapped or hooked"),
         (with_a_norm_of_its_own, "norm2 is Sequential, or was wrapped or hooked"),
-        (with_a_scale_for_every_position, "a layer scale has not one value for each channel"),
+        (with_a_scale_for_every_position, "a layer scale does not have one value for each channel"),
         (with_a_drop_path_of_its_own, "drop_path is Sequential, or was wrapped or hooked"),
     ],
 )
