@@ -113,8 +113,7 @@ bool has_keywords(PyObject* forward, PyObject* recorded) {
 
 Structure::Structure(py::handle module) { record_module(Py_None, module.ptr()); }
 
-// ---- recording
-// -------------------------------------------------------------------------------------------------------
+// ---- recording -------------------------------------------------------------------------------------------
 
 void Structure::record(Kind kind, PyObject* name, PyObject* value, Py_ssize_t size) {
     entries_.push_back(
@@ -179,8 +178,7 @@ void Structure::record_parameter(PyObject* name, PyObject* tensor) {
     }
 }
 
-// ---- cache lines
-// -----------------------------------------------------------------------------------------------------
+// ---- cache lines -----------------------------------------------------------------------------------------
 
 void Structure::note(const void* address, size_t bytes) {
     const auto* first = static_cast<const char*>(address);
@@ -204,8 +202,7 @@ void Structure::note_dictionary(PyObject* dictionary) {
     }
 }
 
-// ---- comparing
-// -------------------------------------------------------------------------------------------------------
+// ---- comparing -------------------------------------------------------------------------------------------
 
 py::object Structure::parameters_of(py::handle module) const {
     if (!is_complete_) {
