@@ -23,7 +23,7 @@ struct Names {
                                               interned("_backward_hooks"), interned("_backward_pre_hooks"),
                                               interned("_buffers")};
     // Attributes of a tensor that decide whether a kernel can read it.
-    std::array<PyObject*, 3> facts = {interned("dtype"), interned("layout"), interned("is_cpu")};
+    std::array<PyObject*, 3> facts = {interned("dtype"), interned("layout"), interned("device")};
 };
 
 const Names& names() {
@@ -283,7 +283,9 @@ bool Structure::matches_parameter(Cursor& next, PyObject* name, PyObject* tensor
     if (tensor != Py_None) {
         for (size_t i = 0; i < names().facts.size(); ++i) {
             const Entry& fact = *next++;
-            if (attribute_of(tensor, fact.name.ptr()).ptr() != fact.value.ptr()) {
+            const py::object now = attribute_of(tensor, fact.name.ptr());
+            // Each access makes another torch.device; dtypes and layouts are the same objects.
+            if (!now || PyObject_RichCompareBool(now.ptr(), fact.value.ptr(), Py_EQ) != 1) {
                 return false;
             }
         }

@@ -9,8 +9,8 @@ namespace focalnet {
 
 // A record of everything that determines the effect of calling a module: the classes of the module and of all modules
 // in it, their names and order, their plain attributes (flags, numbers, strings), whether they have hooks, and the
-// class, dtype and layout of every parameter and whether it is on the CPU. For other attributes only the class is
-// recorded, and for a forward that is a functools.partial also its keywords.
+// class, dtype, layout and device of every parameter. For other attributes only the class is recorded, and for a
+// forward that is a functools.partial also its keywords.
 //
 // A function of these facts alone keeps its result as long as `parameters_of` finds no difference. The record does not
 // keep modules or tensors alive.

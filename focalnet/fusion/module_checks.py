@@ -22,14 +22,7 @@ def part(module: nn.Module, name: str) -> nn.Module:
 def is_changed(module: nn.Module) -> bool:
     """Whether ``module`` has hooks or a forward bound to the instance."""
     # This runs for every part of a block, so it reads the dictionary and avoids nn.Module's attribute protocol.
-    own = module.__dict__
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-    )
+    return "forward" in module.__dict__ or is_hooked(module)
 
 
 def is_hooked(module: nn.Module) -> bool:
