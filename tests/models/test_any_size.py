@@ -1,5 +1,7 @@
 """What is exported or traced at one size is right at every other, also where images are padded to whole patches."""
 
+import os
+
 import onnxruntime
 import openvino
 import pytest
@@ -47,6 +49,11 @@ def ours(name, **fields):
     return lambda: build(focalnet, name, TINY | fields)
 
 
+needs_openvino = pytest.mark.skipif(
+    "ONEDNN_MAX_CPU_ISA" in os.environ,
+    reason="OpenVINO breaks under ONEDNN_MAX_CPU_ISA, which its own oneDNN reads: unpatched transformers models"
+    ' fail too ("Convolution node ... is not initialized", wrong values, segmentation faults)',
+)
 MODELS = {
     "classifier": ours("FocalNetForImageClassification"),
     "classifier, overlapping": ours("FocalNetForImageClassification", **OVERLAPPING),
@@ -130,11 +137,13 @@ def test_onnx_by_the_older_exporter(make, tmp_path):
 
 
 @KIND
+@needs_openvino
 def test_openvino_converts_a_model_directly(make):
     model = Tensors(make()).eval()
     assert_right_at_every_size(in_openvino(openvino.convert_model(model, example_input=images(*EXAMPLE))), model)
 
 
+@needs_openvino
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
 def test_a_program_exported_on_the_reference_backend_has_plain_operators_which_openvino_converts(strict):
     modulation = focalnet.FocalModulation(3).eval()
