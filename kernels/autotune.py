@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import triton
 
-from .config import LevelConfig, level_candidates
+from .launch_table import LevelConfig, level_candidates
 from .plan import Case
 
 _ENVIRONMENT_VARIABLE = "FOCALNET_AUTOTUNE"

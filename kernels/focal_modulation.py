@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from . import gated_aggregation, level_launch
-from .config import BACKWARD, LevelConfig, level_config, product_config
 from .gated_aggregation_bwd import Backward
+from .launch_table import BACKWARD, LevelConfig, level_config, product_config
 from .modulator import dagg_launch, dweight_launch, groups_of, modulator_bwd_launch, modulator_launch, splits_of
 from .plan import Buffer, Case, Device, Launch, Plan, chunks, largest_chunk, with_scratch
 from .sums import sum_partials_launch

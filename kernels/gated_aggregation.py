@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from . import schedule
-from .config import LevelConfig, level_config
+from .launch_table import LevelConfig, level_config
 from .level_launch import (
     aligned_pitches,
     alignments,

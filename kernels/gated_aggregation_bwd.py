@@ -23,9 +23,9 @@ import triton
 import triton.language as tl
 
 from . import schedule
-from .config import LevelConfig, level_config
 from .focal_weights import sum_focal_weights_launches
 from .gated_aggregation import forward_launches
+from .launch_table import LevelConfig, level_config
 from .level_launch import (
     aligned_pitches,
     alignments,

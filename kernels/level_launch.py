@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from .config import LevelConfig
+from .launch_table import LevelConfig
 from .plan import Case, Device
 
 

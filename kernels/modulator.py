@@ -9,10 +9,10 @@
     dW    = dm^T @ agg                        a tile of dW and a range of rows a program, float32 partial sums
 
 Bytes: q, out, dout and dq once. agg, dm and dagg belong to a chunk of images and are still in L2 when the product that
-reads them runs, once a slab. W once a group: few groups save bytes, many fill the device, and config.py says how many
-there are. The compiler sees the walk over tiles and steps of BLOCK_K as one loop (``flatten``), so the first loads of
-a tile are in flight while the tile before it is finished. That loop stands in each kernel: no device function can hold
-a loop whose body differs.
+reads them runs, once a slab. W once a group: few groups save bytes, many fill the device; launch_table.py chooses. The
+compiler sees the walk over tiles and steps of BLOCK_K as one loop (``flatten``), so the first loads of a tile are in
+flight while the tile before it is finished. That loop stands in each kernel: no device function can hold a loop whose
+body differs.
 
 Sums over rows are float32 partials with one writer each, which a second kernel adds up in a fixed order. The kernels'
 parameters: tensors read, tensors written, numbers, then constants (C, what is asked for, precision, the tile).
@@ -25,7 +25,7 @@ import math
 import triton
 import triton.language as tl
 
-from .config import BACKWARD, FORWARD, ProductConfig, product_config, weight_product_config
+from .launch_table import BACKWARD, FORWARD, ProductConfig, product_config, weight_product_config
 from .level_launch import alignment
 from .plan import Case, Device, Launch
 from .tiles import INTERPRETED, rounded

@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .config import LevelConfig
+from .launch_table import LevelConfig
 
 INTERPRETED = triton.knobs.runtime.interpret
 _TRITON_TYPES = {

@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import row_config
+from .launch_table import row_config
 from .plan import Buffer, Device, Launch, Plan
 from .sums import sum_partials_launch
 

@@ -24,7 +24,7 @@ from unittest.mock import patch
 import torch
 import typer
 from focalnet.kernels import focal_modulation, gated_aggregation, gated_aggregation_bwd
-from focalnet.kernels.config import level_config
+from focalnet.kernels.launch_table import level_config
 from focalnet.kernels.plan import H100, Case, Device, Launch, Plan
 from rich.console import Console
 from rich.table import Table

@@ -2,7 +2,7 @@
 
     python bench/static/compile_report.py [--arch 90] [--minutes 15]
 
-Takes what configurations.py lists, two at a time, kernels with few taps first (``--kernel`` names some). A row of the
+Takes what all_launches.py lists, two at a time, kernels with few taps first (``--kernel`` names some). A row of the
 same source stays, and so does one of another source that lowers to the same Triton IR (lowered.py) under the same
 Triton: the report can be made in several sittings, and cutting or naming a kernel anew costs seconds a row. A row of
 nothing that is listed goes. Rows go to bench/results/without-gpu/compiled.json.
@@ -24,9 +24,9 @@ import torch
 import triton
 import triton.language as tl
 import typer
+from all_launches import DEVICES, DTYPES, arguments_of, launches
 from barriers import moved
 from compiled import Resources, compile_launch, resources
-from configurations import DEVICES, DTYPES, arguments_of, launches
 from focalnet.kernels.plan import Launch
 from lowered import digest
 from rich.console import Console

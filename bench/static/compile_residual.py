@@ -3,7 +3,7 @@
     python bench/static/compile_residual.py [--arch 90]
 
 It covers all 15 published variants in three dtypes and under autocast, with and without stochastic depth. As in
-configurations.py, launches that differ only in the number of channels are compiled once. The rows go to
+all_launches.py, launches that differ only in the number of channels are compiled once. The rows go to
 bench/results/without-gpu/compile_residual.json. The exit code is an error if a kernel spills.
 """
 
@@ -16,9 +16,9 @@ from typing import Annotated
 
 import torch
 import typer
+from all_launches import COMPLETE, DEVICES, DTYPES, key_of
 from bytes_moved import NOWHERE
 from compile_report import figures, head_of, source
-from configurations import COMPLETE, DEVICES, DTYPES, key_of
 from focalnet.kernels.plan import Launch, Plan
 from residual_bytes import ends, plans
 from rich.console import Console

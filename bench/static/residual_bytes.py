@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import typer
 from bytes_moved import NOWHERE
 from focalnet.kernels import layer_norm, residual, residual_norm
-from focalnet.kernels.config import row_config
+from focalnet.kernels.launch_table import row_config
 from focalnet.kernels.plan import H100, Device, Launch, Plan
 from focalnet.kernels.rows import RowsCase
 from rich.console import Console

@@ -16,7 +16,7 @@ from torch import Tensor
 from .problem import Problem
 
 if TYPE_CHECKING:
-    from ..kernels.config import LevelConfig
+    from ..kernels.launch_table import LevelConfig
     from ..kernels.plan import Plan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

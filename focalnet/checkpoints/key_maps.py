@@ -10,10 +10,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import starmap
 
 from torch import Tensor
 
-from ..fusion.part_names import MODULATION
+from ..fusion.part_names import BLOCK, MODULATION
 
 NAMINGS = ("transformers", "authors", "timm")
 
@@ -43,6 +44,10 @@ def _in_modulation(part: str, pointwise: bool = False) -> Row:
     return _in_block(transformers, authors, timm, pointwise)
 
 
+def _layer_scales() -> tuple[Row, ...]:
+    return tuple(starmap(_in_block, zip(*(BLOCK[naming].scale_parameters for naming in NAMINGS), strict=True)))
+
+
 TABLE = (
     Row("embeddings.patch_embeddings.projection", "patch_embed.proj", "stem.proj"),
     Row("embeddings.norm", "patch_embed.norm", "stem.norm"),
@@ -58,8 +63,7 @@ TABLE = (
     _in_modulation("projection_out", pointwise=True),
     _in_block("mlp.fc1", "mlp.fc1", "mlp.fc1", pointwise=True),
     _in_block("mlp.fc2", "mlp.fc2", "mlp.fc2", pointwise=True),
-    _in_block("gamma_1", "gamma_1", "ls1.gamma"),
-    _in_block("gamma_2", "gamma_2", "ls2.gamma"),
+    *_layer_scales(),
     # In timm a downsampling belongs to the stage after it.
     Row(
         "encoder.stages.{stage}.downsample.projection",

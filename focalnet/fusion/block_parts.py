@@ -18,34 +18,30 @@ from torch import Tensor, nn
 
 from .context_parts import convolutions, is_pointwise, unusual_level
 from .module_checks import is_changed, is_exact_gelu, is_hooked, part
-from .part_names import MODULATION, ModulationNames
+from .part_names import BlockNames, ModulationNames
 
 Role = Callable[[nn.Module], bool]
 Norm = tuple["Tensor | None", "Tensor | None", "float | None"]  # weight, bias, eps; all None without norm
 
 
 @dataclass(frozen=True)
-class BlockNames:
-    """What a code base calls the parts of its block; ``inner`` are those of the modulation.
+class BlockParts:
+    """The parts of a block that operators accept, found by their ``names``.
 
     Attributes:
         modulation: class of the modulation; None accepts any class with the right structure.
         mlp: class of the MLP; None accepts any class with the right structure.
-        post_norm: name of the flag that puts the norms after the branches. Without such a flag, the names of the two
-            norms after the branches, which are identities if unused.
         forward: function that the modulation's forward may be bound to instead of that of its class.
-        random: parts of block, modulation and MLP that do nothing in inference (dropout, stochastic depth).
     """
 
-    inner: ModulationNames = MODULATION["transformers"]
+    names: BlockNames
     modulation: type | None = None
     mlp: type | None = None
-
-    post_norm: str | tuple[str, str] = "use_post_layernorm"
-    use_layernorm: str | None = "use_post_layernorm_in_modulation"
-    scales: tuple[str, str] = ("gamma_1", "gamma_2")
-    random: tuple[str, ...] = ("projection_dropout", "drop", "drop_path")
     forward: Callable[..., Any] | None = None
+
+    @property
+    def _inner(self) -> ModulationNames:
+        return self.names.modulation
 
     def weights_of(self, block: nn.Module) -> tuple[tuple[Any, ...], list[Tensor | None]] | str:
         """The arguments of the operator cpu_block after ``hidden_state``, and the tensors among them.
@@ -59,14 +55,14 @@ class BlockNames:
         levels = convolutions(part(modulation, "focal_layers"))
         focal_weights = [convolution._parameters["weight"] for convolution in levels]
         linears = (
-            *_weight_and_bias(part(modulation, self.inner.projection_context)),
-            *_weight_and_bias(part(modulation, self.inner.projection_out)),
+            *_weight_and_bias(part(modulation, self._inner.projection_context)),
+            *_weight_and_bias(part(modulation, self._inner.projection_out)),
             *_weight_and_bias(part(mlp, "fc1")),
             *_weight_and_bias(part(mlp, "fc2")),
         )
-        projection_in = _weight_and_bias(part(modulation, self.inner.projection_in))
+        projection_in = _weight_and_bias(part(modulation, self._inner.projection_in))
         norm1, norm2, inner_norm = _norm(part(block, name1)), _norm(part(block, name2)), self._inner_norm(modulation)
-        scales = (_scale(block, self.scales[0]), _scale(block, self.scales[1]))
+        scales = (_scale(block, self.names.scales[0]), _scale(block, self.names.scales[1]))
         arguments = (
             *projection_in,
             focal_weights,
@@ -76,7 +72,7 @@ class BlockNames:
             *inner_norm,
             *scales,
             post_norm,
-            any(getattr(modulation, name, False) for name in self.inner.normalize),
+            any(getattr(modulation, name, False) for name in self.names.modulation.normalize),
         )
         norms = (*norm1[:2], *norm2[:2], *inner_norm[:2])
         return arguments, [*projection_in, *focal_weights, *linears, *norms, *scales]
@@ -92,7 +88,7 @@ class BlockNames:
             or self._missing_norm(block)
         )
         if reason is None and any(scale != 1 for scale in self._plain_scales(block)):
-            return f"{' and '.join(self.scales)} are numbers other than 1"
+            return f"{' and '.join(self.names.scales)} are numbers other than 1"
         return reason
 
     def _missing_norm(self, block: nn.Module) -> str | None:
@@ -105,7 +101,7 @@ class BlockNames:
     def random_part(self, block: nn.Module) -> str | None:
         """Why a part of ``block`` is random although the block is in evaluation mode, or None."""
         for owner in (block, part(block, "modulation"), part(block, "mlp")):
-            for name in self.random:
+            for name in self.names.random:
                 child = owner._modules.get(name)
                 if child is not None and child.training and type(child) is not nn.Identity:
                     return f"{name} is in training mode"
@@ -113,55 +109,56 @@ class BlockNames:
 
     def _norms(self, block: nn.Module) -> tuple[str, str, bool]:
         """The names of the two norms in use, and whether they come after their branches."""
-        if isinstance(self.post_norm, str):
-            return "norm1", "norm2", bool(getattr(block, self.post_norm, False))
+        post_norm = self.names.post_norm
+        if isinstance(post_norm, str):
+            return "norm1", "norm2", bool(getattr(block, post_norm, False))
         if type(block._modules["norm1"]) is nn.Identity:
-            return *self.post_norm, True
+            return *post_norm, True
         return "norm1", "norm2", False
 
     def _inner_norm(self, modulation: nn.Module) -> Norm:
-        if self.use_layernorm is not None and not getattr(modulation, self.use_layernorm, False):
+        flag = self.names.layernorm_flag
+        if flag is not None and not getattr(modulation, flag, False):
             return None, None, None
-        layernorm = modulation._modules.get(self.inner.layernorm)
+        layernorm = modulation._modules.get(self._inner.layernorm)
         if layernorm is None or type(layernorm) is nn.Identity:
             return None, None, None
         return _norm(layernorm)
 
     def _plain_scales(self, block: nn.Module) -> list[float]:
-        scales = (block.__dict__.get(name) for name in self.scales)
+        scales = (block.__dict__.get(name) for name in self.names.scales)
         return [scale for scale in scales if isinstance(scale, (int, float))]
 
     @functools.cached_property
     def _block_roles(self) -> dict[str, Role]:
-        names = self.post_norm if isinstance(self.post_norm, tuple) else ()
+        scales = self.names.scales if self.names.scale_modules else ()
         return {
-            **dict.fromkeys(("norm1", "norm2", *names), _is_norm),
+            **dict.fromkeys(("norm1", "norm2", *self.names.post_norms), _is_norm),
             "modulation": lambda module: self.modulation in (None, type(module)),
             "mlp": lambda module: self.mlp in (None, type(module)),
-            **dict.fromkeys(self.random, _is_random),
-            "ls1": _is_layer_scale,
-            "ls2": _is_layer_scale,
+            **dict.fromkeys(self.names.random, _is_random),
+            **dict.fromkeys(scales, _is_layer_scale),
         }
 
     @functools.cached_property
     def _modulation_roles(self) -> dict[str, Role]:
-        projections = (self.inner.projection_in, self.inner.projection_context, self.inner.projection_out)
+        projections = (self._inner.projection_in, self._inner.projection_context, self._inner.projection_out)
         return {
             **dict.fromkeys(projections, _is_linear),
             "focal_layers": lambda module: type(module) is nn.ModuleList,
-            self.inner.activation: is_exact_gelu,
+            self._inner.activation: is_exact_gelu,
             "act": is_exact_gelu,
-            self.inner.layernorm: _is_norm,
-            **dict.fromkeys(self.random, _is_random),
+            self._inner.layernorm: _is_norm,
+            **dict.fromkeys(self.names.random, _is_random),
         }
 
     @functools.cached_property
     def _mlp_roles(self) -> dict[str, Role]:
         return {
             **dict.fromkeys(("fc1", "fc2"), _is_linear),
-            self.inner.activation: is_exact_gelu,
+            self._inner.activation: is_exact_gelu,
             "norm": lambda module: type(module) is nn.Identity,
-            **dict.fromkeys(self.random, _is_random),
+            **dict.fromkeys(self.names.random, _is_random),
         }
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.registry import requested
-from .block_parts import BlockNames
+from .block_parts import BlockParts
 from .cpu_inference import kernel, why_not_call, why_not_weights
 from .gate import while_unchanged
 
@@ -17,29 +17,29 @@ Call = list[Any]  # [operator, its arguments behind the map]
 
 
 def runner(
-    block: nn.Module, names: BlockNames, hidden_state: Tensor, backend: str | None = None
+    block: nn.Module, kind: BlockParts, hidden_state: Tensor, backend: str | None = None
 ) -> Callable[[Tensor], Tensor] | str:
     """A function that computes ``block``, (B, H, W, C) -> (B, H, W, C), for maps like ``hidden_state``.
 
-    Returns the reason as a string if the block must be called module by module. ``names`` are those of its parts.
+    Returns the reason as a string if the block must be called module by module. ``kind`` describes its parts.
     """
     if reason := why_not_call(hidden_state):
         return reason
-    found = _call(block, names, hidden_state.dtype, requested(backend))
+    found = _call(block, kind, hidden_state.dtype, requested(backend))
     if isinstance(found, str):
         return found
     operator, arguments = found
     return lambda x: operator(x, *arguments)
 
 
-def call(block: nn.Module, names: BlockNames, dtype: torch.dtype, backend: str | None) -> Call | str:
+def call(block: nn.Module, kind: BlockParts, dtype: torch.dtype, backend: str | None) -> Call | str:
     """[the operator, its arguments after the map] for maps of ``dtype``, or the reason why it cannot run."""
     if block.training:
         return "the block is in training mode"
     run = kernel("block", dtype, backend)
     if isinstance(run, str):
         return run
-    found = names.random_part(block) or names.weights_of(block)
+    found = kind.random_part(block) or kind.weights_of(block)
     if isinstance(found, str):
         return found
     arguments, tensors = found

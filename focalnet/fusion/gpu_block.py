@@ -23,7 +23,7 @@ from ..functional import focal_modulation
 from ..operators import norm_linear as _norm_linear  # noqa: F401  (registers the operators)
 from ..operators import norm_mlp as _norm_mlp  # noqa: F401
 from ..operators import residual as _residual  # noqa: F401
-from .block_parts import BlockNames
+from .block_parts import BlockParts
 from .gate import while_unchanged, why_not_fused
 from .module_checks import is_changed, part
 
@@ -35,7 +35,7 @@ MaybeTensor = TypeVar("MaybeTensor", Tensor, "Tensor | None")
 
 @dataclass(frozen=True)
 class _Block:
-    """The parts of a block, in the order of `BlockNames.weights_of`, and the settings of a call.
+    """The parts of a block, in the order of `BlockParts.weights_of`, and the settings of a call.
 
     ``keep`` is the probability that stochastic depth keeps a branch. ``cast`` is the autocast dtype of products, or
     None.
@@ -60,11 +60,11 @@ class _Block:
 
 
 def runner(
-    block: nn.Module, names: BlockNames, hidden_state: Tensor, backend: str | None = None
+    block: nn.Module, kind: BlockParts, hidden_state: Tensor, backend: str | None = None
 ) -> Callable[[Tensor], Tensor] | str:
     """A function that computes ``block``, (B, H, W, C) -> (B, H, W, C), for maps like ``hidden_state``.
 
-    Returns the reason as a string if the modules must run one by one. ``names`` are those of the block's parts.
+    Returns the reason as a string if the modules must run one by one. ``kind`` describes its parts.
     """
     if reason := why_not_fused(hidden_state):
         return reason
@@ -74,7 +74,7 @@ def runner(
         return kernel
     device_type = hidden_state.device.type
     cast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-    parts = _parts(block, names, hidden_state.dtype, hidden_state.device, cast)
+    parts = _parts(block, kind, hidden_state.dtype, hidden_state.device, cast)
     if isinstance(parts, str):
         return parts
     made = _Block(*[*parts, cast, backend])
@@ -86,10 +86,10 @@ def runner(
 
 @while_unchanged
 def _parts(
-    block: nn.Module, names: BlockNames, dtype: torch.dtype, device: torch.device, cast: torch.dtype | None
+    block: nn.Module, kind: BlockParts, dtype: torch.dtype, device: torch.device, cast: torch.dtype | None
 ) -> list[Any] | str:
     """The fields of a `_Block` up to ``keep``, or the reason why the operators cannot run the block."""
-    found = names.weights_of(block)
+    found = kind.weights_of(block)
     if isinstance(found, str):
         return found
     arguments, tensors = found
@@ -105,7 +105,7 @@ def _parts(
     for name, (weight, bias, eps) in norms.items():
         if weight is None or bias is None or not eps:
             return f"{name} has no weight, no bias, or an eps of 0"
-    keep = _keep(block, names)
+    keep = _keep(block, kind)
     if isinstance(keep, str):
         return keep
     linears = [[in_w, in_b], focal_weights, [ctx_w, ctx_b], [out_w, out_b], [fc1_w, fc1_b], [fc2_w, fc2_b]]
@@ -114,10 +114,10 @@ def _parts(
     return [*linears, *ends, post_norm, normalize, keep]
 
 
-def _keep(block: nn.Module, names: BlockNames) -> float | str:
+def _keep(block: nn.Module, kind: BlockParts) -> float | str:
     """The probability that stochastic depth keeps a branch (1 if it is off), or why other random parts are active."""
     for owner in (block, part(block, "modulation"), part(block, "mlp")):
-        for name in names.random:
+        for name in kind.names.random:
             child = owner._modules.get(name)
             if type(child) is nn.Dropout and child.training and child.p > 0:
                 return f"{name} is in training mode"

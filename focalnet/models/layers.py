@@ -15,17 +15,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..backends.registry import requested
 from ..configuration import FocalNetConfig
 from ..fusion import cpu_block, gpu_block
-from ..fusion.block_parts import BlockNames
+from ..fusion.block_parts import BlockParts
 from ..fusion.cpu_inference import why_not_call
 from ..fusion.gate import while_unchanged
 from ..fusion.module_checks import all_are_watched, is_changed
+from ..fusion.part_names import BLOCK
 from ..modules import FocalModulation
 from . import patch_embeddings
 from .mlp import DropPath, FocalNetMlp
 from .patch_embeddings import FocalNetPatchEmbeddings
 
 TokensAndMap = tuple[Tensor, Tensor]
-OURS = BlockNames(modulation=FocalModulation, mlp=FocalNetMlp)
+OURS = BlockParts(BLOCK["transformers"], modulation=FocalModulation, mlp=FocalNetMlp)
 
 
 class FocalNetEmbeddings(nn.Module):

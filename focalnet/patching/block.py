@@ -12,56 +12,33 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..fusion import cpu_block
-from ..fusion.block_parts import BlockNames
+from ..fusion.block_parts import BlockParts
 from ..fusion.module_checks import is_proxy, part
-from ..fusion.part_names import MODULATION
+from ..fusion.part_names import BLOCK, IN_EVERY_BLOCK
 from . import modulation
 
-NAMES = {
-    "transformers": BlockNames(MODULATION["transformers"], forward=modulation.forward),
-    "authors": BlockNames(
-        MODULATION["authors"],
-        post_norm="use_postln",
-        use_layernorm=None,
-        random=("proj_drop", "drop", "drop_path"),
-        forward=modulation.forward,
-    ),
-    "timm": BlockNames(
-        MODULATION["timm"],
-        post_norm=("norm1_post", "norm2_post"),
-        use_layernorm=None,
-        scales=("ls1", "ls2"),
-        random=("proj_drop", "drop1", "drop2", "drop_path1", "drop_path2"),
-        forward=modulation.forward,
-    ),
-}
-_IN_COMMON = {"norm1", "modulation", "norm2", "mlp"}
-_REQUIRED = {
-    "transformers": _IN_COMMON | {"drop_path"},
-    "authors": _IN_COMMON | {"drop_path"},
-    "timm": _IN_COMMON | {"norm1_post", "ls1", "drop_path1", "norm2_post", "ls2", "drop_path2"},
-}
+PARTS = {source: BlockParts(names, forward=modulation.forward) for source, names in BLOCK.items()}
 
 
 def is_candidate(module: nn.Module) -> bool:
     """Whether ``module`` may be a block: it has a focal modulation, norms and an MLP."""
     children = module._modules
-    return all(name in children for name in _IN_COMMON) and modulation.is_candidate(part(module, "modulation"))
+    return all(name in children for name in IN_EVERY_BLOCK) and modulation.is_candidate(part(module, "modulation"))
 
 
 def why_not(block: nn.Module, source: str) -> str | None:
     """The first part of ``block`` that the operator does not expect of a block of ``source``, or None if all fit."""
     children = block._modules.keys()
-    if unknown := sorted(children - _REQUIRED[source] | block._buffers.keys()):
+    if unknown := sorted(children - BLOCK[source].children | block._buffers.keys()):
         return f"it also has {', '.join(unknown)}"
-    if missing := sorted(_REQUIRED[source] - children):
+    if missing := sorted(BLOCK[source].children - children):
         return f"it has no {', '.join(missing)}"
-    return NAMES[source].unusual_part(block)
+    return PARTS[source].unusual_part(block)
 
 
 def fused(block: nn.Module, x: Tensor, source: str) -> Tensor:
     """The operator's result for x (B, H, W, C) on the CPU, for the trial. ValueError if it cannot run ``block``."""
-    found = cpu_block.call(block, NAMES[source], x.dtype, "cpu")
+    found = cpu_block.call(block, PARTS[source], x.dtype, "cpu")
     if isinstance(found, str):
         raise ValueError(found)
     operator, arguments = found
@@ -85,7 +62,7 @@ def forward_sized(block: nn.Module, x: Tensor, *, backend: str | None = None) ->
 
 def forward_map(block: nn.Module, x: Tensor, *, backend: str | None = None) -> Tensor:
     """The forward of a patched block of timm, (B, C, H, W) -> (B, C, H, W), channels-last in memory."""
-    run = cpu_block.runner(block, NAMES["timm"], x, _asked(block, backend)) if _is_map(x) else "x is no map"
+    run = cpu_block.runner(block, PARTS["timm"], x, _asked(block, backend)) if _is_map(x) else "x is no map"
     if isinstance(run, str):
         return type(block).forward(block, x)
     return run(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2)
@@ -98,7 +75,7 @@ def _of_grid(
     grid = _grid(tokens, size)
     if grid is None:
         return None
-    run = cpu_block.runner(block, NAMES[source], grid, _asked(block, backend))
+    run = cpu_block.runner(block, PARTS[source], grid, _asked(block, backend))
     return None if isinstance(run, str) else run(grid).flatten(1, 2)
 
 

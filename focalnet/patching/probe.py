@@ -43,6 +43,11 @@ def _random_like(parameter: Tensor, generator: torch.Generator) -> nn.Parameter:
     return nn.Parameter(values, requires_grad=False)
 
 
+def differ_by(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest expected value."""
+    return ((actual - expected).abs().max() / expected.abs().max()).item()
+
+
 def difference(
     module: nn.Module, own: Callable[[nn.Module, Tensor], Tensor], new: Callable[[nn.Module, Tensor], Tensor]
 ) -> str | None:
@@ -62,7 +67,7 @@ def difference(
         actual = new(twin, x)
         if not isinstance(expected, Tensor) or expected.shape != actual.shape:
             return "its own forward returns something else than one map of the same shape"
-        off = ((actual - expected).abs().max() / expected.abs().max()).item()
+        off = differ_by(actual, expected)
     if not off <= TOLERANCE:
         return (
             f"its own forward computes something else: on a random input they differ by {off:.1e} of the largest value"

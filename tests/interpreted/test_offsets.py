@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from focalnet.kernels import gated_aggregation, modulator
-from focalnet.kernels.config import LevelConfig
 from focalnet.kernels.gated_aggregation_bwd import Backward
+from focalnet.kernels.launch_table import LevelConfig
 from focalnet.kernels.plan import H100, Case
 from triton.runtime import interpreter
 

@@ -52,7 +52,7 @@ def ours(name, **fields):
 needs_openvino = pytest.mark.skipif(
     "ONEDNN_MAX_CPU_ISA" in os.environ,
     reason="OpenVINO breaks under ONEDNN_MAX_CPU_ISA, which its own oneDNN reads: unpatched transformers models"
-    ' fail too ("Convolution node ... is not initialized", wrong values, segmentation faults)',
+    ' fail too ("Convolution node ... is not initialized", or a crash)',
 )
 MODELS = {
     "classifier": ours("FocalNetForImageClassification"),

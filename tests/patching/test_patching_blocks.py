@@ -209,3 +209,22 @@ def test_what_is_asked_of_a_modulation_alone_is_done_inside_a_patched_block(sett
         model(images(32, 32))
     assert len(fused) == len(blocks(model)) - 1
     assert ("modulator" in block.modulation.__dict__) == ("keep_modulator" in settings)
+
+
+class DependsOnLayout(nn.Conv2d):
+    """A convolution whose results depend on the memory format of the images, as oneDNN's may by rounding."""
+
+    by = 0.0
+
+    def forward(self, images):
+        is_contiguous = images.is_contiguous()
+        return super().forward(images) * (1.0 if is_contiguous else 1.0 + self.by)
+
+
+@pytest.mark.parametrize(("by", "patched"), [(1e-6, True), (1e-2, False)], ids=["rounding", "another function"])
+def test_patch_embeddings_are_patched_whatever_the_rounding_of_their_convolution(by, patched, monkeypatch):
+    monkeypatch.setattr(DependsOnLayout, "by", by)
+    model = theirs()
+    model.focalnet.embeddings.patch_embeddings.projection.__class__ = DependsOnLayout
+    replaced = {entry.name for entry in focalnet.patch(model).entries if entry.kind == "patch embeddings"}
+    assert ("focalnet.embeddings.patch_embeddings" in replaced) == patched

@@ -13,12 +13,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from all_launches import DETECTION, DETECTORS, DEVICES, DTYPES, arguments_of, launches, published
 from barriers import moved
 from bytes_moved import NOWHERE, case_of, plan_of
 from compile_report import head_of, source
 from compiled import Pointer, Resources, compile_launch, resources
-from configurations import DETECTION, DETECTORS, DEVICES, DTYPES, arguments_of, launches, published
-from focalnet.kernels.config import ProductConfig
+from focalnet.kernels.launch_table import ProductConfig
 from focalnet.kernels.plan import RTX_3090, Case, Device
 from lowered import digest
 from toy_kernels import many_registers_kernel, reverse_twice_kernel, sum_neighbours_kernel

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from all_launches import arguments_of
 from bytes_moved import NOWHERE
 from compile_report import head_of, source
 from compile_residual import FILE, launches
 from compiled import compile_launch, resources
-from configurations import arguments_of
 
 from focalnet.benchmark.rows import key, read
 

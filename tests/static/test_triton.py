@@ -30,7 +30,7 @@ def compiled(launch, dtypes, arch=90):
 @pytest.mark.parametrize("whole_plane", [False, True], ids=["streaming", "whole planes"])
 def test_a_barrier_stands_between_what_a_level_writes_and_the_next_one_reads(whole_plane):
     from focalnet.kernels import gated_aggregation
-    from focalnet.kernels.config import LevelConfig
+    from focalnet.kernels.launch_table import LevelConfig
     from focalnet.kernels.plan import H100, Case
 
     case = Case.packed(128, 14, 14, 96, (3, 3), torch.bfloat16)

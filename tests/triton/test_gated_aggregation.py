@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from focalnet.kernels import config, focal_modulation, gated_aggregation_bwd
-from focalnet.kernels.config import LevelConfig
+from focalnet.kernels import focal_modulation, gated_aggregation_bwd, launch_table
+from focalnet.kernels.launch_table import LevelConfig
 from focalnet.kernels.plan import H100, Case, Device, Plan
 from operands import Shape, operands
 
@@ -27,8 +27,8 @@ GRADIENTS = ("q", "ctx", "gates", "weight", "bias")
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles that make small maps go through every loop: rows, steps, columns, channels. The interpreter is slow."""
-    monkeypatch.setattr(config, "LEVELS", ((1 << 30, LevelConfig(16, 16, rows=2, back_rows=2, step=4)),))
-    monkeypatch.setattr(config, "WHOLE_PLANE_ROWS", 4)
+    monkeypatch.setattr(launch_table, "LEVELS", ((1 << 30, LevelConfig(16, 16, rows=2, back_rows=2, step=4)),))
+    monkeypatch.setattr(launch_table, "WHOLE_PLANE_ROWS", 4)
     monkeypatch.setattr(triton_backend, "_plans", {})
 
 
@@ -82,7 +82,7 @@ def assert_at_most_twice_the_references_error(mine, rounded, exact):
 @pytest.mark.parametrize("shape, dtype", CASES, ids=lambda value: str(value))
 def test_outputs_and_gradients_obey_the_rule(shape, dtype, monkeypatch):
     if shape.channels > 64:
-        monkeypatch.setattr(config, "LEVELS", ((1 << 30, LevelConfig(4, 256, rows=2, back_rows=2, step=4)),))
+        monkeypatch.setattr(launch_table, "LEVELS", ((1 << 30, LevelConfig(4, 256, rows=2, back_rows=2, step=4)),))
     arguments = operands(shape, dtype)
     dout = torch.randn(arguments[0].shape).to(dtype)
     exact = results(reference, to(arguments, torch.float64), shape, dout.double())
@@ -185,9 +185,9 @@ def test_chunks_of_images_give_what_one_gives(monkeypatch):
     A tile of the product is an image here, so that every row has the same place in a tile, whatever the chunk: numpy,
     which multiplies in the interpreter, rounds by the place.
     """
-    for way, rows in config.PRODUCTS.items():
+    for way, rows in launch_table.PRODUCTS.items():
         tiles = tuple((*row, replace(tile, block_m=16)) for *row, tile in rows)
-        monkeypatch.setitem(config.PRODUCTS, way, tiles)
+        monkeypatch.setitem(launch_table.PRODUCTS, way, tiles)
     shape = Shape(batch=3, height=4, width=4, kernels=(3,))
     arguments = [
         t.contiguous() if isinstance(t, torch.Tensor) else t for t in to(operands(shape), torch.float32, DEVICE)
