@@ -92,6 +92,7 @@ struct Block {
     Norm norm1, norm2;
     bool norm_in_modulation;
     Norm modulation_norm;
+    Threads threads;
 };
 
 void block(const Block& block);

@@ -54,7 +54,7 @@ Tensor cpu_block(const Tensor& hidden_state, const Tensor& projection_in, std::o
                  std::optional<Tensor> norm2_bias, double norm2_eps, std::optional<Tensor> modulation_norm_weight,
                  std::optional<Tensor> modulation_norm_bias, std::optional<double> modulation_norm_eps,
                  std::optional<Tensor> gamma_1, std::optional<Tensor> gamma_2, bool post_norm,
-                 bool normalize_modulator) {
+                 bool normalize_modulator, bool own_threads) {
     const Element element = element_of("projection_in", projection_in);
     const Element given = map_element("hidden_state", hidden_state, element);
     STD_TORCH_CHECK(
@@ -95,6 +95,7 @@ Tensor cpu_block(const Tensor& hidden_state, const Tensor& projection_in, std::o
         b.modulation_norm = norm_over(kept, "modulation_norm", modulation_norm_weight, modulation_norm_bias,
                                       *modulation_norm_eps, b.C);
     b.normalize_modulator = normalize_modulator;
+    b.threads = own_threads ? Threads::kOwn : Threads::kTorch;
 
     // A sum of bfloat16 and what a scale of float32 multiplied is float32.
     const auto is_float = [](const std::optional<Tensor>& scale) {
@@ -117,7 +118,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(focalnet, m) {
         "Tensor? projection_out_bias, Tensor fc1, Tensor? fc1_bias, Tensor fc2, Tensor? fc2_bias, "
         "Tensor? norm1_weight, Tensor? norm1_bias, float norm1_eps, Tensor? norm2_weight, Tensor? norm2_bias, "
         "float norm2_eps, Tensor? modulation_norm_weight, Tensor? modulation_norm_bias, float? modulation_norm_eps, "
-        "Tensor? gamma_1, Tensor? gamma_2, bool post_norm, bool normalize_modulator) -> Tensor");
+        "Tensor? gamma_1, Tensor? gamma_2, bool post_norm, bool normalize_modulator, "
+        "bool own_threads=False) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(focalnet, CPU, m) { m.impl("cpu_block", TORCH_BOX(&focalnet::cpu::cpu_block)); }

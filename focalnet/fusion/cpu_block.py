@@ -32,8 +32,14 @@ def runner(
     return lambda x: operator(x, *arguments)
 
 
-def call(block: nn.Module, kind: BlockParts, dtype: torch.dtype, backend: str | None) -> Call | str:
-    """[the operator, its arguments after the map] for maps of ``dtype``, or the reason why it cannot run."""
+def call(
+    block: nn.Module, kind: BlockParts, dtype: torch.dtype, backend: str | None, *, own_threads: bool = False
+) -> Call | str:
+    """[the operator, its arguments after the map] for maps of ``dtype``, or the reason why it cannot run.
+
+    ``own_threads``: the operator uses threads of its own, which sleep while they wait, and not PyTorch's, which spin.
+    This is for calls in which no operator of PyTorch runs in parallel.
+    """
     if block.training:
         return "the block is in training mode"
     run = kernel("block", dtype, backend)
@@ -43,7 +49,7 @@ def call(block: nn.Module, kind: BlockParts, dtype: torch.dtype, backend: str | 
     if isinstance(found, str):
         return found
     arguments, tensors = found
-    return why_not_weights(tensors, dtype, block) or [run, list(arguments)]
+    return why_not_weights(tensors, dtype, block) or [run, [*arguments, own_threads]]
 
 
 _call = while_unchanged(call)

@@ -13,8 +13,18 @@ from .cpu_inference import kernel, why_not_weights
 from .module_checks import is_changed
 
 
-def call(conv: nn.Module | None, norm: nn.Module | None, dtype: torch.dtype, backend: str | None) -> list[Any] | str:
-    """The call for `run` that replaces ``conv`` and ``norm``, or the reason why these modules must be called."""
+def call(
+    conv: nn.Module | None,
+    norm: nn.Module | None,
+    dtype: torch.dtype,
+    backend: str | None,
+    *,
+    own_threads: bool = False,
+) -> list[Any] | str:
+    """The call for `run` that replaces ``conv`` and ``norm``, or the reason why these modules must be called.
+
+    ``own_threads`` is explained at `cpu_block.call`.
+    """
     operator = kernel("patch_embed", dtype, backend)
     if isinstance(operator, str):
         return operator
@@ -25,7 +35,7 @@ def call(conv: nn.Module | None, norm: nn.Module | None, dtype: torch.dtype, bac
     affine = (norm._parameters["weight"], norm._parameters["bias"])
     projection = (conv._parameters["weight"], conv._parameters["bias"])
     reason = why_not_weights((*projection, *affine), dtype, conv, norm)
-    return reason or [operator, [*projection, conv.stride, conv.padding], [*affine, norm.eps]]
+    return reason or [operator, [*projection, conv.stride, conv.padding], [*affine, norm.eps, own_threads]]
 
 
 def run(x: Tensor, size: tuple[int, int], call: list[Any]) -> Tensor:

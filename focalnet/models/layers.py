@@ -95,7 +95,7 @@ def _stem_call(stem: FocalNetEmbeddings, dtype: torch.dtype, backend: str | None
     dropout = stem.dropout
     if type(dropout) is not nn.Dropout or is_changed(dropout) or (dropout.training and dropout.p > 0):
         return "dropout was replaced, wrapped or hooked, or drops something"
-    return patch_embeddings.call(stem.patch_embeddings, stem.norm, dtype, backend)
+    return patch_embeddings.call(stem.patch_embeddings, stem.norm, dtype, backend, own_threads=True)
 
 
 def _what_came(images: object) -> str:
@@ -258,10 +258,11 @@ def _calls_of_stage(stage: nn.Module, dtype: torch.dtype, around: str | None) ->
     downsample = stage.downsample
     if any(type(block) is not FocalNetLayer or is_changed(block) for block in blocks):
         return "a block was replaced, wrapped or hooked"
-    found = [cpu_block.call(block, OURS, dtype, block.backend or around) for block in blocks]
+    found = [cpu_block.call(block, OURS, dtype, block.backend or around, own_threads=True) for block in blocks]
     downsampling = None
     if downsample is not None:
-        downsampling = patch_embeddings.call(downsample, downsample._modules.get("norm"), dtype, around)
+        norm = downsample._modules.get("norm")
+        downsampling = patch_embeddings.call(downsample, norm, dtype, around, own_threads=True)
     return next((reason for reason in (*found, downsampling) if isinstance(reason, str)), [found, downsampling])
 
 

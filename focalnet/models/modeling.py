@@ -23,6 +23,7 @@ from transformers.utils.generic import ModelOutput
 from ..checkpoints.foreign import is_foreign
 from ..checkpoints.reading import pretrained_arguments
 from ..configuration import FocalNetConfig
+from ..fusion import cpu_head
 from ..fusion.module_checks import all_are_watched, is_mean
 from .layers import FocalNetEmbeddings, FocalNetEncoder, FocalNetLayer
 from .padding import cut_to
@@ -184,10 +185,10 @@ class FocalNetModel(FocalNetPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         embeddings = self.embeddings(pixel_values, bool_masked_pos)
         last, maps = self.encoder(embeddings, collect=bool(output_hidden_states))
-        last = self.layernorm(last).flatten(1, 2)
+        last, pooled = self._normed_and_pooled(last)
         output = FocalNetModelOutput(
             last_hidden_state=last,
-            pooler_output=self._pooled(last),
+            pooler_output=pooled,
             hidden_states=tuple(tokens for tokens, _ in maps) if maps else None,
             reshaped_hidden_states=tuple(reshaped for _, reshaped in maps) if maps else None,
         )
@@ -196,6 +197,14 @@ class FocalNetModel(FocalNetPreTrainedModel):
         # transformers returns None for a missing pooler_output, so that hidden states are always third.
         rest = (output.hidden_states, output.reshaped_hidden_states) if maps else ()
         return (output.last_hidden_state, output.pooler_output, *rest)
+
+    def _normed_and_pooled(self, hidden_state: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(B, H, W, C) -> normed tokens (B, N, C) and their mean (B, C); no mean without pooling layer."""
+        run = cpu_head.norm_mean(self.layernorm, self.pooler, hidden_state)
+        if not isinstance(run, str):
+            return run(hidden_state)
+        tokens = self.layernorm(hidden_state).flatten(1, 2)
+        return tokens, self._pooled(tokens)
 
     def _pooled(self, tokens: Tensor) -> Tensor | None:
         """(B, N, C) -> (B, C); None without pooling layer."""
@@ -311,7 +320,7 @@ class FocalNetForImageClassification(FocalNetPreTrainedModel):
             ValueError: a class index is outside ``[0, num_labels)`` (checked for labels on the CPU).
         """
         outputs = self.focalnet(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
-        logits = self.classifier(outputs.pooler_output)
+        logits = self._classified(outputs.pooler_output)
         loss = None
         if labels is not None:
             self._check_labels(labels)
@@ -323,6 +332,10 @@ class FocalNetForImageClassification(FocalNetPreTrainedModel):
             reshaped_hidden_states=outputs.reshaped_hidden_states,
         )
         return output if _wants_dict(self.config, return_dict) else output.to_tuple()
+
+    def _classified(self, features: Tensor) -> Tensor:
+        run = cpu_head.linear(self.classifier, features)
+        return self.classifier(features) if isinstance(run, str) else run(features)
 
     def _check_labels(self, labels: Tensor) -> None:
         are_classes = self.num_labels > 1 and not labels.is_floating_point()

@@ -125,15 +125,23 @@ def _grid(
 
 
 def call(
-    embeddings: nn.Module, norm: nn.Module | None, dtype: torch.dtype, backend: str | None, *, is_owner: bool = False
+    embeddings: nn.Module,
+    norm: nn.Module | None,
+    dtype: torch.dtype,
+    backend: str | None,
+    *,
+    is_owner: bool = False,
+    own_threads: bool = False,
 ) -> list[Any] | str:
     """The call for `by_operator` that computes ``norm(embeddings(x))``, or the reason why the modules must be called.
 
-    ``is_owner``: ``norm`` is a part of ``embeddings``, and its own forward is asking.
+    ``is_owner``: ``norm`` is a part of ``embeddings``, and its own forward is asking. ``own_threads`` is explained at
+    `cpu_block.call`.
     """
     if type(embeddings) is not FocalNetPatchEmbeddings or (is_changed(embeddings) and not is_owner):
         return "the embeddings were replaced, wrapped or hooked"
-    return cpu_patch_embed.call(embeddings._modules["projection"], norm, dtype, backend)
+    projection = embeddings._modules["projection"]
+    return cpu_patch_embed.call(projection, norm, dtype, backend, own_threads=own_threads)
 
 
 @while_unchanged
