@@ -12,7 +12,6 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
 #include <optional>
@@ -30,8 +29,6 @@
 
 namespace focalnet::cpu {
 namespace {
-
-using BF16 = torch::headeronly::BFloat16;
 
 constexpr int64_t kChannels = 64;  // of an image that a thread adds up at a time
 constexpr int64_t kLeastTokens = 32;
@@ -86,19 +83,20 @@ std::tuple<Tensor, Tensor> cpu_norm_mean(const Tensor& hidden_state, std::option
     return {tokens, mean};
 }
 
-Tensor cpu_linear(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias) {
-    const Element element = element_of("weight", weight), given = element_of("input", input);
-    STD_TORCH_CHECK(given == element, "input and weight have different dtypes; expected the same");
+Tensor cpu_linear(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, bool rounded_weights) {
+    const Element element = rounded_weights ? Element::kBFloat16 : element_of("weight", weight);
+    const Element read_as = weight_element("weight", weight, element, rounded_weights);
+    const Element given = map_element("input", input, element);
     STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) >= 1 && weight.size(1) >= 1, "weight has shape ",
                     text(shape_of(weight)), "; expected (N, K)");
     const int64_t N = weight.size(0), K = weight.size(1), rows = input.size(0);
     STD_TORCH_CHECK(input.dim() == 2 && input.size(1) == K, "input has shape ", text(shape_of(input)),
                     "; expected (B, ", K, ")");
     Kept kept;
-    Tensor result = torch::stable::new_empty(input, Shape{rows, N});
+    Tensor result = torch::stable::new_empty(input, Shape{rows, N}, dtype_of(element));
     if (rows == 0) return result;
     const Products products = products_of(element);
-    const Linear linear{kept(weight), element, vector(kept, "bias", bias, N), nullptr, K, N};
+    const Linear linear{kept(weight), read_as, vector(kept, "bias", bias, N), nullptr, K, N};
     // Rows that reach to whole panels, as products read and write them.
     const int64_t read = pitch_bytes(K, products.a), written = pitch_bytes(N, Element::kFloat32);
     float* memory = product_memory.get(rows * (read + written) / 4);
@@ -108,7 +106,7 @@ Tensor cpu_linear(const Tensor& input, const Tensor& weight, std::optional<Tenso
     const auto copy = [&](const Matrix& from, const Matrix& to, int64_t columns) {
         together.rows({from, {}, to, rows, columns, false, 0.0f, nullptr, nullptr});
     };
-    copy({const_cast<void*>(kept(input)), K, element}, a, K);
+    copy({const_cast<void*>(kept(input)), K, given}, a, K);
     together.gemm(product(products, linear, a, rows, c));
     copy(c, {result.mutable_data_ptr(), N, element}, N);
     return result;
@@ -119,7 +117,7 @@ Tensor cpu_linear(const Tensor& input, const Tensor& weight, std::optional<Tenso
 
 STABLE_TORCH_LIBRARY_FRAGMENT(focalnet, m) {
     m.def("cpu_norm_mean(Tensor hidden_state, Tensor? norm_weight, Tensor? norm_bias, float eps) -> (Tensor, Tensor)");
-    m.def("cpu_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+    m.def("cpu_linear(Tensor input, Tensor weight, Tensor? bias, bool rounded_weights=False) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(focalnet, CPU, m) {

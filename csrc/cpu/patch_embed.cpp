@@ -16,7 +16,6 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
 #include <optional>
@@ -37,8 +36,6 @@ namespace {
 constexpr int64_t kScratchBytes = 256 * 1024;  // of a thread: half of a 512 KB L2
 
 thread_local Memory shared_memory, own_memory, packed_memory;
-
-using BF16 = torch::headeronly::BFloat16;
 
 struct Input {
     const void* data;
@@ -167,8 +164,10 @@ void check_pair(const char* name, const std::vector<int64_t>& pair, int64_t leas
 Tensor cpu_patch_embed(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias,
                        std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> output_size,
                        std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, std::optional<double> eps,
-                       bool own_threads) {
-    const Element element = element_of("weight", weight), given = map_element("input", input, element);
+                       bool own_threads, bool rounded_weights) {
+    const Element element = rounded_weights ? Element::kBFloat16 : element_of("weight", weight);
+    const Element read = weight_element("weight", weight, element, rounded_weights),
+                  given = map_element("input", input, element);
     STD_TORCH_CHECK(input.dim() == 4 && input.size(1) >= 1 && input.size(2) >= 1 && input.size(3) >= 1,
                     "input has shape ", text(shape_of(input)),
                     "; expected (B, H, W, C) with H, W and C of at least 1");
@@ -187,7 +186,7 @@ Tensor cpu_patch_embed(const Tensor& input, const Tensor& weight, std::optional<
     Tensor result = torch::stable::new_empty(input, Shape{in.B, output_size[0], output_size[1], N}, dtype_of(element));
     patch_embed({in,
                  {kh, kw, stride[0], stride[1], padding[0], padding[1], output_size[0], output_size[1]},
-                 {kept(weight), element, vector(kept, "bias", bias, N), nullptr, in.C * kh * kw, N},
+                 {kept(weight), read, vector(kept, "bias", bias, N), nullptr, in.C * kh * kw, N},
                  eps.has_value(),
                  norm,
                  {result.mutable_data_ptr(), N, element},
@@ -202,7 +201,8 @@ Tensor cpu_patch_embed(const Tensor& input, const Tensor& weight, std::optional<
 STABLE_TORCH_LIBRARY_FRAGMENT(focalnet, m) {
     m.def(
         "cpu_patch_embed(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] output_size, "
-        "Tensor? norm_weight, Tensor? norm_bias, float? eps, bool own_threads=False) -> Tensor");
+        "Tensor? norm_weight, Tensor? norm_bias, float? eps, bool own_threads=False, "
+        "bool rounded_weights=False) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(focalnet, CPU, m) { m.impl("cpu_patch_embed", TORCH_BOX(&focalnet::cpu::cpu_patch_embed)); }

@@ -16,7 +16,7 @@ from ..backends.registry import requested
 from ..configuration import FocalNetConfig
 from ..fusion import cpu_block, gpu_block
 from ..fusion.block_parts import BlockParts
-from ..fusion.cpu_inference import why_not_call
+from ..fusion.cpu_inference import Precision, why_not_call
 from ..fusion.gate import while_unchanged
 from ..fusion.module_checks import all_are_watched, is_changed
 from ..fusion.part_names import BLOCK
@@ -48,7 +48,7 @@ class FocalNetEmbeddings(nn.Module):
         # Image processors return float32 for models of any dtype.
         pixel_values = pixel_values.to(self.patch_embeddings.projection.weight.dtype)
         images = pixel_values.permute(0, 2, 3, 1)
-        call = why_not_call(images) or _stem_call(self, images.dtype, requested(None))
+        call = why_not_call(images) or _stem_call(self, Precision.of(images), requested(None))
         if isinstance(call, str):
             return self.dropout(self._masked(bool_masked_pos, self.norm(self.patch_embeddings(images))))
         # The operator runs only where the dropout does nothing.
@@ -91,11 +91,11 @@ class FocalNetEmbeddings(nn.Module):
 
 
 @while_unchanged
-def _stem_call(stem: FocalNetEmbeddings, dtype: torch.dtype, backend: str | None) -> list[Any] | str:
+def _stem_call(stem: FocalNetEmbeddings, precision: Precision, backend: str | None) -> list[Any] | str:
     dropout = stem.dropout
     if type(dropout) is not nn.Dropout or is_changed(dropout) or (dropout.training and dropout.p > 0):
         return "dropout was replaced, wrapped or hooked, or drops something"
-    return patch_embeddings.call(stem.patch_embeddings, stem.norm, dtype, backend, own_threads=True)
+    return patch_embeddings.call(stem.patch_embeddings, stem.norm, precision, backend, own_threads=True)
 
 
 def _what_came(images: object) -> str:
@@ -221,7 +221,7 @@ class FocalNetEncoder(nn.Module):
             hidden_state, taps = _tap(hidden_state, taps)
         # Check everything once, before the first block: each operator evicts Python's objects from the CPU caches, so
         # a check between two blocks would be slower.
-        calls = why_not_call(hidden_state) or _calls(self, hidden_state.dtype, requested(None))
+        calls = why_not_call(hidden_state) or _calls(self, Precision.of(hidden_state), requested(None))
         stage: Any  # FocalNetStage, or what was put in its place
         for index, stage in enumerate(self.stages):
             if isinstance(calls, str):
@@ -236,7 +236,7 @@ class FocalNetEncoder(nn.Module):
 
 
 @while_unchanged
-def _calls(encoder: FocalNetEncoder, dtype: torch.dtype, around: str | None) -> list[Any] | str:
+def _calls(encoder: FocalNetEncoder, precision: Precision, around: str | None) -> list[Any] | str:
     """For each stage, the operator calls of its blocks and that of its downsampling (None if it has none).
 
     Only CPU inference has these operators. Returns the reason as a string if any module must be called itself.
@@ -244,25 +244,25 @@ def _calls(encoder: FocalNetEncoder, dtype: torch.dtype, around: str | None) -> 
     """
     found = []
     for stage in encoder.stages._modules.values():
-        calls = _calls_of_stage(stage, dtype, around)
+        calls = _calls_of_stage(stage, precision, around)
         if isinstance(calls, str):
             return calls
         found.append(calls)
     return found
 
 
-def _calls_of_stage(stage: nn.Module, dtype: torch.dtype, around: str | None) -> list[Any] | str:
+def _calls_of_stage(stage: nn.Module, precision: Precision, around: str | None) -> list[Any] | str:
     if type(stage) is not FocalNetStage or is_changed(stage):
         return "a stage was replaced, wrapped or hooked"
     blocks: list[Any] = list(stage.layers._modules.values())
     downsample = stage.downsample
     if any(type(block) is not FocalNetLayer or is_changed(block) for block in blocks):
         return "a block was replaced, wrapped or hooked"
-    found = [cpu_block.call(block, OURS, dtype, block.backend or around, own_threads=True) for block in blocks]
+    found = [cpu_block.call(block, OURS, precision, block.backend or around, own_threads=True) for block in blocks]
     downsampling = None
     if downsample is not None:
         norm = downsample._modules.get("norm")
-        downsampling = patch_embeddings.call(downsample, norm, dtype, around, own_threads=True)
+        downsampling = patch_embeddings.call(downsample, norm, precision, around, own_threads=True)
     return next((reason for reason in (*found, downsampling) if isinstance(reason, str)), [found, downsampling])
 
 

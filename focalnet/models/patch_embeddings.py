@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..backends.registry import requested
 from ..configuration import FocalNetConfig
 from ..fusion import cpu_patch_embed
-from ..fusion.cpu_inference import why_not_call
+from ..fusion.cpu_inference import Precision, why_not_call
 from ..fusion.gate import while_unchanged
 from ..fusion.module_checks import is_changed, is_proxy
 from .padding import pad_to_multiple
@@ -71,7 +71,7 @@ class FocalNetPatchEmbeddings(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.norm is None:
             return self._by_modules(x)
-        found = why_not_call(x) or _own_call(self, x.dtype, requested(None))
+        found = why_not_call(x) or _own_call(self, Precision.of(x), requested(None))
         return self.norm(self._by_modules(x)) if isinstance(found, str) else self.by_operator(x, found)
 
     def by_operator(self, x: Tensor, call: list[Any]) -> Tensor:
@@ -127,7 +127,7 @@ def _grid(
 def call(
     embeddings: nn.Module,
     norm: nn.Module | None,
-    dtype: torch.dtype,
+    precision: Precision,
     backend: str | None,
     *,
     is_owner: bool = False,
@@ -141,9 +141,9 @@ def call(
     if type(embeddings) is not FocalNetPatchEmbeddings or (is_changed(embeddings) and not is_owner):
         return "the embeddings were replaced, wrapped or hooked"
     projection = embeddings._modules["projection"]
-    return cpu_patch_embed.call(projection, norm, dtype, backend, own_threads=own_threads)
+    return cpu_patch_embed.call(projection, norm, precision, backend, own_threads=own_threads)
 
 
 @while_unchanged
-def _own_call(embeddings: FocalNetPatchEmbeddings, dtype: torch.dtype, backend: str | None) -> list[Any] | str:
-    return call(embeddings, embeddings.norm, dtype, backend, is_owner=True)
+def _own_call(embeddings: FocalNetPatchEmbeddings, precision: Precision, backend: str | None) -> list[Any] | str:
+    return call(embeddings, embeddings.norm, precision, backend, is_owner=True)

@@ -27,7 +27,7 @@ def logits(model, images):
 
 
 def block(x, layer, own_threads):
-    return OPS.cpu_block(x, *weights(layer)[:-1], own_threads)
+    return OPS.cpu_block(x, *weights(layer)[:-2], own_threads)
 
 
 @DTYPES
