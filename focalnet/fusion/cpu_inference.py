@@ -50,6 +50,11 @@ class Precision(NamedTuple):
         return cls(input.dtype, rounded=False) if dtype is None else cls(dtype, rounded=True)
 
 
+def is_rounding() -> bool:
+    """Whether a call that `why_not_call` does not refuse rounds weights of float32: `Precision.rounded`."""
+    return torch.is_autocast_enabled("cpu")
+
+
 def _autocast() -> torch.dtype | None:
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 

@@ -20,12 +20,15 @@ from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 from transformers.utils.generic import ModelOutput
 
+from ..backends.registry import requested
 from ..checkpoints.foreign import is_foreign
 from ..checkpoints.reading import pretrained_arguments
 from ..configuration import FocalNetConfig
 from ..fusion import cpu_head
-from ..fusion.module_checks import all_are_watched, is_mean
-from .layers import FocalNetEmbeddings, FocalNetEncoder, FocalNetLayer
+from ..fusion.cpu_inference import Precision, is_rounding, why_not_call
+from ..fusion.gate import while_unchanged
+from ..fusion.module_checks import all_are_watched, is_changed, is_mean
+from .layers import FocalNetEmbeddings, FocalNetEncoder, FocalNetLayer, StemCall, calls_of, stem_call
 from .padding import cut_to
 
 
@@ -183,9 +186,18 @@ class FocalNetModel(FocalNetPreTrainedModel):
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        embeddings = self.embeddings(pixel_values, bool_masked_pos)
-        last, maps = self.encoder(embeddings, collect=bool(output_hidden_states))
-        last, pooled = self._normed_and_pooled(last)
+        collect = bool(output_hidden_states)
+        images: Any = pixel_values  # None is refused by the embeddings
+        found = why_not_call(images) or _calls(self, is_rounding(), requested(None))
+        if isinstance(found, str):
+            last, maps = self.encoder(self.embeddings(pixel_values, bool_masked_pos), collect=collect)
+            last = self.layernorm(last).flatten(1, 2)
+            pooled = self._pooled(last)
+        else:
+            stem, stages, norm_mean = found
+            embeddings = self.embeddings.by_operator(images, bool_masked_pos, StemCall(*stem))
+            last, maps = self.encoder.by_operators(embeddings, stages, collect)
+            last, pooled = cpu_head.run(last, norm_mean)
         output = FocalNetModelOutput(
             last_hidden_state=last,
             pooler_output=pooled,
@@ -198,14 +210,6 @@ class FocalNetModel(FocalNetPreTrainedModel):
         rest = (output.hidden_states, output.reshaped_hidden_states) if maps else ()
         return (output.last_hidden_state, output.pooler_output, *rest)
 
-    def _normed_and_pooled(self, hidden_state: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, H, W, C) -> normed tokens (B, N, C) and their mean (B, C); no mean without pooling layer."""
-        run = cpu_head.norm_mean(self.layernorm, self.pooler, hidden_state)
-        if not isinstance(run, str):
-            return run(hidden_state)
-        tokens = self.layernorm(hidden_state).flatten(1, 2)
-        return tokens, self._pooled(tokens)
-
     def _pooled(self, tokens: Tensor) -> Tensor | None:
         """(B, N, C) -> (B, C); None without pooling layer."""
         if self.pooler is None:
@@ -213,6 +217,30 @@ class FocalNetModel(FocalNetPreTrainedModel):
         if is_mean(self.pooler) and not all_are_watched():
             return tokens.mean(1)  # one kernel less
         return self.pooler(tokens.transpose(1, 2)).flatten(1)
+
+
+@while_unchanged
+def _calls(model: FocalNetModel, rounded: bool, around: str | None) -> list[Any] | str:
+    """The calls of operators that compute the model: stem, stages, and norm with mean. Or the reason why not.
+
+    Asked once, so that a forward looks at its modules in one go. Models without pooling ask part by part.
+    """
+    stem, encoder = model._modules["embeddings"], model._modules["encoder"]
+    if type(stem) is not FocalNetEmbeddings or type(encoder) is not FocalNetEncoder:
+        return "the embeddings or the encoder were replaced"
+    if is_changed(stem) or is_changed(encoder):
+        return "the embeddings or the encoder were wrapped or hooked"
+    projection = stem.patch_embeddings._modules.get("projection")
+    weight = None if projection is None else projection._parameters.get("weight")
+    if weight is None:
+        return "the stem has no weight"
+    precision = Precision(torch.bfloat16 if rounded else weight.dtype, rounded)
+    found = [
+        stem_call(stem, precision, around),
+        calls_of(encoder, precision, around),
+        cpu_head.norm_mean(model.layernorm, model.pooler, precision, around),
+    ]
+    return next((reason for reason in found if isinstance(reason, str)), found)
 
 
 class FocalNetForMaskedImageModeling(FocalNetPreTrainedModel):
@@ -334,8 +362,8 @@ class FocalNetForImageClassification(FocalNetPreTrainedModel):
         return output if _wants_dict(self.config, return_dict) else output.to_tuple()
 
     def _classified(self, features: Tensor) -> Tensor:
-        run = cpu_head.linear(self.classifier, features)
-        return self.classifier(features) if isinstance(run, str) else run(features)
+        found = why_not_call(features) or cpu_head.linear(self.classifier, Precision.of(features), requested(None))
+        return self.classifier(features) if isinstance(found, str) else cpu_head.run(features, found)
 
     def _check_labels(self, labels: Tensor) -> None:
         are_classes = self.num_labels > 1 and not labels.is_floating_point()

@@ -67,7 +67,7 @@ def test_the_operators_of_cpu_inference_count_their_products():
         assert flops_of(run, tokens) == expected
         x = batch.permute(0, 2, 3, 1)
         call = patch_embeddings.call(stem.patch_embeddings, stem.norm, Precision(torch.float32, rounded=False), None)
-        assert flops_of(stem.patch_embeddings.by_operator, x, call) == flops_of(their_stem, batch)
+        assert flops_of(patch_embeddings.run, x, call) == flops_of(their_stem, batch)
 
 
 def wanted_gradients(count):
