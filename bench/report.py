@@ -45,7 +45,9 @@ NAMES = {
     "timm, channels-last, max-autotune": "timm, channels-last, `torch.compile`, max-autotune",
     "timm, patched": "timm, `focalnet.patch`",
     "onnxruntime": "ONNX Runtime",
+    "onnxruntime, int8": "ONNX Runtime, int8 (dynamic)",
     "openvino": "OpenVINO, float32",
+    "openvino, int8": "OpenVINO, int8 (NNCF)",
     "openvino, default": "OpenVINO, default precision",
 }
 ARCHITECTURES = {

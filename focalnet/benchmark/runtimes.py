@@ -125,24 +125,52 @@ def channels_last(how: Callable[[MakeModel], Start], make: MakeModel) -> Start:
     return start
 
 
-def onnxruntime(case: Case) -> Callable[..., Any]:
+def onnxruntime(case: Case, path: str | None = None) -> Callable[..., Any]:
+    """``path``: an ONNX file that replaces that of the case."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = ort.InferenceSession(_onnx(case), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(path or _onnx(case), options, providers=["CPUExecutionProvider"])
     return lambda images: session.run(None, {"images": images.numpy()})
+
+
+def onnxruntime_int8(case: Case) -> Callable[..., Any]:
+    """ONNX Runtime's dynamic quantisation: weights in int8, activations quantised in every call."""
+    from onnxruntime.quantization import quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = str(Path(folder, "int8.onnx"))
+        quantize_dynamic(_onnx(case), path)
+        return onnxruntime(case, path)
 
 
 def openvino(case: Case, precision: str | None = "f32") -> Callable[..., Any]:
     """``precision``: None is what OpenVINO chooses, bfloat16 where the processor has it. Images are float32."""
     import openvino as ov
 
+    return openvino_model(ov.Core().read_model(_onnx(replace(case, dtype="float32"))), precision)
+
+
+def openvino_model(model: Any, precision: str | None) -> Callable[..., Any]:
+    """A callable that runs an ``openvino.Model`` with an input ``images``."""
+    import openvino as ov
+
     settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     if precision is not None:
         settings["INFERENCE_PRECISION_HINT"] = precision
-    request = ov.compile_model(_onnx(replace(case, dtype="float32")), "CPU", settings).create_infer_request()
+    request = ov.compile_model(model, "CPU", settings).create_infer_request()
     return lambda images: request.infer({"images": images.float().numpy()})
+
+
+def openvino_int8(case: Case) -> Callable[..., Any]:
+    """OpenVINO after NNCF's post-training quantisation: weights and activations in int8, calibrated on 16 batches."""
+    import nncf
+    import openvino as ov
+
+    batches = nncf.Dataset([{"images": case.images(1000 + seed).numpy()} for seed in range(16)])
+    # Not ModelType.TRANSFORMER: bench/int8.py finds that the digits model then gets most digits wrong.
+    return openvino_model(nncf.quantize(ov.Core().read_model(_onnx(case)), batches, subset_size=16), None)
 
 
 max_autotuned = functools.partial(compiled, mode="max-autotune")
@@ -166,11 +194,13 @@ RUNTIMES: dict[str, Start] = {
     "timm, channels-last, max-autotune": channels_last(max_autotuned, timm_model),
     "timm, patched": eager(_patched(timm_model)),
     "onnxruntime": onnxruntime,
+    "onnxruntime, int8": onnxruntime_int8,
     "openvino": openvino,
     "openvino, default": functools.partial(openvino, precision=None),
+    "openvino, int8": openvino_int8,
 }
 # Files of float32 on a CPU. OpenVINO's default precision is compared with models of bfloat16 too.
-INFERENCE_ON_A_CPU = ("onnxruntime", "openvino", "openvino, default")
+INFERENCE_ON_A_CPU = ("onnxruntime", "onnxruntime, int8", "openvino", "openvino, default", "openvino, int8")
 
 
 def able(case: Case) -> list[str]:
@@ -181,8 +211,8 @@ def able(case: Case) -> list[str]:
 
 
 def unasked(case: Case) -> list[str]:
-    """The default runtimes for a case: those of `able` without max-autotune, which takes minutes to start."""
-    return [name for name in able(case) if not name.endswith("max-autotune")]
+    """The default runtimes for a case: `able` without int8 and without max-autotune, which takes minutes to start."""
+    return [name for name in able(case) if not name.endswith(("max-autotune", "int8"))]
 
 
 def flops_per_image(case: Case, make: MakeModel = theirs) -> int:

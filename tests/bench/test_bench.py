@@ -315,7 +315,7 @@ def test_the_standard_cases_have_the_sizes_the_batches_and_the_models_that_are_p
 
 
 def test_max_autotune_is_measured_only_where_it_is_named():
-    slow = {name for name in RUNTIMES if name.endswith("max-autotune")}
+    slow = {name for name in RUNTIMES if name.endswith(("max-autotune", "int8"))}
     assert {f"{library}, max-autotune" for library in ("focalnet", "transformers", "timm")} <= slow
     assert set(RUNTIMES) - set(runtimes.unasked(CASE)) == slow
     assert slow <= set(runtimes.able(CASE))

@@ -15,7 +15,9 @@ import torch
 LIBRARY = os.environ.get("FOCALNET_CPU_LIBRARY")
 if LIBRARY:
     torch.ops.load_library(LIBRARY)
-    sys.modules["focalnet._C"] = types.ModuleType("focalnet._C")
+    stand_in = types.ModuleType("focalnet._C")
+    stand_in.Structure = None  # without it the gate asks anew in every call
+    sys.modules["focalnet._C"] = stand_in
 else:
     from focalnet.backends import extension  # noqa: F401  (loads the extension, which registers the operators)
 
