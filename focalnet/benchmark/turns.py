@@ -1,8 +1,9 @@
 """Times runtimes in turns, each in its own process, so that a drift of the machine's speed affects all of them.
 
 In one process the runtimes' thread pools would slow each other down. Times are compared within a round, where they are
-seconds apart: a ratio is the median of theirs / ours over the rounds. Each round has another order, so that no runtime
-always follows the same one. Rounds are added until the standard error of every ratio is below `STEADY`.
+seconds apart: a ratio is the median of theirs / ours over the rounds. Each round has its own random order, so that no
+runtime always follows the same one. Rounds are added until the standard error of every ratio is at most `STEADY`, but
+no more than the share `MORE`.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Runtime:
         self.absent = None if answer[0] == "ready" else str(answer[1])
 
     def warm_up(self) -> None:
-        """Take a turn that is not counted, and find out how many runs fit into a turn."""
+        """Make a run that is not counted, and compute how many runs fit into a turn."""
         self._runs_a_turn = min(MAX_RUNS, max(1, round(TURN_S / self.run())))
 
     def turn(self) -> None:
@@ -106,7 +107,7 @@ def compare(
 
 
 def steps(names: list[str], rounds: int) -> int:
-    """Total of a progress bar: starts of processes and turns, without those of added rounds."""
+    """Total of a progress bar: process starts and turns, without the turns of added rounds."""
     return len(names) * (1 + WARM_UP_ROUNDS + rounds)
 
 
