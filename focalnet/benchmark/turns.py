@@ -23,12 +23,17 @@ from .runtimes import Case
 from .timing import ratio
 
 OURS = "focalnet"
-WARM_UP_ROUNDS = 1  # after all processes have started, and not counted
-TURN_S = 0.25  # a turn has as many runs as fit, at least one and at most MAX_RUNS; their median is its time
+# Uncounted rounds after all processes have started.
+WARM_UP_ROUNDS = 1
+# A turn has as many runs as fit into TURN_S seconds, at least one and at most MAX_RUNS. Its time is their median.
+TURN_S = 0.25
 MAX_RUNS = 16
-STEADY = 0.02  # relative standard error of a ratio below which no more rounds are needed
-MORE = 0.5  # maximal number of added rounds, as a share of the requested rounds
-NOISY = 1.25  # median over fastest time above which a warning says that the machine was not idle
+# No more rounds are needed if the relative standard error of every ratio is at most STEADY. At most the share MORE of
+# the requested rounds is added.
+STEADY = 0.02
+MORE = 0.5
+# A warning says that the machine was busy if the median time is more than NOISY times the fastest.
+NOISY = 1.25
 
 
 class Runtime:

@@ -1,4 +1,4 @@
-"""The events of a run, for its display, and the callback that ends a run at its time limit."""
+"""The events of a run, which the command line displays, and the callback that ends a run at its time limit."""
 
 from __future__ import annotations
 

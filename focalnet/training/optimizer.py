@@ -1,4 +1,4 @@
-"""Groups of parameters with their weight decay and learning rate."""
+"""Groups a model's parameters by weight decay and learning rate."""
 
 from __future__ import annotations
 

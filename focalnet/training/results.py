@@ -1,4 +1,4 @@
-"""The results of a run: its summary, and the files of the trained model."""
+"""Summarises a run and writes the files of the trained model."""
 
 from __future__ import annotations
 

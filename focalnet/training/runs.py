@@ -1,4 +1,4 @@
-"""A run from its data to its files: first the checks, then training, then the files of the trained model."""
+"""Carries out a run: the checks, training, and the files of the trained model, in this order."""
 
 from __future__ import annotations
 

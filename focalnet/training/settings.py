@@ -25,9 +25,9 @@ class Settings:
         min_learning_rate: the rate at the end of the cosine that follows the warm-up.
         warmup_learning_rate: the rate at the start of the linear warm-up.
         warmup_epochs: length of the warm-up.
-        weight_decay: of AdamW.
-        betas: of AdamW.
-        eps: of AdamW.
+        weight_decay: AdamW's weight decay.
+        betas: decay rates of AdamW's two moments.
+        eps: term in the denominator of AdamW's update.
         clip: largest norm of the gradient; 0 for no clipping.
         layer_decay: factor of the rate for each block between a layer and the head; 1 for equal rates.
         image_size: side of the training images in pixels.
@@ -35,7 +35,7 @@ class Settings:
         ema: decay of the averaged weights; 0 for no average.
         gradient_checkpointing: recompute blocks in backward to save memory.
         bf16: compute in bfloat16 and keep the weights in float32.
-        label_smoothing: of the cross entropy.
+        label_smoothing: smoothing of the labels in the cross entropy.
         mixup: alpha of the Beta distribution; 0 for no mixup.
         cutmix: alpha of the Beta distribution; 0 for no CutMix.
         mix_probability: probability that a batch is mixed.
@@ -47,14 +47,14 @@ class Settings:
         zoom: smallest and largest factor.
         shear: largest shear in degrees.
         randaugment: number of RandAugment's operations; 0 for none.
-        magnitude: of RandAugment's operations, out of 10.
+        magnitude: strength of RandAugment's operations, out of 10.
         erase: probability that a rectangle is erased.
         crop_fraction: share of the resized image's side that the centre crop of an evaluation keeps; 1 for all.
-        image_mean: mean of each colour, for normalisation.
-        image_std: standard deviation of each colour, for normalisation.
+        image_mean: mean of red, green and blue, for normalisation.
+        image_std: standard deviation of red, green and blue, for normalisation.
         mask_ratio: share of the squares that are masked.
         mask_patch_size: side of these squares in pixels.
-        seed: of all random numbers.
+        seed: seed of all random numbers.
         workers: processes that prepare images.
         save_steps: steps between checkpoints; None for a checkpoint each epoch.
     """

@@ -31,7 +31,7 @@ def offline_and_undone(monkeypatch):
 
 
 def save_model(folder):
-    """A small classifier with label names and a processor of its own, as save_pretrained writes them."""
+    """Save a small classifier with label names and its own processor. Returns the folder."""
     torch.manual_seed(1)
     config = FocalNetConfig(
         embed_dim=8, depths=[1, 1, 1, 1], image_size=32, id2label=dict(enumerate(LABELS)), initializer_range=0.2
@@ -42,7 +42,7 @@ def save_model(folder):
 
 
 def save_photos(folder):
-    """A folder with five photographs, one of them in a subfolder, and a text file."""
+    """Fill a folder with five photographs, one of them in a subfolder, and a text file. Returns the folder."""
     (folder / "below").mkdir(parents=True)
     pictures = [data.chelsea(), data.astronaut(), data.coffee(), data.rocket(), data.chelsea()[::-1]]
     names = ["cat.png", "face.jpg", "coffee.PNG", "rocket.webp", "below/upside down.png"]

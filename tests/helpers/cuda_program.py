@@ -84,7 +84,7 @@ def case(numbers):
 
 @dataclass(frozen=True)
 class Cut:
-    """How a launch cuts the maps into tiles, and whether it fits on the device."""
+    """The tiles into which a launch cuts the maps, and whether the launch fits on the device."""
 
     what: str  # "forward" or "backward"
     block_c: int

@@ -41,7 +41,7 @@ def settings_of(name):
 
 
 def write(name, folder):
-    """The model's weights as its source would publish them."""
+    """Save the model's weights in the format of its source. Returns the path."""
     if format_of(name) == "timm":
         path = folder / f"{name}.safetensors"
         save_file(tensors_of(name, "param"), path)

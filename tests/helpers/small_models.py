@@ -77,7 +77,7 @@ def tensors(outputs):
 
 
 def assert_equal(actual, expected):
-    """Within 1e-5 of the largest expected value, tensor by tensor."""
+    """Assert that each tensor agrees within 1e-5 of its largest expected value."""
     actual, expected = tensors(actual), tensors(expected)
     assert [x.shape for x in actual] == [x.shape for x in expected]
     for x, y in zip(actual, expected, strict=True):
