@@ -132,7 +132,7 @@ def _config_of(loaded: FocalNetPreTrainedModel, **fields: Any) -> FocalNetConfig
 
 
 def _take_over(model: FocalNetPreTrainedModel, loaded: FocalNetPreTrainedModel) -> None:
-    """Copy the network's weights, without any head. A final LayerNorm or mask token missing in them stays new."""
+    """Copy the network's weights without the head. A final LayerNorm or mask token that ``loaded`` lacks stays new."""
     base = getattr(loaded, "focalnet", loaded)
     tensors = base.state_dict()
     if model.focalnet.embeddings.mask_token is None:

@@ -1,5 +1,7 @@
-"""transformers' Trainer with additions for FocalNet: groups of parameters, mixed labels, averaged weights, and
-checkpoints that are written atomically."""
+"""transformers' Trainer with additions for FocalNet.
+
+It adds groups of parameters, mixed labels, averaged weights, and checkpoints that are written atomically.
+"""
 
 from __future__ import annotations
 
@@ -134,7 +136,7 @@ def mixed_loss(logits: Tensor, inputs: dict[str, Tensor], label_smoothing: float
 
 
 def most_probable(outputs: object, labels: Tensor) -> Tensor:
-    """The indices of the five largest logits, (B, 5) or fewer. Accuracy does not need the others of up to 21,842."""
+    """The indices of the five largest logits, (B, 5) or fewer. Accuracy does not need the rest of up to 21,842."""
     logits = outputs[0] if isinstance(outputs, tuple) else outputs
     return logits.topk(min(5, logits.shape[-1])).indices
 

@@ -83,7 +83,7 @@ def packages_without_torch(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quick_compiler(tmp_path_factory):
-    """A compiler for CXX that does not optimise, which halves the time."""
+    """A compiler for CXX that does not optimise, which halves the build time."""
     program = tmp_path_factory.mktemp("compiler") / "c++"
     program.write_text(f'#!/bin/sh\nexec {shutil.which(COMPILERS[0])} "$@" -O0\n')
     program.chmod(0o755)

@@ -1,7 +1,7 @@
 """Reads tests/data/golden: small random models of the authors' code and of timm, and the results of that code.
 
 manifest.json holds the source and configuration of each model. Each safetensors file has ``param.NAME``, ``input``,
-``output.I``, ``cotangent.I`` (the gradient of each output), and ``grad.NAME`` (always with ``grad.input``).
+``output.I``, ``cotangent.I`` (the gradient passed to each output), and ``grad.NAME`` (always with ``grad.input``).
 """
 
 import json

@@ -40,7 +40,7 @@ def focal_layers(dim, focal_window, focal_level):
 class AuthorsModulation(nn.Module):
     """The authors' modulation. ``flag`` is the name of normalize_modulator, which differs between their code bases.
 
-    ``keeps`` stores the gates and the modulator as attributes, as the classification code does.
+    If ``keeps`` is set, the gates and the modulator become attributes, as in the classification code.
     """
 
     keeps = True

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def reverse_twice_kernel(x, scratch, y, n, BLOCK: tl.constexpr, BARRIER: tl.constexpr):
-    """Each program copies a block to scratch and reads it back in reverse, so threads read values of other threads."""
+    """Each program reverses a block through scratch. Threads read what other threads wrote, so they need a barrier."""
     first = tl.program_id(0) * BLOCK
     forth = first + tl.arange(0, BLOCK)
     tl.store(scratch + forth, tl.load(x + forth, mask=forth < n), mask=forth < n)

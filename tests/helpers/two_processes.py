@@ -15,7 +15,7 @@ def gradients(model, batch):
 
 
 def train(rank, folder):
-    """Save the gradients of every source with DDP and with FSDP2, for one image per process."""
+    """Save every source's gradients with DDP and FSDP2, for one image per process, and its logits with FSDP2."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = {}
