@@ -1,8 +1,8 @@
-"""FocalNet-T beside Swin-T, ConvNeXt-T and ViT-S, networks of about its size: the cost of an image.
+"""Compares the cost of an image in FocalNet-T with Swin-T, ConvNeXt-T and ViT-S, networks of about the same size.
 
     python bench/architectures.py [--batch 8] [--train] [--device cuda --dtype bfloat16]     2 minutes on two cores
 
-FocalNet runs in focalnet and in transformers, the others in transformers. The rows go to
+FocalNet is measured in focalnet and in transformers, the other networks in transformers. The rows go to
 bench/results/<device>/architectures.json.
 """
 
@@ -41,7 +41,7 @@ def main(
 
 
 def size_of(case: Case, make: MakeModel) -> dict[str, int]:
-    """Parameters and FLOPs (a multiply-add is two) of a network; of a training step thrice those of inference."""
+    """The parameters and FLOPs of a network. A multiply-add is two FLOPs, a training step three forward passes."""
     with torch.device("meta"):
         model = make(Case(case.variant, case.size, 1, device="meta"))
     flops = case.batch * flops_per_image(case, make) * (3 if case.training else 1)

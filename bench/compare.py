@@ -1,4 +1,4 @@
-"""Whether two runs of a table agree: compares every ratio of one run with the same ratio of the other.
+"""Checks whether two runs of a benchmark agree: compares every ratio of one run with the same ratio of the other.
 
     python bench/models.py --standard && cp bench/results/<device>/models.json first.json
     python bench/models.py --standard --compare-with first.json
@@ -27,7 +27,7 @@ console = Console()
 
 @dataclass(frozen=True)
 class Pair:
-    """One ratio as each of two runs found it."""
+    """The same ratio in two runs."""
 
     case: str
     before: float
@@ -35,7 +35,7 @@ class Pair:
 
     @property
     def difference(self) -> float:
-        """Of the larger over the smaller."""
+        """The relative difference: the larger ratio over the smaller, minus 1."""
         return max(self.before, self.after) / min(self.before, self.after) - 1
 
 
@@ -50,7 +50,7 @@ def main(
 
 
 def agree(before: list[dict], after: list[dict], allowed: float = ALLOWED) -> bool:
-    """Prints the comparison; two runs without a ratio in common do not agree."""
+    """Print the comparison and return whether the runs agree. Runs without a common ratio do not agree."""
     found = pairs(before, after)
     if not found:
         console.print("no ratio is in both", style="red")
@@ -67,7 +67,7 @@ def agree(before: list[dict], after: list[dict], allowed: float = ALLOWED) -> bo
 
 
 def pairs(before: list[dict], after: list[dict]) -> list[Pair]:
-    """The ratios that both have, of runtimes that were compared with the same one."""
+    """The ratios that are in both runs, to the same base runtime. The base's own ratio is left out."""
     earlier = {(key(row), row["ratio_to"]): row["ratio"] for row in before if "ratio" in row}
     return [
         Pair(name_of(row), earlier[key(row), row["ratio_to"]], row["ratio"])

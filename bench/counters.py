@@ -1,9 +1,10 @@
-"""Counts that do not depend on the machine: operators called, bytes moved, bytes saved for backward, per image.
+"""Counts that do not depend on the machine: operators called, and bytes moved and saved for backward per image.
 
     python bench/counters.py [--variant tiny_lrf --size 224 --batch 8]
 
-FocalNet in float32, eager, in focalnet, in transformers, and in timm if it is installed. "Moved" are the inputs and
-outputs of the operators, weights included. The rows go to bench/results/without-gpu/counters.json. Takes seconds.
+Counts an eager float32 FocalNet in focalnet, in transformers, and in timm if it is installed. The bytes moved are all
+inputs and outputs of operators, including weights. The rows go to bench/results/without-gpu/counters.json. Takes
+seconds.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def main(
 
 
 def counted_rows(case: Case) -> list[dict]:
-    """A row for each of `COUNTED` that is installed; what is not is said."""
+    """A row for each model of `COUNTED`. Prints which ones are left out because a package is missing."""
     rows = []
     for name in COUNTED:
         try:

@@ -1,4 +1,4 @@
-"""A FocalNet on this machine: focalnet against every installed runtime, in one run.
+"""Times a FocalNet in focalnet and in every other installed runtime, in one run.
 
     python bench/models.py --variant tiny_lrf --size 224 --batch 1 --batch 8
     python bench/models.py --runtime focalnet --runtime "transformers, max-autotune"
@@ -6,9 +6,9 @@
     python bench/models.py --standard --dtype bfloat16
     python bench/models.py --standard --train    its table of training steps: 3 to 4 minutes
 
-Each runtime has its own process, and all take turns (`focalnet.benchmark.turns`). Runtimes that take minutes to start
-(max-autotune) are measured only if they are named. The rows go to bench/results/<device>/models.json (training.json
-with --train), one for each case and runtime.
+Each runtime has its own process, and the processes take turns (`focalnet.benchmark.turns`). Runtimes that take minutes
+to start (max-autotune) are measured only if --runtime names them. The rows, one for each case and runtime, go to
+bench/results/<device>/models.json (training.json with --train).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ console = Console()
 TORCH = ["focalnet", "transformers"]
 EVERYTHING = [*TORCH, "transformers, compile", "onnxruntime", "openvino", "openvino, default"]
 PATCHED = [*EVERYTHING, "transformers, patched", "timm", "timm, patched"]
-# Variant, image size, batch, rounds, runtimes. torch.compile and an ONNX export cost up to a minute for each case, so
-# only some have them; long runs get few rounds.
+# Variant, image size, batch, rounds, runtimes. torch.compile and an ONNX export take up to a minute per case, so only
+# some cases have them. Slow cases get few rounds.
 STANDARD = (
     ("tiny_lrf", 224, 1, 40, PATCHED),
     ("tiny_lrf", 224, 8, 11, EVERYTHING),
@@ -45,7 +45,7 @@ STANDARD = (
     ("base_lrf", 224, 8, 5, TORCH),
     ("large_fl3", 384, 1, 5, TORCH),
 )
-# In bfloat16, beside OpenVINO in its default precision, which is bfloat16 where the processor has it.
+# The runtimes for bfloat16. OpenVINO's default precision is bfloat16 where the processor supports it.
 HALVES = [*TORCH, "transformers, compile", "openvino, default"]
 STANDARD_BFLOAT16 = (
     ("tiny_lrf", 224, 1, 40, [*HALVES, "transformers, patched"]),
@@ -86,13 +86,13 @@ def main(
 
 
 def measured(cases: list[tuple[Case, int, list[str] | None]], device: str, kind: str) -> list[dict]:
-    """The rows of all cases, each case written and shown as soon as it is there."""
+    """Measure all cases and return their rows. Each case is printed and written as soon as it is measured."""
     environment = facts(device)
     peaks = Peaks() if device == "cpu" else None
     every = []
     for number, (case, rounds, wanted) in enumerate(cases, 1):
         console.print(f"case {number} of {len(cases)}: {case.variant}, {case.size}, batch {case.batch}")
-        # Before each case, and the best so far: a peak that was measured in a noisy moment is none.
+        # Measured before each case, and the best so far is used: noise only lowers a measured peak.
         best = peaks.measure(case.dtype) if peaks else {}
         names = [name for name in wanted if name in able(case)] if wanted else unasked(case)
         rows = compared(case, names, rounds)
@@ -107,7 +107,7 @@ def measured(cases: list[tuple[Case, int, list[str] | None]], device: str, kind:
 
 
 def compared(case: Case, names: list[str], rounds: int) -> list[dict]:
-    """The rows of what is installed; what is not is said, and so is what a noisy machine left open."""
+    """The rows of the runtimes that could run. Prints which ones are left out, and warnings about a noisy machine."""
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"{case.variant} {case.size} x{case.batch}", total=turns.steps(names, rounds))
         rows, absent = turns.compare(case, names, rounds, lambda: progress.advance(task))

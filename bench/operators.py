@@ -1,4 +1,4 @@
-"""The operator on a CPU, stage by stage: every backend that runs here, and the floor.
+"""Times the operator on a CPU, stage by stage, with every backend that runs here, and compares it with its floor.
 
     python bench/operators.py [--variant base_lrf --batch 1]        under a minute; on a GPU: bench/gpu/gpu_kernels.py
 
@@ -48,7 +48,7 @@ def main(
 
 
 def least(row: dict, case: Case, peak: dict) -> dict[str, float]:
-    """What the call of a row must at least move and compute, and the seconds that takes at the peak rates."""
+    """The bytes and operations that a row's call needs at least, and the seconds they take at the peak rates."""
     dtype = getattr(torch, case.dtype)
     passes = [work(operator, stage_of(row, case), case.batch, dtype) for operator in PASSES[row["case"]]]
     total = Work(*(sum(getattr(one, name) for one in passes) for name in ("bytes", "fma", "erf", "matrix")))

@@ -1,11 +1,14 @@
-"""Python's share of a forward: all of its time that is not spent inside an operator.
+"""Measures Python's share of a forward pass: the time that is not spent inside an operator.
 
     python bench/python_share.py [--variant tiny_lrf --size 224 --batch 1] [--write]
 
-The time of a forward is dominated by its operators and varies by more than Python takes, so the share is no difference
-of two measurements. The operators are timed within each forward, and the rest is Python's: modules, checks, the choice
-of operators, views. The clock's own time, about 0.1 us an operator, is counted as Python's too.
-Float32, inference, on a CPU; with --write the row goes to bench/results/<device>/python_share.json. Takes seconds.
+Operators dominate the time of a forward pass, and that time varies by more than Python's share. The share is therefore
+not the difference of two measurements. Instead every operator is timed inside each forward pass, and the rest is
+Python's: modules, checks, the choice of operators, views. Reading the clock, about 0.1 us per operator, counts as
+Python's too.
+
+Measures float32 inference on a CPU. With --write the row goes to bench/results/<device>/python_share.json. Takes
+seconds.
 """
 
 from __future__ import annotations
@@ -29,14 +32,14 @@ from focalnet.benchmark.rows import write
 from focalnet.benchmark.runtimes import Case, ours
 from focalnet.benchmark.timing import WARM_UP, Timing
 
-# What a forward computes with, as the profiler names it, and where Python finds it.
+# The operators that compute a forward pass, by the profiler's name, and where Python looks them up.
 OPERATORS = {
     "focalnet::cpu_block": (registry._REGISTRY["cpu"].operators, "block"),
     "focalnet::cpu_patch_embed": (registry._REGISTRY["cpu"].operators, "patch_embed"),
     "focalnet::cpu_norm_mean": (registry._REGISTRY["cpu"].operators, "norm_mean"),
     "focalnet::cpu_linear": (registry._REGISTRY["cpu"].operators, "linear"),
 }
-# These compute nothing in inference, so their time is Python's.
+# These operators compute nothing in inference, so their time counts as Python's.
 VIEWS = {
     "aten::permute",
     "aten::view",
@@ -52,7 +55,7 @@ console = Console()
 
 @dataclass
 class Share:
-    """Of each forward: seconds outside operators and in all, and how many operators it called."""
+    """Timings of forward passes, outside operators and in total, and the number of operators in one pass."""
 
     python: Timing = field(default_factory=Timing)
     whole: Timing = field(default_factory=Timing)
@@ -70,7 +73,7 @@ def main(
     case = Case(variant, size, batch)
     images = case.images(0)
     with timed_operators() as inside, torch.inference_mode():
-        # Made here, since a model keeps the operators that it once found.
+        # Created inside the context, because a model keeps the operators that it looked up first.
         model = ours(case)
         share = measured(lambda: model(images), inside, rounds)
     environment = facts()
@@ -82,7 +85,7 @@ def main(
 
 @contextlib.contextmanager
 def timed_operators(operators: dict[str, tuple[object, str]] = OPERATORS) -> Iterator[list[float]]:
-    """Seconds of every operator that runs inside the ``with`` block, in the order in which they end."""
+    """Time every operator that runs inside the ``with`` block. Yields the list of seconds, in the order of return."""
     inside: list[float] = []
     undo = contextlib.ExitStack()
     with undo:
@@ -111,10 +114,10 @@ def _timed(operator: Callable, inside: list[float]) -> Callable:
 
 
 def measured(call: Callable[[], object], inside: list[float], rounds: int) -> Share:
-    """The share of ``call``, ``rounds`` times, one after the other; ``inside`` is that of `timed_operators`.
+    """Measure ``rounds`` runs of ``call``. ``inside`` is the list that `timed_operators` yields.
 
     Raises:
-        RuntimeError: an operator ran that is not timed, so that its time would pass for Python's.
+        RuntimeError: an operator ran that is not timed. Its time would count as Python's.
     """
     for _ in range(WARM_UP):
         call()
@@ -140,7 +143,7 @@ def _top_level(call: Callable[[], object]) -> set[str]:
 
 
 def row(share: Share, case: Case) -> dict[str, object]:
-    """As it is written: the share under the names that every row has for times."""
+    """The result row. The share has the names that all rows use for times."""
     which = {"variant": case.variant, "size": case.size, "batch": case.batch, "dtype": case.dtype}
     whole = share.whole.row()["median_s"]
     return {"case": "python share", **which, **share.python.row(), "forward_s": whole, "operators": share.operators}

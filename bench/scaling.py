@@ -1,15 +1,16 @@
-"""How the cost of a FocalNet grows with the image, the batch, the levels and the kernel size.
+"""Measures how the cost of a FocalNet grows with the image, the batch, the levels and the kernel size.
 
     python bench/scaling.py [--device cuda --dtype bfloat16]        about 4 minutes on two cores
 
-The models of focalnet and transformers run at 224 to 1024 pixels and at batch 1 to 64. Every point and runtime has its
-own process, so that the peak memory is that of the point; the two runtimes take turns. The operator runs with 1 to 4
-levels, and with one kernel of 3 to 15; all these points take turns in one process. For each series the exponent p of
-time ~ x ** p is fitted over the larger half of the points, where fixed costs matter least. Focal modulation is linear
-in the number of pixels: p is 2 for the side of the image and 1 for the batch. Attention over all pixels tends to 4 for
-the side.
+The models of focalnet and transformers run at 224 to 1024 pixels and at batch 1 to 64. Each runtime has a new process
+at each point, so its peak memory is that of the point. The runtimes take turns. The operator runs with 1 to 4 levels,
+and with a single kernel of size 3 to 15. The points of such a series take turns in one process.
 
-The rows go to bench/results/<device>/scaling.json, each as soon as it is measured.
+For each series the exponent p of time ~ x ** p is fitted over the larger half of the points, where fixed costs matter
+least. Focal modulation is linear in the number of pixels: p is 2 for the side of the image and 1 for the batch. With
+attention over all pixels, p tends to 4 for the side.
+
+The rows go to bench/results/<device>/scaling.json as soon as they are measured.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SIZES = (224, 288, 384, 512, 640, 800, 1024)
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 LEVELS = (1, 2, 3, 4)
 KERNELS = (3, 5, 7, 9, 11, 13, 15)
-OPERATOR_SHAPE = (8, 28, 28, 192)  # the second stage of the tiny models at 224
+OPERATOR_SHAPE = (8, 28, 28, 192)  # second stage of the tiny models at 224 x 224, batch 8
 OPERATOR_ROUNDS = 11
 
 
@@ -64,14 +65,14 @@ def main(
 
 
 def of_operators(device: str, dtype: str) -> Iterator[list[dict]]:
-    """The rows of a series, for each."""
+    """Yield the rows of each series of the operator."""
     chains = {
         "levels": {n: [3 + 2 * level for level in range(n)] for n in LEVELS},
         "kernel": {k: [k] for k in KERNELS},
     }
     for name, chain in chains.items():
         console.print(f"focal_modulation, {name}: {', '.join(map(str, chain))}")
-        # The points take turns: a machine that drifts does not bend the curve.
+        # The points take turns, so that a drift of the machine's speed does not bend the curve.
         timings = measure(
             {x: modulation(kernels, device, dtype) for x, kernels in chain.items()}, device, OPERATOR_ROUNDS
         )
@@ -103,7 +104,7 @@ def modulation(kernels: list[int], device: str, dtype: str) -> Callable[[int], o
 def of_models(
     smallest: Case, sizes: list[int], batches: list[int], runtimes: list[str], rounds: int
 ) -> Iterator[list[dict]]:
-    """The rows of a point, for each; one that both series share is measured once."""
+    """Yield the rows of each point of both series. A point that the series share is measured once."""
     cases = dict.fromkeys([(size, smallest.batch) for size in sizes] + [(smallest.size, batch) for batch in batches])
     for size, batch in cases:
         console.print(f"{smallest.variant}, {size} x {size}, batch {batch}")
@@ -119,11 +120,11 @@ def as_point(row: dict, series: str, x: int) -> dict:
     return row | {"case": "scaling", "series": series, "subject": row["variant"], "x": x}
 
 
-# ---- what they say --------------------------------------------------------------------------------------------------
+# ---- results --------------------------------------------------------------------------------------------------------
 
 
 def grouped(rows: list[dict]) -> list[list[dict]]:
-    """The rows of each series, subject and runtime, by what grows."""
+    """The rows grouped by series, subject, runtime and dtype. Each group is sorted by x."""
     names = dict.fromkeys(name_of(row) for row in rows)
     return [sorted((row for row in rows if name_of(row) == name), key=lambda row: row["x"]) for name in names]
 
@@ -133,7 +134,7 @@ def name_of(row: dict) -> tuple:
 
 
 def exponent(points: list[tuple[float, float]]) -> float:
-    """p of y ~ x ** p: the slope of a straight line through the logarithms."""
+    """The exponent p of y ~ x ** p: the slope of a line fitted to the logarithms."""
     xs, ys = zip(*points, strict=True)
     return statistics.linear_regression(list(map(math.log, xs)), list(map(math.log, ys))).slope
 

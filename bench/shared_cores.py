@@ -1,16 +1,16 @@
-"""Inference on cores that others use too: how much slower it gets, for each runtime, float32, on this CPU.
+"""Measures how much inference slows down on cores that other processes use too: each runtime, float32, on this CPU.
 
     python bench/shared_cores.py [--variant tiny_lrf --size 224 --batch 1] [--runtime focalnet ...] [--write]
 
-Three situations, which take turns in every round:
+Three situations take turns in every round:
 
-    quiet    the runtime's process alone, with as many threads as there are cores
-    loaded   beside a process that multiplies matrices with as many threads
-    two      beside a second process of the same runtime, each with as many threads; throughput of both together
+    quiet    the runtime's process runs alone, with as many threads as there are cores
+    loaded   beside it another process multiplies matrices with as many threads
+    two      two processes of the same runtime run at once, each with as many threads
 
-A row has the median and the 95th percentile of a run in each situation, their ratios to the quiet median, and the
-throughput of two processes as a share of that of one. With --write the rows go to
-bench/results/<device>/shared_cores.json. About a minute for each runtime.
+A row has the median and the 95th percentile of a run when quiet and when loaded, the ratios of the loaded times to the
+quiet median, the median with two processes, and their total throughput as a share of that of one process. With --write
+the rows go to bench/results/<device>/shared_cores.json. Takes about a minute for each runtime.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from focalnet.benchmark.runtimes import RUNTIMES, Case, able
 from focalnet.benchmark.turns import Runtime
 
 RUNTIMES_MEASURED = ("focalnet", "transformers", "onnxruntime", "openvino")
-TURN_S = 2.0  # long against a time slice
-# Multiplies matrices on all threads until it is killed. It says so once it has begun.
+TURN_S = 2.0  # much longer than a time slice of the scheduler
+# Multiplies matrices on all threads until it is killed. Prints a line once it has started.
 LOAD = """
 import torch
 a = torch.randn(1024, 1024)
@@ -93,7 +93,7 @@ def measured(name: str, case: Case, rounds: int) -> dict[str, Any] | str:
 
 
 def turn(runtime: Runtime) -> list[float]:
-    """Seconds of each run, for about `TURN_S`; the first run does not count."""
+    """Run for about `TURN_S` seconds. Returns the seconds of each run but the first."""
     runtime.run()
     end, runs = time.perf_counter() + TURN_S, []
     while time.perf_counter() < end:
@@ -102,14 +102,14 @@ def turn(runtime: Runtime) -> list[float]:
 
 
 def together(pair: tuple[Runtime, Runtime]) -> list[float]:
-    """Seconds of the runs of both, which run at the same time."""
+    """Let both processes take a turn at the same time. Returns the seconds of all runs."""
     with ThreadPoolExecutor(2) as pool:
         return [seconds for runs in pool.map(turn, pair) for seconds in runs]
 
 
 @contextlib.contextmanager
 def load() -> Iterator[Any]:
-    """A context that runs the other process, which stands still outside of it."""
+    """Start the other process, suspended. Yields a function whose context lets the process run."""
     process = subprocess.Popen([sys.executable, "-c", LOAD], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.readline()
@@ -131,7 +131,7 @@ def load() -> Iterator[Any]:
 
 
 def row(name: str, case: Case, quiet: list[float], loaded: list[float], two: list[float]) -> dict[str, Any]:
-    """Medians and 95th percentiles in seconds; ratios over the quiet median; images a second of two over one."""
+    """The result row. Times are in seconds; ``two_share`` is the throughput of two processes over that of one."""
     alone = statistics.median(quiet)
     percentile = lambda runs: statistics.quantiles(runs, n=20, method="inclusive")[-1]  # noqa: E731
     return {

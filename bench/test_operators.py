@@ -1,8 +1,8 @@
-"""The operator under pytest-benchmark, for work on a kernel: `pytest bench/ --benchmark-only`.
+"""Times the operator with pytest-benchmark, for work on a kernel: `pytest bench/ --benchmark-only`.
 
 Use `--benchmark-save=before` before a change, then `--benchmark-compare=0001 --benchmark-group-by=func,param:stage`
-after it. On a GPU the time includes waiting for it, which hides differences of a few microseconds;
-bench/gpu/gpu_kernels.py does not wait.
+after it. On a GPU the time includes a synchronisation, which hides differences of a few microseconds.
+bench/gpu/gpu_kernels.py does not synchronise after each call.
 """
 
 import pytest

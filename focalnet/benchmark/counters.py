@@ -70,7 +70,7 @@ def saved_bytes(model: torch.nn.Module, images: Tensor) -> int:
 
 
 def counted(name: str, case: Case) -> dict[str, float]:
-    """Operators of an inference pass of a model of `COUNTED`, and its bytes moved and bytes saved per image.
+    """Operators called in an inference pass of a model of `COUNTED`, and bytes moved and bytes saved per image.
 
     The pass runs under no_grad. In inference mode composite operators would be counted in addition to their parts.
     """

@@ -63,7 +63,7 @@ def _channels(variant: Variant, stage: int) -> int:
 
 
 def _overlaps(size: int, kernel: int) -> int:
-    """The number of pairs of a position and a tap inside the map, along one axis."""
+    """The number of (position, tap) pairs along one axis for which the tap lies inside the map."""
     reach = kernel // 2
     return sum(min(size, position + reach + 1) - max(0, position - reach) for position in range(size))
 

@@ -110,9 +110,9 @@ class Peaks:
         self.fma = self.dot = self.bandwidth = 0.0
 
     def measure(self, dtype: str = "float32") -> dict[str, float]:
-        """Measure for half a second. Returns ``fma_peak``, that of the arithmetic for ``dtype``, and ``bandwidth``.
+        """Measure for half a second. Returns ``fma_peak``, the peak of arithmetic for ``dtype``, and ``bandwidth``.
 
-        For bfloat16 that is dot products where the processor has them, else float32.
+        The arithmetic for bfloat16 is dot products of bfloat16 if the processor has them, else float32 multiply-adds.
         """
         self.fma = max(self.fma, *(self._loops.fma_rate(self._threads, 20_000_000) for _ in range(5)))
         self.dot = max(self.dot, *(self._loops.dot_rate(self._threads, 20_000_000) for _ in range(5)))

@@ -15,7 +15,8 @@ from typing import Any
 from .environment import ROOT
 
 RESULTS = ROOT / "bench" / "results"
-NOWHERE = "without-gpu"  # replaces the device for results that do not depend on the machine
+# Stands in for the device if results do not depend on the machine.
+NOWHERE = "without-gpu"
 # The fields that identify a case. All other fields of a row are results or facts about the machine.
 CASE = (
     "case",

@@ -41,7 +41,7 @@ class Case:
 
 
 MakeModel = Callable[[Case], torch.nn.Module]
-Start = Callable[[Case], Callable[..., Any]]  # the call it returns takes images
+Start = Callable[[Case], Callable[..., Any]]  # returns a callable that takes images
 
 
 def config_fields(case: Case) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def onnxruntime_int8(case: Case) -> Callable[..., Any]:
 
 
 def openvino(case: Case, precision: str | None = "f32") -> Callable[..., Any]:
-    """``precision``: None is what OpenVINO chooses, bfloat16 where the processor has it. Images are float32."""
+    """OpenVINO on float32 images. ``precision`` None is its default: bfloat16 where the processor supports it."""
     import openvino as ov
 
     return openvino_model(ov.Core().read_model(_onnx(replace(case, dtype="float32"))), precision)
@@ -199,7 +199,7 @@ RUNTIMES: dict[str, Start] = {
     "openvino, default": functools.partial(openvino, precision=None),
     "openvino, int8": openvino_int8,
 }
-# Files of float32 on a CPU. OpenVINO's default precision is compared with models of bfloat16 too.
+# Runtimes of float32 ONNX files on a CPU. OpenVINO in its default precision is compared with bfloat16 models too.
 INFERENCE_ON_A_CPU = ("onnxruntime", "onnxruntime, int8", "openvino", "openvino, default", "openvino, int8")
 
 

@@ -19,7 +19,8 @@ import torch
 from torch.utils.benchmark import Timer
 
 WARM_UP = 3
-BLOCK_S = 0.02  # minimal time of a block of calls, far above the microseconds that clocks and events resolve
+# The time of a block of calls: far above the microseconds that clocks and events resolve.
+BLOCK_S = 0.02
 MAX_COPIES = 16
 
 

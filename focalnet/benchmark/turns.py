@@ -1,8 +1,9 @@
 """Times runtimes in turns, each in its own process, so that a drift of the machine's speed affects all of them.
 
 In one process the runtimes' thread pools would slow each other down. Times are compared within a round, where they are
-seconds apart: a ratio is the median of theirs / ours over the rounds. Each round has another order, so that no runtime
-always follows the same one. Rounds are added until the standard error of every ratio is below `STEADY`.
+seconds apart: a ratio is the median of theirs / ours over the rounds. Each round has its own random order, so that no
+runtime always follows the same one. Rounds are added until the standard error of every ratio is at most `STEADY`, but
+no more than the share `MORE`.
 """
 
 from __future__ import annotations
@@ -22,12 +23,17 @@ from .runtimes import Case
 from .timing import ratio
 
 OURS = "focalnet"
-WARM_UP_ROUNDS = 1  # after all processes have started, and not counted
-TURN_S = 0.25  # a turn has as many runs as fit, at least one and at most MAX_RUNS; their median is its time
+# Uncounted rounds after all processes have started.
+WARM_UP_ROUNDS = 1
+# A turn has as many runs as fit into TURN_S seconds, at least one and at most MAX_RUNS. Its time is their median.
+TURN_S = 0.25
 MAX_RUNS = 16
-STEADY = 0.02  # relative standard error of a ratio below which no more rounds are needed
-MORE = 0.5  # maximal number of added rounds, as a share of the requested rounds
-NOISY = 1.25  # median over fastest time above which a warning says that the machine was not idle
+# No more rounds are needed if the relative standard error of every ratio is at most STEADY. At most the share MORE of
+# the requested rounds is added.
+STEADY = 0.02
+MORE = 0.5
+# A warning says that the machine was busy if the median time is more than NOISY times the fastest.
+NOISY = 1.25
 
 
 class Runtime:
@@ -51,7 +57,7 @@ class Runtime:
         self.absent = None if answer[0] == "ready" else str(answer[1])
 
     def warm_up(self) -> None:
-        """Take a turn that is not counted, and find out how many runs fit into a turn."""
+        """Make a run that is not counted, and compute how many runs fit into a turn."""
         self._runs_a_turn = min(MAX_RUNS, max(1, round(TURN_S / self.run())))
 
     def turn(self) -> None:
@@ -106,7 +112,7 @@ def compare(
 
 
 def steps(names: list[str], rounds: int) -> int:
-    """Total of a progress bar: starts of processes and turns, without those of added rounds."""
+    """Total of a progress bar: process starts and turns, without the turns of added rounds."""
     return len(names) * (1 + WARM_UP_ROUNDS + rounds)
 
 

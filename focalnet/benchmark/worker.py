@@ -22,8 +22,10 @@ import torch
 from .architectures import ARCHITECTURES
 from .runtimes import RUNTIMES, Case
 
-INPUTS = 4  # taken in turn, so that no run finds its images in the cache
-WARM_UP_RUNS, WARM_UP_S = 3, 2.0  # whichever is reached first
+# The inputs take turns, so that no run finds its images in the cache.
+INPUTS = 4
+# The warm-up ends after this many runs or seconds, whichever comes first.
+WARM_UP_RUNS, WARM_UP_S = 3, 2.0
 
 
 def main(out: IO[str]) -> None:

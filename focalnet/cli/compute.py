@@ -1,4 +1,4 @@
-"""The options --device, --dtype and --backend that commands share, and their conversion to torch's objects."""
+"""The options --device, --dtype and --backend, which several commands share, and their conversion to torch's types."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 BITS = (8, 10, 12, 14, 16, 24, 32)
 # The tags of TIFF: BitsPerSample and MaxSampleValue.
 _BITS_TAG, _WHITE_TAG = 258, 281
-# Formats whose integers Pillow scales to 16 bits for any depth of the file.
+# Formats whose integers Pillow always scales to 16 bits, whatever the depth of the file.
 _SCALED_BY_PILLOW = ("PPM", "JPEG2000")
 
 
@@ -78,7 +78,7 @@ def _stated_white(opened: Image.Image) -> int | None:
     if _WHITE_TAG in tags:
         return max(_numbers(tags[_WHITE_TAG]))
     bits = max(_numbers(tags.get(_BITS_TAG, 16)))
-    # 16 and 32 are just the width of storage. Fewer bits are recorded on purpose and give the depth.
+    # 16 and 32 are only the width of storage. Any smaller number is the true depth.
     return 2**bits - 1 if bits < 16 else None
 
 

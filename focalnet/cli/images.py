@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 EXTENSIONS = frozenset(
     ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split()  # noqa: SIM905
 )
-# Resizing the shortest edge of a strip of one by thousands of pixels would need gigabytes.
+# Resizing the shortest edge of a strip that is one pixel wide and thousands long would need gigabytes.
 _MAX_ELONGATION = 200
 
 

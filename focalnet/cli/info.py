@@ -86,7 +86,7 @@ def _triton() -> str:
         if error.name == "triton":
             return "not installed"
         return f"installed, but does not import: {error}"
-    # A build for another machine may raise anything.
+    # A build for another machine may raise any exception.
     except Exception as error:
         return f"installed, but does not import: {error}"
 

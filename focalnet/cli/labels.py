@@ -1,4 +1,4 @@
-"""Names of a model's outputs from --labels, and the WordNet ids that are the names of ImageNet's folders."""
+"""Reads the names of a model's outputs from --labels, and the WordNet ids, which name ImageNet's folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Loads models for the command line from a file, a directory or the Hugging Face hub, without noise or long waits."""
+"""Loads models for the command line from a file, a directory or the Hugging Face hub.
+
+The libraries' messages are silenced, and without network loading fails within seconds.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +86,7 @@ def _parse(text: str) -> Any:
 
 @contextmanager
 def reading(model: str, argument: str) -> Iterator[None]:
-    """A context for reading ``model``: fails fast without network, and begins errors with ``argument``."""
+    """A context for reading ``model``. It fails fast without network, and starts error messages with ``argument``."""
     if not Path(model).expanduser().exists() and shipped(model) is None:
         stay_offline_unless_reachable()
     try:

@@ -17,7 +17,7 @@ class Record:
     """``ranks`` by image name, written to ``path`` as they arrive. Without a path they are kept in memory only.
 
     Raises:
-        UserError: on entering, if the file holds the results of another run than ``run``.
+        UserError: on entering the context, if the file holds the results of a run other than ``run``.
     """
 
     def __init__(self, path: Path | None, run: dict[str, object]) -> None:

@@ -152,7 +152,7 @@ def start_of(model: str | None, recipe: Recipe, fields: list[str] | None, use_em
 
 
 def reader() -> ImageReader:
-    """The reader that gives training the same image files and reading as all other commands."""
+    """The image reader for training: the same file types, read in the same way, as in all other commands."""
     from ..training.sources import ImageReader
     from .images import EXTENSIONS, read_image, why_unreadable
 
@@ -162,7 +162,7 @@ def reader() -> ImageReader:
 def show_run(train: Callable[[Run, Events], dict[str, Any]], run: Run, as_json: bool) -> None:
     """Train and show the progress. Exceptions of the run are not caught."""
     shown = Shown(quiet=as_json)
-    events: Any = shown  # no Events by class, which would import the training
+    events: Any = shown  # not a subclass of Events, because importing that is slow
     try:
         summary = train(run, events)
     finally:
@@ -185,7 +185,7 @@ def show_plan(run: Run, task: str, images: int | None, source: str, as_json: boo
 
 
 def finish(summary: dict[str, Any], as_json: bool) -> None:
-    """Print what was written. Exit code 1 if images were left out."""
+    """Print the result and the output folder. Exit with code 1 if images were left out."""
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
     else:

@@ -1,7 +1,7 @@
 """Training: pre-training on masked images and fine-tuning of classifiers, on transformers' Trainer.
 
-The commands finetune and pretrain call ``focalnet.training.finetune`` and ``focalnet.training.pretrain``. It needs the
-extra ``train``: datasets, accelerate, kornia, matplotlib, scikit-learn, scikit-image.
+The commands finetune and pretrain call ``focalnet.training.finetune`` and ``focalnet.training.pretrain``. Training
+needs the extra ``train``: datasets, accelerate, kornia, matplotlib, scikit-learn, scikit-image.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def trainer_arguments(run: Run, images: int, has_held_out: bool, task: str) -> TrainingArguments:
-    """For ``images`` to train on, in as many processes as torchrun or accelerate started."""
+    """The Trainer's arguments for ``images`` training images and the processes that torchrun or accelerate started."""
     s = run.settings
     world = int(os.environ.get("WORLD_SIZE", "1"))
     global_batch = s.batch_size * s.accumulate * world

@@ -16,8 +16,8 @@ from .settings import Settings
 # take 7.2, 3.3 and 2.8 ms per image.
 GROUP = 8
 
-# Ranges of timm's "rand-m9-mstd0.5-inc1", which the authors trained with, in kornia's units: a shear there is a
-# tangent of up to 0.3, here a share of 180 degrees; a shift there is up to 0.45 of a side.
+# The ranges of timm's "rand-m9-mstd0.5-inc1", which the authors trained with, in kornia's units. timm's shear is a
+# tangent of up to 0.3, kornia's is a share of 180 degrees. timm's shift is up to 0.45 of a side.
 _SHEAR, _SHIFT = 16.7 / 180, 0.45
 _POLICY = [
     [("auto_contrast", 0.0, 1.0)],
@@ -40,9 +40,9 @@ _KORNIAS_MAGNITUDES = 30
 
 
 class Augment:
-    """uint8 images (B, 3, H, W) and a seed for each -> normalised float32 images, the same for the same seeds.
+    """Augments and normalises uint8 images (B, 3, H, W) to float32. Equal seeds give equal images.
 
-    Images are augmented in groups of `GROUP`, each with the seed of its first image.
+    There is a seed for each image. Images are augmented in groups of `GROUP`, each with the seed of its first image.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -89,15 +89,15 @@ def _steps_after(settings: Settings) -> list[Callable[[Tensor], Tensor]]:
 class Mix:
     """Mixup (arXiv:1710.09412) or CutMix (arXiv:1905.04899) of a batch with itself in reverse order.
 
-    Ours: kornia's mixup draws its share uniformly and not from a Beta distribution, as the published recipes do, and
-    it cannot choose between the two.
+    kornia's mixup is not used, because it draws the share uniformly, while the published recipes use a Beta
+    distribution. It also cannot choose between the two methods.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
 
     def __call__(self, images: Tensor, seed: int) -> tuple[Tensor, float]:
-        """The mixed images, and the share of each that is its own; the rest is of ``images.flip(0)``."""
+        """The mixed images, and the share that each keeps of itself. The rest comes from ``images.flip(0)``."""
         s, rng = self.settings, random.Random(seed)
         if not (s.mixup or s.cutmix) or rng.random() >= s.mix_probability:
             return images, 1.0
@@ -114,7 +114,10 @@ class Mix:
 
 
 def _rectangle(height: int, width: int, share: float, rng: random.Random) -> tuple[int, int, int, int]:
-    """Of the image's proportions and ``share`` of its area, its centre anywhere, cut off at the image's edges."""
+    """A random rectangle (top, left, height, width) with the image's proportions and ``share`` of its area.
+
+    Its centre may lie anywhere in the image. It is clipped at the image's edges.
+    """
     h, w = height * share**0.5 / 2, width * share**0.5 / 2
     y, x = rng.uniform(0, height), rng.uniform(0, width)
     top, bottom = round(max(0, y - h)), round(min(height, y + h))

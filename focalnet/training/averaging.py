@@ -19,7 +19,7 @@ _COUNT = "n_averaged"
 class Average(TrainerCallback):
     """An exponential moving average of ``model``'s parameters, taken after each step.
 
-    After n steps it decays by at most (1 + n) / (10 + n), so that it leaves the first weights behind soon.
+    After n steps the decay is at most (1 + n) / (10 + n), so that the initial weights soon lose their influence.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -13,7 +13,11 @@ Examples = list[dict[str, object]]
 
 
 class ClassificationBatch:
-    """``pixel_values``, ``labels`` (B,); in training ``other_labels`` (B,) and ``share`` (B,) of the first."""
+    """Collates images with labels: ``pixel_values`` (B, 3, H, W) and ``labels`` (B,).
+
+    Batches for training also have ``other_labels`` (B,), those of the images mixed in, and ``share`` (B,), the weight
+    of ``labels``.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.augment, self.mix = Augment(settings), Mix(settings)
@@ -34,7 +38,10 @@ class ClassificationBatch:
 
 
 class MaskedBatch:
-    """``pixel_values`` and ``bool_masked_pos`` (B, h * w), as SimMIM draws it; the same masks in every evaluation."""
+    """Collates images with SimMIM's random masks: ``pixel_values`` (B, 3, H, W), ``bool_masked_pos`` (B, h * w).
+
+    The masks are the same in every evaluation.
+    """
 
     def __init__(self, settings: Settings, stride: int) -> None:
         self.settings, self.stride = settings, stride

@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image
 
 PATCH = 64
-"""Side in pixels of a patch of a photograph; patches do not overlap."""
+"""Side in pixels of a patch of a photograph. Patches do not overlap."""
 
-# Colour photographs that come inside scikit-image's package: no download.
+# Colour photographs that scikit-image's package contains, so that nothing is downloaded.
 _PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "hubble_deep_field", "immunohistochemistry", "retina", "rocket")
 
 
@@ -20,7 +20,7 @@ def digits() -> datasets.Dataset:
     from sklearn.datasets import load_digits
 
     scans = load_digits()
-    # 0..16 to 8 bits: as a file would hold it, so that files and the data set are the same to a model.
+    # Scale 0..16 to 8 bits, as in an image file: a model then sees the same pixels in files and in this data set.
     pixels = np.round(scans.images * (255 / 16)).astype(np.uint8)
     features = datasets.Features(
         {
@@ -39,7 +39,7 @@ def photographs() -> datasets.Dataset:
     rows = []
     for name in _PHOTOGRAPHS:
         picture = Image.fromarray(getattr(data, name)()).convert("RGB")
-        # A megapixel photograph has more smooth patches than the others have patches at all.
+        # Otherwise the smooth patches of one megapixel photograph would outnumber all patches of the others.
         picture.thumbnail((768, 768))
         for top in range(0, picture.height - PATCH + 1, PATCH):
             for left in range(0, picture.width - PATCH + 1, PATCH):

@@ -1,4 +1,4 @@
-"""The events of a run, for its display, and the callback that ends a run at its time limit."""
+"""The events of a run, which the command line displays, and the callback that ends a run at its time limit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch of a run: how far it is, the mean loss, what the held-out images gave, and seconds since the start."""
+    """An epoch of a run: progress, mean loss, results on the held-out images, and seconds since the start."""
 
     epoch: float
     epochs: float
@@ -22,8 +22,9 @@ class Epoch:
 
 
 class Events:
-    """Receives the events of a run. This class ignores them; the command line's prints them. Only the first process
-    calls it.
+    """Receives the events of a run. This class ignores them; the command line's class prints them.
+
+    Only the first process reports the start, steps and epochs.
     """
 
     def note(self, message: str) -> None:
@@ -111,5 +112,5 @@ class TimeLimit(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        # Called when an epoch breaks off, too; after it comes the evaluation, then what is saved.
+        # The Trainer also calls this when an epoch is cut short. Afterwards it evaluates, then saves.
         control.should_save = control.should_save or self.struck

@@ -1,4 +1,4 @@
-"""Masks of SimMIM (Xie et al., arXiv:2111.09886): squares of an image, a fixed share of them, chosen at random."""
+"""The masks of SimMIM (Xie et al., arXiv:2111.09886): a fixed share of an image's squares, chosen at random."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .settings import Settings
 
 
 def random_masks(seeds: list[int], image_size: tuple[int, int], stride: int, settings: Settings) -> Tensor:
-    """(B, h * w), true where a patch of the stem's grid is masked; ``stride`` pixels lie between its patches.
+    """Masks (B, h * w), true where a patch of the stem's grid is masked. The grid has a patch every ``stride`` pixels.
 
     Raises:
         ValueError: mask_patch_size is not a multiple of ``stride``.

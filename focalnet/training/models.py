@@ -21,7 +21,7 @@ from .settings import Settings
 
 @dataclass(frozen=True)
 class Start:
-    """Where the weights come from: ``model`` as --model has it, or None with ``config``'s fields for a new one."""
+    """The source of the weights: ``model`` as given to --model, or None for a new model with ``config``'s fields."""
 
     model: str | None = None
     variant: str | None = None
@@ -37,7 +37,7 @@ class Start:
         return FocalNetConfig(**given) if self.model is None else FocalNetConfig.from_variant(self.model, **given)
 
     def load(self) -> FocalNetPreTrainedModel:
-        """Load the checkpoint. Errors are those of `load_checkpoint`, and ValueError without three input channels."""
+        """Load the checkpoint. Raises as `load_checkpoint`, and ValueError unless it has three input channels."""
         loaded = load_checkpoint(self.model, variant=self.variant, use_ema=self.use_ema, **(self.config or {}))
         if loaded.config.num_channels != 3:
             raise ValueError(
@@ -49,13 +49,16 @@ class Start:
 def classifier(
     start: Start, labels: list[str], settings: Settings, keep_head: bool = False
 ) -> tuple[FocalNetForImageClassification, list[int], str]:
-    """A classifier of ``labels``, the place of each label among its outputs, and what became of the head, in words.
+    """Make a classifier of ``labels``.
 
-    Rows of a head that is there are kept for labels that it knows, by name or by WordNet id: so a 22K model keeps
-    ImageNet-1K's thousand. With ``keep_head`` it stays as it is.
+    Where a checkpoint's head knows a label, by name or by WordNet id, the row of that label is kept. A 22K model thus
+    keeps the thousand rows of ImageNet-1K. With ``keep_head`` the head stays unchanged.
+
+    Returns:
+        The model, the index of each label among its outputs, and a description of the head for the user.
 
     Raises:
-        ValueError: ``keep_head``, and the head lacks some of the labels.
+        ValueError: ``keep_head`` is set, but there is no head, or it lacks some of the labels.
     """
     if start.is_new:
         if keep_head:
@@ -122,14 +125,14 @@ def _config_of(loaded: FocalNetPreTrainedModel, **fields: Any) -> FocalNetConfig
     kept = loaded.config.to_dict()
     for name in ("num_labels", "id2label", "label2id", "problem_type", "architectures", "dtype", "torch_dtype"):
         kept.pop(name, None)
-    # A detection backbone's own, which no head has.
+    # Fields of detection backbones, which models with a head do not have.
     for name in ("out_features", "out_indices", "feature_maps_before_downsampling", "use_feature_map_norms"):
         kept.pop(name, None)
     return FocalNetConfig.from_dict({**kept, **fields})
 
 
 def _take_over(model: FocalNetPreTrainedModel, loaded: FocalNetPreTrainedModel) -> None:
-    """The network's weights without any head; a final LayerNorm or a mask token that is not there stays new."""
+    """Copy the network's weights without the head. A final LayerNorm or mask token that ``loaded`` lacks stays new."""
     base = getattr(loaded, "focalnet", loaded)
     tensors = base.state_dict()
     if model.focalnet.embeddings.mask_token is None:
@@ -141,7 +144,7 @@ def _take_over(model: FocalNetPreTrainedModel, loaded: FocalNetPreTrainedModel) 
 
 
 def _known(loaded: FocalNetPreTrainedModel, labels: list[str]) -> dict[int, int]:
-    """Place of a label -> the head's output of that name or WordNet id."""
+    """Maps the index of each label that the head knows, by name or WordNet id, to the index of its output."""
     if not isinstance(loaded, FocalNetForImageClassification) or loaded.config.num_labels < 1:
         return {}
     outputs = {name: index for index, name in loaded.config.id2label.items() if not name.startswith("LABEL_")}

@@ -1,4 +1,4 @@
-"""Groups of parameters with their weight decay and learning rate."""
+"""Groups a model's parameters by weight decay and learning rate."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def parameter_groups(
 ) -> list[dict[str, object]]:
     """Groups for an optimizer, from the stem to the head.
 
-    Norms, biases, layer scales and the mask token do not decay: whatever has fewer than two dimensions other than 1.
-    With ``layer_decay`` below 1, a parameter n blocks below the head learns at layer_decay^n of the rate (as in
-    Clark et al., arXiv:2003.10555); a downsampling counts to the block before it.
+    Parameters with fewer than two dimensions larger than 1 have no weight decay: norms, biases, layer scales and the
+    mask token. With ``layer_decay`` below 1, the learning rate n blocks below the head is multiplied by layer_decay^n
+    (as in Clark et al., arXiv:2003.10555). A downsampling layer belongs to the block before it.
     """
     head = sum(depths) + 1
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
@@ -36,7 +36,7 @@ def parameter_groups(
 
 
 def depth_of(name: str, depths: list[int]) -> int:
-    """How many blocks a parameter's module is above the stem, which is 0; the head is one above the last block."""
+    """The depth of a parameter's module: the stem is 0, the first block 1, and the head one above the last block."""
     if match := _BLOCK.search(name):
         return sum(depths[: int(match[1])]) + int(match[2]) + 1
     if match := _DOWNSAMPLING.search(name):

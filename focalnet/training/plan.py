@@ -16,15 +16,24 @@ from .runs import Run
 from .settings import Settings
 from .sources import load_source
 
-_MEASURED_PIXELS = 2**18  # of the images in a measured step on a CPU; time grows with the batch from there on
+# Pixels in the batch of a measured step on a CPU. The time of larger batches is proportional to their size.
+_MEASURED_PIXELS = 2**18
 _LEVELS = " ▁▂▃▄▅▆▇█"
 _COLUMNS = 60
 
 
 @dataclass(frozen=True)
 class Plan:
-    """images: to train on. steps, warmup_steps. rates: learning rate at `_COLUMNS` places of the run. memory: bytes of
-    weights, gradients, optimizer and average, and of what is kept for backward. hours: of the steps alone."""
+    """The estimated size, memory and time of a run.
+
+    Attributes:
+        images: number of training images.
+        rates: learning rates at `_COLUMNS` steps, evenly spaced over the run.
+        memory_of_weights: bytes of weights, gradients, optimizer state and averaged weights.
+        memory_for_backward: bytes saved for backward in one pass.
+        disk: bytes of all files, at most.
+        hours: time of the steps alone.
+    """
 
     images: int
     classes: int | None
@@ -114,7 +123,7 @@ def plan(run: Run, task: str, images: int | None, source: str = "") -> Plan:
 
 
 def _within_reach(start: Start) -> Start:
-    """The same, or for published weights that are not to be had from here their variant, which takes as much."""
+    """``start``, or a new model of the same variant if published weights cannot be loaded. It costs as much."""
     try:
         if not start.is_new:
             start.load()
@@ -127,7 +136,7 @@ def _within_reach(start: Start) -> Start:
 
 
 def _rate(s: Settings, batch: int, steps: int, warmup: int, step: int) -> float:
-    """As the run's own scheduler has it: asked of it, with one parameter."""
+    """The learning rate at ``step``, from the scheduler that the run will use, with a dummy parameter."""
     from transformers import get_scheduler
 
     peak, least, first = s.rates(batch)
@@ -143,7 +152,7 @@ def _rate(s: Settings, batch: int, steps: int, warmup: int, step: int) -> float:
 
 
 def _measure(model: nn.Module, task: str, s: Settings, device: torch.device) -> tuple[float, int]:
-    """Seconds an image of forward and backward, and bytes an image kept between them."""
+    """Seconds per image of a forward and backward pass, and bytes per image saved between them."""
     most = max(1, _MEASURED_PIXELS // s.image_size**2) if device.type == "cpu" else s.batch_size
     count = min(s.batch_size, most)
     inputs: dict[str, Tensor] = {"pixel_values": torch.randn(count, 3, s.image_size, s.image_size, device=device)}

@@ -53,8 +53,12 @@ def check_space(run: Run, parameters: int) -> None:
 
 
 def bytes_on_disk(parameters: int, averaged: bool) -> int:
-    """What a run writes at most: float32 weights, two moments of AdamW and the average, kept twice and written once
-    more before the oldest goes, and the final weights, written aside first."""
+    """The bytes on disk that a run needs at most.
+
+    A checkpoint holds the float32 weights, AdamW's two moments and the average. `CHECKPOINTS_KEPT` of them are kept,
+    and the next one is complete before the oldest is removed. The final weights count twice, because they are written
+    to a temporary folder first.
+    """
     one = 4 * parameters * (4 if averaged else 3)
     return one * (CHECKPOINTS_KEPT + 1) + 2 * 4 * parameters + 2**20
 
@@ -62,10 +66,10 @@ def bytes_on_disk(parameters: int, averaged: bool) -> int:
 def checkpoint_to_resume(
     run: Run, arguments: TrainingArguments, task: str, source: Source, events: Events
 ) -> Path | None:
-    """The checkpoint to go on from, or None; records what the run is, for those that resume it.
+    """The checkpoint to resume from, or None. Records the run's data and settings, to be checked when it is resumed.
 
     Raises:
-        ValueError: the run that is there is another one.
+        ValueError: the output folder holds a run with other data or settings.
     """
     record = {
         "task": task,

@@ -17,7 +17,10 @@ _KEYS = ("task", "source", "model", "config", "settings")
 
 @dataclass(frozen=True)
 class Recipe:
-    """``model`` is the name of a published variant, or None where ``config`` (FocalNetConfig's fields) says it all."""
+    """A model and its settings.
+
+    ``model`` is the name of a published variant, or None if ``config``, fields of FocalNetConfig, defines the model.
+    """
 
     name: str
     task: str

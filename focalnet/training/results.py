@@ -1,4 +1,4 @@
-"""The results of a run: its summary, and the files of the trained model."""
+"""Summarises a run and writes the files of the trained model."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def is_evaluated(trainer: FocalNetTrainer) -> bool:
 
 
 def mean_colour_loss(trainer: FocalNetTrainer) -> float:
-    """The loss on the held-out images, with the masks of the evaluation, of predicting the mean colour everywhere."""
+    """The loss of predicting the mean colour everywhere, on the held-out images with the masks of the evaluation."""
     accelerator = trainer.accelerator
-    sums = torch.zeros(4, device=accelerator.device)  # of the three colours, and how many images
+    sums = torch.zeros(4, device=accelerator.device)  # red, green and blue, and the number of images
     for batch in trainer.get_eval_dataloader():
         sums[:3] += batch["pixel_values"].mean((2, 3)).sum(0)
         sums[3] += len(batch["pixel_values"])

@@ -1,4 +1,4 @@
-"""A run from its data to its files: first the checks, then training, then the files of the trained model."""
+"""Carries out a run: the checks, training, and the files of the trained model, in this order."""
 
 from __future__ import annotations
 
@@ -29,11 +29,20 @@ from .views import EvaluationViews, TrainingViews
 
 @dataclass(frozen=True)
 class Run:
-    """What to train, on what, where to, and how.
+    """A training run: its data, model, settings and output.
 
-    data: as `load_source` takes it. output: the folder to write to. recipe: its name, for the record. device: "cpu",
-    "cuda" or None for a GPU where there is one. check: decode every image first. strict: refuse where one cannot be
-    read. keep_head: train the head that is there.
+    Attributes:
+        data: a path or name, as in `load_source`.
+        output: the folder to write to.
+        settings: how to train.
+        reader: how image files are read.
+        start: the source of the initial weights.
+        recipe: the name of the recipe, for the summary.
+        device: "cpu", "cuda", or None for a GPU if there is one.
+        resume: continue from the last complete checkpoint in ``output``.
+        strict: raise an error if an image cannot be read.
+        check: decode every image before training.
+        keep_head: train the checkpoint's own head.
     """
 
     data: str
@@ -51,7 +60,7 @@ class Run:
 
 @dataclass(frozen=True)
 class _Task:
-    """What a run does: the model, its batches, where labels are among the outputs, and how outputs are judged."""
+    """What differs between tasks: the model, its collator, the labels' indices among the outputs, and the metrics."""
 
     name: str
     model: PreTrainedModel
@@ -134,7 +143,7 @@ def _train(run: Run, task: _Task, source: Source, skipped: list[Unreadable], eve
     wall, cpu = time.perf_counter(), time.process_time()
     _train_within_memory(trainer, resume_from, s)
     if held_out is not None and not is_evaluated(trainer):
-        trainer.evaluate()  # the run was over when it was resumed
+        trainer.evaluate()  # the run had already ended when it was resumed
     seconds = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
     summary = summarise(run, task.name, trainer, started, skipped, seconds, bool(limit and limit.struck))
     if task.name == "pretrain" and held_out is not None:

@@ -44,7 +44,7 @@ def publish(folder: Path, destination: Path) -> None:
     (folder / MANIFEST).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
     _flush(folder / MANIFEST)
     _flush(folder)
-    if destination.exists():  # what an interrupted run left there was not whole, or is being written again
+    if destination.exists():  # an incomplete checkpoint of an interrupted run, or one that is written again
         shutil.rmtree(destination)
     os.replace(folder, destination)
     _flush(destination.parent)
@@ -87,7 +87,7 @@ def why_no_space(folder: Path, needed: int) -> str | None:
 
 
 def _flush(path: Path) -> None:
-    """To the disk, a file's content or a folder's names. Where a system cannot open folders, it has no need to."""
+    """Flush a file's content or a folder's entries to disk. Systems that cannot open folders do not need to."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:

@@ -13,23 +13,50 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train. A recipe is a file of these; the command line overrides single ones.
+    """How to train. A recipe is a file of settings, and the command line overrides single ones.
 
-    Schedule: epochs; max_minutes (None: no limit) ends a run early, to be resumed; warmup_epochs of linear growth from
-    warmup_learning_rate, then a cosine down to min_learning_rate.
-    Optimizer (AdamW): learning_rate is for a global batch of learning_rate_batch images and grows linearly with the
-    batch (None: taken as it is), and so do the other two rates; weight_decay, betas, eps, clip (of the gradient's
-    norm, 0: none); layer_decay multiplies the rate once for each block between a layer and the head (1: none).
-    Batch: batch_size images in one pass of one process; accumulate passes make a step.
-    Model: image_size, drop_path, ema (decay of the averaged weights, 0: none), gradient_checkpointing, bf16.
-    Loss: label_smoothing; mixup and cutmix (alpha of their Beta distributions, 0: none), mix_probability for a batch,
-    cutmix_share of the mixed batches where both are on.
-    Views: crop_scale (least and greatest share of the area in a random crop; (1, 1): the whole image), flip
-    (probability of a mirror image); rotate (degrees), shift (share of the side), zoom (least and greatest), shear
-    (degrees); randaugment (operations, 0: none) of magnitude (of 10); erase (probability of a rectangle erased).
-    Evaluation: crop_fraction of the resized image's side is cut out (1: all of it); image_mean, image_std.
-    Masked images: mask_ratio of squares of mask_patch_size pixels are hidden.
-    Run: seed; workers (processes that prepare images); save_steps (None: a checkpoint each epoch).
+    Attributes:
+        epochs: passes over the training images.
+        max_minutes: time after which a run ends early, to be resumed; None for no limit.
+        batch_size: images in one pass of one process.
+        accumulate: passes per optimizer step.
+        learning_rate: peak rate of AdamW, for a global batch of ``learning_rate_batch`` images.
+        learning_rate_batch: all three rates scale linearly from this batch size to the run's; None for no scaling.
+        min_learning_rate: the rate at the end of the cosine that follows the warm-up.
+        warmup_learning_rate: the rate at the start of the linear warm-up.
+        warmup_epochs: length of the warm-up.
+        weight_decay: AdamW's weight decay.
+        betas: decay rates of AdamW's two moments.
+        eps: term in the denominator of AdamW's update.
+        clip: largest norm of the gradient; 0 for no clipping.
+        layer_decay: factor of the rate for each block between a layer and the head; 1 for equal rates.
+        image_size: side of the training images in pixels.
+        drop_path: rate of stochastic depth.
+        ema: decay of the averaged weights; 0 for no average.
+        gradient_checkpointing: recompute blocks in backward to save memory.
+        bf16: compute in bfloat16 and keep the weights in float32.
+        label_smoothing: smoothing of the labels in the cross entropy.
+        mixup: alpha of the Beta distribution; 0 for no mixup.
+        cutmix: alpha of the Beta distribution; 0 for no CutMix.
+        mix_probability: probability that a batch is mixed.
+        cutmix_share: share of CutMix among mixed batches, if both methods are on.
+        crop_scale: smallest and largest share of the area in a random crop; (1, 1) for the whole image.
+        flip: probability of mirroring.
+        rotate: largest rotation in degrees.
+        shift: largest shift as a share of the side.
+        zoom: smallest and largest factor.
+        shear: largest shear in degrees.
+        randaugment: number of RandAugment's operations; 0 for none.
+        magnitude: strength of RandAugment's operations, out of 10.
+        erase: probability that a rectangle is erased.
+        crop_fraction: share of the resized image's side that the centre crop of an evaluation keeps; 1 for all.
+        image_mean: mean of red, green and blue, for normalisation.
+        image_std: standard deviation of red, green and blue, for normalisation.
+        mask_ratio: share of the squares that are masked.
+        mask_patch_size: side of these squares in pixels.
+        seed: seed of all random numbers.
+        workers: processes that prepare images.
+        save_steps: steps between checkpoints; None for a checkpoint each epoch.
     """
 
     epochs: float = 30

@@ -22,10 +22,12 @@ _LABEL_COLUMNS = ("label", "labels", "class", "target", "fine_label")
 
 @dataclass(frozen=True)
 class ImageReader:
-    """How a file becomes an image. It is given, so that training reads files exactly as inference does.
+    """How image files are read. The caller provides it, so that training reads files exactly as inference does.
 
-    read: a path or an open file, and its name, to an RGB image. suffixes: those of image files, in lower case.
-    explain: what an exception of ``read`` means.
+    Attributes:
+        read: takes a path or an open file, and its name; returns an RGB image.
+        suffixes: the suffixes of image files, in lower case.
+        explain: takes an exception of ``read``; returns the reason to report.
     """
 
     read: Callable[[Path | IO[bytes], str], Image.Image]
@@ -35,7 +37,7 @@ class ImageReader:
 
 @dataclass(frozen=True)
 class Source:
-    """Tables with the columns ``image`` (datasets.Image, not decoded) and, where there are labels, ``label``."""
+    """Tables with the columns ``image`` (datasets.Image, not decoded) and, if there are labels, ``label``."""
 
     name: str
     train: datasets.Dataset
@@ -44,10 +46,11 @@ class Source:
 
 
 def load_source(data: str, reader: ImageReader, labelled: bool) -> Source:
-    """What ``data`` names: a folder of images or of classes, parquet files, a data set inside, or one on the hub.
+    """Load ``data``: a folder of images or of classes, parquet files, a built-in data set, or one on the hub.
 
-    A folder may have the folders train and val (or validation, valid, test) in it. Where nothing is held out already,
-    every fifth image of each class is, in the order of their names: the same ones in every run.
+    A folder may contain the folders train and val (or validation, valid, test). If the data has no held-out split,
+    every fifth image of each class is held out, the same ones in every run. The images of a folder are in the order of
+    their names.
 
     Raises:
         ValueError: there is no such data, no image in it, or with ``labelled`` fewer than two classes.
@@ -207,7 +210,7 @@ def _split(data: str, tables: dict[str, datasets.Dataset], labelled: bool) -> So
 
 
 def every_fifth(labels: list[int]) -> list[int]:
-    """The places of every fifth image of each class; of a class with fewer the last one, if that leaves any."""
+    """The indices of every fifth image of each class. A class with two to four images gives its last one."""
     places: dict[int, list[int]] = {}
     for place, label in enumerate(labels):
         places.setdefault(label, []).append(place)

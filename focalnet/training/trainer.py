@@ -1,5 +1,7 @@
-"""transformers' Trainer with additions for FocalNet: groups of parameters, mixed labels, averaged weights, and
-checkpoints that are written atomically."""
+"""transformers' Trainer with additions for FocalNet.
+
+It adds groups of parameters, mixed labels, averaged weights, and checkpoints that are written atomically.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ CHECKPOINTS_KEPT = 2
 
 
 class _EpochOfViews(TrainerCallback):
-    """Tells the views which epoch begins. accelerate does not where it skips batches or has several processes."""
+    """Tells the views which epoch begins. accelerate does not if it skips batches or there are several processes."""
 
     def __init__(self, views: TrainingViews) -> None:
         self.views = views
@@ -42,7 +44,7 @@ class _EpochOfViews(TrainerCallback):
 
 
 class FocalNetTrainer(Trainer):
-    """As Trainer, with ``settings`` and an ``average`` or None."""
+    """A Trainer with the run's ``settings``, and the ``average`` of the weights if there is one."""
 
     def __init__(self, *args: object, settings: Settings, average: Average | None = None, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
@@ -81,7 +83,7 @@ class FocalNetTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def get_eval_dataloader(self, eval_dataset: Dataset | str | None = None) -> DataLoader:
-        # The argument is for training, where every step has as many images; an evaluation leaves none out.
+        # Dropping the last batch is for training, where all steps have the same size. An evaluation uses all images.
         self.args.dataloader_drop_last = False
         try:
             return super().get_eval_dataloader(eval_dataset)
@@ -89,8 +91,8 @@ class FocalNetTrainer(Trainer):
             self.args.dataloader_drop_last = True
 
     def evaluate(self, *args: object, **kwargs: object) -> dict[str, float]:
-        # An evaluation draws random numbers (its loader's seed). A run that is resumed at the end of an epoch does
-        # not evaluate it again, and must go on with the same ones all the same.
+        # An evaluation draws random numbers (its loader's seed). A run that is resumed at the end of an epoch does not
+        # repeat the evaluation, yet must continue with the same random numbers.
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices), nullcontext() if self.average is None else self.average.in_place():
             return super().evaluate(*args, **kwargs)
@@ -102,7 +104,7 @@ class FocalNetTrainer(Trainer):
         root = Path(self.args.output_dir)
         staged = root / STAGING / f"checkpoint-{self.state.global_step}"
         if why_not_whole(root / staged.name) is None:
-            return  # by its number of steps, a moment ago
+            return  # save_steps has just saved this step
         if self.args.should_save:
             shutil.rmtree(root / STAGING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
@@ -122,7 +124,7 @@ class FocalNetTrainer(Trainer):
 
 
 def mixed_loss(logits: Tensor, inputs: dict[str, Tensor], label_smoothing: float) -> Tensor:
-    """Cross entropy with both labels of each mixed image, by the share that each has of it."""
+    """Cross entropy with both labels of each mixed image, weighted by their shares of the image."""
 
     def loss(labels: Tensor) -> Tensor:
         return nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
@@ -134,7 +136,7 @@ def mixed_loss(logits: Tensor, inputs: dict[str, Tensor], label_smoothing: float
 
 
 def most_probable(outputs: object, labels: Tensor) -> Tensor:
-    """The indices of the five largest logits, (B, 5) or fewer. Accuracy needs no more of up to 21,842 values."""
+    """The indices of the five largest logits, (B, 5) or fewer. Accuracy does not need the rest of up to 21,842."""
     logits = outputs[0] if isinstance(outputs, tuple) else outputs
     return logits.topk(min(5, logits.shape[-1])).indices
 

@@ -21,7 +21,8 @@ from .checking import image_of
 from .settings import Settings
 from .sources import ImageReader
 
-_MAX_KEPT = 64 * 2**20  # bytes of decoded images that are kept in memory, where they are no more
+# Decoded images are kept in memory if they take at most this many bytes in total.
+_MAX_KEPT = 64 * 2**20
 
 
 def draw(*parts: int) -> int:

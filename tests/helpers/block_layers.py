@@ -1,4 +1,4 @@
-"""Blocks of modules in evaluation, and what the operator cpu_block takes of them."""
+"""Makes blocks in evaluation mode, and the arguments that the operator cpu_block takes from them."""
 
 import torch
 
@@ -17,7 +17,7 @@ def argument_names():
 
 
 def weights(layer):
-    """The arguments of cpu_block after its first."""
+    """All arguments of cpu_block except the first."""
     return cpu_block.call(layer, OURS, Precision.of(next(layer.parameters())), None)[1]
 
 
@@ -53,6 +53,6 @@ def make_layer(
                 parameter.add_(0.2 * torch.randn_like(parameter))
         elif "focal_layers" in name:
             parameter.mul_(3.0)
-    # Asked for by name: left to itself, a layer may run the very operator that is tested.
+    # Chosen explicitly, because by default a layer may run the very operator under test.
     layer.modulation.backend = "reference"
     return layer.to(dtype)

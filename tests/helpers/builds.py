@@ -1,5 +1,4 @@
-"""Builds and installations of the package: copies of the sources, fresh environments outside the checkout, and what
-runs in them.
+"""Builds and installs the package: copies of the sources, and fresh environments outside the checkout.
 
 The environments borrow the installed torch, setuptools and so on through a folder of links, so nothing is downloaded.
 """
@@ -26,11 +25,11 @@ FOLDERS = ("focalnet", "kernels", "recipes", "csrc")
 
 
 def environment(**changes):
-    """The environment of a user's shell, without what this test run may have set; None removes a variable."""
+    """The environment of a user's shell, without variables that affect a build. ``changes`` of None remove one."""
     unwanted = ("FOCALNET_", "PYTHONPATH", "PYTHONHOME", "CXX", "CC", "CFLAGS", "CXXFLAGS", "LDFLAGS")
     unwanted += ("CUDA_", "NVCC", "TORCH_CUDA")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(unwanted)}
-    # ninja lies beside the Python that runs the tests, which need not be on PATH.
+    # ninja is installed beside the Python that runs the tests, and that folder need not be on PATH.
     kept["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])
     kept.update(changes)
     return {name: value for name, value in kept.items() if value is not None}
@@ -64,7 +63,7 @@ def link_packages(folder, wanted):
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    """What is installed here, less this package in whatever way it is installed."""
+    """The installed packages, without this one, however it is installed."""
 
     def wanted(name):
         return not name.startswith(("focalnet", "__editable__", "__pycache__")) and not name.endswith(".pth")
@@ -74,7 +73,7 @@ def packages(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def packages_without_torch(tmp_path_factory):
-    """What a build in isolation has: setuptools (and the pip that runs it)."""
+    """The packages of an isolated build: setuptools, and the pip that runs it."""
 
     def wanted(name):
         return re.match(r"(setuptools|_distutils_hack|wheel|packaging|pip)\b", name)
@@ -84,7 +83,7 @@ def packages_without_torch(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quick_compiler(tmp_path_factory):
-    """For CXX: the compiler without optimisation, which takes half the time."""
+    """A compiler for CXX that does not optimise, which halves the build time."""
     program = tmp_path_factory.mktemp("compiler") / "c++"
     program.write_text(f'#!/bin/sh\nexec {shutil.which(COMPILERS[0])} "$@" -O0\n')
     program.chmod(0o755)
@@ -119,7 +118,7 @@ class Python:
         return built
 
     def missing(self):
-        """What the installed package says about its extension."""
+        """The installed package's reason why it has no extension, or None."""
         return json.loads(
             self.run("import json; from focalnet.backends import extension as e; print(json.dumps(e.missing()))")
         )
@@ -131,7 +130,7 @@ def python(tmp_path, packages):
 
 
 def copy_sources(folder):
-    """A checkout as git would give it: no build results."""
+    """Copy the sources without build results, as a fresh clone has them."""
     ignore = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.json")
     folder.mkdir()
     for name in NAMES:
@@ -143,7 +142,7 @@ def copy_sources(folder):
 
 @pytest.fixture
 def sources(tmp_path):
-    """A copy of the sources whose extension is module.cpp alone: quick to compile, quick to break."""
+    """A copy of the sources whose extension is module.cpp alone, which compiles quickly and is easy to break."""
     folder = copy_sources(tmp_path / "sources")
     for path in (folder / "csrc" / "cpu").glob("*.cpp"):
         path.unlink()

@@ -1,6 +1,6 @@
-"""The Python files of the package that one call of a block passes through, in the order of the first visit.
+"""Lists the Python files of the package that one call of a block passes through, in the order of first use.
 
-python tests/helpers/called_files.py        writes the lists of docs/architecture.md anew
+python tests/helpers/called_files.py        updates the lists in docs/architecture.md
 """
 
 import os
@@ -21,7 +21,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "architecture.md"
 
 
 def called_files(call: Callable[[], object]) -> list[str]:
-    codes = {}  # told apart by the code alone, which is cheap: an interpreted kernel makes very many calls
+    # Only code objects are recorded, because that is cheap: an interpreted kernel makes very many calls.
+    codes = {}
 
     def note(frame, event, argument):
         codes[frame.f_code] = None
@@ -51,19 +52,19 @@ def inference() -> list[str]:
 def training() -> list[str]:
     layer, x = block().train(), torch.randn(1, 4, 4, 16, requires_grad=True)
     with focalnet.use_backend("triton"):
-        layer(x).sum().backward()  # plans are made, and the answer of the gate is kept
+        layer(x).sum().backward()  # makes the plans and caches the gate's answer
         return called_files(lambda: layer(x).sum().backward())
 
 
 def training_in_another_process() -> list[str]:
-    """Triton reads TRITON_INTERPRET when it is imported."""
+    """`training` in a new process, because Triton reads TRITON_INTERPRET when it is imported."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "FOCALNET_BACKEND": ""}
     command = [sys.executable, __file__, "--training"]
     return subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout.split()
 
 
 def filled(text: str) -> str:
-    """``text`` with both lists written anew."""
+    """``text`` with both lists updated."""
     for name, files in {"inference": inference(), "training": training_in_another_process()}.items():
         lines = textwrap.fill(" -> ".join(files), 100, break_long_words=False, break_on_hyphens=False)
         shown = f"{len(files)} files:\n\n```text\n{lines}\n```\n"

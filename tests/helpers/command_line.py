@@ -1,4 +1,4 @@
-"""What the tests of the command line share: a small model, photographs, and how to run a command."""
+"""Helpers for tests of the command line: a small model, photographs, and functions that run commands."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ LABELS = ["cat", "dog", "[bold]fox", "owl", "ant", "bee", "eel"]
 
 @contextmanager
 def offline_and_undone(monkeypatch):
-    """No network; and the settings that a command makes for its own process are undone."""
+    """A context without network. Afterwards the process-wide settings that a command changes are restored."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     verbosity = transformers_logging.get_verbosity()
     level = logging.getLogger(convert_checkpoint.__module__).level
@@ -31,7 +31,7 @@ def offline_and_undone(monkeypatch):
 
 
 def save_model(folder):
-    """A small classifier with label names and a processor of its own, as save_pretrained writes them."""
+    """Save a small classifier with label names and its own processor. Returns the folder."""
     torch.manual_seed(1)
     config = FocalNetConfig(
         embed_dim=8, depths=[1, 1, 1, 1], image_size=32, id2label=dict(enumerate(LABELS)), initializer_range=0.2
@@ -42,7 +42,7 @@ def save_model(folder):
 
 
 def save_photos(folder):
-    """A folder with five photographs, one of them in a folder below, and a text file."""
+    """Fill a folder with five photographs, one of them in a subfolder, and a text file. Returns the folder."""
     (folder / "below").mkdir(parents=True)
     pictures = [data.chelsea(), data.astronaut(), data.coffee(), data.rocket(), data.chelsea()[::-1]]
     names = ["cat.png", "face.jpg", "coffee.PNG", "rocket.webp", "below/upside down.png"]

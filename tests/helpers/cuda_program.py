@@ -1,4 +1,4 @@
-"""The kernels of csrc/cuda as a program for the CPU (cuda_on_cpu/), and one call of it: operands in, results out."""
+"""Compiles the kernels of csrc/cuda into a program for the CPU (cuda_on_cpu/) and calls it with operands."""
 
 import concurrent.futures
 import os
@@ -17,7 +17,7 @@ SOURCES = [
     CUDA / "plan.cpp",
     TESTS / "cuda" / "cuda_on_cpu" / "main.cpp",
 ]
-# Aliasing: a pair is read as one word, which is CUDA's manner and not C++'s.
+# -fno-strict-aliasing: the kernels read a pair of elements as one word, which CUDA allows and standard C++ does not.
 FLAGS = "-O1 -g1 -std=c++17 -Wall -Wextra -Werror -Wno-unknown-pragmas -fno-strict-aliasing"
 SANITIZERS = "-fsanitize=address,alignment,integer-divide-by-zero,signed-integer-overflow -fno-sanitize-recover=all"
 
@@ -26,7 +26,7 @@ ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 @dataclass(frozen=True)
 class Device:
-    """Shared memory a block may have, and a multiprocessor has, in KiB; multiprocessors."""
+    """A GPU's shared memory in KiB, per block and per multiprocessor, and its number of multiprocessors."""
 
     shared_per_block: int
     shared_per_multiprocessor: int
@@ -42,7 +42,7 @@ SM_90 = Device(227, 228, 132)
 
 
 def compile_sources(folder, sources=SOURCES):
-    """Compiles ``sources`` and links the program, with what objects the folder holds of the others."""
+    """Compile ``sources`` and link the program. The folder must already hold the objects of all other sources."""
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     flags = [*shlex.split(FLAGS), *shlex.split(SANITIZERS), f"-I{TESTS / 'cuda' / 'cuda_on_cpu'}", f"-I{CUDA}"]
 
@@ -68,7 +68,7 @@ def raw(tensor):
 
 
 def storage_of(*views):
-    """The elements that the views of one storage lie in, as one flat tensor."""
+    """The storage that all ``views`` share, as one flat tensor."""
     storage = views[0].untyped_storage()
     assert all(view.untyped_storage().data_ptr() == storage.data_ptr() for view in views)
     return torch.empty(0, dtype=views[0].dtype).set_(storage)
@@ -84,7 +84,7 @@ def case(numbers):
 
 @dataclass(frozen=True)
 class Cut:
-    """How a launch cuts the maps; ``fits`` on the device."""
+    """The tiles into which a launch cuts the maps, and whether the launch fits on the device."""
 
     what: str  # "forward" or "backward"
     block_c: int
@@ -96,7 +96,7 @@ class Cut:
 
 
 def plan(program, folder, shape, dtype, device):
-    """(path of forward, path of backward, cuts of their launches) for a contiguous problem of that shape."""
+    """(path of forward, path of backward, cuts of their launches) for a contiguous problem of this shape."""
     numbers = [0, 0, ELEMENTS[dtype], shape.batch, shape.height, shape.width, shape.channels, len(shape.kernels), 0]
     numbers += [*device.numbers(), *[0] * 15]
     for sizes in shape.kernel_sizes:
@@ -108,7 +108,11 @@ def plan(program, folder, shape, dtype, device):
 
 
 def call(program, folder, ctx, gates, focal_weights, normalize, dagg=None, mask=(True,) * 4, device=SM_90, seed=0):
-    """(path taken, outputs): agg, or with ``dagg`` what ``mask`` wants of [dctx, dgates, agg, *dfocal_weights]."""
+    """Run the program. Returns the path that it took, and the outputs.
+
+    The output is agg, or with ``dagg`` the tensors [dctx, dgates, agg, *dfocal_weights]. Those that ``mask`` does not
+    select are empty.
+    """
     packed = storage_of(ctx, gates)
     dout = ctx.new_empty(ctx.shape) if dagg is None else dagg
     numbers = [int(dagg is not None), seed, ELEMENTS[ctx.dtype], *ctx.shape, len(focal_weights), int(normalize)]

@@ -1,4 +1,4 @@
-"""One of the processes of test_two_processes.py, as torchrun would start it: DATA OUTPUT BATCH_SIZE."""
+"""One process of test_two_processes.py, started as torchrun would. Arguments: DATA OUTPUT BATCH_SIZE."""
 
 import os
 import sys
@@ -15,5 +15,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     train(sys.argv[1], sys.argv[2], SETTINGS.but(batch_size=int(sys.argv[3])))
     sys.stdout.flush()
-    # Without the interpreter's teardown: threads of gloo may still run then, and end the process with SIGABRT.
+    # Skips the interpreter's teardown, in which running threads of gloo may end the process with SIGABRT.
     os._exit(0)

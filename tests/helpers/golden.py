@@ -1,7 +1,7 @@
-"""The small random models of the authors' code and of timm in tests/data/golden, with what those computed.
+"""Reads tests/data/golden: small random models of the authors' code and of timm, and the results of that code.
 
-manifest.json says each one's source and configuration. A safetensors file has ``param.NAME``, ``input``,
-``output.I``, the gradient ``cotangent.I`` that was put into each output, and ``grad.NAME`` (``grad.input`` always).
+manifest.json holds the source and configuration of each model. Each safetensors file has ``param.NAME``, ``input``,
+``output.I``, ``cotangent.I`` (the gradient passed to each output), and ``grad.NAME`` (always with ``grad.input``).
 """
 
 import json
@@ -30,18 +30,18 @@ def format_of(name):
 
 
 def settings_of(name):
-    """What the weights do not tell and a user has to say."""
+    """The settings that the weights do not determine and a user has to give."""
     config = MODELS[name]["config"]
     settings = {"normalize_modulator": config.get("normalize_modulator", False)}
     if format_of(name) != "timm":
         settings["use_post_layernorm"] = config.get("use_postln", False)
     if format_of(name) == "authors-detection" and config.get("use_conv_embed"):
-        settings["stem_padding"] = 3  # the authors' mmdet code; everybody else's detectors have 2
+        settings["stem_padding"] = 3  # in the authors' mmdet code; all other detectors have 2
     return settings
 
 
 def write(name, folder):
-    """The model's weights as its source would publish them."""
+    """Save the model's weights in the format of its source. Returns the path."""
     if format_of(name) == "timm":
         path = folder / f"{name}.safetensors"
         save_file(tensors_of(name, "param"), path)

@@ -1,7 +1,7 @@
-"""The compiled CPU operators, and every instruction set that runs here.
+"""Loads the compiled CPU operators, and switches between the instruction sets that run here.
 
-FOCALNET_CPU_LIBRARY names a library of the kernels alone, built otherwise than setup.py does (asan_cpu.sh). It then
-stands in for the package's extension, which would register the same operators.
+FOCALNET_CPU_LIBRARY names a library of the kernels alone that was not built by setup.py (see asan_cpu.sh). It replaces
+the package's extension, because both register the same operators.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ def require(operator):
 
 
 ISAS = ("plain", "avx2", "avx512", "neon")
-# Those in which products of bfloat16 are computed: float32 is the same in the last two as in avx512 and plain.
+# The instruction sets for products of bfloat16. In float32, avx512_bf16 equals avx512, and emulated equals plain.
 PRODUCT_ISAS = (*ISAS, "avx512_bf16", "emulated")
 
 

@@ -2,7 +2,7 @@
 
     python killed_runs.py DATA ROOT MOMENT...
 
-A process of its own that imports once and trains in forks: it never uses a thread itself, so a fork is safe.
+The process imports everything once and trains in forks. It starts no threads itself, so forking is safe.
 """
 
 import json
@@ -32,7 +32,7 @@ def die():
 
 
 def on_call(count, module, name, action):
-    """The ``count``-th call of ``module.name`` does ``action`` first."""
+    """Make the ``count``-th call of ``module.name`` run ``action`` first."""
     original, calls = getattr(module, name), []
 
     def wrapper(*args, **kwargs):
@@ -45,7 +45,7 @@ def on_call(count, module, name, action):
 
 
 def half_of_it(root):
-    """Half of the file of weights, as a kill in the middle of writing leaves it."""
+    """An action that dies after writing half of the weights, as if killed in the middle."""
 
     def action(state_dict, path, *args):
         whole = safetensors.torch.save(state_dict)
@@ -102,7 +102,7 @@ def prepare(moment, folder):
 
 
 def in_fork(work):
-    """The signal that ended a fork doing ``work``, or 0."""
+    """Run ``work`` in a fork. Returns the signal that ended it, or its exit status, negated."""
     child = os.fork()
     if child == 0:
         try:

@@ -1,4 +1,4 @@
-"""Small random models, and the files that hold them in every published format."""
+"""Makes small random models, and saves them in every published format."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def named(model, naming):
 
 
 def file_of(model, format, folder):
-    """The model as ``format`` publishes it."""
+    """Save the model as models of ``format`` are published. Returns the path."""
     if format == "transformers":
         model.save_pretrained(folder / "saved")
         return folder / "saved"
@@ -77,7 +77,7 @@ def assert_same_bits(first, second):
 def message_of(error, function, *args, **kwargs):
     with pytest.raises(error) as caught:
         function(*args, **kwargs)
-    # What a user reads is this message, not a chain of errors from inside some reader.
+    # A user sees this message alone, not a chain of internal errors.
     assert caught.value.__cause__ is None
     return str(caught.value)
 

@@ -1,4 +1,4 @@
-"""Operands of the two operators, made as the models make them: views of one packed projection."""
+"""Makes operands of the two operators as the models do: views of one packed projection."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass
 class Shape:
-    """A case: batch, map, channels, kernel sizes of the levels."""
+    """The sizes and options of a case. ``kernels`` holds the kernel size of each level."""
 
     batch: int = 2
     height: int = 5
@@ -62,7 +62,7 @@ def operands(shape, dtype=torch.float32, device="cpu", seed=0, requires_grad=Fal
 
 
 def independent(shape, dtype=torch.float64, device="cpu", seed=0):
-    """The same values as leaves of their own, each asking for its gradient."""
+    """The values of `operands` as separate leaf tensors that require gradients."""
     q, ctx, gates, focal_weights, weight, bias = operands(shape, dtype, device, seed)
 
     def leaf(tensor):

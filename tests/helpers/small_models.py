@@ -1,4 +1,4 @@
-"""Small models, the same ones for focalnet and for transformers, images for them, and what it means to be equal."""
+"""Small models with equal weights in focalnet and transformers, images for them, and comparisons of their results."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ CLASS_WITH_HEAD = pytest.mark.parametrize("name", CLASSES[1:])
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """For the module that imports it: to share small models between threads costs time, on a busy machine minutes."""
+    """Runs the importing module on one thread. On several, small models are slower, by minutes on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -43,7 +43,7 @@ def one_thread():
 
 
 def build(library, name, fields, **kwargs):
-    """A model whose weights are large enough to make every part of it count, the same ones for each library."""
+    """A model with the same weights in each library, large enough for every part to affect the outputs."""
     torch.manual_seed(0)
     model = getattr(library, name)(library.FocalNetConfig(**fields), **kwargs).eval()
     generator = torch.Generator().manual_seed(1)
@@ -77,7 +77,7 @@ def tensors(outputs):
 
 
 def assert_equal(actual, expected):
-    """Within 1e-5 of the largest expected value, tensor by tensor."""
+    """Assert that each tensor agrees within 1e-5 of its largest expected value."""
     actual, expected = tensors(actual), tensors(expected)
     assert [x.shape for x in actual] == [x.shape for x in expected]
     for x, y in zip(actual, expected, strict=True):

@@ -1,4 +1,4 @@
-"""Runs that take a second: two classes of coloured squares, a model of some thousand parameters."""
+"""Training runs that take a second: two classes of coloured squares, and a model with a few thousand parameters."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ PLAIN = Settings(
     mask_patch_size=4,
     workers=0,
 )
-# Whatever draws random numbers or keeps a state.
+# All settings that draw random numbers or keep state.
 EVERYTHING = PLAIN.but(
     accumulate=2,
     drop_path=0.3,

@@ -1,4 +1,4 @@
-"""One small model of every source, ours and patched ones, for what is done to whole models."""
+"""A small model of every source, original and patched, for tests of whole models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SIZES = {"embed_dim": 8, "depths": [1, 1], "focal_levels": [2, 1], "focal_window
 
 
 class Logits(torch.nn.Module):
-    """Images to logits, whatever a model returns."""
+    """Wraps a model to return logits, whatever its own output type."""
 
     def __init__(self, model):
         super().__init__()
@@ -47,7 +47,7 @@ MAKE = {
 
 
 def original(source):
-    """The model as its source gives it."""
+    """The model, not patched."""
     return Logits(MAKE[source]()).eval()
 
 

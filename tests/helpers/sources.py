@@ -1,7 +1,7 @@
-"""The published FocalNets, rebuilt from their structure: the authors' (three tasks) and timm's.
+"""The published FocalNets, reimplemented: the authors' (three tasks) and timm's.
 
-Part names, settings and order of operations are those of the published code; tests/data/golden says, by outputs and
-gradients that the published code computed, whether they are right.
+Part names, settings and order of operations are those of the published code. tests/data/golden holds outputs and
+gradients of the published code to check them.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """timm's: over the channels of NCHW."""
+    """timm's LayerNorm over the channels of NCHW."""
 
     def forward(self, x):
         return F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps).permute(
@@ -38,7 +38,10 @@ def focal_layers(dim, focal_window, focal_level):
 
 
 class AuthorsModulation(nn.Module):
-    """``flag`` is what this code base calls normalize_modulator; the classification code keeps gates and modulator."""
+    """The authors' modulation. ``flag`` is the name of normalize_modulator, which differs between their code bases.
+
+    If ``keeps`` is set, the gates and the modulator become attributes, as in the classification code.
+    """
 
     keeps = True
 
@@ -93,7 +96,7 @@ class Mlp(nn.Module):
 
 
 class AuthorsBlock(nn.Module):
-    """On tokens (B, H * W, C); whoever calls it sets H and W first."""
+    """The authors' block on tokens (B, H * W, C). The caller sets H and W first."""
 
     def __init__(self, dim, modulation, postln=False, layerscale=False, drop_path=0.0):
         super().__init__()
@@ -118,7 +121,7 @@ class AuthorsBlock(nn.Module):
 
 
 class XDecoderBlock(AuthorsBlock):
-    """X-Decoder's and SEEM's: a depthwise convolution before each branch, and the norm after the sum."""
+    """The block of X-Decoder and SEEM: a depthwise convolution before each branch, and the norm after the sum."""
 
     def __init__(self, dim, modulation, **settings):
         super().__init__(dim, modulation, **settings)
@@ -141,7 +144,7 @@ class XDecoderBlock(AuthorsBlock):
 
 
 class AuthorsEmbed(nn.Module):
-    """Images or maps, NCHW in and out; the detection code pads to whole patches."""
+    """Embeds images or maps, NCHW in and out. With ``pads`` it pads to whole patches, as the detection code does."""
 
     def __init__(self, in_chans, dim, patch, conv_embed, stem_padding=2, pads=False):
         super().__init__()
@@ -176,7 +179,7 @@ class AuthorsStage(nn.Module):
 
 
 class AuthorsFocalNet(nn.Module):
-    """Classification; with ``detection`` a backbone that returns the normed maps of all stages."""
+    """The authors' classifier, or with ``detection`` a backbone that returns the normalised maps of all stages."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Small Triton kernels with known traffic, to try the tools that count and compile on."""
+"""Small Triton kernels with known memory traffic, to test the tools that count traffic and compile kernels."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def reverse_twice_kernel(x, scratch, y, n, BLOCK: tl.constexpr, BARRIER: tl.constexpr):
-    """Each program copies a block to scratch and reads it back in reverse: other threads' values, behind a barrier."""
+    """Each program reverses a block through scratch. Threads read what other threads wrote, so they need a barrier."""
     first = tl.program_id(0) * BLOCK
     forth = first + tl.arange(0, BLOCK)
     tl.store(scratch + forth, tl.load(x + forth, mask=forth < n), mask=forth < n)
@@ -25,7 +25,7 @@ def sum_neighbours_kernel(x, y, n, BLOCK: tl.constexpr):
 
 @triton.jit
 def shared_output_kernel(y):
-    """Every program stores to the same address: nothing orders them."""
+    """Every program stores to the same address, in no defined order."""
     tl.store(y, tl.program_id(0))
 
 

@@ -1,4 +1,4 @@
-"""What the tests that stand on transformers share: its common model tests, and the Auto classes as they were."""
+"""Helpers for tests built on transformers: its common model tests, and temporary registration in the Auto classes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ import focalnet
 FOLDER = Path(os.environ.get("FOCALNET_TRANSFORMERS_TESTS") or Path(sys.prefix, "share", "transformers-tests"))
 PACKAGE = "_transformers_common_tests"
 
-# What every configuration has to keep when it is given. transformers has such a list in a module that the source
-# distribution leaves out.
+# Arguments that every configuration has to keep. transformers has such a list in a module that the source distribution
+# leaves out.
 CONFIG_COMMON_KWARGS = {
     "architectures": ["SomeModel"],
     "chunk_size_feed_forward": 5,
@@ -38,8 +38,8 @@ CONFIG_COMMON_KWARGS = {
 def load_common_tests():
     """(test_modeling_common, test_backbone_common, test_configuration_common), or None if they are not there.
 
-    They import each other relatively, so they are loaded as one private package; what they want of modules that the
-    source distribution leaves out (tests of generation and of exporters) is stood in for. sys.path stays as it is.
+    They import each other relatively, so they are loaded as one private package. Stubs replace what they import from
+    modules that the source distribution leaves out (tests of generation and of exporters). sys.path is not changed.
     """
     folders = [folder for folder in (FOLDER / "tests", FOLDER) if (folder / "test_modeling_common.py").is_file()]
     if not folders:
@@ -58,7 +58,7 @@ def load_common_tests():
         module = types.ModuleType(PACKAGE + name)
         vars(module).update(contents)
         sys.modules[module.__name__] = module
-    # Their marks are not in our list, and they import transformers from the folder above theirs.
+    # Their marks are not registered here, and they would import transformers from the folder above theirs.
     marks = mock.patch.object(pytest, "mark", pytest.MarkGenerator(_ispytest=True))
     installed = mock.patch.object(transformers.utils, "direct_transformers_import", lambda *_, **__: transformers)
     with marks, installed:
@@ -70,7 +70,7 @@ def load_common_tests():
 
 @contextlib.contextmanager
 def registered_auto_classes():
-    """focalnet's classes behind the Auto classes; transformers' own again afterwards."""
+    """A context in which the Auto classes return focalnet's classes. Afterwards transformers' own are restored."""
     auto_classes = (
         transformers.AutoModel,
         transformers.AutoModelForImageClassification,

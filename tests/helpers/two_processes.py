@@ -1,4 +1,4 @@
-"""What each of two processes does for test_training_tools.py: started by name, so in a module of its own."""
+"""The work of each of two processes in test_training_tools.py. They import it by name, so it is a separate module."""
 
 import os
 
@@ -15,7 +15,7 @@ def gradients(model, batch):
 
 
 def train(rank, folder):
-    """Gradients of every source, by DDP and by FSDP2, of one image a process."""
+    """Save every source's gradients with DDP and FSDP2, for one image per process, and its logits with FSDP2."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = {}
@@ -34,5 +34,5 @@ def train(rank, folder):
     if rank == 0:
         torch.save(results, f"{folder}/results.pt")
     torch.distributed.barrier()
-    # Without the interpreter's teardown: threads of gloo may still run then, and end the process with SIGABRT.
+    # Skips the interpreter's teardown, in which running threads of gloo may end the process with SIGABRT.
     os._exit(0)

@@ -1,8 +1,8 @@
-"""A modulation of wide kernels in bfloat16, in every way it can be called: one line for each, once it has returned.
+"""Calls a modulation with wide kernels in bfloat16 in every possible way, and prints a line after each call.
 
-oneDNN's channels-last kernel never returns from some of these convolutions (`focalnet.onednn`), so this is a script:
-what runs it can end it. A line has the way, the error against float64 and that of transformers' module, whose maps
-are NCHW. Whether the kernel returns depends on the map, the channels and the number of threads.
+oneDNN's channels-last kernel never returns from some of these convolutions (`focalnet.onednn`). This is a script, so
+that its caller can kill it. A line has the way, the error against float64, and the same error of transformers' module,
+whose maps are NCHW. Whether the kernel returns depends on the map, the channels and the number of threads.
 """
 
 import copy
@@ -13,7 +13,7 @@ from transformers.models.focalnet.modeling_focalnet import FocalNetModulation
 
 import focalnet
 
-THREADS = 2  # On the second and the third of these maps, one thread returns.
+THREADS = 2  # With one thread, the kernel returns on the second and third of these maps.
 MAPS = ((1, 37, 64, 9), (3, 1, 64, 24), (1, 5, 64, 144))
 CONFIG = FocalNetConfig(focal_windows=[15], focal_levels=[2])
 
