@@ -90,9 +90,9 @@ py::dict build_info() {
     return info;
 }
 
-// The dictionary has the same keys on every machine, named as in Linux's /proc/cpuinfo. If a capability cannot be
-// queried (another architecture, a compiler without the builtin), it is false: the slower path always works, while
-// unsupported instructions crash.
+// The dictionary has the same keys on every platform, named as in Linux's /proc/cpuinfo. A capability that cannot be
+// queried (another architecture, a compiler without the builtin) counts as absent: the slower path always works, while
+// an unsupported instruction crashes.
 py::dict cpu_capabilities() {
     bool avx = false, avx2 = false, fma = false, f16c = false;
     bool avx512f = false, avx512bw = false, avx512dq = false, avx512vl = false;
@@ -140,8 +140,7 @@ py::dict cpu_capabilities() {
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Build facts and CPU capabilities; loading it registers the compiled operators with torch.";
     m.def("build_info", &build_info, "How this extension was compiled.");
-    py::class_<focalnet::Structure>(m, "Structure",
-                                    "A record of a tree of modules without the values of its tensors.")
+    py::class_<focalnet::Structure>(m, "Structure", "A record of a tree of modules without the values of its tensors.")
         .def(py::init<py::handle>(), py::arg("module"))
         .def("parameters_of", &focalnet::Structure::parameters_of, py::arg("module"),
              "The module's parameters in the order of the record; None if the module differs from the record.");
