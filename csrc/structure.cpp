@@ -13,7 +13,7 @@ constexpr int kMaxDepth = 64;
 
 PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
-// Interned names of the attributes that are not recorded like any other.
+// Interned attribute names, so that names can be compared by identity.
 struct Names {
     PyObject* parameters = interned("_parameters");
     PyObject* modules = interned("_modules");
