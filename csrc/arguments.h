@@ -1,5 +1,5 @@
-// Checks of tensor arguments that the operators of every device share, in the words that their callers see: the name
-// of the argument, what came, what was expected.
+// Checks of tensor arguments, shared by the operators of all devices. A message names the argument, what was passed
+// and what was expected.
 
 #pragma once
 
@@ -35,7 +35,7 @@ inline void check_cpu(const std::string& name, const Tensor& t) {
     STD_TORCH_CHECK(t.is_cpu(), name, " is not on the CPU; expected a CPU tensor");
 }
 
-// On ctx's device, and of its dtype.
+// Requires the device and the dtype of ctx.
 inline void check_like(const std::string& name, const Tensor& t, const Tensor& ctx) {
     if (ctx.is_cuda()) {
         STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == ctx.get_device_index(), name,
@@ -81,12 +81,12 @@ inline void check_dagg(const Tensor& dagg, const Tensor& ctx) {
                     shape_text(ctx));
 }
 
-// Views are taken as they are; only a channel stride other than 1 costs a copy.
+// The kernels take any strides except for channels: a channel stride other than 1 costs a copy.
 inline Tensor with_unit_channel_stride(const Tensor& t) {
     return t.stride(3) == 1 || t.size(3) <= 1 ? t : torch::stable::contiguous(t);
 }
 
-// A result like `t`, or an empty tensor in its place.
+// An uninitialised tensor of t's shape, or an empty placeholder if it is not wanted.
 inline Tensor empty_like_if(const Tensor& t, bool wanted) {
     return torch::stable::new_empty(t, wanted ? shape_of(t) : Shape{0});
 }

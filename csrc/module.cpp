@@ -90,9 +90,9 @@ py::dict build_info() {
     return info;
 }
 
-// The dictionary has the same keys on every machine, named as in Linux's /proc/cpuinfo. If a capability cannot be
-// queried (another architecture, a compiler without the builtin), it is false: the slower path always works, while
-// unsupported instructions crash.
+// The dictionary has the same keys on every platform, named as in Linux's /proc/cpuinfo. A capability that cannot be
+// queried (another architecture, a compiler without the builtin) counts as absent: the slower path always works, while
+// an unsupported instruction crashes.
 py::dict cpu_capabilities() {
     bool avx = false, avx2 = false, fma = false, f16c = false;
     bool avx512f = false, avx512bw = false, avx512dq = false, avx512vl = false;

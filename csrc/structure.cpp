@@ -8,12 +8,12 @@ namespace focalnet {
 
 namespace {
 
-// Deeper than any network. A module may be a part of itself, and its tree has no end then.
+// Deeper than any real network. The limit ends the recursion if a module contains itself.
 constexpr int kMaxDepth = 64;
 
 PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
-// Names of the dictionaries in which torch.nn.Module keeps its parts and its hooks.
+// Interned attribute names, so that names can be compared by identity.
 struct Names {
     PyObject* parameters = interned("_parameters");
     PyObject* modules = interned("_modules");
@@ -63,7 +63,8 @@ bool is_plain(PyObject* value) {
         }
         return true;
     }
-    if (PyCFunction_CheckExact(value)) {  // such as an activation; a bound method owns its object
+    // A builtin function, such as an activation. A bound builtin method refers to its object and is not plain.
+    if (PyCFunction_CheckExact(value)) {
         PyObject* self = PyCFunction_GET_SELF(value);
         return self == nullptr || PyModule_Check(self) || PyType_Check(self);
     }
@@ -156,7 +157,7 @@ void Structure::record_attribute(PyObject* name, PyObject* value) {
         return record(Kind::is_empty, name, Py_None, PyDict_GET_SIZE(value));
     }
     if (name != names().parameters && name != names().modules) {
-        return record(Kind::ignored, name, Py_None);  // hooks of state dictionaries
+        return record(Kind::ignored, name, Py_None);  // state_dict hooks
     }
     note_dictionary(value);
     record(name == names().parameters ? Kind::parameters : Kind::modules, name, Py_None, PyDict_GET_SIZE(value));
@@ -191,8 +192,8 @@ void Structure::note_object(const PyObject* object) { note(object, sizeof(PyDict
 
 void Structure::note_dictionary(PyObject* dictionary) {
     note_object(dictionary);
-    // The memory of the items: only values if instances of a class share their keys, otherwise an index of one byte
-    // per slot followed by a table of keys and values.
+    // The items lie outside the object. If instances of the class share their keys, there is only an array of values.
+    // Otherwise there is an index of one byte per slot, followed by a table of keys and values.
     const auto* fields = reinterpret_cast<PyDictObject*>(dictionary);
     const size_t items = static_cast<size_t>(fields->ma_used);
     if (fields->ma_values != nullptr) {
@@ -254,7 +255,7 @@ bool Structure::matches_attribute(Cursor& next, PyObject* name, PyObject* value,
                    (name != names().forward || has_keywords(value, (next++)->value.ptr()));
         case Kind::ignored:
             return true;
-        case Kind::keywords:  // compared together with its forward
+        case Kind::keywords:  // already compared, together with `forward`
             return false;
         case Kind::is_empty:
             return PyDict_Check(value) && PyDict_GET_SIZE(value) == entry.size;
@@ -284,7 +285,7 @@ bool Structure::matches_parameter(Cursor& next, PyObject* name, PyObject* tensor
         for (size_t i = 0; i < names().facts.size(); ++i) {
             const Entry& fact = *next++;
             const py::object now = attribute_of(tensor, fact.name.ptr());
-            // Each access makes another torch.device; dtypes and layouts are the same objects.
+            // Identity is not enough: every access to `device` creates a new torch.device.
             if (!now || PyObject_RichCompareBool(now.ptr(), fact.value.ptr(), Py_EQ) != 1) {
                 return false;
             }

@@ -9,11 +9,11 @@ namespace focalnet {
 
 // A record of everything that determines the effect of calling a module: the classes of the module and of all modules
 // in it, their names and order, their plain attributes (flags, numbers, strings), whether they have hooks, and the
-// class, dtype, layout and device of every parameter. For other attributes only the class is recorded, and for a
-// forward that is a functools.partial also its keywords.
+// class, dtype, layout and device of every parameter. For any other attribute only the class is recorded. If `forward`
+// is replaced by a functools.partial, its keywords are recorded too.
 //
-// A function of these facts alone keeps its result as long as `parameters_of` finds no difference. The record does not
-// keep modules or tensors alive.
+// Whatever was derived from these facts alone stays valid as long as `parameters_of` finds no difference. The record
+// does not keep modules or tensors alive.
 class Structure {
   public:
     explicit Structure(pybind11::handle module);
@@ -43,9 +43,9 @@ class Structure {
     static bool matches_parameter(Cursor& next, PyObject* name, PyObject* tensor, PyObject* found);
     static bool matches_attribute(Cursor& next, PyObject* name, PyObject* value, PyObject* found);
 
-    // Note the cache lines that a comparison reads, for prefetching. By the next call an operator has evicted them,
-    // and loading them one by one would take most of the time. An address may be stale by then, but prefetching a
-    // stale address is harmless.
+    // Note the cache lines that a comparison reads, for prefetching. By the next call, operators have evicted them,
+    // and loading them one by one would take most of the comparison's time. An address may be stale by then, but
+    // prefetching a stale address is harmless.
     void note_object(const PyObject* object);
     void note_dictionary(PyObject* dictionary);
     void note(const void* address, size_t bytes);
@@ -53,7 +53,7 @@ class Structure {
     std::vector<Entry> entries_;
     std::vector<const char*> cache_lines_;
     bool is_complete_ = true;  // false if something could not be recorded; then no module matches
-    int depth_ = 0;            // of the module that is being recorded
+    int depth_ = 0;            // nesting depth of the module being recorded
 };
 
 }  // namespace focalnet

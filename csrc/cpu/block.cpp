@@ -1,33 +1,39 @@
-// The fused block in inference: three phases over a group of images that stays in the last-level cache.
+// Inference of a fused block, in three phases over a group of images that stays in the last-level cache.
 //
 //     hidden_state (B, H, W, C)
-//       |  1  by tokens     [LayerNorm] -> projection_in                      reads C, writes 2C + L + 1 a token
+//       |  1  by tokens     [LayerNorm] -> projection_in                      per token: reads C, writes 2C + L + 1
 //     projection [tokens][pitch]: q | ctx | gates
-//       |  2  by planes     gated aggregation, gated_aggregation_fwd.inc  reads C + L + 1, writes C
+//       |  2  by planes     gated aggregation (gated_aggregation_fwd.inc)     reads C + L + 1, writes C
 //     agg [tokens][pitch]
-//       |  3  by tokens     everything that is local to a token               reads 3C (agg, q, hidden), writes C
+//       |  3  by tokens     everything local to a token                       reads 3C (agg, q, hidden), writes C
 //     result (B, H, W, C)
 //
-// Phase 3, for a block of tokens that one thread owns; x, y and a chunk of hidden units are its scratch in L2:
+// Phase 3, for a block of tokens that one thread owns. x, y and a chunk of hidden units h are scratch in its L2:
 //
 //     y = (agg W_h + b) * q -> [LayerNorm] -> x = y W_out + b -> [norm1] + hidden_state
-//     pre-norm:   y = LayerNorm(x);  for each chunk: h = GELU(y W_1[chunk]);  x += h W_2[chunk];  result = x
-//     post-norm:                     for each chunk: h = GELU(x W_1[chunk]);  y += h W_2[chunk];  result = norm2(y) +
-//     x
 //
-// A block of tokens streams every weight once. Where that is more than the tokens are worth (few tokens of many
-// channels), the same steps run over all tokens, one after the other, each product split by columns: every thread then
-// streams its part of the weights once, and tokens pass through L3 instead.
+//     pre-norm                                      post-norm
+//       y = LayerNorm(x)
+//       for each chunk:                               for each chunk:
+//           h = GELU(y W_1[chunk])                        h = GELU(x W_1[chunk])
+//           x += h W_2[chunk]                             y += h W_2[chunk]
+//       result = x                                    result = norm2(y) + x
 //
-// In bfloat16 the maps between the phases and what products read (y, h) are rounded to it, in two bytes where there
-// are dot products of bfloat16 and in four where products are of float32 (kRounded); x, sums, norms and GELU are
-// float32. Weights of bfloat16 may come with maps and vectors of float32: autocast.
+// This is the run by blocks: every block of tokens streams all weights once. With few tokens and many channels that
+// costs too much. The run by columns then does the same steps one after the other, each for all tokens of the group.
+// Every product is split by columns, so each thread streams its share of the weights once, and the activations pass
+// through L3 instead.
 //
-// Weights are read where the module has them, and nothing made of them outlives the call. By columns, a thread packs
-// the slice it is about to use. By blocks, every thread reads every weight, so all are packed first, into scratch.
+// In bfloat16, the maps between the phases and the operands of products (y, h) are rounded to bfloat16. Operands take
+// two bytes where products use bfloat16 dot products, and four where they are computed in float32 (kRounded). x, sums,
+// norms and GELU are float32. Under autocast, bfloat16 weights come with float32 maps and vectors.
 //
-// Both ways, and any cut into groups and blocks, give the same bits: an element of a product is summed in blocks of k
-// that depend on K alone (gemm.inc), and chunks of hidden units are whole blocks of k.
+// Weights are read from the module's own tensors, and no packed copy outlives the call. By columns, a thread packs
+// each slice just before it uses it. By blocks, every thread reads every weight, so all of them are packed into
+// scratch first.
+//
+// Results are bitwise the same either way, and for any split into groups and blocks. An element of a product is summed
+// over blocks of k that depend on K alone (gemm.inc), and a chunk of hidden units is a whole number of these blocks.
 
 #include "block.h"
 
@@ -44,29 +50,32 @@
 namespace focalnet::cpu {
 namespace {
 
-constexpr int64_t kScratchBytes = 352 * 1024;     // of a thread, in a 512 KB L2 beside weights and streams
-constexpr int64_t kGroupBytes = 8 * 1024 * 1024;  // of projection and agg, for each thread: its share of the L3
+// Scratch of one thread. It shares a 512 KB L2 with the weights and the streamed maps.
+constexpr int64_t kScratchBytes = 352 * 1024;
+// Size of a group's projection and agg, per thread: a thread's share of the L3.
+constexpr int64_t kGroupBytes = 8 * 1024 * 1024;
 
 thread_local Memory shared_memory, own_memory, packed_memory, focal_memory;
 
-// Where tokens keep what is between the steps, and how many hidden units they have at a time.
+// Intermediate results of the tokens, and the number of hidden units computed at a time.
 struct Scratch {
     Matrix operand, x, hidden;
-    Matrix sum;         // of the second branch behind which there is a norm
-    Matrix projection;  // in float32, before it is rounded, in the place of x and what follows
+    Matrix sum;         // post-norm: the MLP's output before norm2
+    Matrix projection;  // projection_in's float32 output before rounding; overlaps x, hidden and sum
     int64_t chunk;
 };
 
-// Bytes of a row: operand, x, hidden and sum, one after the other, each for all rows.
+// Layout of Scratch: operand, x, hidden and sum follow each other, each with all its rows. The functions return bytes
+// per row.
 struct ScratchLayout {
     const Block& b;
-    Element element;  // of what products read
+    Element element;  // of the operands of products
     int64_t chunk;
 
     int64_t operand() const { return pitch_bytes(b.C, element); }
     int64_t x() const { return pitch_bytes(b.C, Element::kFloat32); }
     int64_t hidden() const { return pitch_bytes(chunk, element); }
-    // In float32 the sum has the operand's place: x is read in its stead where there is a sum.
+    // In float32 the sum can use the operand's memory: a post-norm MLP reads x directly.
     bool has_sum() const { return b.post_norm && element != Element::kFloat32; }
     int64_t sum() const { return has_sum() ? x() : 0; }
     int64_t projection() const {
@@ -93,13 +102,14 @@ ScratchLayout layout_by_blocks(const Block& b) {
     return {b, products.a, k_block(b.fc2.K, products.depth)};
 }
 
-// Tokens whose rows fit into a thread's scratch.
+// The number of tokens that fit into a thread's scratch.
 int64_t rows_in_scratch(const Block& b) { return kScratchBytes / layout_by_blocks(b).row(); }
 
-// No block of tokens pays for streaming the weights: images go in groups that by_columns takes, where they fit.
+// Whether a thread's scratch holds too few tokens to be worth streaming the weights for. Groups of images are then
+// kept small enough to run by columns, if an image is.
 bool is_wide(const Block& b) { return rows_in_scratch(b) < kLeastRows; }
 
-// A group of images.
+// Computes the block for a group of images.
 class Group {
   public:
     Group(const Block& block, const float* packed_focal_weights, int64_t first_image, int64_t images)
@@ -135,7 +145,7 @@ class Group {
     }
 
   private:
-    // For projection, agg and as many bytes more, which it returns.
+    // Allocates projection_, agg_ and `more` bytes, and returns the latter.
     float* allocate(int64_t more) {
         const int64_t projection = pitch_bytes(b_.projection_in.N, b_.element), agg = pitch_bytes(b_.C, b_.element);
         float* memory = shared_memory.get((tokens_ * (projection + agg) + more) / 4);
@@ -157,7 +167,7 @@ class Group {
         return task;
     }
 
-    // Rows as products can read them: themselves, or a copy in `operand`.
+    // `in` as an operand of products: unchanged, or converted into s.operand.
     template <typename By>
     Matrix readable(const By& by, Matrix in, int64_t rows, const Scratch& s) const {
         if (in.element == products_.a) return in;
@@ -220,12 +230,12 @@ class Group {
         }
     }
 
-    // q times the modulator, [normed], to `operand`.
+    // s.operand = q * modulator, normalised if the block has a norm there.
     template <typename By>
     void modulated(const By& by, int64_t row, int64_t rows, const Scratch& s) const {
         Matrix agg = rows_from(agg_, row), to = s.operand;
         if (agg.element != products_.a) {
-            // A product's rows may not be where its result goes.
+            // Converted into x, not into the operand: a product must not overwrite its input.
             agg = {s.x.data, s.x.pitch, products_.a};
             by.rows(rows_task(rows_from(agg_, row), rows, {}, agg));
         }
@@ -236,7 +246,7 @@ class Group {
         if (b_.norm_in_modulation) by.rows(normed(rows_task(to, rows, {}, to), b_.modulation_norm));
     }
 
-    // Before norm the sum goes onto the residual that `out` holds, behind it `out` is overwritten.
+    // Pre-norm, the output is added to the residual in `out`. Post-norm, `out` is overwritten.
     template <typename By>
     void mlp(const By& by, Matrix in, int64_t rows, Matrix out, const Scratch& s) const {
         for (int64_t unit = 0; unit < b_.fc2.K; unit += s.chunk) {

@@ -1,4 +1,4 @@
-// The operator focalnet::cpu_block: argument checks, tensors turned into plain pointers. The arithmetic is in
+// The operator focalnet::cpu_block: checks the arguments and turns tensors into plain pointers. The arithmetic is in
 // block.cpp.
 
 #include <torch/csrc/stable/library.h>
@@ -83,7 +83,8 @@ Tensor cpu_block(const Tensor& hidden_state, const Tensor& projection_in, std::o
     const std::vector<FocalWeight> levels = levels_of(kept, focal_weights, as, b.C);
     b.L = L;
     b.focal_weights = levels.data();
-    // A layer scale is a factor of what it stands behind: of the last product, or of the norm behind that.
+    // A layer scale is folded into what precedes it: the norm in a post-norm block, otherwise the last product of the
+    // branch.
     const float* scale_1 = vector(kept, "gamma_1", gamma_1, b.C);
     const float* scale_2 = vector(kept, "gamma_2", gamma_2, b.C);
     const auto of_product = [post_norm](const float* scale) { return post_norm ? nullptr : scale; };
@@ -104,7 +105,7 @@ Tensor cpu_block(const Tensor& hidden_state, const Tensor& projection_in, std::o
     b.normalize_modulator = normalize_modulator;
     b.threads = own_threads ? Threads::kOwn : Threads::kTorch;
 
-    // A sum of bfloat16 and what a scale of float32 multiplied is float32.
+    // As in PyTorch: a branch scaled by a float32 layer scale is float32, and so is its sum with the residual.
     const auto is_float = [](const std::optional<Tensor>& scale) {
         return scale.has_value() && scale->scalar_type() == ScalarType::Float;
     };

@@ -1,4 +1,4 @@
-// What the operators of fused inference check beyond arguments.h.
+// Argument checks of the operators of fused inference, in addition to arguments.h.
 
 #pragma once
 

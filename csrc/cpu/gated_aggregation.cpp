@@ -1,5 +1,5 @@
-// Gated aggregation: lays out scratch, packs weights, hands planes to the threads, and reduces partial sums in a fixed
-// order. No result depends on the number of threads.
+// Driver of gated aggregation: lays out scratch, packs weights, shares planes among the threads, and reduces partial
+// sums in a fixed order. No result depends on the number of threads.
 
 #include "gated_aggregation.h"
 
@@ -20,12 +20,16 @@ namespace {
 
 using BF16 = torch::headeronly::BFloat16;
 
-constexpr int64_t kCacheLine = 16;           // floats
-constexpr int64_t kRingBytes = 160 * 1024;   // of one block's rings: a 256 KB L2 less the streams
-constexpr int64_t kStageBytes = 256 * 1024;  // beyond these the local part of agg waits in agg itself
-constexpr int64_t kChainBytes = 384 * 1024;  // of 8 lanes' rings in backward: a 512 KB L2 less the streams
-constexpr int64_t kPlaneBytes = 1 << 20;     // of their whole planes, where these save going up the levels twice
-constexpr int64_t kMinStep = 4;              // rows
+constexpr int64_t kCacheLine = 16;  // floats
+// Forward: the rings of one block. They share a 256 KB L2 with the streamed maps.
+constexpr int64_t kRingBytes = 160 * 1024;
+// Forward: the largest stage in scratch. If it does not fit, the local part of agg waits in agg itself.
+constexpr int64_t kStageBytes = 256 * 1024;
+// Backward: the rings of 8 lanes. They share a 512 KB L2 with the streamed maps.
+constexpr int64_t kChainBytes = 384 * 1024;
+// Backward: whole planes of 8 lanes, if these save a second pass up the levels.
+constexpr int64_t kPlaneBytes = 1 << 20;
+constexpr int64_t kMinStep = 4;  // rows
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 int64_t blocks_of(const Problem& p) { return (p.C + kBlock - 1) / kBlock; }
@@ -64,7 +68,7 @@ void pack_vector(const Problem& p, const std::vector<LevelLayout>& levels, int64
     }
 }
 
-// Weights as [C / lanes][taps][lanes] in float32, zero beyond C.
+// Packs the weights as [C / lanes][taps][lanes] in float32, zero beyond C.
 void pack_into(float* packed, const Problem& p, const std::vector<LevelLayout>& levels, int64_t lanes, bool flip,
                float factor) {
     const int64_t vectors = blocks_of(p) * kBlock / lanes, size = taps_of(levels) * lanes;
@@ -89,7 +93,8 @@ int64_t largest_kh(const std::vector<LevelLayout>& levels) {
     return kh;
 }
 
-// As many bands as let the threads finish together; none is lower than the halo that it recomputes.
+// The smallest number of bands with which the threads are busy for 80 % of the time, as far as the map allows. A band
+// has at least 8 rows, and at least as many rows as the halos that it recomputes.
 int64_t bands_for(const Problem& p, const std::vector<LevelLayout>& levels) {
     const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
     const int64_t planes = p.B * blocks_of(p);
@@ -102,7 +107,7 @@ int64_t bands_for(const Problem& p, const std::vector<LevelLayout>& levels) {
     return bands;
 }
 
-// Plays the schedule of gated_aggregation_fwd.inc and keeps the largest number of rows that each ring has to hold.
+// Simulates the schedule of gated_aggregation_fwd.inc to find the largest number of rows that each ring has to hold.
 void simulate(const Problem& p, const ForwardPlan& plan, int64_t y0, std::vector<LevelLayout>& levels, int64_t* agg) {
     const int64_t y1 = std::min(p.H, y0 + plan.band_rows);
     std::vector<int64_t> low(p.L + 1, y0), high(p.L + 1, y1);
@@ -124,7 +129,7 @@ void simulate(const Problem& p, const ForwardPlan& plan, int64_t y0, std::vector
     }
 }
 
-// Lays out the rings for a given step; returns the bytes of a block's rings.
+// Lays out the rings for the given step and returns the bytes that they take for one block.
 int64_t lay_out(const Problem& p, int64_t lanes, int64_t step, std::vector<LevelLayout>& levels, ForwardPlan& plan) {
     plan.step = step;
     plan.agg_capacity = 1;
@@ -159,14 +164,14 @@ ForwardPlan forward_plan(const Problem& p, int64_t lanes, std::vector<LevelLayou
     return plan;
 }
 
-// Owns what the pointers of `plan` point to.
+// The plan of backward, with the arrays that its pointers refer to.
 struct Chain {
     std::vector<LevelLayout> levels, grads;
     std::vector<int64_t> lags, halos;
     BackwardPlan plan;
 };
 
-// Lays out the rings for a given step and width of the bands; returns their bytes.
+// Lays out the rings for the given step and band width, and returns the bytes that they take.
 int64_t lay_out(const Problem& p, int64_t lanes, int64_t step, int64_t columns, Chain& chain) {
     BackwardPlan& plan = chain.plan;
     const int64_t L = p.L, last = chain.lags.back();
@@ -176,7 +181,7 @@ int64_t lay_out(const Problem& p, int64_t lanes, int64_t step, int64_t columns, 
     plan.bands = (p.W + columns - 1) / columns;
     const int64_t pitch = (std::min(p.W, columns + 2 * chain.halos[0]) + 2 * plan.margin) * lanes;
     int64_t offset = 0;
-    // Rows enter at place `from` and are needed until `more` rows after place `to` has taken them.
+    // A row enters the ring when place `from` reaches it, and is needed until place `to` is `more` rows past it.
     const auto ring = [&](LevelLayout& layout, int64_t from, int64_t to, int64_t more) {
         layout.pitch = pitch;
         layout.capacity = std::min(p.H, step + chain.lags[to] - chain.lags[from] + more);
@@ -198,8 +203,8 @@ int64_t lay_out(const Problem& p, int64_t lanes, int64_t step, int64_t columns, 
     return offset * static_cast<int64_t>(sizeof(float));
 }
 
-// The widest bands of columns for which the rows that a level works on in the smallest step (of its input, its output
-// and its gradients) fit. No band is narrower than the halos that it recomputes.
+// The widest bands of columns for which the rows that one level uses in the smallest step (of its input, its output
+// and its gradients) fit into `bytes`. A band is at least as wide as the halos that it recomputes.
 int64_t columns_for(const Problem& p, int64_t lanes, int64_t bytes, const Chain& chain) {
     const int64_t rows = 3 * (kMinStep + largest_kh(chain.levels)), beside = 2 * (chain.halos[0] + chain.plan.margin);
     const int64_t widest = bytes / (rows * lanes * static_cast<int64_t>(sizeof(float))) - beside;
@@ -207,8 +212,8 @@ int64_t columns_for(const Problem& p, int64_t lanes, int64_t bytes, const Chain&
     return (p.W + bands - 1) / bands;
 }
 
-// Whole planes if they fit; else rings, with the largest step for which the rings of all levels fit; where a wide map
-// fits with no step, the smallest one, for which those of one level at a time fit.
+// Chooses whole planes if they fit. Otherwise it chooses rings, with the largest step for which the rings of all
+// levels fit. Wide maps fit with no step. They take the smallest one, for which the rows of one level at a time fit.
 void choose(const Problem& p, int64_t lanes, bool sums_known, Chain& chain) {
     const int64_t fitting = kChainBytes / 8 * lanes, fitting_whole = sums_known ? fitting : kPlaneBytes / 8 * lanes;
     if (lay_out(p, lanes, p.H + chain.lags.back(), p.W, chain) <= fitting_whole) return;
@@ -257,8 +262,8 @@ void gather_gates(const Problem& p, float* planes) {
     });
 }
 
-// The gates of neighbouring positions lie 2 C + L + 1 elements apart. Every block reads them, so they are gathered
-// into float32 planes first, which touch a fraction of the cache lines.
+// The gates of neighbouring positions lie 2 C + L + 1 elements apart, and every block reads them. They are therefore
+// gathered into float32 planes first, which take a fraction of the cache lines.
 Floats gate_planes(const Problem& p) {
     Floats planes = floats(p.B * (p.L + 1) * p.H * p.W);
     p.element == Element::kFloat32 ? gather_gates<float>(p, planes.get()) : gather_gates<BF16>(p, planes.get());
@@ -307,7 +312,7 @@ void reduce_dweights(const Problem& p, const std::vector<LevelLayout>& levels, i
     });
 }
 
-// Added in the order of the backward kernels, so that the sums are the ones that they would form, to the bit.
+// Adds the rows in the order of the backward kernels, so the sums are bitwise those that the kernels would compute.
 void add_rows(const Problem& p, const float* row_sums, float* sums) {
     for (int64_t b = 0; b < p.B; ++b)
         for (int64_t c = 0; c < p.C; ++c) {

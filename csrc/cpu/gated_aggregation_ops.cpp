@@ -1,5 +1,5 @@
-// The operators focalnet::cpu_gated_aggregation, cpu_gated_aggregation_and_sums and cpu_gated_aggregation_bwd:
-// argument checks, views turned into plain pointers and strides, results allocated. The arithmetic is in
+// The operators focalnet::cpu_gated_aggregation, cpu_gated_aggregation_and_sums and cpu_gated_aggregation_bwd. They
+// check the arguments, turn views into plain pointers and strides, and allocate the results. The arithmetic is in
 // gated_aggregation.cpp.
 
 #include <torch/csrc/stable/library.h>
@@ -22,7 +22,7 @@ Map map_of(const Tensor& t) { return {const_cast<void*>(t.const_data_ptr()), t.s
 
 Map output_map_of(const Tensor& t) { return {t.mutable_data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 
-// Owns what the pointers of `problem` point to.
+// A problem, with the tensors and arrays that its pointers refer to.
 struct Arguments {
     Tensor ctx, gates;
     std::vector<Tensor> weights;
@@ -65,7 +65,7 @@ Tensor cpu_gated_aggregation(const Tensor& ctx, const Tensor& gates, std::vector
     return agg;
 }
 
-// agg, and the sums of the last level over the map (B, C) in float32.
+// Returns agg, and the sums of the last level over the map, (B, C) in float32.
 std::vector<Tensor> cpu_gated_aggregation_and_sums(const Tensor& ctx, const Tensor& gates,
                                                    std::vector<Tensor> focal_weights, bool normalize_modulator) {
     const Arguments args = parse(ctx, gates, focal_weights, normalize_modulator);

@@ -1,5 +1,5 @@
-// The operators focalnet::cpu_bias_gelu_ and focalnet::cpu_gelu_backward_: argument checks, rows handed to the
-// threads. The arithmetic is in gelu_rows.inc; no result depends on the number of threads.
+// The operators focalnet::cpu_bias_gelu_ and focalnet::cpu_gelu_backward_: they check the arguments and share the rows
+// among the threads. The arithmetic is in gelu_rows.inc. No result depends on the number of threads.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -20,7 +20,8 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kGrain = 8192;  // elements that are worth a thread: some ten microseconds
+// Elements worth starting a thread for: some ten microseconds of work.
+constexpr int64_t kGrain = 8192;
 
 float* matrix(const char* name, const Tensor& t, const Tensor& like) {
     STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == ScalarType::Float, name,

@@ -1,4 +1,4 @@
-// What the driver of the GELU of an MLP and its kernels agree on. Plain data only, as in gated_aggregation.h.
+// The interface between the operators for an MLP's GELU and their kernels. Plain data only, as in gated_aggregation.h.
 
 #pragma once
 
@@ -8,10 +8,10 @@ namespace focalnet::cpu {
 
 // Contiguous rows of `columns` float32 each.
 struct GeluTask {
-    float* fc1;         // forward: gets the bias added; backward: read
+    float* fc1;         // forward: the bias is added in place; backward: read
     float* act;         // written
-    float* dact;        // backward: in place
-    const float* bias;  // forward: of `columns`, or null
+    float* dact;        // backward: updated in place
+    const float* bias;  // forward: [columns], or null
     int64_t rows, columns;
 };
 

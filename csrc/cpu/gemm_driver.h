@@ -1,5 +1,5 @@
-// How a product is laid out in memory, cut along k, and shared among threads. For drivers only: kernels must
-// not include it, see gated_aggregation.h.
+// How a product is laid out in memory, split along k, and shared among threads. For drivers only: kernels must not
+// include it, see gated_aggregation.h.
 
 #pragma once
 
@@ -16,43 +16,51 @@
 
 namespace focalnet::cpu {
 
-constexpr int64_t kLeastRows = 66;      // that a block of tokens needs to pay for streaming the weights
-constexpr int64_t kWideRows = 96;       // a block of fewer hardly pays for it
-constexpr int64_t kMostTogether = 512;  // tokens; beyond, what passes through L3 outweighs the weights
-constexpr int64_t kRowUnit = 6;         // rows of a block are a multiple of: whole tiles, see gemm.inc
-constexpr int64_t kPanelsAtATime = 8;   // that a thread packs before it asks for more
-constexpr int64_t kLeastUnits = 4;      // of the last blocks, which are low so that the threads end together
+// A block of fewer tokens is not worth streaming the weights for.
+constexpr int64_t kLeastRows = 66;
+// A block of fewer tokens is hardly worth streaming the weights for.
+constexpr int64_t kWideRows = 96;
+// Up to this many tokens, products by columns replace blocks of fewer than kWideRows tokens. Beyond it, passing the
+// activations through L3 costs more than streaming the weights.
+constexpr int64_t kMostTogether = 512;
+// The rows of a block are a multiple of this, for whole tiles (gemm.inc).
+constexpr int64_t kRowUnit = 6;
+// The most panels that a thread packs before it asks for more.
+constexpr int64_t kPanelsAtATime = 8;
+// Row units of the last blocks. These are small so that the threads finish together.
+constexpr int64_t kLeastUnits = 4;
 
 inline int64_t ceil_div(int64_t n, int64_t by) { return (n + by - 1) / by; }
 inline int64_t round_up(int64_t n, int64_t to) { return ceil_div(n, to) * to; }
 
-// k of the blocks a product is summed in: nearly equal ones, whole panels of the layer before.
+// Size of the blocks of k over which a product is summed. They are nearly equal, and whole panels of the layer before.
 inline int64_t k_block(int64_t K, int64_t depth) { return round_up(ceil_div(K, ceil_div(K, depth)), kPanel); }
 
 inline int64_t size_of(Element element) { return element == Element::kBFloat16 ? 2 : 4; }
 
-// An odd number of cache lines: rows of a tile at a power of two from each other would share one set of the L1.
+// Elements from one row to the next: an odd number of cache lines. If the distance were a power of two, the rows of a
+// tile would share one set of L1.
 inline int64_t pitch_of(int64_t columns, Element element) {
     const int64_t line = static_cast<int64_t>(kLineBytes) / size_of(element);
     return (ceil_div(columns, line) | 1) * line;
 }
 
-// Bytes of a row of so many columns.
+// Bytes from one row to the next.
 inline int64_t pitch_bytes(int64_t columns, Element element) { return pitch_of(columns, element) * size_of(element); }
 
-// The rows from one on.
+// The matrix from row `row` on.
 inline Matrix rows_from(Matrix m, int64_t row) {
     if (m.data != nullptr) m.data = static_cast<char*>(m.data) + row * m.pitch * size_of(m.element);
     return m;
 }
 
-// The columns from one on.
+// The matrix from column `column` on.
 inline Matrix columns_from(Matrix m, int64_t column) {
     if (m.data != nullptr) m.data = static_cast<char*>(m.data) + column * size_of(m.element);
     return m;
 }
 
-// a times all of w, to c.
+// The product of a and all of w, stored in c.
 inline GemmTask product(const Products& products, const Linear& w, Matrix a, int64_t rows, Matrix c) {
     const int64_t columns = round_up(w.N, kPanel), block = k_block(w.K, products.depth);
     return {a, rows, w, 0, w.K, block, 0, columns, c, false, After::kNothing, Matrix{}};
@@ -66,7 +74,7 @@ inline int64_t packed_floats(const Products& products, const Linear& w) {
     return ceil_div(w.N, kPanel) * panel_floats(products, w);
 }
 
-// Packs linear layers into `memory`, which keeps them until it is asked for the next.
+// Packs linear layers into `memory`. The packed weights stay valid until the next use of `memory`.
 template <size_t N>
 void pack(Threads who, const Products& products, Linear* const (&layers)[N], Memory& memory) {
     int64_t floats = 0;
@@ -83,19 +91,20 @@ void pack(Threads who, const Products& products, Linear* const (&layers)[N], Mem
     }
 }
 
-// Whether all threads share the products of so many tokens, each streaming its part of the weights, instead of taking
-// blocks of tokens that fit into their scratch: blocks are few then, or too low.
+// Whether the threads share every product by columns, each streaming its part of the weights, instead of each taking
+// blocks of tokens that fit into its scratch. True if there would be too few blocks, or blocks of too few rows.
 inline bool by_columns(int64_t tokens, int64_t rows_in_scratch) {
     const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
     return tokens < kLeastRows * threads || (rows_in_scratch < kWideRows && tokens <= kMostTogether);
 }
 
-// Rows of a block of tokens at most: what fits into a thread's scratch, or pays for streaming the weights.
+// The most rows of a block of tokens: as many as fit into a thread's scratch, and at least enough to be worth
+// streaming the weights for.
 inline int64_t rows_of_block(int64_t rows_in_scratch) {
     return std::max(kLeastRows, rows_in_scratch) / kRowUnit * kRowUnit;
 }
 
-// Calls `step(first, n)` for blocks of n tokens that together are all; n is at most `rows`, of rows_of_block.
+// Calls `step(first, n)` for blocks of n tokens that together cover all. n is at most `rows`, from rows_of_block.
 template <typename Step>
 void share_tokens(Threads who, int64_t tokens, int64_t rows, const Step& step) {
     share_ranges(who, ceil_div(tokens, kRowUnit), kLeastUnits, rows / kRowUnit, [&](auto next) {
@@ -106,14 +115,15 @@ void share_tokens(Threads who, int64_t tokens, int64_t rows, const Step& step) {
     });
 }
 
-// One thread does a step, for its block of tokens.
+// Runs a step in the calling thread, for its block of tokens.
 struct Alone {
     Products products;
     void gemm(const GemmTask& task) const { products.gemm(task); }
     void rows(const RowsTask& task) const { current_kernels().normalize_and_add(task); }
 };
 
-// All threads share a step: a product by columns (and rows, where threads outnumber the panels), the rest by rows.
+// Shares a step among all threads. Products are split by columns, and also by rows if there are more threads than
+// panels. Other steps are split by rows.
 struct Together {
     Products products;
     Threads who;
@@ -122,8 +132,8 @@ struct Together {
         const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
         const int64_t panels = (task.column_end - task.column_begin) / kPanel;
         const int64_t parts = std::min(task.rows, ceil_div(threads, panels));
-        // Where rows are cut, threads outnumber the panels: each range is one panel then, so none reaches into another
-        // part of the rows.
+        // If rows are split, there are more threads than panels. Each range is then a single panel, so no range
+        // extends over two parts of the rows.
         share_ranges(who, parts * panels, 1, panels, [&](auto next) {
             for (Range range = next(); !range.empty(); range = next()) {
                 const int64_t i = range.begin / panels;

@@ -1,14 +1,15 @@
-// What follows the last stage in inference: focalnet::cpu_norm_mean and focalnet::cpu_linear.
+// The head in inference, after the last stage: focalnet::cpu_norm_mean and focalnet::cpu_linear.
 //
 //     hidden_state (B, H, W, C)
 //       |  LayerNorm, row by row                       read and written once
 //     tokens (B, H W, C)
 //       |  sums over an image's tokens, in float64     read from L2
 //     mean (B, C)
-//       |  one product by columns, as in block.cpp     reads the weights once, whatever B
+//       |  one product by columns, as in block.cpp     reads the weights once, for any B
 //     logits (B, N)
 //
-// PyTorch has operators for all of it. Their threads would spin on after the last one, into the next forward.
+// PyTorch has operators for all of this. But their threads would keep spinning after the last one, into the next
+// forward.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -30,7 +31,8 @@
 namespace focalnet::cpu {
 namespace {
 
-constexpr int64_t kChannels = 64;  // of an image that a thread adds up at a time
+// Channels of an image that a thread sums at a time.
+constexpr int64_t kChannels = 64;
 constexpr int64_t kLeastTokens = 32;
 
 thread_local Memory product_memory;
@@ -97,7 +99,7 @@ Tensor cpu_linear(const Tensor& input, const Tensor& weight, std::optional<Tenso
     if (rows == 0) return result;
     const Products products = products_of(element);
     const Linear linear{kept(weight), read_as, vector(kept, "bias", bias, N), nullptr, K, N};
-    // Rows that reach to whole panels, as products read and write them.
+    // Products need rows padded to whole panels.
     const int64_t read = pitch_bytes(K, products.a), written = pitch_bytes(N, Element::kFloat32);
     float* memory = product_memory.get(rows * (read + written) / 4);
     const Matrix a{memory, read / size_of(products.a), products.a};

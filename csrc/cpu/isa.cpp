@@ -1,4 +1,4 @@
-// Choice of the instruction set, and the operators that tell and change it.
+// Choice of the instruction set, and the operators that query and change it.
 
 #include "isa.h"
 
@@ -16,8 +16,8 @@
 namespace focalnet::cpu {
 namespace {
 
-// On 64-bit Arm NEON is part of every processor: there "plain" and "neon" are the same code. "emulated" is "plain"
-// with the dot products of "avx512_bf16", as slow as they are there: for tests.
+// Every 64-bit Arm processor has NEON, so "plain" and "neon" are the same code there. "emulated" is "plain" with a
+// slow emulation of the dot products of "avx512_bf16", for tests.
 enum class Isa : int { kEmulated, kPlain, kNeon, kAvx2, kAvx512, kAvx512Bf16 };
 
 struct Choice {
@@ -64,7 +64,7 @@ bool runs_here(Isa isa) {
 }
 
 #if defined(__x86_64__)
-// Zen 4 executes a vector of 512 bits in two halves: long tiles of them gain nothing on AVX2's short ones there.
+// Zen 4 executes 512-bit vectors in two halves, so the larger tiles of AVX-512 gain nothing over those of AVX2.
 bool halves_wide_vectors() {
     static const bool is_zen4 = [] {
         unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -98,7 +98,7 @@ Isa parse(const std::string& name, const char* source) {
     return Isa::kPlain;
 }
 
-// An override that this processor cannot run is ignored: it must not make the library fail to load.
+// Ignores an override that the processor cannot run, because it must not make the library fail to load.
 Isa initial() {
     const char* wanted = std::getenv("FOCALNET_CPU_ISA");
     if (wanted == nullptr || *wanted == '\0') return best();

@@ -1,5 +1,5 @@
-// Which instruction set the kernels use: the best one this processor has, unless FOCALNET_CPU_ISA (read once, at first
-// use) or the operator focalnet::cpu_set_isa says otherwise.
+// The instruction set that the kernels use. It is the best one that the processor has, unless FOCALNET_CPU_ISA (read
+// once, at first use) or the operator focalnet::cpu_set_isa selects another.
 
 #pragma once
 
@@ -10,8 +10,8 @@ namespace focalnet::cpu {
 
 const Kernels& current_kernels();
 
-// How to compute products with weights of an element: those of bfloat16 by dot products where there are instructions
-// for them, else in float32.
+// How to compute products with weights of the given element. bfloat16 weights use dot products if the processor has
+// instructions for them. All other products are computed in float32.
 Products products_of(Element weights);
 
 }  // namespace focalnet::cpu

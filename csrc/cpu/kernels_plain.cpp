@@ -1,5 +1,5 @@
-// The kernels for what every processor of the architecture has: SSE2 on x86-64, NEON on 64-bit Arm, and elsewhere
-// whatever the compiler makes of vectors of four.
+// The kernels for the baseline of the architecture: SSE2 on x86-64 and NEON on 64-bit Arm. Elsewhere they use vectors
+// of four, which the compiler lowers to what the processor has.
 
 #if defined(__aarch64__)
 #include <arm_neon.h>
@@ -35,6 +35,6 @@ const Kernels kPlainKernels = {plain::kLanes,       plain::forward, plain::forwa
                                plain::pack,         plain::gemm,    plain::normalize_and_add, plain::bias_gelu,
                                plain::gelu_backward};
 
-// For tests of those of AVX-512 where that is not.
+// For testing the dot products of AVX512_BF16 on processors without it.
 const Products kEmulatedDotProducts = {Element::kBFloat16, kDotDepth, 2, 2, plain::pack_dot, plain::dot_gemm};
 }  // namespace focalnet::cpu

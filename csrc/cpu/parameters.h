@@ -1,5 +1,5 @@
-// Parameters as plain pointers, for the operators of fused inference: weights of linear layers as they are, in float32
-// or bfloat16, vectors (biases, norms, scales) in float32 whatever they are.
+// Parameters as plain pointers, for the operators of fused inference. Weights of linear layers stay in float32 or
+// bfloat16. Vectors (biases, norms, scales) become float32.
 
 #pragma once
 
@@ -30,13 +30,13 @@ inline ScalarType dtype_of(Element element) {
     return element == Element::kBFloat16 ? ScalarType::BFloat16 : ScalarType::Float;
 }
 
-// Products of one call read weights of one element.
+// All weights of a call must have the same element.
 inline void check_weight(const std::string& name, const Tensor& t, Element expected) {
     STD_TORCH_CHECK(element_of(name, t) == expected, name, " has dtype ", torch::headeronly::toString(t.scalar_type()),
                     "; expected that of the other weights, ", torch::headeronly::toString(dtype_of(expected)));
 }
 
-// The element of a weight as products read it. With `rounded`, weights of float32 are read as bfloat16, as under
+// The element as which products read a weight. With `rounded`, float32 weights are read as bfloat16, as under
 // autocast.
 inline Element weight_element(const std::string& name, const Tensor& t, Element expected, bool rounded) {
     const Element element = element_of(name, t);
@@ -45,7 +45,7 @@ inline Element weight_element(const std::string& name, const Tensor& t, Element 
     return element;
 }
 
-// Maps of float32 may meet weights of bfloat16, as under autocast; there are no products of the contrary.
+// Float32 maps may come with bfloat16 weights, as under autocast. There are no products of the reverse.
 inline Element map_element(const std::string& name, const Tensor& map, Element weights) {
     const Element element = element_of(name, map);
     STD_TORCH_CHECK(element == Element::kFloat32 || weights == Element::kBFloat16, name,
@@ -53,7 +53,7 @@ inline Element map_element(const std::string& name, const Tensor& map, Element w
     return element;
 }
 
-// Keeps alive for the call what its plain pointers point to: contiguous parameters, and vectors made of them.
+// Owns the data that a call's plain pointers refer to: contiguous parameters, and vectors converted from them.
 class Kept {
   public:
     const void* operator()(const Tensor& t) {
@@ -82,7 +82,7 @@ class Kept {
         return rounded.data();
     }
 
-    // values * scale; a missing factor is `otherwise` everywhere.
+    // values * scale. If values is null, `otherwise` replaces every value. If scale is null, it counts as 1.
     const float* scaled(const float* values, const float* scale, int64_t n, float otherwise) {
         std::vector<float>& product = vectors_.emplace_back(n, otherwise);
         for (int64_t i = 0; i < n; ++i) {
@@ -105,7 +105,7 @@ inline const float* vector(Kept& kept, const std::string& name, const std::optio
     return kept.floats(name, *t);
 }
 
-// A LayerNorm over n channels, with or without weight and bias. `scale` multiplies what it gives.
+// A LayerNorm over n channels, with or without weight and bias. `scale`, if not null, multiplies its output.
 inline Norm norm_over(Kept& kept, const std::string& name, const std::optional<Tensor>& weight,
                       const std::optional<Tensor>& bias, double eps, int64_t n, const float* scale = nullptr) {
     const float* weights = vector(kept, name + "_weight", weight, n);

@@ -1,18 +1,17 @@
-// The operator focalnet::cpu_patch_embed: a strided convolution with few overlaps (stem, downsampling), bias and
-// LayerNorm.
+// The operator focalnet::cpu_patch_embed: a strided convolution with little or no overlap (stem, downsampling), bias
+// and LayerNorm.
 //
 //     input (B, H, W, C), any strides
-//       |  gather: one row a token, its kh x kw window as (c, i, j), the order in which a convolution's weight has its
-//       |  columns; zeros where the window leaves the map
-//     patches [rows][C kh kw]                         scratch of a thread, in L2; in what products read, as in
-//     block.cpp
-//       |  weights as in block.cpp: read in place, nothing made of them outlives the call
-//     tokens [rows][N]                                scratch
+//       |  gather: one row per token, its kh x kw window as (c, i, j), which is the column order of a convolution's
+//       |  weight; zeros where the window leaves the map
+//     patches [rows][C kh kw]     scratch of a thread, in L2; in the element of a product's operands, as in block.cpp
+//       |  product; as in block.cpp, weights are read in place and no packed copy outlives the call
+//     tokens [rows][N]            scratch
 //       |  [LayerNorm]
 //     result (B, h, w, N)
 //
-// A thread owns a block of tokens and does all three for it: the input is read once (overlapping windows: again from
-// L1 and L2), the result written once, the weights streamed once a block.
+// A thread owns a block of tokens and does all three steps for it. The input is read once (again from L1 and L2 where
+// windows overlap), the result is written once, and the weights are streamed once per block.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -33,7 +32,8 @@
 namespace focalnet::cpu {
 namespace {
 
-constexpr int64_t kScratchBytes = 256 * 1024;  // of a thread: half of a 512 KB L2
+// Scratch of one thread: half of a 512 KB L2.
+constexpr int64_t kScratchBytes = 256 * 1024;
 
 thread_local Memory shared_memory, own_memory, packed_memory;
 
@@ -49,7 +49,7 @@ struct Window {
     int64_t h, w;  // of the result
 };
 
-// Float32 that holds what bfloat16 does: kRounded.
+// A float32 that is rounded to bfloat16: Element::kRounded.
 struct RoundedFloat {
     float value;
     RoundedFloat() = default;
@@ -63,7 +63,7 @@ void interleave(const In* const (&from)[4], int64_t C, Out* __restrict out) {
         for (int64_t i = 0; i < 4; ++i) out[4 * c + i] = static_cast<Out>(from[i][c]);
 }
 
-// The window whose first pixel is (y, x) of image b.
+// Gathers the window whose first pixel is (y, x) of image b.
 template <typename In, typename Out>
 void gather_window(const Input& in, const Window& w, int64_t b, int64_t y, int64_t x, Out* out) {
     const int64_t i0 = std::clamp<int64_t>(-y, 0, w.kh), i1 = std::clamp<int64_t>(in.H - y, i0, w.kh);
@@ -92,7 +92,7 @@ struct Embedding {
     Threads threads;
 
     int64_t tokens() const { return in.B * window.h * window.w; }
-    // Bytes of a row of scratch: its patch, and what the product makes of that.
+    // A row of scratch holds a patch and the result of its product.
     int64_t patch_bytes() const { return pitch_bytes(projection.K, products.a); }
     int64_t row_bytes() const { return patch_bytes() + pitch_bytes(projection.N, Element::kFloat32); }
     int64_t rows_in_scratch() const { return kScratchBytes / row_bytes(); }
@@ -122,7 +122,7 @@ struct Embedding {
         in.element == Element::kBFloat16 ? gather_from<BF16>(token, rows, to) : gather_from<float>(token, rows, to);
     }
 
-    // Patches to result, for the rows from one token on.
+    // Computes `rows` rows of the result, from token `token` on, from their patches.
     template <typename By>
     void embed(const By& by, int64_t token, int64_t rows, const Matrix& patches, const Matrix& out) const {
         by.gemm(product(products, projection, patches, rows, out));
@@ -131,7 +131,7 @@ struct Embedding {
     }
 };
 
-// Few tokens: each thread streams its part of the weights, not all of them.
+// For few tokens: each thread streams its part of the weights instead of all of them.
 void embed_together(const Embedding& e) {
     float* memory = shared_memory.get(e.tokens() * e.row_bytes() / 4);
     const Matrix patches = e.patches(memory);

@@ -1,6 +1,6 @@
 // Scratch memory: uninitialised floats that start on a cache line (a vector load across two lines costs two loads).
-// From 2 MB on they lie in huge pages where the system has them. With ordinary pages the addresses of a block fall
-// into sets of the L2 at random, and on a virtual machine a walk of the page tables takes a hundred cycles.
+// Allocations of 2 MB and more use huge pages if the system has them. With ordinary pages, the addresses of a block
+// are spread over the sets of L2 at random, and a page-table walk on a virtual machine takes a hundred cycles.
 
 #pragma once
 
@@ -24,7 +24,7 @@ struct FreeFloats {
 };
 using Floats = std::unique_ptr<float[], FreeFloats>;
 
-// Asks for huge pages where whole ones fit. If the system refuses, the memory has ordinary pages.
+// Asks for huge pages wherever a whole one fits. If the system refuses, the memory keeps ordinary pages.
 inline void prefer_huge_pages(void* memory, size_t bytes) {
 #if defined(__linux__)
     const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHugePageBytes - 1) / kHugePageBytes;
@@ -44,8 +44,8 @@ inline Floats floats(int64_t n) {
     return Floats(static_cast<float*>(memory), FreeFloats{alignment});
 }
 
-// Memory that a thread keeps from call to call, so that calls need no fresh pages. It grows to the largest request,
-// and loses its contents when it grows.
+// Memory that a thread keeps between calls, so that calls need no fresh pages. It grows to the largest request, and
+// loses its contents when it grows.
 class Memory {
   public:
     float* get(int64_t n) {

@@ -1,10 +1,10 @@
-// The extension's own threads: helpers that take part in jobs which callers put on a list.
+// The extension's own threads: helpers that join the jobs that callers put on a list.
 //
-//     caller   lists its job, wakes helpers, works, takes the job off the list, waits for the helpers inside it
+//     caller   lists its job, wakes helpers, works, takes the job off the list, waits for the helpers still in it
 //     helper   takes a place in a listed job, works, leaves; spins for a while, then sleeps
 //
-// Whatever a job's work is cut into, everybody takes the next piece from one counter (work_sharing.h), so the caller
-// alone completes it if nobody comes.
+// All threads in a job take pieces of its work from one counter (work_sharing.h), so the caller completes the job
+// alone if no helper joins.
 
 #include "threads.h"
 
@@ -25,7 +25,7 @@
 namespace focalnet::cpu {
 namespace {
 
-// Longer than a caller needs from one job to the next inside a forward, far below a time slice.
+// Longer than the gap between two jobs of a forward, and far shorter than a time slice.
 constexpr auto kSpin = std::chrono::microseconds(100);
 
 inline void pause() {
@@ -36,7 +36,7 @@ inline void pause() {
 #endif
 }
 
-// Until `done()`, which may change whenever `changes` does: spinning first, then asleep.
+// Waits until `done()` holds, first spinning and then asleep. `done` is evaluated again whenever `changes` changes.
 template <typename Done>
 void wait(const std::atomic<int>& changes, const Done& done) {
     const auto end = std::chrono::steady_clock::now() + kSpin;
@@ -52,8 +52,8 @@ void wait(const std::atomic<int>& changes, const Done& done) {
 struct Job {
     void (*work)(void*);
     void* argument;
-    int64_t places;               // for helpers, guarded by the pool's mutex
-    std::atomic<int> helping{0};  // those inside; grows under the mutex only while the job is listed
+    int64_t places;               // free places for helpers, guarded by the pool's mutex
+    std::atomic<int> helping{0};  // helpers in the job; grows only while the job is listed, under the mutex
 };
 
 class Pool {
@@ -75,7 +75,7 @@ class Pool {
     }
 
   private:
-    // Helpers outlive their caller and sleep until the process ends. Without a thread, work goes on with fewer.
+    // Helpers outlive their caller and sleep until the process ends. If no more can be started, there are fewer.
     void start_helpers(int64_t wanted) {
         try {
             for (; helpers_ < wanted; ++helpers_) std::thread([this] { help(); }).detach();
@@ -99,7 +99,7 @@ class Pool {
             Job* job = nullptr;
             wait(arrivals_, [&] { return (job = take_place()) != nullptr; });
             job->work(job->argument);
-            // The caller may destroy the job as soon as nobody is inside.
+            // The caller may destroy the job as soon as no helper is in it.
             job->helping.fetch_sub(1, std::memory_order_release);
             departures_.fetch_add(1, std::memory_order_release);
             departures_.notify_all();
@@ -112,7 +112,8 @@ class Pool {
     std::atomic<int> arrivals_{0}, departures_{0};  // counters to wait on
 };
 
-// Never destroyed: helpers sleep in it when the process ends. A child made by fork has no helpers and gets another.
+// Never destroyed, because helpers still wait in it when the process ends. A forked child has no helpers, so it gets a
+// new pool.
 std::atomic<Pool*>& pool() {
     static std::atomic<Pool*> instance{new Pool};
     return instance;

@@ -1,9 +1,9 @@
-// Who works on a range beside the calling thread: PyTorch's threads, or the extension's own.
+// The threads that share work with the calling thread: PyTorch's, or the extension's own.
 //
-// PyTorch's (OpenMP's) wait for work and for each other by spinning, for milliseconds, and a parallel region ends only
-// when every thread has been there, even one that another process keeps off its core. Threads of the extension sleep
-// after kSpin, and a thread that comes late finds its work done and is not waited for. They serve calls that need no
-// parallel operator of PyTorch: where both kinds take turns, the spinning of one slows the other down.
+// PyTorch's (OpenMP's) threads spin for milliseconds while they wait for work or for each other. A parallel region
+// ends only when every thread has taken part, even one that another process keeps off its core. The extension's
+// threads sleep after kSpin. One that comes late finds the work done, and nobody waits for it. They serve calls that
+// need no parallel operator of PyTorch: if both kinds of threads alternate, the spinning of one slows the other down.
 
 #pragma once
 
@@ -16,11 +16,11 @@
 
 namespace focalnet::cpu {
 
-// Calls work(argument) in this thread, and in up to `helpers` others that are free before it returns here. Waits for
-// those that have begun, and for no other. May be called by several threads at a time.
+// Calls work(argument) in this thread, and in up to `helpers` others that become free before that call returns. Waits
+// only for helpers that have begun. Several threads may call this at the same time.
 void run_with_helpers(int64_t helpers, void (*work)(void*), void* argument);
 
-// Calls `work()` in up to `threads` threads at the same time, at least in this one.
+// Calls `work()` concurrently in up to `threads` threads, including this one.
 template <typename Work>
 void on_threads(Threads who, int64_t threads, const Work& work) {
     if (who == Threads::kTorch)

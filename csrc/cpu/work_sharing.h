@@ -1,5 +1,5 @@
-// Work that threads take as they become free. A core that other processes slow down takes less of it, and the other
-// threads need not wait. For drivers only, see gated_aggregation.h.
+// Sharing of work among threads that take it as they become free. A core that other processes slow down takes less of
+// it, and the other threads need not wait. For drivers only, see gated_aggregation.h.
 
 #pragma once
 
@@ -19,9 +19,9 @@ struct Range {
     bool empty() const { return begin == end; }
 };
 
-// Calls `run(next)` once in each thread; `next()` gives a range of units that no thread has taken, or an empty one
-// when all are taken. Ranges shrink from `most` units to `least` as less is left: long ones make the cost of a range
-// itself small, short ones at the end let the threads finish together. The result of a unit must not depend on the
+// Calls `run(next)` once in each thread. `next()` returns a range of units that no thread has taken yet, or an empty
+// one when all are taken. Ranges shrink from `most` units to `least` as the work runs out: long ranges cost little
+// overhead, and short ones at the end let the threads finish together. The result of a unit must not depend on the
 // thread that works on it, nor on the other units of its range.
 template <typename Run>
 void share_ranges(Threads who, int64_t units, int64_t least, int64_t most, const Run& run) {
@@ -37,13 +37,13 @@ void share_ranges(Threads who, int64_t units, int64_t least, int64_t most, const
     if (units > 0) on_threads(who, threads, [&] { run(next); });
 }
 
-// The same, one unit at a time: `next()` gives its number, or one that is at least `tasks` when all are taken.
+// The same, one unit at a time. `next()` returns the index of the unit, or at least `tasks` when all are taken.
 template <typename Run>
 void share_out(Threads who, int64_t tasks, const Run& run) {
     share_ranges(who, tasks, 1, 1, [&](auto next) { run([&next] { return next().begin; }); });
 }
 
-// Calls `each(begin, end)` for ranges of at least `least` rows that together are all.
+// Calls `each(begin, end)` for ranges that together cover all rows. All but the last have at least `least` rows.
 template <typename Each>
 void share_rows(Threads who, int64_t rows, int64_t least, const Each& each) {
     share_ranges(who, rows, least, std::max(least, rows), [&](auto next) {
