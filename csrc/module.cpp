@@ -140,8 +140,7 @@ py::dict cpu_capabilities() {
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Build facts and CPU capabilities; loading it registers the compiled operators with torch.";
     m.def("build_info", &build_info, "How this extension was compiled.");
-    py::class_<focalnet::Structure>(m, "Structure",
-                                    "A record of a tree of modules without the values of its tensors.")
+    py::class_<focalnet::Structure>(m, "Structure", "A record of a tree of modules without the values of its tensors.")
         .def(py::init<py::handle>(), py::arg("module"))
         .def("parameters_of", &focalnet::Structure::parameters_of, py::arg("module"),
              "The module's parameters in the order of the record; None if the module differs from the record.");
