@@ -1,4 +1,4 @@
-"""The command line: ``focalnet info | classify | evaluate | finetune | pretrain | convert | bench``.
+"""The command line: ``focalnet info | classify | explain | evaluate | finetune | ...``.
 
 Each command has its own file. Slow imports are inside the commands that need them.
 """
@@ -14,6 +14,7 @@ from .bench import bench
 from .classify import classify
 from .convert import convert
 from .evaluate import evaluate
+from .explain import explain
 from .finetune import finetune
 from .info import info
 from .pretrain import pretrain
@@ -22,7 +23,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="focalnet",
-    help="FocalNet for PyTorch: show what runs here and how fast, classify images, check accuracy, train, convert.",
+    help="FocalNet for PyTorch: show what runs here and how fast, classify and explain images, check accuracy, train, convert.",
     no_args_is_help=True,
     # `errors.one_line` reports errors. With --debug Python prints its own traceback.
     pretty_exceptions_enable=False,
@@ -50,7 +51,7 @@ def _options(
     errors.show_tracebacks(debug)
 
 
-for _command in (info, classify, evaluate, finetune, pretrain, convert, bench):
+for _command in (info, classify, explain, evaluate, finetune, pretrain, convert, bench):
     app.command()(errors.one_line(_command))
 
 
