@@ -78,7 +78,9 @@ class Inspection:
         stages = sorted({maps.stage for maps in self.maps})
         wanted = stages[stage] if -len(stages) <= stage < 0 else stage
         of_stage = [maps for maps in self.maps if maps.stage == wanted]
-        found = {maps.block: maps for maps in of_stage} | {index: of_stage[index] for index in range(-len(of_stage), 0)}
+        found = {maps.block: maps for maps in of_stage} | {
+            index: of_stage[index] for index in range(-len(of_stage), 0)
+        }
         if block not in found:
             there = ", ".join(f"({maps.stage}, {maps.block})" for maps in self.maps)
             raise ValueError(f"stage, block: expected one of {there}, got ({stage}, {block})")
@@ -155,9 +157,7 @@ def places(model: nn.Module) -> dict[Place, tuple[str, nn.Module]]:
             f"got {type(model).__name__} without any"
         )
     return {
-        (stage, block): found
-        for stage, of_stage in enumerate(stages.values())
-        for block, found in enumerate(of_stage)
+        (stage, block): found for stage, of_stage in enumerate(stages.values()) for block, found in enumerate(of_stage)
     }
 
 
@@ -227,7 +227,9 @@ def _keep(
     )
 
 
-def _context_of(module: nn.Module, names: ModulationNames, hidden_state: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+def _context_of(
+    module: nn.Module, names: ModulationNames, hidden_state: Tensor
+) -> tuple[Tensor, Tensor, list[Tensor]]:
     """q, gates and the contexts of all levels and the global one, channels first, by calling the module's parts."""
     levels: Any = part(module, "focal_layers")
     projected = part(module, names.projection_in)(hidden_state)

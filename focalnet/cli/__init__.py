@@ -23,7 +23,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="focalnet",
-    help="FocalNet for PyTorch: show what runs here and how fast, classify and explain images, check accuracy, train, convert.",
+    help="FocalNet for PyTorch: what runs here and how fast; classify, explain, check accuracy, train, convert.",
     no_args_is_help=True,
     # `errors.one_line` reports errors. With --debug Python prints its own traceback.
     pretty_exceptions_enable=False,

@@ -16,7 +16,7 @@ from .images import Skipped, find_images, load_pixels, load_processor
 from .inference import Classified, most_probable
 from .labels import LabelsFile, use_labels
 from .models import UseEma, load_classifier, parse_fields, silence_transformers
-from .output import Bar, report
+from .output import Bar, report, require_matplotlib
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -56,7 +56,8 @@ def explain(
         typer.Option("--stage", metavar="N", help="Only this stage, from 1; repeat for several."),
     ] = None,
     block: Annotated[
-        int | None, typer.Option("--block", metavar="N", help="This block of every stage, from 1; the last by default.")
+        int | None,
+        typer.Option("--block", metavar="N", help="This block of every stage, from 1; the last by default."),
     ] = None,
     animate: Annotated[bool, typer.Option("--animate", help="Write a GIF through all blocks too.")] = False,
     form: Annotated[Format, typer.Option("--format", help="Of the figures.")] = Format.both,
@@ -120,14 +121,6 @@ class Explained:
     image: Any
     answers: list[tuple[str, float]]
     blocks: tuple[BlockMaps, ...]
-
-
-def require_matplotlib() -> None:
-    """Raise UserError if matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"the figures need matplotlib, which cannot be imported: {error}; pip install matplotlib") from None
 
 
 def blocks_of(model: nn.Module, stages: list[int] | None, block: int | None) -> list[Place]:

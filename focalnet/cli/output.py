@@ -7,12 +7,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from .errors import complain, printable
+from .errors import UserError, complain, printable
 from .images import Skipped
 from .inference import Classified
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+
+def require_matplotlib() -> None:
+    """Raise UserError if matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"the figures need matplotlib, which cannot be imported: {error}; pip install matplotlib"
+        ) from None
 
 
 def report(skipped: list[Skipped]) -> None:

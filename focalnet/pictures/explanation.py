@@ -21,9 +21,7 @@ _HEAD = 3.4
 _MAX_LABEL = 34
 
 
-def explanation(
-    image: Array, blocks: Sequence[BlockMaps], answers: Sequence[tuple[str, float]], title: str
-) -> Figure:
+def explanation(image: Array, blocks: Sequence[BlockMaps], answers: Sequence[tuple[str, float]], title: str) -> Figure:
     """A figure 1,200 pixels wide: image, answers and mean gates, then a row of maps for each block.
 
     Args:
@@ -68,7 +66,7 @@ def draw_block(row: Figure | SubFigure, image: Array, maps: BlockMaps, columns: 
 def level_names(maps: BlockMaps) -> list[str]:
     """What the gate of each level lets through: "gate 1: 3 x 3", ..., "global gate"."""
     fields = maps.receptive_field[:-1]
-    return [*(f"gate {level}: {h} × {w}" for level, (h, w) in enumerate(fields, start=1)), "global gate"]  # noqa: RUF001
+    return [*(f"gate {level}: {h} × {w}" for level, (h, w) in enumerate(fields, start=1)), "global gate"]
 
 
 def _columns(blocks: Sequence[BlockMaps]) -> int:
@@ -98,7 +96,7 @@ def _draw_head(
 ) -> None:
     picture, answer, mean = head.subplots(1, 3, gridspec_kw={"width_ratios": [1, 1.2, 1.6]})
     picture.imshow(image, interpolation="nearest" if max(image.shape) < 100 else "antialiased")
-    picture.set_title(f"what the model sees, {image.shape[1]} × {image.shape[0]}")  # noqa: RUF001
+    picture.set_title(f"what the model sees, {image.shape[1]} × {image.shape[0]}")
     picture.set_axis_off()
     _draw_answers(answer, answers)
     _draw_means(mean, blocks)

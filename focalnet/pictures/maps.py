@@ -42,8 +42,7 @@ def limits(values: Array, signed: bool) -> tuple[float, float]:
         largest = float(np.abs(finite).max()) or 1.0
         return -largest, largest
     low, high = float(finite.min()), float(finite.max())
-    missing = max(_LEAST_SPAN * max(abs(low), abs(high)), 1e-12) - (high - low)
-    return (low - missing / 2, high + missing / 2) if missing > 0 else (low, high)
+    return low, max(high, low + _LEAST_SPAN * max(abs(low), abs(high)), low + 1e-12)
 
 
 def coloured(values: Array, signed: bool, between: tuple[float, float] | None = None) -> Array:
@@ -56,7 +55,12 @@ def coloured(values: Array, signed: bool, between: tuple[float, float] | None = 
 
 
 def overlay(
-    image: Array, values: Array, opacity: float = 0.6, *, signed: bool = False, between: tuple[float, float] | None = None
+    image: Array,
+    values: Array,
+    opacity: float = 0.6,
+    *,
+    signed: bool = False,
+    between: tuple[float, float] | None = None,
 ) -> Array:
     """``image`` in grey with the map in colours over it, (H, W, 3) from 0 to 1.
 

@@ -30,7 +30,7 @@ def inputs_of(model, images):
 
 
 def by_the_specification(module, x):
-    """Gates, contexts level by level, aggregated context and modulator of a focal modulation, from its weights alone."""
+    """Gates, contexts level by level, aggregate and modulator of a focal modulation, from its weights alone."""
     project, context = (getattr(module, name, None) or getattr(module, NAMES[name]) for name in NAMES)
     if isinstance(project, torch.nn.Conv2d):
         x = x.permute(0, 2, 3, 1)
@@ -223,5 +223,5 @@ def test_what_cannot_be_inspected_is_refused_with_the_reason():
     idle.unused = torch.nn.Identity()
     idle.unused.add_module("inside", FocalModulation(4))
     idle.forward = lambda x: x
-    with pytest.raises(RuntimeError, match="unused.inside was not called"):
+    with pytest.raises(RuntimeError, match=r"unused\.inside was not called"):
         inspect(idle.eval(), IMAGES)
