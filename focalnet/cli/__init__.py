@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from . import errors
+from .app import app as serve_app
 from .bench import bench
 from .classify import classify
 from .convert import convert
@@ -53,6 +54,7 @@ def _options(
 
 for _command in (info, classify, explain, evaluate, finetune, pretrain, convert, bench):
     app.command()(errors.one_line(_command))
+app.command("app")(errors.one_line(serve_app))
 
 
 def main() -> None:

@@ -72,14 +72,14 @@ def overlay(
     grey = image @ np.array([0.299, 0.587, 0.114])
     grey = np.repeat(grey[..., None], 3, axis=-1)
     between = between or limits(values, signed)
-    colours = coloured(_resized(values, grey.shape[:2]), signed, between)
+    colours = coloured(resized(values, grey.shape[:2]), signed, between)
     # The image turns grey soon, so that colours are those of the map alone.
     greyness = min(1.0, 3 * opacity)
     below = (1 - greyness) * image + greyness * grey
     return np.clip((1 - opacity) * below + opacity * colours, 0, 1)
 
 
-def _resized(values: Array, size: tuple[int, ...]) -> Array:
+def resized(values: Array, size: tuple[int, ...]) -> Array:
     """The map at the size of the image, bilinear between the centres of positions."""
     from PIL import Image
 
