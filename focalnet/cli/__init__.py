@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from . import errors
-from .app import app as serve_app
 from .bench import bench
 from .classify import classify
 from .convert import convert
@@ -19,6 +18,7 @@ from .explain import explain
 from .finetune import finetune
 from .info import info
 from .pretrain import pretrain
+from .serve import app as app_command
 
 __all__ = ["app", "main"]
 
@@ -54,7 +54,7 @@ def _options(
 
 for _command in (info, classify, explain, evaluate, finetune, pretrain, convert, bench):
     app.command()(errors.one_line(_command))
-app.command("app")(errors.one_line(serve_app))
+app.command("app")(errors.one_line(app_command))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +18,8 @@ if TYPE_CHECKING:
 
 def require_matplotlib() -> None:
     """Raise UserError if matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"the figures need matplotlib, which cannot be imported: {error}; pip install matplotlib"
-        ) from None
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("this draws figures with matplotlib, which is not installed; pip install matplotlib")
 
 
 def report(skipped: list[Skipped]) -> None:

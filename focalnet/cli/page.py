@@ -5,14 +5,9 @@ Nothing is kept between two events: each reads the uploaded file and runs the mo
 
 from __future__ import annotations
 
-import os
+import socket
 from pathlib import Path
 from typing import Any
-
-# Read by gradio when it is imported.
-os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", DO_NOT_TRACK="1")
-for _opens in ("GRADIO_ALLOWED_PATHS", "GRADIO_SHARE", "GRADIO_ROOT_PATH"):
-    os.environ.pop(_opens, None)
 
 import gradio as gr
 from starlette.middleware import Middleware
@@ -27,30 +22,43 @@ from .uploads import MAX_BYTES
 # The browser fetches nothing from elsewhere, whatever gradio's page asks for.
 _POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'"
 _OPACITY = "(share) => { document.documentElement.style.setProperty('--fn-opacity', share); }"
+_HEAD = """## What a FocalNet looks at
+Gates choose how far context comes from, the modulator is what they let through. Drop an image, or paste one."""
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _UPLOADS_SECONDS = (60, 600)
 """How often old uploads are removed, and when they are old."""
 
 
-class Upload(gr.Image):
+def _upload() -> gr.Image:
     """An image component that gives the path of the uploaded file, unopened. It takes uploads only, no address."""
+    image = gr.Image(
+        sources=["upload", "clipboard"],
+        image_mode=None,
+        type="filepath",
+        height=300,
+        label="Image",
+        elem_id="image",
+    )
+    # Not a class of its own: for each, gradio writes a file beside the module.
+    move, async_move = image.move_resource_to_block_cache, image.async_move_resource_to_block_cache
 
-    is_template = True
+    async def async_move_file(path: Any) -> str | None:
+        return await async_move(_only_file(path))
 
-    def preprocess(self, payload: Any) -> Any:
-        return None if payload is None else payload.path
+    replaced = {
+        "preprocess": lambda payload: None if payload is None else payload.path,
+        "move_resource_to_block_cache": lambda path: move(_only_file(path)),
+        "async_move_resource_to_block_cache": async_move_file,
+    }
+    for name, method in replaced.items():
+        setattr(image, name, method)
+    return image
 
-    async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
-        return await super().async_move_resource_to_block_cache(_only_file(url_or_file_path))
 
-    def move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
-        return super().move_resource_to_block_cache(_only_file(url_or_file_path))
-
-
-def _only_file(url_or_file_path: Any) -> Any:
-    if "://" in str(url_or_file_path):
+def _only_file(path: Any) -> Any:
+    if "://" in str(path):
         raise gr.Error("expected an uploaded file, got an address")
-    return url_or_file_path
+    return path
 
 
 class _Policy:
@@ -75,13 +83,10 @@ class _Policy:
 def build(models: list[Looking]) -> gr.Blocks:
     """The page with a column for each model."""
     with gr.Blocks(title="FocalNet", analytics_enabled=False, delete_cache=_UPLOADS_SECONDS, fill_width=True) as page:
-        gr.Markdown("## What a FocalNet looks at\nGates choose how far context comes from; the modulator is what they let through.")
+        gr.Markdown(_HEAD)
         with gr.Row():
             with gr.Column(scale=1, min_width=260):
-                upload = Upload(
-                    sources=["upload", "clipboard"], image_mode=None, type="filepath", height=300,
-                    label="Image", elem_id="image",
-                )  # fmt: skip
+                upload = _upload()
                 opacity = gr.Slider(0, 1, value=0.6, step=0.05, label="Opacity of the map", elem_id="opacity")
                 opacity.input(None, opacity, None, js=_OPACITY, api_visibility="private")
             for index, model in enumerate(models):
@@ -96,8 +101,9 @@ def _column(model: Looking, upload: gr.Image) -> None:
     status = gr.Markdown(model.runs_on(), elem_classes="fn-status")
     answers = gr.HTML("", label="Answers")
     last = model.levels[-1]
-    stage = gr.Radio(_numbered(len(model.levels)), value=len(model.levels), label="Stage", elem_classes="fn-stage")
-    block = gr.Radio(_numbered(len(last)), value=len(last), label="Block", elem_classes="fn-block")
+    with gr.Row():
+        stage = gr.Radio(_numbered(len(model.levels)), value=len(model.levels), label="Stage", elem_classes="fn-stage")
+        block = gr.Radio(_numbered(len(last)), value=len(last), label="Block", elem_classes="fn-block")
     level = gr.Radio(_levels(last[-1]), value=last[-1] + 1, label="Map", elem_classes="fn-level")
     view = gr.HTML("")
 
@@ -138,13 +144,21 @@ def _numbered(count: int) -> list[tuple[str, int]]:
 
 def _levels(levels: int) -> list[tuple[str, int]]:
     """Names and indices of the maps of a block: its gates, then the norm of its modulator."""
-    gates = [(f"gate {level + 1}", level) for level in range(levels)]
-    return [*gates, ("global gate", levels), (html.NORM, levels + 1)]
+    return [(name, index) for index, name in enumerate([*html.map_names(levels), html.NORM])]
 
 
 def _plain(text: str) -> str:
     """``text`` without anything that Markdown or HTML would read."""
-    return "".join(character if character.isalnum() or character in " ./-" else f"&#{ord(character)};" for character in text)
+    return "".join(
+        character if character.isalnum() or character in " ./-" else f"&#{ord(character)};" for character in text
+    )
+
+
+def _free_port(host: str) -> int:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def serve(page: gr.Blocks, host: str, port: int) -> str:
@@ -159,7 +173,7 @@ def serve(page: gr.Blocks, host: str, port: int) -> str:
         middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"]))
     _, address, _ = page.launch(
         server_name=host,
-        server_port=port or None,
+        server_port=port or _free_port(host),
         share=False,
         quiet=True,
         prevent_thread_lock=True,

@@ -53,6 +53,4 @@ def _check_pixels(path: Path) -> None:
     except Image.DecompressionBombError:
         raise UserError(f"this image is too large; expected at most {MAX_PIXELS // 10**6} megapixels") from None
     if width * height > MAX_PIXELS:
-        raise UserError(
-            f"this image has {width} x {height} pixels; expected at most {MAX_PIXELS // 10**6} megapixels"
-        )
+        raise UserError(f"this image has {width} x {height} pixels; expected at most {MAX_PIXELS // 10**6} megapixels")

@@ -38,6 +38,7 @@ STYLE = """
 .fn-legend { display: flex; align-items: center; gap: .5em; max-width: 512px; font-variant-numeric: tabular-nums; }
 .fn-legend img { flex: 1; height: .8em; min-width: 0; margin: 0; }
 .fn-read { min-height: 3em; font-variant-numeric: tabular-nums; }
+#image img { width: 100%; height: 100%; object-fit: contain; }
 .fn-message { color: #a33b00; font-weight: 600; overflow-wrap: anywhere; }
 """
 
@@ -81,19 +82,25 @@ def view(image: Array, maps: BlockMaps, level: int) -> str:
     is_gate = level < gates.shape[-1]
     values = gates[..., level] if is_gate else norm
     between = limits(gates if is_gate else values, signed=is_gate)
-    names = [*level_names(maps), NORM]
+    names = [*map_names(gates.shape[-1] - 1), NORM]
+    described = [*level_names(maps), NORM][level]
     shown = enlarged(image, _SIDE)
     # Gates of single positions are what the pointer reads; a norm is drawn smoothly.
     drawn = values if is_gate else resized(values, shown.shape[:2])
     return (
         f'<figure class="fn-view" data-maps="{html.escape(_values(names, gates, norm))}">'
         f'<div class="fn-stack"><img class="fn-below" alt="what the model sees" src="{_source(shown)}">'
-        f'<img class="fn-map" alt="{html.escape(names[level])}" src="{_source(coloured(drawn, is_gate, between))}"></div>'
-        f"<figcaption>stage {maps.stage + 1}, block {maps.block + 1}, {html.escape(names[level])}; "
+        f'<img class="fn-map" alt="{html.escape(described)}" src="{_source(coloured(drawn, is_gate, between))}"></div>'
+        f"<figcaption>stage {maps.stage + 1}, block {maps.block + 1}, {html.escape(described)}; "
         f"{norm.shape[0]} × {norm.shape[1]} positions</figcaption>"
         f'<div class="fn-legend">{between[0]:.2g}<img alt="" src="{_source(_scale(is_gate))}">{between[1]:.2g}</div>'
         f'<div class="fn-read" aria-live="polite">Point at the picture to read its values.</div></figure>'
     )
+
+
+def map_names(levels: int) -> list[str]:
+    """Names of the gates of a block with this many levels."""
+    return [*(f"gate {level + 1}" for level in range(levels)), "global gate"]
 
 
 def _scale(signed: bool) -> Array:

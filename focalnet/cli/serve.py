@@ -57,11 +57,12 @@ def app(
     if len(names) > _MOST:
         raise UserError(f"--model: expected one or two models, got {len(names)}")
     where = device_for(device, backend)
-    looking = [_load(name, where, dtype, labels, backend) for name in names]
     if host not in ("127.0.0.1", "localhost", "::1"):
         complain("note", f"whoever can reach {host} can use the page: it has no password")
     with tempfile.TemporaryDirectory(prefix="focalnet-app-") as folder:
-        _serve(looking, host, port, Path(folder), open_browser)
+        _keep_to(Path(folder))
+        looking = [_load(name, where, dtype, labels, backend) for name in names]
+        _serve(looking, host, port, open_browser)
 
 
 def _load(name: str, where: object, dtype: DType, labels: Path | None, backend: str | None) -> Looking:
@@ -73,9 +74,7 @@ def _load(name: str, where: object, dtype: DType, labels: Path | None, backend: 
     return Looking(name, classifier, load_processor(name, classifier.config), backend)
 
 
-def _serve(looking: list[Looking], host: str, port: int, folder: Path, open_browser: bool) -> None:
-    # Gradio reads it when a file arrives.
-    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+def _serve(looking: list[Looking], host: str, port: int, open_browser: bool) -> None:
     from .page import build, serve
 
     page = build(looking)
@@ -91,8 +90,23 @@ def _serve(looking: list[Looking], host: str, port: int, folder: Path, open_brow
     page.block_thread()
 
 
+def _keep_to(folder: Path) -> None:
+    """Set what gradio and matplotlib read when they are imported: they write to ``folder`` only and report nothing."""
+    os.environ.update(
+        GRADIO_TEMP_DIR=str(folder),
+        GRADIO_ANALYTICS_ENABLED="False",
+        HF_HUB_DISABLE_TELEMETRY="1",
+        DO_NOT_TRACK="1",
+        MPLCONFIGDIR=str(folder),
+        # With each event gradio asks matplotlib for its backend, which would look for fonts to find one.
+        MPLBACKEND="agg",
+    )
+    for opens in ("GRADIO_ALLOWED_PATHS", "GRADIO_SHARE", "GRADIO_ROOT_PATH"):
+        os.environ.pop(opens, None)
+
+
 def _require_gradio() -> None:
     require_matplotlib()
-    # Not imported here: the page sets what gradio reads when it is imported.
+    # Not imported before its environment is set.
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the page needs gradio, which is not installed; pip install 'focalnet[app]'")
