@@ -2,7 +2,6 @@
 
 import http.server
 import io
-import json
 import os
 import struct
 import threading
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 from command_line import assert_one_line_error, offline_and_undone, run, save_model
 from PIL import Image
-from served_page import served
+from served_page import served, uploaded
 from skimage import data
 
 import focalnet
@@ -42,12 +41,6 @@ def png(image):
 
 
 CAT = png(Image.fromarray(data.chelsea()))
-
-
-def uploaded(page, name, content):
-    status, answer = page.upload(name, content)
-    assert status == 200, answer
-    return {"path": json.loads(answer)[0], "orig_name": name, "meta": {"_type": "gradio.FileData"}}
 
 
 def answers(page, file):

@@ -80,7 +80,8 @@ def served(folder, *arguments):
     for place in places.values():
         place.mkdir()
     log = folder / "audit.log"
-    environment = os.environ | {"HOME": str(places["home"]), "TMPDIR": str(places["tmp"]), "HF_HUB_OFFLINE": "1"}
+    own = {"HOME": places["home"], "TMPDIR": places["tmp"], "TORCHINDUCTOR_CACHE_DIR": places["tmp"]}
+    environment = os.environ | {name: str(place) for name, place in own.items()} | {"HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", AUDITED, log, "app", "--port", "0", *arguments]
     process = subprocess.Popen(
         list(map(str, command)), cwd=places["work"], env=environment, stdout=subprocess.PIPE, text=True
@@ -91,3 +92,10 @@ def served(folder, *arguments):
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
         process.stdout.close()
+
+
+def uploaded(page, name, content):
+    """An uploaded file, as a browser names it in an event."""
+    status, answer = page.upload(name, content)
+    assert status == 200, answer
+    return {"path": json.loads(answer)[0], "orig_name": name, "meta": {"_type": "gradio.FileData"}}
