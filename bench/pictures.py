@@ -8,6 +8,8 @@ needs gradio, playwright and a Chromium. `bench/report.py` draws the plots of do
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shutil
 import signal
@@ -15,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from sklearn.datasets import load_digits
 from focalnet import FocalNetForImageClassification, inspect
 from focalnet.benchmark.environment import ROOT
 from focalnet.benchmark.torchvision_stub import stubbed_torchvision
+from focalnet.cli import app
 from focalnet.cli.images import load_processor
 from focalnet.pictures import maps, style
 from focalnet.pretrained import shipped
@@ -37,9 +39,9 @@ BESIDE = (5, 12, 8)
 
 def explained(folder: Path) -> None:
     """The figure and the animation of `focalnet explain`."""
-    with _scan(SHOWN) as scan:
-        command = [sys.executable, "-m", "focalnet", "explain", scan, "--model", "digits", "--out", folder]
-        subprocess.run([*command, "--format", "png", "--animate"], check=True, stdout=subprocess.DEVNULL, cwd=folder)
+    with _scan(SHOWN) as scan, contextlib.redirect_stdout(io.StringIO()):
+        command = ["explain", scan, "--model", "digits", "--out", folder, "--format", "png", "--animate"]
+        app(list(map(str, command)), standalone_mode=False)
 
 
 def beside_grad_cam(folder: Path) -> None:
@@ -121,7 +123,7 @@ def _pixels(index: int) -> np.ndarray:
     return np.round(load_digits().images[index] * (255 / 16)).astype(np.uint8)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _scan(index: int) -> Iterator[Path]:
     """A file of a digit, for as long as the body runs."""
     with tempfile.TemporaryDirectory() as folder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -73,7 +73,7 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def read_image(
-    source: Path | IO[bytes], name: str | None = None, formats: Sequence[str] | None = None
+    source: Path | IO[bytes], name: str | None = None, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
     """The image in RGB and upright by its EXIF tag, as transformers' pipelines read it, scaled to 8 bits if deeper.
 

@@ -130,7 +130,7 @@ def _column(model: Looking, upload: gr.Image) -> None:
         )
 
     shown = [status, answers, view]
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     gr.on(
         [upload.change, block.input, level.input], look, [upload, stage, block, level], shown,
         trigger_mode="always_last", **quiet,

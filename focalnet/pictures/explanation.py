@@ -88,7 +88,8 @@ def _extent(image: Array) -> tuple[float, float, float, float]:
 
 
 def _parts(figure: Figure, rows: int, height: float) -> list[Any]:
-    return list(figure.subfigures(1 + rows, 1, height_ratios=[_HEAD - 0.4, *[height] * rows]))
+    parts: Any = figure.subfigures(1 + rows, 1, height_ratios=[_HEAD - 0.4, *[height] * rows])
+    return list(parts)
 
 
 def _draw_head(

@@ -21,7 +21,7 @@ SIGNED, AMOUNT = "PuOr_r", "viridis"
 INK, FAINT = "#222222", "#767676"
 DPI = 100
 SUFFIXES = (".png", ".svg", ".pdf")
-_RC = {
+_RC: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10,

@@ -8,6 +8,7 @@ import numpy as np
 import pictures
 import plots
 import pytest
+from command_line import offline_and_undone
 from PIL import Image
 
 from focalnet.benchmark import rows
@@ -20,6 +21,12 @@ SHOWN = sorted(
 )
 DEVICES = sorted({device for kind in ("models", "operators", "kernels", "scaling") for device in rows.devices(kind)})
 NEEDS = {pictures.page: ("gradio", "playwright"), pictures.beside_grad_cam: ("pytorch_grad_cam",)}
+
+
+@pytest.fixture(autouse=True)
+def _process_as_it_was(monkeypatch):
+    with offline_and_undone(monkeypatch):
+        yield
 
 
 def assert_drawn(path):
