@@ -3,6 +3,7 @@
     python bench/models.py --variant tiny_lrf --size 224 --batch 1 --batch 8
     python bench/models.py --runtime focalnet --runtime "transformers, max-autotune"
     python bench/models.py --standard            the table of docs/performance.md, on a CPU: 12 to 15 minutes
+    python bench/models.py --standard --dtype bfloat16
     python bench/models.py --standard --train    its table of training steps: 3 to 4 minutes
 
 Each runtime has its own process, and all take turns (`focalnet.benchmark.turns`). Runtimes that take minutes to start
@@ -30,7 +31,7 @@ from focalnet.benchmark.runtimes import RUNTIMES, Case, able, flops_per_image, u
 console = Console()
 
 TORCH = ["focalnet", "transformers"]
-EVERYTHING = [*TORCH, "transformers, compile", "onnxruntime", "openvino"]
+EVERYTHING = [*TORCH, "transformers, compile", "onnxruntime", "openvino", "openvino, default"]
 PATCHED = [*EVERYTHING, "transformers, patched", "timm", "timm, patched"]
 # Variant, image size, batch, rounds, runtimes. torch.compile and an ONNX export cost up to a minute for each case, so
 # only some have them; long runs get few rounds.
@@ -43,6 +44,14 @@ STANDARD = (
     ("base_lrf", 224, 1, 20, [*TORCH, "onnxruntime", "openvino"]),
     ("base_lrf", 224, 8, 5, TORCH),
     ("large_fl3", 384, 1, 5, TORCH),
+)
+# In bfloat16, beside OpenVINO in its default precision, which is bfloat16 where the processor has it.
+HALVES = [*TORCH, "transformers, compile", "openvino, default"]
+STANDARD_BFLOAT16 = (
+    ("tiny_lrf", 224, 1, 40, [*HALVES, "transformers, patched"]),
+    ("tiny_lrf", 224, 8, 11, HALVES),
+    ("tiny_lrf", 640, 1, 11, [*TORCH, "openvino, default"]),
+    ("base_lrf", 224, 1, 20, HALVES),
 )
 STANDARD_TRAINING = (("tiny_lrf", 224, 8, 20, TORCH),)
 
@@ -69,7 +78,7 @@ def main(
     before = json.loads(compare_with.read_text()) if compare_with else []
     cases = [(Case(v, s, b, train, device, dtype), rounds, runtime) for v in variant for s in size for b in batch]
     if standard:
-        fixed = STANDARD_TRAINING if train else STANDARD
+        fixed = STANDARD_TRAINING if train else STANDARD_BFLOAT16 if dtype == "bfloat16" else STANDARD
         cases = [(Case(v, s, b, train, device, dtype), n, runtime or names) for v, s, b, n, names in fixed]
     found = measured(cases, device, "training" if train else "models")
     if compare_with and not agree(before, found):
@@ -84,7 +93,7 @@ def measured(cases: list[tuple[Case, int, list[str] | None]], device: str, kind:
     for number, (case, rounds, wanted) in enumerate(cases, 1):
         console.print(f"case {number} of {len(cases)}: {case.variant}, {case.size}, batch {case.batch}")
         # Before each case, and the best so far: a peak that was measured in a noisy moment is none.
-        best = peaks.measure() if peaks else {}
+        best = peaks.measure(case.dtype) if peaks else {}
         names = [name for name in wanted if name in able(case)] if wanted else unasked(case)
         rows = compared(case, names, rounds)
         if not rows:

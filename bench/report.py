@@ -45,7 +45,8 @@ NAMES = {
     "timm, channels-last, max-autotune": "timm, channels-last, `torch.compile`, max-autotune",
     "timm, patched": "timm, `focalnet.patch`",
     "onnxruntime": "ONNX Runtime",
-    "openvino": "OpenVINO",
+    "openvino": "OpenVINO, float32",
+    "openvino, default": "OpenVINO, default precision",
 }
 ARCHITECTURES = {
     "focalnet": "FocalNet-T LRF, focalnet",

@@ -113,7 +113,7 @@ class Group {
     void run_by_columns() {
         const ScratchLayout layout{b_, products_.a, round_up(b_.fc2.K, kPanel)};
         const Scratch scratch = layout.at(allocate(tokens_ * layout.row()), tokens_);
-        const Together together{products_};
+        const Together together{products_, b_.threads};
         project(together, 0, tokens_, scratch);
         aggregate();
         modulate(together, 0, tokens_, scratch);
@@ -124,7 +124,7 @@ class Group {
         const int64_t rows = rows_of_block(rows_in_scratch(b_));
         allocate(0);
         const auto by_blocks = [&](auto step) {
-            share_tokens(tokens_, rows, [&](int64_t first, int64_t n) {
+            share_tokens(b_.threads, tokens_, rows, [&](int64_t first, int64_t n) {
                 step(first, n, layout.at(own_memory.get(rows * layout.row() / 4), rows));
             });
         };
@@ -198,7 +198,8 @@ class Group {
                               view(projection_, 2 * b_.C),
                               b_.focal_weights,
                               b_.normalize_modulator ? 1.0f / static_cast<float>(b_.L + 1) : 1.0f,
-                              packed_focal_weights_};
+                              packed_focal_weights_,
+                              b_.threads};
         gated_aggregation(problem, view(agg_, 0));
     }
 
@@ -265,7 +266,7 @@ class Group {
 Block packed(const Block& block) {
     Block b = block;
     Linear* const layers[] = {&b.projection_in, &b.projection_context, &b.projection_out, &b.fc1, &b.fc2};
-    pack(products_of(b.element), layers, packed_memory);
+    pack(b.threads, products_of(b.element), layers, packed_memory);
     return b;
 }
 
@@ -276,6 +277,7 @@ const float* packed_focal_weights(const Block& b) {
     problem.C = b.C;
     problem.L = b.L;
     problem.weights = b.focal_weights;
+    problem.threads = b.threads;
     float* memory = focal_memory.get(packed_focal_floats(problem));
     pack_focal_weights(problem, memory);
     return memory;

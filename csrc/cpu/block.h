@@ -24,7 +24,7 @@ struct Matrix {
 // A linear layer, K -> N: weights and bias as a module has them.
 struct Linear {
     const void* weight;  // (N, K)
-    Element element;     // of the weights
+    Element element;     // of the weights; kRounded: float32, rounded to bfloat16 as it is read
     const float* bias;   // (N), or null
     const float* scale;  // (N), of weights and bias, or null
     int64_t K, N;
@@ -51,8 +51,8 @@ struct GemmTask {
     Matrix factor;  // kMultiply
 };
 
-// How products are computed. In float32: a of float32, weights of either element, c of float32 or kRounded. By dot
-// products: a and weights of bfloat16, c of bfloat16 or, if nothing comes after, float32.
+// How products are computed. In float32: a of float32, weights of any element, c of float32 or kRounded. By dot
+// products: a of bfloat16, weights of bfloat16 or kRounded, c of bfloat16 or, if nothing comes after, float32.
 struct Products {
     Element a;
     int64_t depth;               // k of a block at most
@@ -92,6 +92,7 @@ struct Block {
     Norm norm1, norm2;
     bool norm_in_modulation;
     Norm modulation_norm;
+    Threads threads;
 };
 
 void block(const Block& block);

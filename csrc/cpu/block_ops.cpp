@@ -16,10 +16,16 @@
 namespace focalnet::cpu {
 namespace {
 
+// How a call reads its weights.
+struct Weights {
+    Element element;
+    bool rounded;
+};
+
 // A linear layer or a 1x1 convolution.
-Linear linear(Kept& kept, const std::string& name, const Tensor& weight, Element element,
-              const std::optional<Tensor>& bias, int64_t K, int64_t N, const float* scale = nullptr) {
-    check_weight(name, weight, element);
+Linear linear(Kept& kept, const std::string& name, const Tensor& weight, Weights as, const std::optional<Tensor>& bias,
+              int64_t K, int64_t N, const float* scale = nullptr) {
+    const Element element = weight_element(name, weight, as.element, as.rounded);
     const Shape expected = weight.dim() == 4 ? Shape{N, K, 1, 1} : Shape{N, K};
     STD_TORCH_CHECK(shape_of(weight) == expected, name, " has shape ", text(shape_of(weight)), "; expected ",
                     text(expected));
@@ -32,15 +38,15 @@ int64_t hidden_units(const Tensor& fc2) {
     return fc2.size(1);
 }
 
-std::vector<FocalWeight> levels_of(Kept& kept, const std::vector<Tensor>& focal_weights, Element element, int64_t C) {
+std::vector<FocalWeight> levels_of(Kept& kept, const std::vector<Tensor>& focal_weights, Weights as, int64_t C) {
     std::vector<FocalWeight> levels;
     for (size_t l = 0; l < focal_weights.size(); ++l) {
         const Tensor& w = focal_weights[l];
         const std::string name = "focal_weights[" + std::to_string(l) + "]";
-        check_weight(name, w, element);
+        weight_element(name, w, as.element, as.rounded);
         STD_TORCH_CHECK(w.dim() == 4 && w.size(0) == C && w.size(1) == 1 && w.size(2) % 2 == 1 && w.size(3) % 2 == 1,
                         name, " has shape ", text(shape_of(w)), "; expected (", C, ", 1, kh, kw) with odd kh and kw");
-        levels.push_back({kept(w), w.size(2), w.size(3)});
+        levels.push_back({as.rounded ? kept.halves(name, w) : kept(w), w.size(2), w.size(3)});
     }
     return levels;
 }
@@ -54,8 +60,9 @@ Tensor cpu_block(const Tensor& hidden_state, const Tensor& projection_in, std::o
                  std::optional<Tensor> norm2_bias, double norm2_eps, std::optional<Tensor> modulation_norm_weight,
                  std::optional<Tensor> modulation_norm_bias, std::optional<double> modulation_norm_eps,
                  std::optional<Tensor> gamma_1, std::optional<Tensor> gamma_2, bool post_norm,
-                 bool normalize_modulator) {
-    const Element element = element_of("projection_in", projection_in);
+                 bool normalize_modulator, bool own_threads, bool rounded_weights) {
+    const Element element = rounded_weights ? Element::kBFloat16 : element_of("projection_in", projection_in);
+    const Weights as{element, rounded_weights};
     const Element given = map_element("hidden_state", hidden_state, element);
     STD_TORCH_CHECK(
         hidden_state.dim() == 4 && hidden_state.size(1) >= 1 && hidden_state.size(2) >= 1 && hidden_state.size(3) >= 1,
@@ -72,8 +79,8 @@ Tensor cpu_block(const Tensor& hidden_state, const Tensor& projection_in, std::o
 
     STD_TORCH_CHECK(!focal_weights.empty(), "focal_weights is empty; expected at least one level");
     const int64_t L = static_cast<int64_t>(focal_weights.size()), hidden = hidden_units(fc2);
-    b.projection_in = linear(kept, "projection_in", projection_in, element, projection_in_bias, b.C, 2 * b.C + L + 1);
-    const std::vector<FocalWeight> levels = levels_of(kept, focal_weights, element, b.C);
+    b.projection_in = linear(kept, "projection_in", projection_in, as, projection_in_bias, b.C, 2 * b.C + L + 1);
+    const std::vector<FocalWeight> levels = levels_of(kept, focal_weights, as, b.C);
     b.L = L;
     b.focal_weights = levels.data();
     // A layer scale is a factor of what it stands behind: of the last product, or of the norm behind that.
@@ -82,11 +89,11 @@ Tensor cpu_block(const Tensor& hidden_state, const Tensor& projection_in, std::o
     const auto of_product = [post_norm](const float* scale) { return post_norm ? nullptr : scale; };
     const auto of_norm = [post_norm](const float* scale) { return post_norm ? scale : nullptr; };
     b.projection_context =
-        linear(kept, "projection_context", projection_context, element, projection_context_bias, b.C, b.C);
+        linear(kept, "projection_context", projection_context, as, projection_context_bias, b.C, b.C);
     b.projection_out =
-        linear(kept, "projection_out", projection_out, element, projection_out_bias, b.C, b.C, of_product(scale_1));
-    b.fc1 = linear(kept, "fc1", fc1, element, fc1_bias, b.C, hidden);
-    b.fc2 = linear(kept, "fc2", fc2, element, fc2_bias, hidden, b.C, of_product(scale_2));
+        linear(kept, "projection_out", projection_out, as, projection_out_bias, b.C, b.C, of_product(scale_1));
+    b.fc1 = linear(kept, "fc1", fc1, as, fc1_bias, b.C, hidden);
+    b.fc2 = linear(kept, "fc2", fc2, as, fc2_bias, hidden, b.C, of_product(scale_2));
     b.post_norm = post_norm;
     b.norm1 = norm_over(kept, "norm1", norm1_weight, norm1_bias, norm1_eps, b.C, of_norm(scale_1));
     b.norm2 = norm_over(kept, "norm2", norm2_weight, norm2_bias, norm2_eps, b.C, of_norm(scale_2));
@@ -95,6 +102,7 @@ Tensor cpu_block(const Tensor& hidden_state, const Tensor& projection_in, std::o
         b.modulation_norm = norm_over(kept, "modulation_norm", modulation_norm_weight, modulation_norm_bias,
                                       *modulation_norm_eps, b.C);
     b.normalize_modulator = normalize_modulator;
+    b.threads = own_threads ? Threads::kOwn : Threads::kTorch;
 
     // A sum of bfloat16 and what a scale of float32 multiplied is float32.
     const auto is_float = [](const std::optional<Tensor>& scale) {
@@ -117,7 +125,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(focalnet, m) {
         "Tensor? projection_out_bias, Tensor fc1, Tensor? fc1_bias, Tensor fc2, Tensor? fc2_bias, "
         "Tensor? norm1_weight, Tensor? norm1_bias, float norm1_eps, Tensor? norm2_weight, Tensor? norm2_bias, "
         "float norm2_eps, Tensor? modulation_norm_weight, Tensor? modulation_norm_bias, float? modulation_norm_eps, "
-        "Tensor? gamma_1, Tensor? gamma_2, bool post_norm, bool normalize_modulator) -> Tensor");
+        "Tensor? gamma_1, Tensor? gamma_2, bool post_norm, bool normalize_modulator, "
+        "bool own_threads=False, bool rounded_weights=False) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(focalnet, CPU, m) { m.impl("cpu_block", TORCH_BOX(&focalnet::cpu::cpu_block)); }

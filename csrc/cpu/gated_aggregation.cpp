@@ -68,7 +68,7 @@ void pack_vector(const Problem& p, const std::vector<LevelLayout>& levels, int64
 void pack_into(float* packed, const Problem& p, const std::vector<LevelLayout>& levels, int64_t lanes, bool flip,
                float factor) {
     const int64_t vectors = blocks_of(p) * kBlock / lanes, size = taps_of(levels) * lanes;
-    torch::stable::parallel_for(0, vectors, 16, [&](int64_t begin, int64_t end) {
+    share_rows(p.threads, vectors, 16, [&](int64_t begin, int64_t end) {
         for (int64_t v = begin; v < end; ++v) {
             float* to = packed + v * size;
             p.element == Element::kFloat32 ? pack_vector<float>(p, levels, lanes, v, flip, factor, to)
@@ -245,7 +245,7 @@ float* zeroed_scratch(int64_t n) {
 template <typename T>
 void gather_gates(const Problem& p, float* planes) {
     const Map& m = p.gates;
-    torch::stable::parallel_for(0, p.B * p.H, 16, [&](int64_t begin, int64_t end) {
+    share_rows(p.threads, p.B * p.H, 16, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t b = i / p.H, y = i % p.H;
             const T* from = static_cast<const T*>(m.data) + b * m.stride_b + y * m.stride_h;
@@ -268,7 +268,7 @@ Floats gate_planes(const Problem& p) {
 template <typename T>
 void reduce_dgates(const Problem& p, const float* partial, T* dgates) {
     const int64_t plane = p.H * p.W, gates = p.L + 1, blocks = blocks_of(p);
-    torch::stable::parallel_for(0, p.B * p.H, 8, [&](int64_t begin, int64_t end) {
+    share_rows(p.threads, p.B * p.H, 8, [&](int64_t begin, int64_t end) {
         std::vector<float> sum(p.W);
         for (int64_t i = begin; i < end; ++i) {
             const int64_t b = i / p.H, at = (i % p.H) * p.W;
@@ -289,7 +289,7 @@ template <typename T>
 void reduce_dweights(const Problem& p, const std::vector<LevelLayout>& levels, int64_t lanes, const float* partial,
                      void* const* dweights) {
     const int64_t taps = taps_of(levels), vectors = blocks_of(p) * kBlock / lanes, floats = taps * lanes;
-    torch::stable::parallel_for(0, vectors, 1, [&](int64_t begin, int64_t end) {
+    share_rows(p.threads, vectors, 1, [&](int64_t begin, int64_t end) {
         std::vector<float> sum(floats);
         for (int64_t v = begin; v < end; ++v) {
             std::fill(sum.begin(), sum.end(), 0.0f);
@@ -344,7 +344,7 @@ void gated_aggregation(const Problem& p, const Map& agg, float* sums) {
 
     const int64_t tasks = planes * plan.bands;
     const auto share = [&](auto kernel, int64_t scratch_floats) {
-        share_out(tasks, [&](auto next) {
+        share_out(p.threads, tasks, [&](auto next) {
             float* scratch = zeroed_scratch(scratch_floats);
             std::vector<const float*> rows(largest_kh(levels));
             std::vector<int64_t> done(2 * (p.L + 1));
@@ -372,7 +372,7 @@ void gated_aggregation_backward(const Problem& p, const Map& dagg, const float* 
     const Floats dgates = floats(out.want_gates ? planes * p.H * p.W * (p.L + 1) : 0);
     const Floats dweights = floats(out.want_weights ? planes * kBlock * plan.taps : 0);
 
-    share_out(planes, [&](auto next) {
+    share_out(p.threads, planes, [&](auto next) {
         float* scratch = zeroed_scratch(plan.scratch_floats);
         std::vector<const float*> rows(2 * (std::min(p.H, plan.step) + largest_kh(levels)));
         for (int64_t i = next(); i < planes; i = next())

@@ -16,6 +16,9 @@ constexpr int64_t kBlock = 16;
 // in float32 of what others compute in bfloat16.
 enum class Element : int { kFloat32, kBFloat16, kRounded };
 
+// Who works beside the calling thread, see threads.h.
+enum class Threads : int { kTorch, kOwn };
+
 // A channels-last map (B, H, W, channels) with channel stride 1; strides count elements.
 struct Map {
     void* data;
@@ -36,6 +39,7 @@ struct Problem {
     const FocalWeight* weights;             // L of them
     float scale;                            // 1 / (L + 1) if the modulator is normalised, else 1
     const float* packed_weights = nullptr;  // what pack_focal_weights wrote; where null, every forward packs anew
+    Threads threads = Threads::kTorch;
 };
 
 struct Gradients {

@@ -68,13 +68,13 @@ inline int64_t packed_floats(const Products& products, const Linear& w) {
 
 // Packs linear layers into `memory`, which keeps them until it is asked for the next.
 template <size_t N>
-void pack(const Products& products, Linear* const (&layers)[N], Memory& memory) {
+void pack(Threads who, const Products& products, Linear* const (&layers)[N], Memory& memory) {
     int64_t floats = 0;
     for (const Linear* layer : layers) floats += packed_floats(products, *layer);
     float* to = memory.get(floats);
     for (Linear* layer : layers) {
         layer->packed = to;
-        share_ranges(ceil_div(layer->N, kPanel), 1, kPanelsAtATime, [&](auto next) {
+        share_ranges(who, ceil_div(layer->N, kPanel), 1, kPanelsAtATime, [&](auto next) {
             for (Range panels = next(); !panels.empty(); panels = next())
                 for (int64_t p = panels.begin; p < panels.end; ++p)
                     products.pack(*layer, p * kPanel, to + p * panel_floats(products, *layer));
@@ -97,8 +97,8 @@ inline int64_t rows_of_block(int64_t rows_in_scratch) {
 
 // Calls `step(first, n)` for blocks of n tokens that together are all; n is at most `rows`, of rows_of_block.
 template <typename Step>
-void share_tokens(int64_t tokens, int64_t rows, const Step& step) {
-    share_ranges(ceil_div(tokens, kRowUnit), kLeastUnits, rows / kRowUnit, [&](auto next) {
+void share_tokens(Threads who, int64_t tokens, int64_t rows, const Step& step) {
+    share_ranges(who, ceil_div(tokens, kRowUnit), kLeastUnits, rows / kRowUnit, [&](auto next) {
         for (Range block = next(); !block.empty(); block = next()) {
             const int64_t first = block.begin * kRowUnit;
             step(first, std::min(tokens, block.end * kRowUnit) - first);
@@ -116,6 +116,7 @@ struct Alone {
 // All threads share a step: a product by columns (and rows, where threads outnumber the panels), the rest by rows.
 struct Together {
     Products products;
+    Threads who;
 
     void gemm(const GemmTask& task) const {
         const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
@@ -123,7 +124,7 @@ struct Together {
         const int64_t parts = std::min(task.rows, ceil_div(threads, panels));
         // Where rows are cut, threads outnumber the panels: each range is one panel then, so none reaches into another
         // part of the rows.
-        share_ranges(parts * panels, 1, panels, [&](auto next) {
+        share_ranges(who, parts * panels, 1, panels, [&](auto next) {
             for (Range range = next(); !range.empty(); range = next()) {
                 const int64_t i = range.begin / panels;
                 products.gemm(part(task, {i * task.rows / parts, (i + 1) * task.rows / parts},
@@ -133,7 +134,7 @@ struct Together {
     }
 
     void rows(const RowsTask& task) const {
-        torch::stable::parallel_for(0, task.rows, 16, [&](int64_t begin, int64_t end) {
+        share_rows(who, task.rows, 16, [&](int64_t begin, int64_t end) {
             RowsTask part = task;
             part.in = rows_from(task.in, begin);
             part.residual = rows_from(task.residual, begin);

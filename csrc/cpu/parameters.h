@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+
 #include <bit>
 #include <deque>
 #include <optional>
@@ -13,6 +15,8 @@
 #include "checks.h"
 
 namespace focalnet::cpu {
+
+using BF16 = torch::headeronly::BFloat16;
 
 inline Element element_of(const std::string& name, const Tensor& t) {
     STD_TORCH_CHECK(t.is_cpu(), name, " is not on the CPU; expected a CPU tensor");
@@ -30,6 +34,15 @@ inline ScalarType dtype_of(Element element) {
 inline void check_weight(const std::string& name, const Tensor& t, Element expected) {
     STD_TORCH_CHECK(element_of(name, t) == expected, name, " has dtype ", torch::headeronly::toString(t.scalar_type()),
                     "; expected that of the other weights, ", torch::headeronly::toString(dtype_of(expected)));
+}
+
+// The element of a weight as products read it. With `rounded`, weights of float32 are read as bfloat16, as under
+// autocast.
+inline Element weight_element(const std::string& name, const Tensor& t, Element expected, bool rounded) {
+    const Element element = element_of(name, t);
+    if (rounded) return element == Element::kBFloat16 ? element : Element::kRounded;
+    check_weight(name, t, expected);
+    return element;
 }
 
 // Maps of float32 may meet weights of bfloat16, as under autocast; there are no products of the contrary.
@@ -59,6 +72,16 @@ class Kept {
         return values.data();
     }
 
+    // The values of t rounded to bfloat16.
+    const void* halves(const std::string& name, const Tensor& t) {
+        const void* data = (*this)(t);
+        if (element_of(name, t) == Element::kBFloat16) return data;
+        const float* values = static_cast<const float*>(data);
+        std::vector<BF16>& rounded = halves_.emplace_back(t.numel());
+        for (size_t i = 0; i < rounded.size(); ++i) rounded[i] = static_cast<BF16>(values[i]);
+        return rounded.data();
+    }
+
     // values * scale; a missing factor is `otherwise` everywhere.
     const float* scaled(const float* values, const float* scale, int64_t n, float otherwise) {
         std::vector<float>& product = vectors_.emplace_back(n, otherwise);
@@ -72,6 +95,7 @@ class Kept {
   private:
     std::vector<Tensor> tensors_;
     std::deque<std::vector<float>> vectors_;
+    std::deque<std::vector<BF16>> halves_;
 };
 
 inline const float* vector(Kept& kept, const std::string& name, const std::optional<Tensor>& t, int64_t n) {

@@ -16,7 +16,6 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
 
 #include <algorithm>
 #include <optional>
@@ -37,8 +36,6 @@ namespace {
 constexpr int64_t kScratchBytes = 256 * 1024;  // of a thread: half of a 512 KB L2
 
 thread_local Memory shared_memory, own_memory, packed_memory;
-
-using BF16 = torch::headeronly::BFloat16;
 
 struct Input {
     const void* data;
@@ -92,6 +89,7 @@ struct Embedding {
     Norm norm;
     Matrix result;
     Products products;
+    Threads threads;
 
     int64_t tokens() const { return in.B * window.h * window.w; }
     // Bytes of a row of scratch: its patch, and what the product makes of that.
@@ -137,15 +135,14 @@ struct Embedding {
 void embed_together(const Embedding& e) {
     float* memory = shared_memory.get(e.tokens() * e.row_bytes() / 4);
     const Matrix patches = e.patches(memory);
-    torch::stable::parallel_for(0, e.tokens(), 4, [&](int64_t begin, int64_t end) {
-        e.gather(begin, end - begin, rows_from(patches, begin));
-    });
-    e.embed(Together{e.products}, 0, e.tokens(), patches, e.embedded(memory, e.tokens()));
+    share_rows(e.threads, e.tokens(), 4,
+               [&](int64_t begin, int64_t end) { e.gather(begin, end - begin, rows_from(patches, begin)); });
+    e.embed(Together{e.products, e.threads}, 0, e.tokens(), patches, e.embedded(memory, e.tokens()));
 }
 
 void embed_by_blocks(const Embedding& e) {
     const int64_t rows = rows_of_block(e.rows_in_scratch());
-    share_tokens(e.tokens(), rows, [&](int64_t first, int64_t n) {
+    share_tokens(e.threads, e.tokens(), rows, [&](int64_t first, int64_t n) {
         float* memory = own_memory.get(rows * e.row_bytes() / 4);
         const Matrix patches = e.patches(memory);
         e.gather(first, n, patches);
@@ -155,7 +152,7 @@ void embed_by_blocks(const Embedding& e) {
 
 void patch_embed(Embedding e) {
     if (by_columns(e.tokens(), e.rows_in_scratch())) return embed_together(e);
-    pack(e.products, {&e.projection}, packed_memory);
+    pack(e.threads, e.products, {&e.projection}, packed_memory);
     embed_by_blocks(e);
 }
 
@@ -166,8 +163,11 @@ void check_pair(const char* name, const std::vector<int64_t>& pair, int64_t leas
 
 Tensor cpu_patch_embed(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias,
                        std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> output_size,
-                       std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, std::optional<double> eps) {
-    const Element element = element_of("weight", weight), given = map_element("input", input, element);
+                       std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, std::optional<double> eps,
+                       bool own_threads, bool rounded_weights) {
+    const Element element = rounded_weights ? Element::kBFloat16 : element_of("weight", weight);
+    const Element read = weight_element("weight", weight, element, rounded_weights),
+                  given = map_element("input", input, element);
     STD_TORCH_CHECK(input.dim() == 4 && input.size(1) >= 1 && input.size(2) >= 1 && input.size(3) >= 1,
                     "input has shape ", text(shape_of(input)),
                     "; expected (B, H, W, C) with H, W and C of at least 1");
@@ -186,11 +186,12 @@ Tensor cpu_patch_embed(const Tensor& input, const Tensor& weight, std::optional<
     Tensor result = torch::stable::new_empty(input, Shape{in.B, output_size[0], output_size[1], N}, dtype_of(element));
     patch_embed({in,
                  {kh, kw, stride[0], stride[1], padding[0], padding[1], output_size[0], output_size[1]},
-                 {kept(weight), element, vector(kept, "bias", bias, N), nullptr, in.C * kh * kw, N},
+                 {kept(weight), read, vector(kept, "bias", bias, N), nullptr, in.C * kh * kw, N},
                  eps.has_value(),
                  norm,
                  {result.mutable_data_ptr(), N, element},
-                 products_of(element)});
+                 products_of(element),
+                 own_threads ? Threads::kOwn : Threads::kTorch});
     return result;
 }
 
@@ -200,7 +201,8 @@ Tensor cpu_patch_embed(const Tensor& input, const Tensor& weight, std::optional<
 STABLE_TORCH_LIBRARY_FRAGMENT(focalnet, m) {
     m.def(
         "cpu_patch_embed(Tensor input, Tensor weight, Tensor? bias, int[] stride, int[] padding, int[] output_size, "
-        "Tensor? norm_weight, Tensor? norm_bias, float? eps) -> Tensor");
+        "Tensor? norm_weight, Tensor? norm_bias, float? eps, bool own_threads=False, "
+        "bool rounded_weights=False) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(focalnet, CPU, m) { m.impl("cpu_patch_embed", TORCH_BOX(&focalnet::cpu::cpu_patch_embed)); }

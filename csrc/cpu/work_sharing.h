@@ -9,6 +9,8 @@
 #include <atomic>
 #include <cstdint>
 
+#include "threads.h"
+
 namespace focalnet::cpu {
 
 // Units of work [begin, end).
@@ -22,8 +24,8 @@ struct Range {
 // itself small, short ones at the end let the threads finish together. The result of a unit must not depend on the
 // thread that works on it, nor on the other units of its range.
 template <typename Run>
-void share_ranges(int64_t units, int64_t least, int64_t most, const Run& run) {
-    const int64_t threads = std::min<int64_t>(units, torch::stable::get_num_threads());
+void share_ranges(Threads who, int64_t units, int64_t least, int64_t most, const Run& run) {
+    const int64_t threads = std::min<int64_t>((units + least - 1) / least, torch::stable::get_num_threads());
     std::atomic<int64_t> taken{0};
     const auto next = [&taken, units, least, most, threads] {
         int64_t begin = taken.load(std::memory_order_relaxed), end;
@@ -32,15 +34,21 @@ void share_ranges(int64_t units, int64_t least, int64_t most, const Run& run) {
         } while (!taken.compare_exchange_weak(begin, end, std::memory_order_relaxed));
         return Range{begin, end};
     };
-    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) run(next);
-    });
+    if (units > 0) on_threads(who, threads, [&] { run(next); });
 }
 
 // The same, one unit at a time: `next()` gives its number, or one that is at least `tasks` when all are taken.
 template <typename Run>
-void share_out(int64_t tasks, const Run& run) {
-    share_ranges(tasks, 1, 1, [&](auto next) { run([&next] { return next().begin; }); });
+void share_out(Threads who, int64_t tasks, const Run& run) {
+    share_ranges(who, tasks, 1, 1, [&](auto next) { run([&next] { return next().begin; }); });
+}
+
+// Calls `each(begin, end)` for ranges of at least `least` rows that together are all.
+template <typename Each>
+void share_rows(Threads who, int64_t rows, int64_t least, const Each& each) {
+    share_ranges(who, rows, least, std::max(least, rows), [&](auto next) {
+        for (Range range = next(); !range.empty(); range = next()) each(range.begin, range.end);
+    });
 }
 
 }  // namespace focalnet::cpu

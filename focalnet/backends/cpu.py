@@ -76,6 +76,8 @@ focal_modulation_bwd = functools.partial(composed.focal_modulation_bwd, gated_ag
 _COMPILED = {
     "block": "cpu_block",
     "patch_embed": "cpu_patch_embed",
+    "norm_mean": "cpu_norm_mean",
+    "linear": "cpu_linear",
     "bias_gelu": "cpu_bias_gelu_",
     "gelu_bwd": "cpu_gelu_backward_",
 }

@@ -1,4 +1,4 @@
-"""Measures the peak rates of the processor: float32 multiply-adds in registers, and bytes read from memory.
+"""Measures the peak rates of the processor: multiply-adds in registers, and bytes read from memory.
 
 Both are loops in C, compiled on the machine that runs them. Each thread uses its own registers or its own buffer.
 """
@@ -31,6 +31,19 @@ static void* multiply_add(void* argument) {
     EACH(ADD)
     return 0;
 }
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#define STEP_PAIRS(i) a##i = (vec)_mm512_dpbf16_ps((__m512)a##i, b, b); asm volatile("" : "+x"(a##i));
+static void* dot(void* argument) {
+    long steps = *(long*)argument;
+    volatile float sink = 0;
+    const __m512bh b = (__m512bh)_mm512_set1_epi32(0x3a003a00);
+    EACH(START)
+    for (long s = 0; s < steps; ++s) { EACH(STEP_PAIRS) }
+    EACH(ADD)
+    return 0;
+}
+#endif
 typedef struct { vec* data; long count; } span;
 #define LOAD(i) a##i += data[at + i];
 static void* read(void* argument) {
@@ -57,6 +70,13 @@ static double seconds(int threads, void* (*loop)(void*), void* arguments, long s
 double fma_rate(int threads, long steps) {
     return 2.0 * 12 * (VECTOR_BYTES / 4) * steps * threads / seconds(threads, multiply_add, &steps, 0);
 }
+double dot_rate(int threads, long steps) {
+#ifdef __AVX512BF16__
+    return 2.0 * 12 * 32 * steps * threads / seconds(threads, dot, &steps, 0);
+#else
+    return 0;
+#endif
+}
 double read_rate(int threads, long bytes) {
     span spans[256];
     double best = 0;
@@ -76,20 +96,31 @@ double read_rate(int threads, long bytes) {
 
 
 class Peaks:
-    """FLOP/s and bytes/s of this processor: the maximum over all calls of `measure`. Noise only lowers them."""
+    """FLOP/s and bytes/s of this processor: the maximum over all calls of `measure`. Noise only lowers them.
+
+    Attributes:
+        fma: float32 multiply-adds, FLOP/s (a multiply-add is two).
+        dot: dot products of bfloat16, FLOP/s; 0 without AVX512_BF16.
+        bandwidth: bytes/s read from memory.
+    """
 
     def __init__(self, threads: int | None = None) -> None:
         self._threads = min(256, threads or len(os.sched_getaffinity(0)))
         self._loops = _compiled()
-        self.fma = self.bandwidth = 0.0
+        self.fma = self.dot = self.bandwidth = 0.0
 
-    def measure(self) -> dict[str, float]:
-        """Measure for half a second. Returns ``fma_peak`` in FLOP/s (a multiply-add is two) and ``bandwidth``."""
+    def measure(self, dtype: str = "float32") -> dict[str, float]:
+        """Measure for half a second. Returns ``fma_peak``, that of the arithmetic for ``dtype``, and ``bandwidth``.
+
+        For bfloat16 that is dot products where the processor has them, else float32.
+        """
         self.fma = max(self.fma, *(self._loops.fma_rate(self._threads, 20_000_000) for _ in range(5)))
+        self.dot = max(self.dot, *(self._loops.dot_rate(self._threads, 20_000_000) for _ in range(5)))
         # 256 MB over all threads, which exceeds any cache.
         per_thread = (256 << 20) // self._threads // 64 * 64
         self.bandwidth = max(self.bandwidth, self._loops.read_rate(self._threads, per_thread))
-        return {"fma_peak": self.fma, "bandwidth": self.bandwidth}
+        peak = self.dot if dtype == "bfloat16" and self.dot else self.fma
+        return {"fma_peak": peak, "bandwidth": self.bandwidth}
 
 
 def _compiled() -> ctypes.CDLL:
@@ -100,6 +131,6 @@ def _compiled() -> ctypes.CDLL:
         flags = ["-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread"]
         subprocess.run(["cc", *flags, f"-DVECTOR_BYTES={vector_bytes}", source, "-o", library], check=True)
         loops = ctypes.CDLL(str(library))
-    for rate in (loops.fma_rate, loops.read_rate):
+    for rate in (loops.fma_rate, loops.dot_rate, loops.read_rate):
         rate.restype, rate.argtypes = ctypes.c_double, [ctypes.c_int, ctypes.c_long]
     return loops

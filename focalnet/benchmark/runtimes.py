@@ -134,13 +134,15 @@ def onnxruntime(case: Case) -> Callable[..., Any]:
     return lambda images: session.run(None, {"images": images.numpy()})
 
 
-def openvino(case: Case) -> Callable[..., Any]:
+def openvino(case: Case, precision: str | None = "f32") -> Callable[..., Any]:
+    """``precision``: None is what OpenVINO chooses, bfloat16 where the processor has it. Images are float32."""
     import openvino as ov
 
-    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = ov.compile_model(_onnx(case), "CPU", {"PERFORMANCE_HINT": "LATENCY", **threads})
-    request = compiled.create_infer_request()
-    return lambda images: request.infer({"images": images.numpy()})
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    if precision is not None:
+        settings["INFERENCE_PRECISION_HINT"] = precision
+    request = ov.compile_model(_onnx(replace(case, dtype="float32")), "CPU", settings).create_infer_request()
+    return lambda images: request.infer({"images": images.float().numpy()})
 
 
 max_autotuned = functools.partial(compiled, mode="max-autotune")
@@ -165,14 +167,17 @@ RUNTIMES: dict[str, Start] = {
     "timm, patched": eager(_patched(timm_model)),
     "onnxruntime": onnxruntime,
     "openvino": openvino,
+    "openvino, default": functools.partial(openvino, precision=None),
 }
-FLOAT32_INFERENCE_ON_A_CPU = ("onnxruntime", "openvino")
+# Files of float32 on a CPU. OpenVINO's default precision is compared with models of bfloat16 too.
+INFERENCE_ON_A_CPU = ("onnxruntime", "openvino", "openvino, default")
 
 
 def able(case: Case) -> list[str]:
     """The runtimes that can run a case if they are installed."""
-    everything = not case.training and case.device == "cpu" and case.dtype == "float32"
-    return [name for name in RUNTIMES if everything or name not in FLOAT32_INFERENCE_ON_A_CPU]
+    on_cpu = not case.training and case.device == "cpu"
+    dtypes = dict.fromkeys(INFERENCE_ON_A_CPU, ("float32",)) | {"openvino, default": ("float32", "bfloat16")}
+    return [name for name in RUNTIMES if name not in dtypes or (on_cpu and case.dtype in dtypes[name])]
 
 
 def unasked(case: Case) -> list[str]:

@@ -52,11 +52,11 @@ class Runtime:
 
     def warm_up(self) -> None:
         """Take a turn that is not counted, and find out how many runs fit into a turn."""
-        self._runs_a_turn = min(MAX_RUNS, max(1, round(TURN_S / self._run())))
+        self._runs_a_turn = min(MAX_RUNS, max(1, round(TURN_S / self.run())))
 
     def turn(self) -> None:
         """Take a turn of about `TURN_S` seconds."""
-        runs = [self._run() for _ in range(self._runs_a_turn)]
+        runs = [self.run() for _ in range(self._runs_a_turn)]
         self.runs += runs
         self.turns.append(statistics.median(runs))
 
@@ -66,7 +66,8 @@ class Runtime:
             self.peak_bytes = int(self._read()[1])
         self.process.wait()
 
-    def _run(self) -> float:
+    def run(self) -> float:
+        """Seconds of one run."""
         self._write("run")
         what, value = self._read()
         if what != "seconds":

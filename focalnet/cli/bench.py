@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .compute import Device, DType, device_for
+from .compute import Device, DType, device_for, torch_dtype
 from .errors import UserError
 from .output import Bar, require_matplotlib
 
@@ -56,7 +56,9 @@ def bench(
     for name in runtimes or ():
         if name not in RUNTIMES:
             raise UserError(f"--runtime: expected one of {', '.join(map(repr, RUNTIMES))}, got {name!r}")
-    case = Case(variant, size, batch, train, device_for(device, None).type, dtype.value)
+    where = device_for(device, None)
+    computing_in = str(torch_dtype(dtype, where)).removeprefix("torch.")
+    case = Case(variant, size, batch, train, where.type, computing_in)
     names = [name for name in runtimes or DEFAULT if name in able(case)]
     if not names:
         raise UserError(f"--runtime: {', '.join(runtimes or ())} cannot run {case.dtype} on {case.device} here")

@@ -44,7 +44,7 @@ def classify(
         str | None, typer.Option(help="triton, cuda, cpu or reference; chosen automatically by default.")
     ] = None,
     device: Annotated[Device, typer.Option(help="auto uses a GPU if there is one.")] = Device.auto,
-    dtype: Annotated[DType, typer.Option(help="Data type of the computation.")] = DType.float32,
+    dtype: Annotated[DType, typer.Option(help="auto: bfloat16 where the hardware computes in it.")] = DType.float32,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
 ) -> None:
     """Classify images: print a table of the most probable labels for each.
@@ -60,7 +60,7 @@ def classify(
     where = device_for(device, backend)
     classifier = load_classifier(model, variant, parse_fields(fields), use_ema)
     use_labels(classifier.config, labels)
-    classifier = classifier.to(device=where, dtype=torch_dtype(dtype))  # type: ignore[call-arg]  # a wrapped method
+    classifier = classifier.to(device=where, dtype=torch_dtype(dtype, where))  # type: ignore[call-arg]  # a wrapped method
     processor = load_processor(model, classifier.config)
 
     classified = []

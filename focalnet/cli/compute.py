@@ -6,6 +6,8 @@ from contextlib import nullcontext
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ class Device(str, Enum):
 
 
 class DType(str, Enum):
+    auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -46,10 +49,25 @@ def device_for(device: Device, backend: str | None) -> torch.device:
     return torch.device(device.value)
 
 
-def torch_dtype(dtype: DType) -> torch.dtype:
+def torch_dtype(dtype: DType, device: torch.device) -> torch.dtype:
+    """The dtype to compute in. ``auto`` is bfloat16 where ``device`` has arithmetic for it; the choice is printed."""
     import torch
 
-    return getattr(torch, dtype.value)
+    if dtype is not DType.auto:
+        return getattr(torch, dtype.value)
+    chosen = torch.bfloat16 if _has_bfloat16(device) else torch.float32
+    typer.echo(f"--dtype auto: computing in {str(chosen).removeprefix('torch.')} on {device}", err=True)
+    return chosen
+
+
+def _has_bfloat16(device: torch.device) -> bool:
+    import torch
+
+    from ..backends import extension
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return extension.missing() is None and torch.ops.focalnet.cpu_isa() == "avx512_bf16"
 
 
 def backend_for(name: str | None) -> AbstractContextManager[Any]:

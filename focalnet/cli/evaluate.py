@@ -78,7 +78,7 @@ def evaluate(
         str | None, typer.Option(help="triton, cuda, cpu or reference; chosen automatically by default.")
     ] = None,
     device: Annotated[Device, typer.Option(help="auto uses a GPU if there is one.")] = Device.auto,
-    dtype: Annotated[DType, typer.Option(help="Data type of the computation.")] = DType.float32,
+    dtype: Annotated[DType, typer.Option(help="auto: bfloat16 where the hardware computes in it.")] = DType.float32,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
 ) -> None:
     """Check a classifier's accuracy on a folder of classes, such as ImageNet's validation set.
@@ -92,13 +92,19 @@ def evaluate(
     where = device_for(device, backend)
     classifier = load_classifier(model, variant, parse_fields(fields), use_ema)
     ids = use_labels(classifier.config, labels)
-    classifier = classifier.to(device=where, dtype=torch_dtype(dtype))  # type: ignore[call-arg]  # a wrapped method
+    classifier = classifier.to(device=where, dtype=torch_dtype(dtype, where))  # type: ignore[call-arg]  # a wrapped method
     if classifier.config.problem_type == "multi_label_classification":
         raise UserError(f"--model {model}: expected a model with one label an image, this one gives several")
     processor = load_processor(model, classifier.config)
     images = find_labelled_images(data, classifier.config, ids)
     among = sorted({image.label for image in images}) if among_folders else None
-    run: dict[str, object] = {"model": model, "data": str(data.resolve()), "dtype": dtype.value, "images": len(images)}
+    computing_in = str(classifier.dtype).removeprefix("torch.")
+    run: dict[str, object] = {
+        "model": model,
+        "data": str(data.resolve()),
+        "dtype": computing_in,
+        "images": len(images),
+    }
     if among is not None:
         run["among"] = f"{len(among)} of {classifier.config.num_labels} classes"
 

@@ -7,7 +7,7 @@ weight can never leave a stale copy.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from ..backends.registry import optional_kernel
 from .gate import why_not_fused
 
 CPU = torch.device("cpu")
+# Dtypes of autocast and of the input for which an operator gives what the modules give.
+AUTOCAST = {(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)}
 
 
 def why_not_call(input: Tensor) -> str | None:
@@ -27,7 +29,34 @@ def why_not_call(input: Tensor) -> str | None:
         return reason
     if input.device.type != "cpu":
         return f"expected a tensor on the CPU, got one on {input.device}"
-    return "autocast is on" if torch.is_autocast_enabled("cpu") else None
+    if _autocast() is not None and (_autocast(), input.dtype) not in AUTOCAST:
+        return f"autocast to {_autocast()} is on, and the input is {input.dtype}"
+    return None
+
+
+class Precision(NamedTuple):
+    """How a call computes: ``dtype`` is that of its products.
+
+    ``rounded``: autocast is on. Weights may be float32; the operators round them as they read them.
+    """
+
+    dtype: torch.dtype
+    rounded: bool
+
+    @classmethod
+    def of(cls, input: Tensor) -> Precision:
+        """That of a call with ``input`` which `why_not_call` does not refuse."""
+        dtype = _autocast()
+        return cls(input.dtype, rounded=False) if dtype is None else cls(dtype, rounded=True)
+
+
+def is_rounding() -> bool:
+    """Whether a call that `why_not_call` does not refuse rounds weights of float32: `Precision.rounded`."""
+    return torch.is_autocast_enabled("cpu")
+
+
+def _autocast() -> torch.dtype | None:
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
 
 def kernel(operator: str, dtype: torch.dtype, backend: str | None) -> Callable[..., Any] | str:
@@ -35,13 +64,14 @@ def kernel(operator: str, dtype: torch.dtype, backend: str | None) -> Callable[.
     return optional_kernel(Problem(operator, CPU, dtype), backend)
 
 
-def why_not_weights(weights: Iterable[Tensor | None], dtype: torch.dtype, *owners: nn.Module) -> str | None:
+def why_not_weights(weights: Iterable[Tensor | None], precision: Precision, *owners: nn.Module) -> str | None:
     """Why the operators cannot read ``weights``, or None. ``owners`` hold the weights and give the name to report."""
+    dtypes = (torch.float32, torch.bfloat16) if precision.rounded else (precision.dtype,)
     for weight in weights:
-        if weight is None or (is_plain_tensor(weight) and weight.dtype is dtype and weight.is_cpu):
+        if weight is None or (is_plain_tensor(weight) and weight.dtype in dtypes and weight.is_cpu):
             continue
         kind = f"{type(weight).__name__}, {weight.layout}, {weight.dtype}, on {weight.device}"
-        return f"{_name_of(weight, owners)} is {kind}; expected plain {dtype}"
+        return f"{_name_of(weight, owners)} is {kind}; expected plain {' or '.join(map(str, dtypes))}"
     return None
 
 

@@ -6,16 +6,25 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .cpu_inference import kernel, why_not_weights
+from .cpu_inference import Precision, kernel, why_not_weights
 from .module_checks import is_changed
 
 
-def call(conv: nn.Module | None, norm: nn.Module | None, dtype: torch.dtype, backend: str | None) -> list[Any] | str:
-    """The call for `run` that replaces ``conv`` and ``norm``, or the reason why these modules must be called."""
-    operator = kernel("patch_embed", dtype, backend)
+def call(
+    conv: nn.Module | None,
+    norm: nn.Module | None,
+    precision: Precision,
+    backend: str | None,
+    *,
+    own_threads: bool = False,
+) -> list[Any] | str:
+    """The call for `run` that replaces ``conv`` and ``norm``, or the reason why these modules must be called.
+
+    ``own_threads`` is explained at `cpu_block.call`.
+    """
+    operator = kernel("patch_embed", precision.dtype, backend)
     if isinstance(operator, str):
         return operator
     if conv is None or norm is None:
@@ -24,8 +33,9 @@ def call(conv: nn.Module | None, norm: nn.Module | None, dtype: torch.dtype, bac
         return reason
     affine = (norm._parameters["weight"], norm._parameters["bias"])
     projection = (conv._parameters["weight"], conv._parameters["bias"])
-    reason = why_not_weights((*projection, *affine), dtype, conv, norm)
-    return reason or [operator, [*projection, conv.stride, conv.padding], [*affine, norm.eps]]
+    reason = why_not_weights((*projection, *affine), precision, conv, norm)
+    before_size = [*projection, conv.stride, conv.padding]
+    return reason or [operator, before_size, [*affine, norm.eps, own_threads, precision.rounded]]
 
 
 def run(x: Tensor, size: tuple[int, int], call: list[Any]) -> Tensor:

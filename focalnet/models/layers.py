@@ -5,8 +5,9 @@ Everything between the stem's convolution and the head is channels-last, ``(B, H
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from ..backends.registry import requested
 from ..configuration import FocalNetConfig
 from ..fusion import cpu_block, gpu_block
 from ..fusion.block_parts import BlockParts
-from ..fusion.cpu_inference import why_not_call
+from ..fusion.cpu_inference import Precision, why_not_call
 from ..fusion.gate import while_unchanged
 from ..fusion.module_checks import all_are_watched, is_changed
 from ..fusion.part_names import BLOCK
@@ -48,11 +49,20 @@ class FocalNetEmbeddings(nn.Module):
         # Image processors return float32 for models of any dtype.
         pixel_values = pixel_values.to(self.patch_embeddings.projection.weight.dtype)
         images = pixel_values.permute(0, 2, 3, 1)
-        call = why_not_call(images) or _stem_call(self, images.dtype, requested(None))
-        if isinstance(call, str):
+        found = why_not_call(images) or _stem_call(self, Precision.of(images), requested(None))
+        if isinstance(found, str):
             return self.dropout(self._masked(bool_masked_pos, self.norm(self.patch_embeddings(images))))
+        return self._embedded(images, bool_masked_pos, StemCall(*found))
+
+    def by_operator(self, pixel_values: Tensor, bool_masked_pos: Tensor | None, call: StemCall) -> Tensor:
+        """The result of forward, computed by an operator; ``call`` is what `stem_call` found."""
+        self._check_images(pixel_values)
+        images = pixel_values.to(call.weight_dtype).permute(0, 2, 3, 1)
+        return self._embedded(images, bool_masked_pos, call)
+
+    def _embedded(self, images: Tensor, bool_masked_pos: Tensor | None, call: StemCall) -> Tensor:
         # The operator runs only where the dropout does nothing.
-        return self._masked(bool_masked_pos, self.patch_embeddings.by_operator(images, call))
+        return self._masked(bool_masked_pos, patch_embeddings.run(images, call.arguments))
 
     def _check_images(self, pixel_values: Tensor | None) -> None:
         channels = self.patch_embeddings.num_channels
@@ -90,12 +100,23 @@ class FocalNetEmbeddings(nn.Module):
         return torch.where(bool_masked_pos.bool().view(batch, height, width, 1), self.mask_token, embeddings)
 
 
-@while_unchanged
-def _stem_call(stem: FocalNetEmbeddings, dtype: torch.dtype, backend: str | None) -> list[Any] | str:
+class StemCall(NamedTuple):
+    """The call that computes the stem, and the dtype of its weights, to which images are converted."""
+
+    arguments: list[Any]
+    weight_dtype: torch.dtype
+
+
+def stem_call(stem: FocalNetEmbeddings, precision: Precision, backend: str | None) -> tuple[Any, ...] | str:
+    """The fields of `StemCall`, or the reason why the modules of the stem must be called."""
     dropout = stem.dropout
     if type(dropout) is not nn.Dropout or is_changed(dropout) or (dropout.training and dropout.p > 0):
         return "dropout was replaced, wrapped or hooked, or drops something"
-    return patch_embeddings.call(stem.patch_embeddings, stem.norm, dtype, backend)
+    found = patch_embeddings.call(stem.patch_embeddings, stem.norm, precision, backend, own_threads=True)
+    return found if isinstance(found, str) else (found, stem.patch_embeddings.projection.weight.dtype)
+
+
+_stem_call = while_unchanged(stem_call)
 
 
 def _what_came(images: object) -> str:
@@ -192,15 +213,6 @@ class FocalNetStage(nn.Module):
             hidden_state = layer(hidden_state)
         return hidden_state if self.downsample is None else self.downsample(hidden_state), hidden_state
 
-    def by_operators(self, hidden_state: Tensor, calls: list[Any]) -> tuple[Tensor, Tensor]:
-        """The result of forward, computed by operators; ``calls`` are those that `_calls` found for this stage."""
-        blocks, downsampling = calls
-        for operator, arguments in blocks:
-            hidden_state = operator(hidden_state, *arguments)
-        if downsampling is None or self.downsample is None:
-            return hidden_state, hidden_state
-        return self.downsample.by_operator(hidden_state, downsampling), hidden_state
-
 
 class FocalNetEncoder(nn.Module):
     """All stages in sequence."""
@@ -216,18 +228,25 @@ class FocalNetEncoder(nn.Module):
 
         Maps are taken after each stage's downsampling, or before it with ``before_downsampling``.
         """
+        # Check everything once, before the first block: each operator evicts Python's objects from the CPU caches, so
+        # a check between two blocks would be slower.
+        found = why_not_call(hidden_state) or _calls(self, Precision.of(hidden_state), requested(None))
+        return self.by_operators(hidden_state, None if isinstance(found, str) else found, collect, before_downsampling)
+
+    def by_operators(
+        self,
+        hidden_state: Tensor,
+        calls: Sequence[Any] | None,
+        collect: bool = False,
+        before_downsampling: bool = False,
+    ) -> tuple[Tensor, tuple[TokensAndMap, ...]]:
+        """The result of forward, computed by operators; ``calls`` are what `calls_of` found. None: by the stages."""
         taps: tuple[TokensAndMap, ...] = ()
         if collect:
             hidden_state, taps = _tap(hidden_state, taps)
-        # Check everything once, before the first block: each operator evicts Python's objects from the CPU caches, so
-        # a check between two blocks would be slower.
-        calls = why_not_call(hidden_state) or _calls(self, hidden_state.dtype, requested(None))
-        stage: Any  # FocalNetStage, or what was put in its place
-        for index, stage in enumerate(self.stages):
-            if isinstance(calls, str):
-                hidden_state, before = stage(hidden_state)
-            else:
-                hidden_state, before = stage.by_operators(hidden_state, calls[index])
+        stages: Any = self.stages if calls is None else (functools.partial(_run_stage, call) for call in calls)
+        for stage in stages:
+            hidden_state, before = stage(hidden_state)
             if collect and before_downsampling:
                 _, taps = _tap(before, taps)
             elif collect:
@@ -235,8 +254,15 @@ class FocalNetEncoder(nn.Module):
         return hidden_state, taps
 
 
-@while_unchanged
-def _calls(encoder: FocalNetEncoder, dtype: torch.dtype, around: str | None) -> list[Any] | str:
+def _run_stage(calls: Sequence[Any], hidden_state: Tensor) -> tuple[Tensor, Tensor]:
+    """The result of a stage's forward, computed by its part of what `calls_of` found."""
+    blocks, downsampling = calls
+    for operator, arguments in blocks:
+        hidden_state = operator(hidden_state, *arguments)
+    return hidden_state if downsampling is None else patch_embeddings.run(hidden_state, downsampling), hidden_state
+
+
+def calls_of(encoder: FocalNetEncoder, precision: Precision, around: str | None) -> list[Any] | str:
     """For each stage, the operator calls of its blocks and that of its downsampling (None if it has none).
 
     Only CPU inference has these operators. Returns the reason as a string if any module must be called itself.
@@ -244,24 +270,28 @@ def _calls(encoder: FocalNetEncoder, dtype: torch.dtype, around: str | None) -> 
     """
     found = []
     for stage in encoder.stages._modules.values():
-        calls = _calls_of_stage(stage, dtype, around)
+        calls = _calls_of_stage(stage, precision, around)
         if isinstance(calls, str):
             return calls
         found.append(calls)
     return found
 
 
-def _calls_of_stage(stage: nn.Module, dtype: torch.dtype, around: str | None) -> list[Any] | str:
+_calls = while_unchanged(calls_of)
+
+
+def _calls_of_stage(stage: nn.Module, precision: Precision, around: str | None) -> list[Any] | str:
     if type(stage) is not FocalNetStage or is_changed(stage):
         return "a stage was replaced, wrapped or hooked"
     blocks: list[Any] = list(stage.layers._modules.values())
     downsample = stage.downsample
     if any(type(block) is not FocalNetLayer or is_changed(block) for block in blocks):
         return "a block was replaced, wrapped or hooked"
-    found = [cpu_block.call(block, OURS, dtype, block.backend or around) for block in blocks]
+    found = [cpu_block.call(block, OURS, precision, block.backend or around, own_threads=True) for block in blocks]
     downsampling = None
     if downsample is not None:
-        downsampling = patch_embeddings.call(downsample, downsample._modules.get("norm"), dtype, around)
+        norm = downsample._modules.get("norm")
+        downsampling = patch_embeddings.call(downsample, norm, precision, around, own_threads=True)
     return next((reason for reason in (*found, downsampling) if isinstance(reason, str)), [found, downsampling])
 
 

@@ -20,11 +20,15 @@ from transformers.backbone_utils import BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 from transformers.utils.generic import ModelOutput
 
+from ..backends.registry import requested
 from ..checkpoints.foreign import is_foreign
 from ..checkpoints.reading import pretrained_arguments
 from ..configuration import FocalNetConfig
-from ..fusion.module_checks import all_are_watched, is_mean
-from .layers import FocalNetEmbeddings, FocalNetEncoder, FocalNetLayer
+from ..fusion import cpu_head
+from ..fusion.cpu_inference import Precision, is_rounding, why_not_call
+from ..fusion.gate import while_unchanged
+from ..fusion.module_checks import all_are_watched, is_changed, is_mean
+from .layers import FocalNetEmbeddings, FocalNetEncoder, FocalNetLayer, StemCall, calls_of, stem_call
 from .padding import cut_to
 
 
@@ -182,12 +186,21 @@ class FocalNetModel(FocalNetPreTrainedModel):
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        embeddings = self.embeddings(pixel_values, bool_masked_pos)
-        last, maps = self.encoder(embeddings, collect=bool(output_hidden_states))
-        last = self.layernorm(last).flatten(1, 2)
+        collect = bool(output_hidden_states)
+        images: Any = pixel_values  # None is refused by the embeddings
+        found = why_not_call(images) or _calls(self, is_rounding(), requested(None))
+        if isinstance(found, str):
+            last, maps = self.encoder(self.embeddings(pixel_values, bool_masked_pos), collect=collect)
+            last = self.layernorm(last).flatten(1, 2)
+            pooled = self._pooled(last)
+        else:
+            stem, stages, norm_mean = found
+            embeddings = self.embeddings.by_operator(images, bool_masked_pos, StemCall(*stem))
+            last, maps = self.encoder.by_operators(embeddings, stages, collect)
+            last, pooled = cpu_head.run(last, norm_mean)
         output = FocalNetModelOutput(
             last_hidden_state=last,
-            pooler_output=self._pooled(last),
+            pooler_output=pooled,
             hidden_states=tuple(tokens for tokens, _ in maps) if maps else None,
             reshaped_hidden_states=tuple(reshaped for _, reshaped in maps) if maps else None,
         )
@@ -204,6 +217,30 @@ class FocalNetModel(FocalNetPreTrainedModel):
         if is_mean(self.pooler) and not all_are_watched():
             return tokens.mean(1)  # one kernel less
         return self.pooler(tokens.transpose(1, 2)).flatten(1)
+
+
+@while_unchanged
+def _calls(model: FocalNetModel, rounded: bool, around: str | None) -> list[Any] | str:
+    """The calls of operators that compute the model: stem, stages, and norm with mean. Or the reason why not.
+
+    Asked once, so that a forward looks at its modules in one go. Models without pooling ask part by part.
+    """
+    stem, encoder = model._modules["embeddings"], model._modules["encoder"]
+    if type(stem) is not FocalNetEmbeddings or type(encoder) is not FocalNetEncoder:
+        return "the embeddings or the encoder were replaced"
+    if is_changed(stem) or is_changed(encoder):
+        return "the embeddings or the encoder were wrapped or hooked"
+    projection = stem.patch_embeddings._modules.get("projection")
+    weight = None if projection is None else projection._parameters.get("weight")
+    if weight is None:
+        return "the stem has no weight"
+    precision = Precision(torch.bfloat16 if rounded else weight.dtype, rounded)
+    found = [
+        stem_call(stem, precision, around),
+        calls_of(encoder, precision, around),
+        cpu_head.norm_mean(model.layernorm, model.pooler, precision, around),
+    ]
+    return next((reason for reason in found if isinstance(reason, str)), found)
 
 
 class FocalNetForMaskedImageModeling(FocalNetPreTrainedModel):
@@ -311,7 +348,7 @@ class FocalNetForImageClassification(FocalNetPreTrainedModel):
             ValueError: a class index is outside ``[0, num_labels)`` (checked for labels on the CPU).
         """
         outputs = self.focalnet(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
-        logits = self.classifier(outputs.pooler_output)
+        logits = self._classified(outputs.pooler_output)
         loss = None
         if labels is not None:
             self._check_labels(labels)
@@ -323,6 +360,10 @@ class FocalNetForImageClassification(FocalNetPreTrainedModel):
             reshaped_hidden_states=outputs.reshaped_hidden_states,
         )
         return output if _wants_dict(self.config, return_dict) else output.to_tuple()
+
+    def _classified(self, features: Tensor) -> Tensor:
+        found = why_not_call(features) or cpu_head.linear(self.classifier, Precision.of(features), requested(None))
+        return self.classifier(features) if isinstance(found, str) else cpu_head.run(features, found)
 
     def _check_labels(self, labels: Tensor) -> None:
         are_classes = self.num_labels > 1 and not labels.is_floating_point()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..backends.registry import requested
 from ..configuration import FocalNetConfig
 from ..fusion import cpu_patch_embed
-from ..fusion.cpu_inference import why_not_call
+from ..fusion.cpu_inference import Precision, why_not_call
 from ..fusion.gate import while_unchanged
 from ..fusion.module_checks import is_changed, is_proxy
 from .padding import pad_to_multiple
@@ -71,12 +71,8 @@ class FocalNetPatchEmbeddings(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.norm is None:
             return self._by_modules(x)
-        found = why_not_call(x) or _own_call(self, x.dtype, requested(None))
-        return self.norm(self._by_modules(x)) if isinstance(found, str) else self.by_operator(x, found)
-
-    def by_operator(self, x: Tensor, call: list[Any]) -> Tensor:
-        """``norm(projection(x))``, computed by one operator; ``call`` is the result of the function `call`."""
-        return cpu_patch_embed.run(x, self.output_size(*x.shape[1:3]), call)
+        found = why_not_call(x) or _own_call(self, Precision.of(x), requested(None))
+        return self.norm(self._by_modules(x)) if isinstance(found, str) else run(x, found)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """The height and width of the grid of patches for a map of this size.
@@ -84,16 +80,14 @@ class FocalNetPatchEmbeddings(nn.Module):
         Raises:
             ValueError: incomplete patches are dropped and the map is smaller than one patch.
         """
-        conv: Any = self.projection
-        drops = self.drops_incomplete
         grid_of = _grid.__wrapped__ if torch.compiler.is_compiling() else _grid  # sizes may be symbols
-        grid = grid_of(height, width, conv.kernel_size, conv.stride, conv.padding, None if drops else self.patch_size)
-        if drops and min(grid) < 1:
-            raise ValueError(
-                f"pixel_values: expected larger images because config.drop_incomplete_patches is set, got a map of "
-                f"{height} x {width}, smaller than a patch of {conv.kernel_size[0]} x {conv.kernel_size[1]}"
-            )
-        return grid[0], grid[1]
+        return grid_of(height, width, *self.geometry)
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        """Kernel size, stride, padding, and the patch size to whose multiple a map is filled up, or None."""
+        conv: Any = self.projection
+        return conv.kernel_size, conv.stride, conv.padding, None if self.drops_incomplete else self.patch_size
 
     def _by_modules(self, x: Tensor) -> Tensor:
         if not self.drops_incomplete:
@@ -118,24 +112,43 @@ def _grid(
     """The windows of a map that is filled up to a multiple of ``patch_size``, unless that is None, and then padded."""
     if patch_size is not None:
         height, width = height + -height % patch_size[0], width + -width % patch_size[1]
-    return (
-        (height + 2 * padding[0] - kernel_size[0]) // stride[0] + 1,
-        (width + 2 * padding[1] - kernel_size[1]) // stride[1] + 1,
-    )
+    rows = (height + 2 * padding[0] - kernel_size[0]) // stride[0] + 1
+    columns = (width + 2 * padding[1] - kernel_size[1]) // stride[1] + 1
+    if patch_size is None and min(rows, columns) < 1:
+        raise ValueError(
+            f"pixel_values: expected larger images because config.drop_incomplete_patches is set, got a map of "
+            f"{height} x {width}, smaller than a patch of {kernel_size[0]} x {kernel_size[1]}"
+        )
+    return rows, columns
 
 
 def call(
-    embeddings: nn.Module, norm: nn.Module | None, dtype: torch.dtype, backend: str | None, *, is_owner: bool = False
+    embeddings: nn.Module,
+    norm: nn.Module | None,
+    precision: Precision,
+    backend: str | None,
+    *,
+    is_owner: bool = False,
+    own_threads: bool = False,
 ) -> list[Any] | str:
-    """The call for `by_operator` that computes ``norm(embeddings(x))``, or the reason why the modules must be called.
+    """The call for `run` that computes ``norm(embeddings(x))``, or the reason why the modules must be called.
 
-    ``is_owner``: ``norm`` is a part of ``embeddings``, and its own forward is asking.
+    ``is_owner``: ``norm`` is a part of ``embeddings``, and its own forward is asking. ``own_threads`` is explained at
+    `cpu_block.call`.
     """
     if type(embeddings) is not FocalNetPatchEmbeddings or (is_changed(embeddings) and not is_owner):
         return "the embeddings were replaced, wrapped or hooked"
-    return cpu_patch_embed.call(embeddings._modules["projection"], norm, dtype, backend)
+    projection = embeddings._modules["projection"]
+    found = cpu_patch_embed.call(projection, norm, precision, backend, own_threads=own_threads)
+    return found if isinstance(found, str) else [found, embeddings.geometry]
+
+
+def run(x: Tensor, call: list[Any]) -> Tensor:
+    """``norm(embeddings(x))``, computed by one operator. Looks at no module: those have left the CPU's caches."""
+    operation, geometry = call
+    return cpu_patch_embed.run(x, _grid(*x.shape[1:3], *geometry), operation)
 
 
 @while_unchanged
-def _own_call(embeddings: FocalNetPatchEmbeddings, dtype: torch.dtype, backend: str | None) -> list[Any] | str:
-    return call(embeddings, embeddings.norm, dtype, backend, is_owner=True)
+def _own_call(embeddings: FocalNetPatchEmbeddings, precision: Precision, backend: str | None) -> list[Any] | str:
+    return call(embeddings, embeddings.norm, precision, backend, is_owner=True)

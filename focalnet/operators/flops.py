@@ -194,6 +194,11 @@ def _cpu_block(
     return _convolutions(hidden_state, focal_weights) + sum(_product(hidden_state, matrix) for matrix in matrices)
 
 
+@_formula_of("cpu_linear")
+def _cpu_linear(input: Shape, weight: Shape, *args: object, **kwargs: object) -> int:
+    return _product(input, weight)
+
+
 @_formula_of("cpu_patch_embed")
 def _cpu_patch_embed(input: Shape, weight: Shape, *args: object, out_shape: Shape, **kwargs: object) -> int:
     return _product(out_shape, weight)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..fusion import cpu_block
 from ..fusion.block_parts import BlockParts
+from ..fusion.cpu_inference import Precision
 from ..fusion.module_checks import is_proxy, part
 from ..fusion.part_names import BLOCK, IN_EVERY_BLOCK
 from . import modulation
@@ -38,7 +39,7 @@ def why_not(block: nn.Module, source: str) -> str | None:
 
 def fused(block: nn.Module, x: Tensor, source: str) -> Tensor:
     """The operator's result for x (B, H, W, C) on the CPU, for the trial. ValueError if it cannot run ``block``."""
-    found = cpu_block.call(block, PARTS[source], x.dtype, "cpu")
+    found = cpu_block.call(block, PARTS[source], Precision.of(x), "cpu")
     if isinstance(found, str):
         raise ValueError(found)
     operator, arguments = found

@@ -7,6 +7,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import compare
 import models
@@ -18,6 +19,7 @@ import torch
 import typer
 
 from focalnet.benchmark import architectures, environment, processor, rows, runtimes, timing, turns, worker
+from focalnet.benchmark import peaks as peaks_module
 from focalnet.benchmark.peaks import Peaks
 from focalnet.benchmark.runtimes import RUNTIMES, Case
 
@@ -160,7 +162,7 @@ class StandIn(turns.Runtime):
         self.absent = None if name in self.SECONDS else "not here"
         self._next = itertools.cycle(self.SECONDS.get(name, ()))
 
-    def _run(self):
+    def run(self):
         return next(self._next)
 
     def end(self):
@@ -284,7 +286,7 @@ def test_models_compares_with_an_earlier_run_before_it_writes_over_it(results, t
     monkeypatch.setattr(models, "facts", lambda device: {"device": "cpu", "threads": 1})
     monkeypatch.setattr(models, "flops_per_image", lambda case: 1)
     monkeypatch.setattr(
-        models, "Peaks", lambda: type("", (), {"measure": lambda self: {"fma_peak": 1, "bandwidth": 1}})()
+        models, "Peaks", lambda: type("", (), {"measure": lambda self, dtype: {"fma_peak": 1, "bandwidth": 1}})()
     )
     taking(focalnet=[1.0], timm=[2.5])
     run = {"variant": ["tiny_lrf"], "size": [224], "batch": [1], "runtime": ["focalnet", "timm"], "rounds": 2}
@@ -391,3 +393,12 @@ def test_peaks_are_the_best_that_was_seen():
     assert 1e8 < first["fma_peak"] < 1e12
     peaks.fma = peaks.bandwidth = 1e15
     assert peaks.measure() == {"fma_peak": 1e15, "bandwidth": 1e15}
+    peaks.dot = 2e15
+    assert peaks.measure("bfloat16") == {"fma_peak": 2e15, "bandwidth": 1e15}
+
+
+@pytest.mark.parametrize(("dot", "peak"), [(2e15, 2e15), (0.0, 1e15)], ids=["dot products", "none"])
+def test_the_peak_of_bfloat16_is_that_of_its_dot_products_where_there_are_any(dot, peak, monkeypatch):
+    loops = SimpleNamespace(fma_rate=lambda *_: 1e15, dot_rate=lambda *_: dot, read_rate=lambda *_: 1e10)
+    monkeypatch.setattr(peaks_module, "_compiled", lambda: loops)
+    assert Peaks(threads=1).measure("bfloat16")["fma_peak"] == peak

@@ -66,5 +66,9 @@ def test_runtime_that_cannot_run_the_case_is_refused():
 
 
 @pytest.mark.parametrize("case", [Case("tiny_lrf", 224, 1, training=True), Case("tiny_lrf", 224, 1, device="cuda")])
-def test_runtimes_of_float32_inference_on_a_cpu_are_asked_for_nothing_else(case):
-    assert set(RUNTIMES) - set(able(case)) == {"onnxruntime", "openvino"}
+def test_runtimes_of_inference_on_a_cpu_are_asked_for_nothing_else(case):
+    assert set(RUNTIMES) - set(able(case)) == {"onnxruntime", "openvino", "openvino, default"}
+
+
+def test_openvinos_default_precision_is_compared_with_models_of_bfloat16_and_its_float32_is_not():
+    assert set(RUNTIMES) - set(able(Case("tiny_lrf", 224, 1, dtype="bfloat16"))) == {"onnxruntime", "openvino"}

@@ -21,6 +21,7 @@ from PIL import Image
 from skimage import data
 
 from focalnet import FocalNetBackbone, FocalNetConfig, FocalNetForImageClassification
+from focalnet.backends import extension
 from focalnet.cli import images
 from focalnet.cli.images import published_processor
 from focalnet.cli.output import Bar
@@ -198,6 +199,17 @@ def test_low_precision_runs_and_stays_close(model_folder, photos, dtype):
         {p["label"]: p["probability"] for p in document["images"][0]["predictions"]} for document in (exact, low)
     ]
     assert of_label[1] == pytest.approx(of_label[0], abs=0.05)
+
+
+def test_automatic_dtype_is_bfloat16_where_the_processor_computes_in_it_and_is_said(model_folder, photos):
+    if extension.missing() is None and torch.ops.focalnet.cpu_isa() == "avx512_bf16":
+        expected = "bfloat16"
+    else:
+        expected = "float32"
+    arguments = ("classify", photos / "cat.png", "--model", model_folder, "--device", "cpu", "--json", "--dtype")
+    automatic, named = run(*arguments, "auto"), run(*arguments, expected)
+    assert f"computing in {expected} on cpu" in automatic.stderr and "computing in" not in named.stderr
+    assert automatic.stdout == named.stdout
 
 
 def test_backend_can_be_chosen(model_folder, photos):

@@ -14,7 +14,7 @@ from torch import nn
 
 from focalnet import FocalNetConfig, use_backend
 from focalnet.backends.registry import requested
-from focalnet.fusion.cpu_inference import why_not_call
+from focalnet.fusion.cpu_inference import Precision, why_not_call
 from focalnet.models.layers import FocalNetEmbeddings
 from focalnet.models.patch_embeddings import FocalNetPatchEmbeddings, call
 
@@ -33,7 +33,7 @@ def downsampling(dim, conv_embed=False):
 
 
 def reason_or_call(module, x):
-    return why_not_call(x) or call(module.patch_embeddings, module.norm, x.dtype, requested(None))
+    return why_not_call(x) or call(module.patch_embeddings, module.norm, Precision.of(x), requested(None))
 
 
 def stem(**fields):
@@ -84,7 +84,8 @@ def test_stem(isa, size, fields):
 def test_downsampling_in_bfloat16(product_isa, shape, conv_embed):
     module, x = downsampling(shape[-1], conv_embed).bfloat16(), torch.randn(shape).bfloat16()
     with torch.no_grad():
-        assert not isinstance((why_not_call(x) or call(module, module.norm, x.dtype, None, is_owner=True)), str)
+        found = why_not_call(x) or call(module, module.norm, Precision.of(x), None, is_owner=True)
+    assert not isinstance(found, str)
     check(module, x)
 
 
@@ -112,7 +113,7 @@ def test_mixed_dtypes_go_by_modules(kept):
     if kept != "input":
         getattr(module, kept).float()
     with torch.no_grad():
-        assert isinstance((why_not_call(x) or call(module, module.norm, x.dtype, None, is_owner=True)), str)
+        assert isinstance((why_not_call(x) or call(module, module.norm, Precision.of(x), None, is_owner=True)), str)
 
 
 def test_a_masked_stem():

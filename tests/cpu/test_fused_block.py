@@ -260,8 +260,12 @@ def test_calls_that_need_the_modules():
     layer, hidden_state = a_block(), torch.randn(1, 5, 6, 16)
     assert "gradients" in cpu_block.runner(layer, OURS, hidden_state)
     assert "torch.bfloat16" in reason(layer, hidden_state.bfloat16())
+    with torch.autocast("cpu", torch.float16):
+        assert "autocast to torch.float16" in reason(layer, hidden_state)
     with torch.autocast("cpu", torch.bfloat16):
-        assert "autocast" in reason(layer, hidden_state)
+        assert "autocast to torch.bfloat16 is on, and the input is torch.float64" in reason(
+            layer, hidden_state.double()
+        )
     with focalnet.use_backend("reference"):
         assert "'reference' was asked for" in reason(layer, hidden_state)
     layer.train()

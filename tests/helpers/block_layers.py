@@ -4,6 +4,7 @@ import torch
 
 from focalnet import FocalNetConfig
 from focalnet.fusion import cpu_block
+from focalnet.fusion.cpu_inference import Precision
 from focalnet.models.layers import OURS, FocalNetLayer
 
 FLAGS = [
@@ -17,7 +18,7 @@ def argument_names():
 
 def weights(layer):
     """The arguments of cpu_block after its first."""
-    return cpu_block.call(layer, OURS, next(layer.parameters()).dtype, None)[1]
+    return cpu_block.call(layer, OURS, Precision.of(next(layer.parameters())), None)[1]
 
 
 def make_layer(

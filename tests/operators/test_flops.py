@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import focalnet
 from focalnet.backends import extension
 from focalnet.fusion import cpu_block
+from focalnet.fusion.cpu_inference import Precision
 from focalnet.models import patch_embeddings
 from focalnet.models.layers import OURS
 from focalnet.operators import norm_linear, norm_mlp
@@ -65,8 +66,8 @@ def test_the_operators_of_cpu_inference_count_their_products():
         expected = flops_of(their_block, tokens.flatten(1, 2), (5, 6))
         assert flops_of(run, tokens) == expected
         x = batch.permute(0, 2, 3, 1)
-        call = patch_embeddings.call(stem.patch_embeddings, stem.norm, torch.float32, None)
-        assert flops_of(stem.patch_embeddings.by_operator, x, call) == flops_of(their_stem, batch)
+        call = patch_embeddings.call(stem.patch_embeddings, stem.norm, Precision(torch.float32, rounded=False), None)
+        assert flops_of(patch_embeddings.run, x, call) == flops_of(their_stem, batch)
 
 
 def wanted_gradients(count):

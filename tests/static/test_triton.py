@@ -115,14 +115,14 @@ def test_without_a_gpu_the_backend_says_so():
 
 @needs_triton
 def test_autotuning_times_every_candidate_once_and_remembers_the_fastest(monkeypatch, tmp_path):
-    from focalnet.kernels import autotune, config
+    from focalnet.kernels import autotune, launch_table
     from focalnet.kernels.plan import Case
 
     monkeypatch.setenv("FOCALNET_CACHE_DIR", str(tmp_path / "cache"))
     case = Case.packed(128, 28, 28, 192, (3, 5, 7), torch.bfloat16)
-    candidates = config.level_candidates(28, 28, 192, (3, 5, 7), torch.bfloat16)
+    candidates = launch_table.level_candidates(28, 28, 192, (3, 5, 7), torch.bfloat16)
     assert (
-        candidates[0] == config.level_config(28, 28, 192, (3, 5, 7), torch.bfloat16)
+        candidates[0] == launch_table.level_config(28, 28, 192, (3, 5, 7), torch.bfloat16)
         and len(set(candidates)) == len(candidates) > 3
     )
     timed = []
@@ -142,11 +142,11 @@ def test_autotuning_times_every_candidate_once_and_remembers_the_fastest(monkeyp
 @needs_triton
 def test_a_candidate_that_does_not_fit_the_device_is_passed_over(monkeypatch, tmp_path):
     import triton
-    from focalnet.kernels import autotune, config
+    from focalnet.kernels import autotune, launch_table
     from focalnet.kernels.plan import Case
 
     monkeypatch.setenv("FOCALNET_CACHE_DIR", str(tmp_path))
-    candidates = config.level_candidates(28, 28, 192, (3, 5, 7), torch.bfloat16)
+    candidates = launch_table.level_candidates(28, 28, 192, (3, 5, 7), torch.bfloat16)
 
     def seconds(candidate):
         if candidate != candidates[-1]:
