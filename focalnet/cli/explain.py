@@ -74,7 +74,7 @@ def explain(
         str | None, typer.Option(help="triton, cuda, cpu or reference; chosen automatically by default.")
     ] = None,
     device: Annotated[Device, typer.Option(help="auto uses a GPU if there is one.")] = Device.auto,
-    dtype: Annotated[DType, typer.Option(help="Data type of the computation.")] = DType.float32,
+    dtype: Annotated[DType, typer.Option(help="auto: bfloat16 where the hardware computes in it.")] = DType.float32,
 ) -> None:
     """Draw what a model looks at: answers, gates of every level and modulators, one figure for each image.
 
@@ -91,7 +91,7 @@ def explain(
     classifier = load_classifier(model, variant, parse_fields(fields), use_ema)
     shown = blocks_of(classifier, stages, block)
     use_labels(classifier.config, labels)
-    classifier = classifier.to(device=where, dtype=torch_dtype(dtype))  # type: ignore[call-arg]  # a wrapped method
+    classifier = classifier.to(device=where, dtype=torch_dtype(dtype, where))  # type: ignore[call-arg]  # a wrapped method
     processor = load_processor(model, classifier.config)
     names = names_for(paths)
     _make_folder(out)

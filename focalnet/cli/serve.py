@@ -18,6 +18,8 @@ from .models import load_classifier, silence_transformers
 from .output import require_matplotlib
 
 if TYPE_CHECKING:
+    import torch
+
     from .looking import Looking
 
 DEFAULT_MODEL = "digits"
@@ -43,7 +45,7 @@ def app(
         str | None, typer.Option(help="triton, cuda, cpu or reference; chosen automatically by default.")
     ] = None,
     device: Annotated[Device, typer.Option(help="auto uses a GPU if there is one.")] = Device.auto,
-    dtype: Annotated[DType, typer.Option(help="Data type of the computation.")] = DType.float32,
+    dtype: Annotated[DType, typer.Option(help="auto: bfloat16 where the hardware computes in it.")] = DType.float32,
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Serve a local page: drop or paste an image, see answers, gates and modulators, of one model or two.
@@ -65,12 +67,12 @@ def app(
         _serve(looking, host, port, open_browser)
 
 
-def _load(name: str, where: object, dtype: DType, labels: Path | None, backend: str | None) -> Looking:
+def _load(name: str, where: torch.device, dtype: DType, labels: Path | None, backend: str | None) -> Looking:
     from .looking import Looking
 
     classifier = load_classifier(name, None, {})
     use_labels(classifier.config, labels)
-    classifier = classifier.to(device=where, dtype=torch_dtype(dtype))  # type: ignore[call-arg]  # a wrapped method
+    classifier = classifier.to(device=where, dtype=torch_dtype(dtype, where))  # type: ignore[call-arg]  # a wrapped method
     return Looking(name, classifier, load_processor(name, classifier.config), backend)
 
 
