@@ -24,7 +24,7 @@ PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 QUICK    := tests/operators tests/cpu tests/models/test_parity.py tests/models/test_golden.py tests/patching
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check test lint types bench report docs clean common-tests
+.PHONY: help install demo check test lint types bench report pictures docs clean common-tests
 
 help:
 	@echo "make demo      digits and a photograph through transformers' FocalNet and this one, side by side"
@@ -34,6 +34,7 @@ help:
 	@echo "make types     mypy alone"
 	@echo "make bench     FocalNet on this CPU against every runtime that can be installed (ARGS go to bench/models.py)"
 	@echo "make report    the tables of docs/performance.md and the plots, from the rows in bench/results/"
+	@echo "make pictures  the pictures of docs/explain.md, with a browser for the one of the page"
 	@echo "make docs      the documentation site, in build/site; a warning or a broken link is an error"
 	@echo "make install   .venv with the tested versions, the extension compiled and focalnet installed (editable)"
 	@echo "make clean     remove .venv and everything that was built"
@@ -71,6 +72,9 @@ bench: install $(VENV)/.peers
 report: install
 	@$(BIN)/python bench/report.py
 
+pictures: install
+	@$(BIN)/python bench/pictures.py
+
 # Reads the sources and imports nothing, so it needs no installed package.
 docs: $(VENV)/.requirements
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
@@ -87,9 +91,11 @@ $(BIN)/python:
 	@echo "making $(VENV) ..."
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
+# grad-cam wants torchvision, which has no CPU build to install beside torch's; its tests do without.
 $(VENV)/.requirements: requirements.txt | $(BIN)/python
 	@echo "installing torch $(TORCH), transformers $(TRANSFORMERS) and what else requirements.txt names ... (minutes, once)"
 	@$(PIP) install -r requirements.txt
+	@$(PIP) install --no-deps grad-cam
 	@touch $@
 
 # Never with build isolation, which would hide torch; never with dependencies, which requirements.txt has settled.

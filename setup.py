@@ -460,6 +460,7 @@ setup(
         "focalnet.models",
         "focalnet.operators",
         "focalnet.patching",
+        "focalnet.pictures",
         "focalnet.pretrained",
         "focalnet.recipes",
         "focalnet.training",

@@ -12,9 +12,11 @@ from scaling import fitted, grouped
 from focalnet.benchmark import rows
 from focalnet.benchmark.environment import ROOT
 from focalnet.benchmark.floors import gpu_named
+from focalnet.pictures import measurements, style
 
 PLOTS = ROOT / "docs" / "plots"
 OURS = "focalnet"
+SUFFIX = ".svg"
 
 
 def name_of(what: str, device: str) -> str:
@@ -25,7 +27,8 @@ def name_of(what: str, device: str) -> str:
 def all_of(device: str) -> list[Path]:
     """Every plot that the rows of a device allow."""
     series = dict.fromkeys(line[0]["series"] for line in lines_of(device))
-    found = [speedup(device), roofline(device), *(growth(device, name) for name in series)]
+    with style.styled():
+        found = [speedup(device), roofline(device), *(growth(device, name) for name in series)]
     return [path for path in found if path]
 
 
@@ -40,7 +43,7 @@ def ratio_of(row: dict, ours: dict) -> float:
 
 
 def speedup(device: str) -> Path | None:
-    """Bars: how many times faster focalnet is than each runtime, case by case."""
+    """Bars: the time of each runtime over focalnet's, case by case."""
     measured = rows.read("models", device)
     cases = {}
     for row in measured:
@@ -48,20 +51,34 @@ def speedup(device: str) -> Path | None:
     cases = {case: found for case, found in sorted(cases.items(), key=lambda item: order(item[0])) if OURS in found}
     if not cases:
         return None
-    present = [name for name in dict.fromkeys(row["runtime"] for row in measured) if name != OURS]
-    figure, (axes,) = _figure(width=max(5, 1.5 + 1.3 * len(cases)))
-    for place, name in enumerate(present):
-        for position, found in enumerate(cases.values()):
-            if name in found:
-                x = position + (place - (len(present) - 1) / 2) * 0.8 / len(present)
-                axes.bar(x, ratio_of(found[name], found[OURS]), 0.8 / len(present), color=f"C{place}")
-        axes.bar([0], [0], color=f"C{place}", label=name)
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(cases)), [f"{variant}\n{size}, batch {batch}" for variant, size, batch in cases])
-    axes.set_ylabel("time over focalnet's (higher: focalnet is faster)")
-    axes.set_title(f"Inference, {measured[0]['dtype']}\n{device}", fontsize="medium")
-    figure.legend(loc="outside lower center", ncols=3)
+    groups = [(_case(case, found[OURS]), _ratios(found)) for case, found in cases.items()]
+    halves = _columns(groups)
+    height = max(map(measurements.height_of, halves))
+    figure, panels = _figure(12, 0.9 + height, len(halves))
+    for panel, half in zip(panels, halves, strict=True):
+        measurements.bars(panel, half, height)
+    title = f"Inference, {measured[0]['dtype']}: time over focalnet's. Above 1, focalnet is faster"
+    figure.suptitle(f"{title}\n{device}", x=0.01, ha="left")
     return _save(figure, name_of("inference", device))
+
+
+def _case(case: tuple[str, int, int], ours: dict) -> str:
+    variant, size, batch = case
+    return f"{variant}, {size} × {size}, batch {batch}: focalnet {ours['median_s'] * 1e3:.0f} ms"
+
+
+def _ratios(found: dict[str, dict]) -> list[measurements.Bar]:
+    of_case = [(name, ratio_of(row, found[OURS])) for name, row in found.items()]
+    return [(name, ratio, f"{ratio:.2f}") for name, ratio in sorted(of_case, key=lambda bar: bar[1])]
+
+
+def _columns(groups: list) -> list[list]:
+    """The groups in one column, or in two of about the same height."""
+    total = measurements.height_of(groups)
+    if total < 3:
+        return [groups]
+    split = next(n for n in range(1, len(groups) + 1) if measurements.height_of(groups[:n]) >= total / 2)
+    return [half for half in (groups[:split], groups[split:]) if half]
 
 
 def order(case: tuple[str, int, int]) -> tuple:
@@ -76,26 +93,37 @@ def roofline(device: str) -> Path | None:
     peaks = _peaks(device, measured)
     if not peaks:
         return None
-    figure, (axes,) = _figure(width=7)
+    figure, (axes,) = _figure(9, 5)
     points = {}
     for row in measured:
         flops = 2 * (row["fma"] + row["matrix"])
         points.setdefault(_label(row), []).append((flops / row["least_bytes"], flops / row["median_s"] / 1e9))
+    ends = []
     for index, (name, of_name) in enumerate(points.items()):
-        axes.plot(*zip(*of_name, strict=True), "os^vDPX*"[index % 8], label=name)
+        colour = style.COLOURS[index % len(style.COLOURS)]
+        axes.loglog(*zip(*sorted(of_name), strict=True), style.MARKERS[index % 8], linestyle=":", color=colour)
+        ends.append((name, *max(of_name), colour))
     bandwidth, rates = peaks
     intensities = [x for of_name in points.values() for x, _ in of_name]
     for unit, rate in rates.items():
         ridge = rate / bandwidth
-        ends = [min([*intensities, ridge]) / 2, ridge, max([*intensities, ridge]) * 2]
-        roof = [min(rate, x * bandwidth) / 1e9 for x in ends]
-        axes.loglog(ends, roof, label=f"{unit}: {rate / 1e9:.0f} GFLOP/s, memory: {bandwidth / 1e9:.0f} GB/s")
+        roof_x = [min([*intensities, ridge]) / 2, ridge, max([*intensities, ridge]) * 1.3]
+        axes.loglog(roof_x, [min(rate, x * bandwidth) / 1e9 for x in roof_x], color=style.FAINT)
+        ends.append((f"{unit}: {rate / 1e9:.0f} GFLOP/s", roof_x[-1], rate / 1e9, style.FAINT))
+    axes.set_xlim(roof_x[0], roof_x[-1])
+    axes.annotate(
+        f"memory: {bandwidth / 1e9:.0f} GB/s", (roof_x[0], roof_x[0] * bandwidth / 1e9),
+        xytext=(8, -2), textcoords="offset points", va="top", fontsize=9, color=style.FAINT,
+    )  # fmt: skip
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
     axes.set_xlabel("operational intensity, FLOP / byte")
     axes.set_ylabel("GFLOP/s")
+    axes.grid(which="major")
+    style.label_ends(axes, ends)
     first = measured[0]
     of = f"focal_modulation, {first['variant']}, batch {first['batch']}, {first['dtype']}"
-    axes.set_title(f"{of}\n{device}", fontsize="medium")
-    axes.legend(fontsize="small")
+    figure.suptitle(f"{of}, each point a stage\n{device}", x=0.01, ha="left")
     return _save(figure, name_of("roofline", device))
 
 
@@ -129,43 +157,42 @@ def growth(device: str, series: str) -> Path | None:
     lines = [line for line in lines_of(device) if line[0]["series"] == series]
     if not lines:
         return None
-    from matplotlib.ticker import MaxNLocator, ScalarFormatter
+    from matplotlib.ticker import MaxNLocator
 
     has_memory = "peak_memory_bytes" in lines[0][0]
-    figure, panels = _figure(width=9 if has_memory else 5, panels=2 if has_memory else 1)
-    for line in lines:
-        xs, runtime = [row["x"] for row in line], line[0]["runtime"]
+    figure, panels = _figure(12 if has_memory else 7, 4.5, 2 if has_memory else 1)
+    ends = ([], [])
+    for index, line in enumerate(lines):
+        xs, colour = [row["x"] for row in line], style.COLOURS[index]
         times = [row["median_s"] * 1e3 for row in line]
-        panels[0].loglog(xs, times, "o-", label=f"{runtime}: power {fitted(line):.2f}")
+        panels[0].loglog(xs, times, f"{style.MARKERS[index]}-", color=colour)
+        ends[0].append((f"{line[0]['runtime']}, ~ x^{fitted(line):.2f}", xs[-1], times[-1], colour))
         if has_memory:
-            panels[1].semilogx(xs, [row["peak_memory_bytes"] / 1e6 for row in line], "o-", label=runtime)
-    for axes, label in zip(panels, ("ms", "peak memory, MB"), strict=False):
+            memory = [row["peak_memory_bytes"] / 1e6 for row in line]
+            panels[1].semilogx(xs, memory, f"{style.MARKERS[index]}-", color=colour)
+            ends[1].append((line[0]["runtime"], xs[-1], memory[-1], colour))
+    for axes, label in zip(panels, ("time, ms", "peak memory, MB"), strict=False):
         axes.set_xticks(xs, list(map(str, xs)))
         axes.minorticks_off()
         if axes.dataLim.ymax < 10 * axes.dataLim.ymin:  # powers of ten would leave the axis with one tick or none
             axes.yaxis.set_major_locator(MaxNLocator(5))
-            axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(series)
-        axes.set_ylabel(label)
-        axes.legend()
+        axes.set_title(label)
+        axes.grid(axis="y")
     if has_memory:
         panels[1].set_ylim(bottom=0)
-    figure.suptitle(f"{lines[0][0]['subject']}\n{device}", fontsize="medium")
+    for axes, of_axes in zip(panels, ends, strict=False):
+        style.label_ends(axes, of_axes)
+    figure.suptitle(f"{lines[0][0]['subject']}\n{device}", x=0.01, ha="left")
     return _save(figure, name_of(f"growth {series}", device))
 
 
-def _figure(width: float, panels: int = 1) -> tuple:
-    import matplotlib
-
-    matplotlib.rcParams["svg.hashsalt"] = "focalnet"
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, 4.5), layout="constrained")
+def _figure(width: float, height: float, panels: int = 1) -> tuple:
+    figure = style.new_figure(width, height)
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
 def _save(figure, name: str) -> Path:
     PLOTS.mkdir(parents=True, exist_ok=True)
-    path = PLOTS / name
-    figure.savefig(path, metadata={"Date": None})
-    return path
+    return style.save(figure, (PLOTS / name).with_suffix(SUFFIX))

@@ -17,6 +17,7 @@ from .operators import flops as _flops  # noqa: F401  (registers formulas)
 
 if TYPE_CHECKING:
     from .configuration import FocalNetConfig
+    from .inspection import BlockMaps, Inspection, inspect
     from .models.auto import register_auto_classes
     from .models.loading import Conversion, convert_checkpoint, load_checkpoint
     from .models.modeling import (
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .patching import PatchReport, patch, unpatch
 
 __all__ = [
+    "BlockMaps",
     "Conversion",
     "FocalModulation",
     "FocalNetBackbone",
@@ -37,12 +39,14 @@ __all__ = [
     "FocalNetForMaskedImageModeling",
     "FocalNetModel",
     "FocalNetPreTrainedModel",
+    "Inspection",
     "PatchReport",
     "__version__",
     "backends",
     "convert_checkpoint",
     "focal_modulation",
     "gated_aggregation",
+    "inspect",
     "load_checkpoint",
     "patch",
     "register_auto_classes",
@@ -53,6 +57,9 @@ __all__ = [
 _MODULE_OF = {
     "register_auto_classes": "models.auto",
     "FocalNetConfig": "configuration",
+    "BlockMaps": "inspection",
+    "Inspection": "inspection",
+    "inspect": "inspection",
     "Conversion": "models.loading",
     "convert_checkpoint": "models.loading",
     "load_checkpoint": "models.loading",

@@ -1,4 +1,4 @@
-"""The command line: ``focalnet info | classify | evaluate | finetune | pretrain | convert | bench``.
+"""The command line: ``focalnet info | classify | explain | evaluate | finetune | ...``.
 
 Each command has its own file. Slow imports are inside the commands that need them.
 """
@@ -14,15 +14,17 @@ from .bench import bench
 from .classify import classify
 from .convert import convert
 from .evaluate import evaluate
+from .explain import explain
 from .finetune import finetune
 from .info import info
 from .pretrain import pretrain
+from .serve import app as app_command
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="focalnet",
-    help="FocalNet for PyTorch: show what runs here and how fast, classify images, check accuracy, train, convert.",
+    help="FocalNet for PyTorch: what runs here and how fast; classify, explain, check accuracy, train, convert.",
     no_args_is_help=True,
     # `errors.one_line` reports errors. With --debug Python prints its own traceback.
     pretty_exceptions_enable=False,
@@ -50,8 +52,9 @@ def _options(
     errors.show_tracebacks(debug)
 
 
-for _command in (info, classify, evaluate, finetune, pretrain, convert, bench):
+for _command in (info, classify, explain, evaluate, finetune, pretrain, convert, bench):
     app.command()(errors.one_line(_command))
+app.command("app")(errors.one_line(app_command))
 
 
 def main() -> None:

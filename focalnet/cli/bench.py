@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .compute import Device, DType, device_for, torch_dtype
 from .errors import UserError
-from .output import Bar
+from .output import Bar, require_matplotlib
 
 # The default runtimes, in the order of the table. `focalnet.benchmark.runtimes` has more.
 DEFAULT = (
@@ -35,6 +36,9 @@ def bench(
     ] = None,
     rounds: Annotated[int, typer.Option(min=2, help="Rounds of measurements; use more on a noisy machine.")] = 9,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the times: a .png, .svg or .pdf file.")
+    ] = None,
 ) -> None:
     """Time a FocalNet on this machine against transformers, timm, ONNX Runtime and OpenVINO, and time each backend.
 
@@ -45,6 +49,8 @@ def bench(
     from ..benchmark.runtimes import RUNTIMES, Case, able
     from ..variants import VARIANTS
 
+    if plot is not None:
+        _check_plot(plot)
     if variant not in VARIANTS:
         raise UserError(f"--variant: expected one of {', '.join(VARIANTS)}, got {variant}")
     for name in runtimes or ():
@@ -68,6 +74,30 @@ def bench(
         )
     else:
         _print(case, facts, models, stages, absent)
+    if plot is not None:
+        _draw(plot, case, facts, models, stages)
+
+
+def _check_plot(plot: Path) -> None:
+    """Raise UserError before anything is measured if no figure can be written to ``plot``."""
+    from ..pictures.style import why_not_path
+
+    require_matplotlib()
+    if (reason := why_not_path(plot)) is not None:
+        raise UserError(f"--plot: {reason}")
+    if not plot.absolute().parent.is_dir():
+        raise UserError(f"--plot {plot}: expected a file in a folder that exists, got none called {plot.parent}")
+
+
+def _draw(
+    plot: Path, case: Any, facts: dict[str, Any], models: list[dict[str, Any]], stages: list[dict[str, Any]]
+) -> None:
+    from ..pictures import style
+    from ..pictures.measurements import bench_figure
+
+    what = "training step" if case.training else "inference"
+    title = f"{case.variant}, {case.size} × {case.size}, batch {case.batch}, {case.dtype}, {what}"
+    style.save(bench_figure(title, str(facts["device"]), models, stages), plot)
 
 
 def _print(

@@ -72,10 +72,13 @@ def _images_in(folder: Path) -> list[Path]:
     return sorted(path for path in paths if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."))
 
 
-def read_image(source: Path | IO[bytes], name: str | None = None) -> Image.Image:
+def read_image(
+    source: Path | IO[bytes], name: str | None = None, formats: tuple[str, ...] | None = None
+) -> Image.Image:
     """The image in RGB and upright by its EXIF tag, as transformers' pipelines read it, scaled to 8 bits if deeper.
 
-    ``name`` is the image's name in notes; by default the file name.
+    ``name`` is the image's name in notes; by default the file name. ``formats`` are Pillow's names of the formats to
+    try; by default all.
 
     Raises:
         ValueError: the image is extremely long and thin, or has no finite value.
@@ -84,7 +87,7 @@ def read_image(source: Path | IO[bytes], name: str | None = None) -> Image.Image
     from PIL import Image, ImageOps
 
     name = name or Path(str(source)).name
-    with Image.open(source) as opened:
+    with Image.open(source, formats=formats) as opened:
         stored = str(opened.tile[0].args) if opened.tile else ""
         image = ImageOps.exif_transpose(opened)
         width, height = image.size

@@ -86,12 +86,13 @@ def _classify(
     pixel_values = torch.stack([pixels for _, pixels in batch])
     with torch.inference_mode():
         logits = classifier(pixel_values.to(classifier.device, classifier.dtype)).logits.float().cpu()
-    return [_most_probable(classifier, path, row, top_k, among) for (path, _), row in zip(batch, logits, strict=True)]
+    return [most_probable(classifier, path, row, top_k, among) for (path, _), row in zip(batch, logits, strict=True)]
 
 
-def _most_probable(
+def most_probable(
     classifier: FocalNetForImageClassification, path: Path, logits: Tensor, top_k: int, among: list[int] | None
 ) -> Classified | Skipped:
+    """The ``top_k`` labels of one image's ``logits``, or the reason why there are none."""
     config = classifier.config
     if not logits.isfinite().all():
         return Skipped(str(path), f"the model's output in {classifier.dtype} is not finite; try --dtype float32")

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from .errors import complain, printable
+from .errors import UserError, complain, printable
 from .images import Skipped
 from .inference import Classified
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+
+def require_matplotlib() -> None:
+    """Raise UserError if matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("this draws figures with matplotlib, which is not installed; pip install matplotlib")
 
 
 def report(skipped: list[Skipped]) -> None:

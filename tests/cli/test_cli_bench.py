@@ -1,6 +1,7 @@
 """``focalnet bench``: what it measures, and what it refuses."""
 
 import json
+import re
 
 import pytest
 from command_line import assert_one_line_error, run
@@ -10,11 +11,15 @@ from focalnet.benchmark.runtimes import INFERENCE_ON_A_CPU, RUNTIMES, Case, able
 
 
 @pytest.fixture(scope="module")
-def document():
+def plot(tmp_path_factory):
+    return tmp_path_factory.mktemp("plot") / "times.svg"
+
+
+@pytest.fixture(scope="module")
+def document(plot):
     """The smallest run: one process for ours, one for the reference."""
-    result = run(
-        "bench", "--json", "--size", 32, "--rounds", 2, "--runtime", "focalnet", "--runtime", "focalnet, reference"
-    )
+    runtimes = ["--runtime", "focalnet", "--runtime", "focalnet, reference"]
+    result = run("bench", "--json", "--size", 32, "--rounds", 2, *runtimes, "--plot", plot)
     assert result.exit_code == 0, result.stderr
     return json.loads(result.stdout)
 
@@ -34,6 +39,16 @@ def test_the_operator_is_measured_at_every_stage_forward_and_backward_by_every_b
     stages = ["8 x 8 x 96", "4 x 4 x 192", "2 x 2 x 384", "1 x 1 x 768"]
     backends = operators.able_backends("cpu")
     assert measured == {(s, d, b) for s in stages for d in operators.DIRECTIONS for b in backends}
+
+
+def test_the_times_are_drawn(document, plot):
+    bars = len(document["models"]) + len(document["operators"])
+    assert len(re.findall(r"<path[^>]* clip-path=", plot.read_text())) == bars
+
+
+def test_a_plot_that_cannot_be_written_is_refused_before_anything_is_measured(tmp_path):
+    assert_one_line_error(run("bench", "--plot", tmp_path / "times.bmp"), "--plot", ".svg", "times.bmp")
+    assert_one_line_error(run("bench", "--plot", tmp_path / "no" / "times.svg"), "--plot", "folder that exists")
 
 
 def test_the_machine_is_described(document):

@@ -82,7 +82,7 @@ def test_snippets_run(title, stand_ins, capsys):
         assert len(names["report"].replaced) >= 2
 
 
-@pytest.mark.parametrize("page", ["index.md", "backends.md"])
+@pytest.mark.parametrize("page", ["index.md", "backends.md", "explain.md"])
 def test_snippets_of_other_pages_run(page, stand_ins):
     snippets = snippets_of((DOCS / page).read_text())
     assert snippets

@@ -1,0 +1,1 @@
+"""Pictures of models and measurements, drawn with matplotlib in one style."""
