@@ -1,0 +1,146 @@
+"""What one program of a launch executes, by pipe: machine code times the trips of its loops.
+
+The trips come from PTX (executed.py), the instructions from machine code (machine_code.py); loops.py says which loop is
+which. A loop that the assembler unrolled holds more arithmetic than its PTX, and runs as many times less. A block under
+a condition inside a loop counts as often as the loop.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from executed import Ptx
+from loops import Loop, align, loops
+from machine_code import Block, blocks_of
+
+_FLOATS = ("FFMA", "FMUL", "FADD", "FFMA2", "FMUL2", "FADD2")
+
+
+@dataclass(frozen=True)
+class Executed:
+    """Of one program. ``pipes``: instructions of warps; ``tensor``: multiply-adds; ``wavefronts``: of the L1.
+
+    ``chain``: cycles that its slowest warp needs with nobody else on the processor. ``floats``: float32 multiply-adds,
+    products and sums of a warp, by machine code; ``floats_of_ptx``: the same by PTX, of which every block is counted:
+    the two agree where the loops were found.
+    """
+
+    pipes: Mapping[str, float]
+    tensor: float
+    wavefronts: float
+    chain: float
+    floats: float
+    floats_of_ptx: float
+
+    @property
+    def instructions(self) -> float:
+        return sum(self.pipes.values())
+
+
+class Kernel:
+    """A compiled kernel, to be counted for many launches."""
+
+    def __init__(self, ptx: str, disassembly: str, ptx_name: str | None = None) -> None:
+        self.ptx = Ptx(ptx, ptx_name)
+        self.blocks = blocks_of(disassembly, ptx_name)
+        whole_ptx = loops(self.ptx.graph())
+        whole = loops([block.next for block in self.blocks])
+        self._pairs = align(whole, whole_ptx, self._weight, self._weight_of_ptx)
+        self._whole = whole
+
+    def executed(
+        self,
+        arguments: Mapping[str, int],
+        program: Sequence[int],
+        grid: Sequence[int],
+        threads: int,
+        warps: Sequence[int] = (0,),
+    ) -> Executed:
+        """What ``program`` executes. ``warps``: those whose first threads are run; the others do the same on average."""
+        pipes: Counter[str] = Counter()
+        tensor = wavefronts = chain = floats = floats_of_ptx = 0.0
+        share = -(-threads // 32) / len(warps)
+        for warp in warps:
+            entered = self.ptx.counts(arguments, tuple(program), tuple(grid), 32 * warp, threads)
+            floats_of_ptx += sum(n * count for n, count in zip(self._ptx_floats, entered, strict=True)) / len(warps)
+            own_chain = 0.0
+            for times, block in self._times(entered):
+                for pipe, count in self._pipes(block).items():
+                    pipes[pipe] += times * count * share
+                tensor += times * self._tensor[block] * share
+                wavefronts += times * self._wavefronts[block] * share
+                floats += times * self._floats[block] / len(warps)
+                own_chain += times * self._cycles[block]
+            chain = max(chain, own_chain)
+        return Executed(dict(pipes), tensor, wavefronts, chain, floats, floats_of_ptx)
+
+    def _times(self, entered: list[int]) -> list[tuple[float, int]]:
+        """(executions, block) of every block of machine code."""
+        trips: dict[int, float] = {}
+        for loop, loop_of_ptx in self._pairs:
+            found = float(max((entered[block] for block in loop_of_ptx.own), default=1))
+            ratio = (self._own_weight(loop) or 1) / (self._own_weight_of_ptx(loop_of_ptx) or 1)
+            if loop.header >= 0 and not loop.inner and ratio >= 1.8:
+                found /= round(ratio)
+            trips[loop.header] = found
+        result: list[tuple[float, int]] = []
+        self._walk(self._whole, 1.0, trips, result)
+        return result
+
+    def _walk(self, loop: Loop, outside: float, trips: Mapping[int, float], result: list[tuple[float, int]]) -> None:
+        times = trips.get(loop.header, outside)
+        result += [(times, block) for block in loop.own]
+        for inner in loop.inner:
+            self._walk(inner, times, trips, result)
+
+    def _weight(self, loop: Loop) -> float:
+        return 1 + sum(self._floats[block] for block in loop.blocks)
+
+    def _weight_of_ptx(self, loop: Loop) -> float:
+        return 1 + sum(self._ptx_floats[block] for block in loop.blocks)
+
+    def _own_weight(self, loop: Loop) -> float:
+        return sum(self._floats[block] for block in loop.own)
+
+    def _own_weight_of_ptx(self, loop: Loop) -> float:
+        return sum(self._ptx_floats[block] for block in loop.own)
+
+    @functools.cached_property
+    def _floats(self) -> list[float]:
+        return [
+            sum(2.0 if i.opcode.endswith("2") else 1.0 for i in block.instructions if i.opcode in _FLOATS)
+            for block in self.blocks
+        ]
+
+    @functools.cached_property
+    def _ptx_floats(self) -> list[float]:
+        return [sum(_is_float(i.name) for i in block.instructions) for block in self.ptx.blocks]
+
+    @functools.cached_property
+    def _cycles(self) -> list[int]:
+        return [block.cycles for block in self.blocks]
+
+    @functools.cached_property
+    def _tensor(self) -> list[int]:
+        return [sum(i.multiply_adds for i in block.instructions) for block in self.blocks]
+
+    @functools.cached_property
+    def _wavefronts(self) -> list[int]:
+        return [sum(i.wavefronts for i in block.instructions) for block in self.blocks]
+
+    @functools.cached_property
+    def _counted(self) -> list[Counter[str]]:
+        return [Block.pipes(block) for block in self.blocks]
+
+    def _pipes(self, block: int) -> Counter[str]:
+        return self._counted[block]
+
+
+def _is_float(name: str) -> float:
+    base, *suffixes = name.split(".")
+    if base not in ("fma", "mul", "add", "sub"):
+        return 0.0
+    return 2.0 if "f32x2" in suffixes else float("f32" in suffixes)
