@@ -24,7 +24,7 @@ def forward_plan(case: Case, device: Device, config: LevelConfig | None = None, 
     def alive(images: int) -> int:
         return images * agg_bytes + gated_aggregation.forward_launches(case, device, levels, 0, images)[2]
 
-    chunk = largest_chunk(case, device, levels, alive)
+    chunk = largest_chunk(case, device, levels)
     launches: list[Launch] = []
     buffers = {
         "out": Buffer((case.batch, case.height, case.width, case.channels), case.dtype, is_output=True),
@@ -63,7 +63,7 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None,
         chunk_bytes = max(images * image_bytes + max(forward, need_dagg * down), 2 * images * image_bytes)
         return chunk_bytes + sums
 
-    chunk = largest_chunk(case, device, levels, alive)
+    chunk = largest_chunk(case, device, levels)
     backward = Backward(case, device, levels, aggregation_mask, chunk)
     splits = splits_of(case, device, chunk)
     groups = groups_of(case, device, product, chunk * case.positions)

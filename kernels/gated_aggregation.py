@@ -29,7 +29,6 @@ from .level_launch import (
     operands,
     weight_arguments,
     workers_of,
-    workers_worth_their_weights,
 )
 from .levels import Image, conv_level, gated_rows, pack_levels, rings_of_program, share_of_program
 from .plan import Buffer, Case, Device, Launch, Plan
@@ -365,8 +364,7 @@ def forward_launches(
     if in_place and not agg_is_counted:
         own_bytes += case.positions * config.block_c * case.dtype.itemsize
     mean = Buffer((images, bands, case.channels), torch.float32)
-    items = min(images * bands, workers_worth_their_weights(case, device, images, blocks))
-    workers = workers_of(device, config, items, blocks, own_bytes, mean.nbytes)
+    workers = workers_of(device, config, images * bands, blocks)
     programs = workers * blocks
     launches = [
         Launch(

@@ -7,6 +7,7 @@ a program, since the rings of all resident programs must stay in L2. Narrow maps
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,9 @@ class LevelConfig:
 
     ``step``: rows that a level of the backward works on between two barriers, where the program streams over rows.
     ``whole_plane``: the program does not stream; a level works on all rows before the next one begins.
+    How the work is divided: ``programs_per_sm`` that are resident at once, ``chunks`` that the batch is cut into,
+    ``bands`` of rows of a plane, ``splits`` of the rows that the gradient of the modulator's weight is summed over;
+    0: as many as the device is filled with.
     """
 
     block_w: int
@@ -31,6 +35,9 @@ class LevelConfig:
     step: int = 8
     whole_plane: bool = False
     programs_per_sm: int = 2
+    chunks: int = 0
+    bands: int = 0
+    splits: int = 0
 
     @property
     def num_warps(self) -> int:
@@ -102,6 +109,15 @@ LEVELS = (
 )
 WHOLE_PLANE_ROWS = 16
 
+# 16 bit and kernels of at most 9: a program is one warp, so it waits for nobody at a barrier, and twice as many
+# programs as processors exist sooner. Its columns are as few as leave the least of a tile outside the map: at width 56,
+# tiles of 32 columns compute 64. (columns, channels); the first whose tiles cover at most MAX_COVERED times the width.
+ONE_WARP = ((8, 16), (4, 32), (2, 64), (1, 128))
+ONE_WARP_KERNEL = 9
+MAX_COVERED = 1.05
+# Warps of 255 registers a thread that a multiprocessor of 65536 registers holds.
+RESIDENT_WARPS = 8
+
 ANY = 1 << 30
 FLOAT16, FLOAT32 = (torch.float16,), (torch.float32,)
 HALVES = (torch.bfloat16, torch.float16)
@@ -148,17 +164,28 @@ def level_config(
     """The rows of the tables for such a map and such kernels; few channels make a narrower tile."""
     config, rows, back_rows = next(
         (config, *found)
-        for widest, config in LEVELS
+        for config in _tiles(width, channels, kernel_heights, dtype)
         for tallest, dtypes, most, *found in ROWS
-        if width <= widest and max(kernel_heights) <= tallest and dtype in dtypes and config.block_c <= most
+        if max(kernel_heights) <= tallest and dtype in dtypes and config.block_c <= most
     )
-    return replace(
+    config = replace(
         config,
         block_c=min(config.block_c, max(8, _power_of_two(channels))),
         rows=min(rows, config.rows),
         back_rows=min(back_rows, config.back_rows),
         whole_plane=height <= WHOLE_PLANE_ROWS,
     )
+    return replace(config, programs_per_sm=max(2, RESIDENT_WARPS // config.num_warps))
+
+
+def _tiles(width: int, channels: int, kernel_heights: tuple[int, ...], dtype: torch.dtype) -> Iterator[LevelConfig]:
+    """Tiles for such a map, the best first: of one warp where the channels fill it, then those of LEVELS."""
+    if dtype in HALVES and max(kernel_heights) <= ONE_WARP_KERNEL:
+        fitting = (c for c in ONE_WARP if channels % c[1] == 0 and math.ceil(width / c[0]) * c[0] <= MAX_COVERED * width)
+        columns, block_c = next(fitting, ONE_WARP[0])
+        if channels % block_c == 0:
+            yield LevelConfig(columns, block_c)
+    yield from (config for widest, config in LEVELS if width <= widest)
 
 
 def level_candidates(

@@ -1,8 +1,9 @@
 """Loops of a control flow graph, and which loop of one program text is which loop of another.
 
 A graph is a list: the successors of each block, in the order of the text; block 0 is the entry. A loop has one header
-that dominates all its blocks. PTX and the machine code made of it have the same loops in the same order, but for those
-that the assembler unrolled; `align` pairs them by what they hold.
+that dominates all its blocks. PTX and the machine code made of it have the same loops, and control reaches them in the
+same order, wherever their blocks lie in the text; but the assembler may have unrolled some. `align` pairs them by what
+they hold.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ Graph = Sequence[Sequence[int]]
 
 @dataclass
 class Loop:
-    """``blocks`` of the loop with those of the loops inside, which are ``inner``, in the order of the text."""
+    """``blocks`` of the loop with those of the loops inside, which are ``inner``, in the order they are reached in."""
 
     header: int
     blocks: set[int]
@@ -36,14 +37,30 @@ def loops(graph: Graph) -> Loop:
         for header in successors:
             if header in dominators[block]:
                 bodies.setdefault(header, {header}).update(_body(block, header, predecessors))
+    order = {block: place for place, block in enumerate(_in_order(graph))}
     whole = Loop(-1, {block for block, above in enumerate(dominators) if above})
     for header in sorted(bodies, key=lambda one: -len(bodies[one])):
         parent = whole
         while inside := next((loop for loop in parent.inner if bodies[header] <= loop.blocks), None):
             parent = inside
         parent.inner.append(Loop(header, bodies[header]))
-        parent.inner.sort(key=lambda loop: min(loop.blocks))
+        parent.inner.sort(key=lambda loop: order[loop.header])
     return whole
+
+
+def _in_order(graph: Graph) -> list[int]:
+    """Blocks in the order of control: each behind those that lead to it, but for the ends of loops."""
+    seen, finished, stack = {0}, [], [(0, iter(graph[0]))]
+    while stack:
+        block, successors = stack[-1]
+        fresh = next((one for one in successors if one not in seen), None)
+        if fresh is None:
+            finished.append(block)
+            stack.pop()
+        else:
+            seen.add(fresh)
+            stack.append((fresh, iter(graph[fresh])))
+    return finished[::-1]
 
 
 def _predecessors(graph: Graph) -> list[list[int]]:
