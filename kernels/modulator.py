@@ -326,14 +326,12 @@ def slabs_of(case: Case, config: ProductConfig) -> int:
 
 
 def groups_of(case: Case, device: Device, config: ProductConfig, rows: int) -> int:
-    """Groups of programs, one program a slab. Each group reads all of W and walks over the rows in tiles.
+    """Groups of programs, one program a slab: as many as fill the device. Each walks over the rows in tiles.
 
-    As many as fill the device, while the bytes read of W stay below their share. Of the counts that give the same
-    longest walk, the smallest.
+    Of the counts that give the same longest walk, the smallest: every group reads all of W.
     """
     slabs, tiles = slabs_of(case, config), math.ceil(rows / config.block_m)
-    worth = max(config.weight_share * rows / case.channels, config.least_busy * device.sm_count / slabs)
-    groups = max(1, math.ceil(min(worth, config.programs_per_sm * device.sm_count // slabs)))
+    groups = max(1, config.programs_per_sm * device.sm_count // slabs)
     walk = math.ceil(tiles / groups)
     return math.ceil(tiles / walk)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from executed import Ptx
 from loops import Loop, align, loops
-from machine_code import Block, blocks_of
+from machine_code import LOAD_FROM_L2, Block, blocks_of
 
 _FLOATS = ("FFMA", "FMUL", "FADD", "FFMA2", "FMUL2", "FADD2")
 
@@ -58,11 +58,16 @@ class Kernel:
         grid: Sequence[int],
         threads: int,
         warps: Sequence[int] = (0,),
+        load: int = LOAD_FROM_L2,
     ) -> Executed:
-        """What ``program`` executes. ``warps``: those whose first threads are run; the others do the same on average."""
+        """What ``program`` executes. ``warps``: those whose first threads are run; the others do the same on average.
+
+        ``load``: cycles of a load from global memory.
+        """
         pipes: Counter[str] = Counter()
         tensor = wavefronts = chain = floats = floats_of_ptx = 0.0
         share = -(-threads // 32) / len(warps)
+        cycles = self._cycles(load)
         for warp in warps:
             entered = self.ptx.counts(arguments, tuple(program), tuple(grid), 32 * warp, threads)
             floats_of_ptx += sum(n * count for n, count in zip(self._ptx_floats, entered, strict=True)) / len(warps)
@@ -73,7 +78,7 @@ class Kernel:
                 tensor += times * self._tensor[block] * share
                 wavefronts += times * self._wavefronts[block] * share
                 floats += times * self._floats[block] / len(warps)
-                own_chain += times * self._cycles[block]
+                own_chain += times * cycles[block]
             chain = max(chain, own_chain)
         return Executed(dict(pipes), tensor, wavefronts, chain, floats, floats_of_ptx)
 
@@ -119,9 +124,9 @@ class Kernel:
     def _ptx_floats(self) -> list[float]:
         return [sum(_is_float(i.name) for i in block.instructions) for block in self.ptx.blocks]
 
-    @functools.cached_property
-    def _cycles(self) -> list[int]:
-        return [block.cycles for block in self.blocks]
+    @functools.cache
+    def _cycles(self, load: int) -> list[int]:
+        return [block.cycles(load) for block in self.blocks]
 
     @functools.cached_property
     def _tensor(self) -> list[int]:

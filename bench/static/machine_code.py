@@ -26,11 +26,13 @@ PIPES = {
     "LDSM": "memory", "LDTM": "memory", "STTM": "memory",
 }  # fmt: skip
 
-# Cycles until a result can be read. Arithmetic and shared memory: microbenchmarks of Volta to Hopper agree within one
-# or two (Jia et al., arXiv:1804.06826; Luo et al., arXiv:2402.13499). A load from global memory is counted between a
-# hit in the L1 (33) and one in the L2 (about 250): most loads of these kernels are of rows that a neighbour has read.
+# Cycles until a result can be read: microbenchmarks of Volta to Hopper agree within one or two (Jia et al.,
+# arXiv:1804.06826; Luo et al., arXiv:2402.13499).
 LATENCY = {"fma": 4, "alu": 5, "uniform": 8, "special": 20, "tensor": 33, "constant": 30, "control": 2}
-LOAD, SHARED, SHUFFLE, BARRIER = 80, 26, 24, 30
+SHARED, SHUFFLE, BARRIER = 26, 24, 30
+# Of a load from global memory. Half of the loads of these kernels are of what the warp itself has read just before
+# (33 cycles, from the L1), half come from the L2 (about 270) or, where the scratch does not fit there, from memory (about 700).
+LOAD_FROM_L2, LOAD_FROM_MEMORY = 150, 370
 
 
 @dataclass(frozen=True)
@@ -75,13 +77,13 @@ class Instruction:
             return m * n * k
         return 0
 
-    @property
-    def latency(self) -> int:
+    def latency(self, load: int) -> int:
+        """Cycles; ``load`` for what reads global memory."""
         if self.pipe != "memory":
             return BARRIER if self.opcode == "BAR" else LATENCY[self.pipe]
         if self.opcode.startswith(("LDS", "STS")):
             return SHARED
-        return SHUFFLE if self.opcode == "SHFL" else LOAD
+        return SHUFFLE if self.opcode == "SHFL" else load
 
 
 @dataclass
@@ -94,15 +96,14 @@ class Block:
     def pipes(self) -> Counter[str]:
         return Counter(instruction.pipe for instruction in self.instructions)
 
-    @property
-    def cycles(self) -> int:
-        """That one warp needs for the block, with nobody else on the processor."""
+    def cycles(self, load: int) -> int:
+        """That one warp needs for the block, with nobody else on the processor, if loads take ``load``."""
         ready: dict[int, int] = {}
         now = 0
         for instruction in self.instructions:
             now = max([now + 1, *(ready.get(register, 0) for register in instruction.reads)])
             for register in instruction.writes:
-                ready[register] = now + instruction.latency
+                ready[register] = now + instruction.latency(load)
             if instruction.opcode == "BAR":
                 now += BARRIER
         return now
