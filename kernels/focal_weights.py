@@ -42,14 +42,12 @@ def dweight_rows(
     map only then. A column of more than nine taps is cut in half: 15 sums and the rows that they meet do not fit.
     """
     TAPS: tl.constexpr = KH if KH <= 9 else (KH + 1) // 2
-    # The first steps lie above the map, the last ones below: they would add zeros.
-    if (row0 < size.height) & (row0 + tiles * ROWS > 0):
-        for kx in range(KW):
-            for first in tl.static_range(0, KH, TAPS):
-                dweight_column(
-                    dz, below, partial + (first * KW + kx) * BLOCK_C, row0, first - KH // 2, kx - KW // 2, tiles, size,
-                    DZ_RING, RING, min(TAPS, KH - first), KW, ROWS, BLOCK_W, BLOCK_C,
-                )  # fmt: skip
+    for kx in range(KW):
+        for first in tl.static_range(0, KH, TAPS):
+            dweight_column(
+                dz, below, partial + (first * KW + kx) * BLOCK_C, row0, first - KH // 2, kx - KW // 2, tiles, size,
+                DZ_RING, RING, min(TAPS, KH - first), KW, ROWS, BLOCK_W, BLOCK_C,
+            )  # fmt: skip
 
 
 @triton.jit

@@ -7,7 +7,7 @@
     barriers             one between any two levels of a step: a level reads pixels that other threads wrote
 
 Bytes: 2 C + (L + 1) C / BLOCK_C elements a position, where the least is 2 C + L + 1. Every program has scratch of its
-own, so there are only as many programs as keep it on chip, and they walk over the images.
+own, so there are only as many programs as are resident at once, and they walk over the images.
 """
 
 from __future__ import annotations

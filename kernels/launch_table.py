@@ -6,8 +6,6 @@ a program, since the rings of all resident programs must stay in L2. Narrow maps
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -54,20 +52,13 @@ class LevelConfig:
 
 @dataclass(frozen=True)
 class ProductConfig:
-    """Tile of a matrix product, and how many programs walk over its rows.
-
-    At most as many as are resident at once. Every group of programs reads all of W, so there are only as many groups
-    as keep the bytes read of W below ``weight_share`` times those of the plane; but always enough for ``least_busy``
-    of the processors to have a program.
-    """
+    """Tile of a matrix product. Its programs walk over the rows; there are as many as are resident at once."""
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
-    weight_share: float = math.inf
-    least_busy: float = 0.0
 
     @property
     def programs_per_sm(self) -> int:
@@ -109,15 +100,6 @@ LEVELS = (
 )
 WHOLE_PLANE_ROWS = 16
 
-# 16 bit and kernels of at most 9: a program is one warp, so it waits for nobody at a barrier, and twice as many
-# programs as processors exist sooner. Its columns are as few as leave the least of a tile outside the map: at width 56,
-# tiles of 32 columns compute 64. (columns, channels); the first whose tiles cover at most MAX_COVERED times the width.
-ONE_WARP = ((8, 16), (4, 32), (2, 64), (1, 128))
-ONE_WARP_KERNEL = 9
-MAX_COVERED = 1.05
-# Warps of 255 registers a thread that a multiprocessor of 65536 registers holds.
-RESIDENT_WARPS = 8
-
 ANY = 1 << 30
 FLOAT16, FLOAT32 = (torch.float16,), (torch.float32,)
 HALVES = (torch.bfloat16, torch.float16)
@@ -137,22 +119,20 @@ ROWS = (
 )
 
 FORWARD, BACKWARD = "forward", "backward"
-# (bytes of an element, largest number of channels, configuration): the first row that fits the device. In 16 bit, what
-# binds is the bytes of W, most of all where maps are small and channels many: at 128 x 7 x 7 x 1024 W is a sixth of a
-# plane, and five groups of 16 slabs (80 programs) read it five times forward, three groups (48) in either product
-# backward. Narrow slabs make more programs with as few bytes. In float32 arithmetic binds, so the device is filled.
+# (bytes of an element, largest number of channels, configuration): the first row that fits the device. Every group of
+# programs reads all of W, from the L2; processors without a program would cost more. Narrow slabs make more programs
+# with as few bytes.
 PRODUCTS = {
     FORWARD: (
-        (2, 64, ProductConfig(128, 64, 32, 4, 3, 0.66, 1 / 2)),
-        (2, 448, ProductConfig(128, 128, 64, 8, 3, 0.66, 1 / 2)),
-        (2, 1 << 30, ProductConfig(256, 64, 64, 8, 3, 0.66, 1 / 2)),
-        (2, 1 << 30, ProductConfig(128, 128, 64, 8, 3, 0.66, 1 / 2)),  # where the shared memory is 99 KB
+        (2, 64, ProductConfig(128, 64, 32, 4, 3)),
+        (2, 448, ProductConfig(128, 128, 64, 8, 3)),
+        (2, 1 << 30, ProductConfig(256, 64, 64, 8, 3)),
+        (2, 1 << 30, ProductConfig(128, 128, 64, 8, 3)),  # where the shared memory is 99 KB
         (4, 1 << 30, ProductConfig(64, 64, 32, 4, 2)),
     ),
-    # A chunk has two products, and there are more chunks than forward: each product gets about half the share.
     BACKWARD: (
-        (2, 64, ProductConfig(128, 64, 32, 4, 3, 0.45, 1 / 4)),
-        (2, 1 << 30, ProductConfig(128, 64, 64, 8, 4, 0.45, 1 / 4)),
+        (2, 64, ProductConfig(128, 64, 32, 4, 3)),
+        (2, 1 << 30, ProductConfig(128, 64, 64, 8, 4)),
         (4, 1 << 30, ProductConfig(64, 64, 32, 4, 2)),
     ),
 }
@@ -164,28 +144,17 @@ def level_config(
     """The rows of the tables for such a map and such kernels; few channels make a narrower tile."""
     config, rows, back_rows = next(
         (config, *found)
-        for config in _tiles(width, channels, kernel_heights, dtype)
+        for widest, config in LEVELS
         for tallest, dtypes, most, *found in ROWS
-        if max(kernel_heights) <= tallest and dtype in dtypes and config.block_c <= most
+        if width <= widest and max(kernel_heights) <= tallest and dtype in dtypes and config.block_c <= most
     )
-    config = replace(
+    return replace(
         config,
         block_c=min(config.block_c, max(8, _power_of_two(channels))),
         rows=min(rows, config.rows),
         back_rows=min(back_rows, config.back_rows),
         whole_plane=height <= WHOLE_PLANE_ROWS,
     )
-    return replace(config, programs_per_sm=max(2, RESIDENT_WARPS // config.num_warps))
-
-
-def _tiles(width: int, channels: int, kernel_heights: tuple[int, ...], dtype: torch.dtype) -> Iterator[LevelConfig]:
-    """Tiles for such a map, the best first: of one warp where the channels fill it, then those of LEVELS."""
-    if dtype in HALVES and max(kernel_heights) <= ONE_WARP_KERNEL:
-        fitting = (c for c in ONE_WARP if channels % c[1] == 0 and math.ceil(width / c[0]) * c[0] <= MAX_COVERED * width)
-        columns, block_c = next(fitting, ONE_WARP[0])
-        if channels % block_c == 0:
-            yield LevelConfig(columns, block_c)
-    yield from (config for widest, config in LEVELS if width <= widest)
 
 
 def level_candidates(
@@ -199,6 +168,8 @@ def level_candidates(
             candidate = replace(first, block_w=block_w, block_c=min(block_c, first.block_c * 2), rows=rows)
             if candidate not in found and block_w < 2 * max(width, 8):
                 found.append(candidate)
+    found += [replace(first, chunks=chunks) for chunks in (2, 4)]
+    found += [replace(first, programs_per_sm=programs) for programs in (1, 4)]
     return found
 
 

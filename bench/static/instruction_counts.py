@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from executed import Ptx
 from loops import Loop, align, loops
-from machine_code import LOAD_FROM_L2, Block, blocks_of
+from machine_code import Block, blocks_of, load_cycles
 
 _FLOATS = ("FFMA", "FMUL", "FADD", "FFMA2", "FMUL2", "FADD2")
 
@@ -58,7 +58,7 @@ class Kernel:
         grid: Sequence[int],
         threads: int,
         warps: Sequence[int] = (0,),
-        load: int = LOAD_FROM_L2,
+        load: int | None = None,
     ) -> Executed:
         """What ``program`` executes. ``warps``: those whose first threads are run; the others do the same on average.
 
@@ -67,7 +67,7 @@ class Kernel:
         pipes: Counter[str] = Counter()
         tensor = wavefronts = chain = floats = floats_of_ptx = 0.0
         share = -(-threads // 32) / len(warps)
-        cycles = self._cycles(load)
+        cycles = self._cycles(load_cycles(in_l2=1) if load is None else load)
         for warp in warps:
             entered = self.ptx.counts(arguments, tuple(program), tuple(grid), 32 * warp, threads)
             floats_of_ptx += sum(n * count for n, count in zip(self._ptx_floats, entered, strict=True)) / len(warps)

@@ -34,6 +34,12 @@ def bytes_of(launch: Launch, plan: Plan, case: Case, device: Device) -> Bytes:
     return Bytes(l2, memory)
 
 
+def ring_bytes(launch: Launch, plan: Plan) -> int:
+    """Of the scratch that all programs of a launch keep for themselves at once."""
+    own = [name for name in launch.arguments.values() if name in ("rings", "back_rings", "packed", "back_packed")]
+    return sum(plan.buffers[str(name)].nbytes for name in own)
+
+
 def passes(launch: Launch, plan: Plan, case: Case) -> dict[str, tuple[float, float]]:
     """(bytes, times they cross the L2) of each tensor argument."""
     if launch.name.startswith("gated_aggregation"):

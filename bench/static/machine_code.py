@@ -30,9 +30,14 @@ PIPES = {
 # arXiv:1804.06826; Luo et al., arXiv:2402.13499).
 LATENCY = {"fma": 4, "alu": 5, "uniform": 8, "special": 20, "tensor": 33, "constant": 30, "control": 2}
 SHARED, SHUFFLE, BARRIER = 26, 24, 30
-# Of a load from global memory. Half of the loads of these kernels are of what the warp itself has read just before
-# (33 cycles, from the L1), half come from the L2 (about 270) or, where the scratch does not fit there, from memory (about 700).
-LOAD_FROM_L2, LOAD_FROM_MEMORY = 150, 370
+# Of a load from global memory that the L1 answers, or the L2, or memory.
+LOADS = (33, 270, 700)
+
+
+def load_cycles(in_l2: float) -> int:
+    """Of a load on average: half are of what the warp has just read; of the others a share ``in_l2`` comes from the L2."""
+    l1, l2, memory = LOADS
+    return round((l1 + in_l2 * l2 + (1 - in_l2) * memory) / 2)
 
 
 @dataclass(frozen=True)

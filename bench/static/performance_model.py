@@ -35,8 +35,8 @@ from compile_report import source
 from compiled import Resources, compile_launch, resources, tool
 from focalnet.kernels.plan import Case, Launch, Plan
 from instruction_counts import Executed, Kernel
-from launch_bytes import Bytes, bytes_of
-from machine_code import LOAD_FROM_L2, LOAD_FROM_MEMORY
+from launch_bytes import Bytes, bytes_of, ring_bytes
+from machine_code import load_cycles
 from processors import PROCESSORS, SCHEDULERS, Processor
 from rich.console import Console
 from rich.table import Table
@@ -112,7 +112,7 @@ def predict_launch(launch: Launch, plan: Plan, case: Case, processor: Processor)
     names = [name for name, bits in kernel.ptx.parameters]
     places = [place for place, value in enumerate(launch.arguments.values()) if not isinstance(value, str)]
     arguments = {names[place]: int(number) for place, number in zip(places, numbers, strict=True)}
-    load = LOAD_FROM_L2 if plan.alive_bytes <= processor.device.on_chip_bytes else LOAD_FROM_MEMORY
+    load = load_cycles(min(1.0, processor.device.on_chip_bytes / max(1, ring_bytes(launch, plan))))
     found = [
         kernel.executed(arguments, program, launch.grid, used.threads, load=load)
         for program in _sample(launch.grid, SAMPLE)
