@@ -1,7 +1,7 @@
 """Plans of focal modulation: the aggregation and the products that follow it, chunk by chunk.
 
-A chunk is the whole batch, unless its scratch would grow too large: a launch has to fill the device first. Kernels of a
-chunk follow one another on the stream, so nothing waits across a grid.
+A chunk is the whole batch, unless its scratch would grow too large: a launch has to fill the device first. Kernels of
+a chunk follow one another on the stream, so nothing waits across a grid.
 """
 
 from __future__ import annotations

@@ -172,7 +172,7 @@ def _registers(operands: list[str]) -> list[str]:
     return [register for one in operands for register in re.findall(r"%\w+", one)]
 
 
-# ---- what an instruction computes ------------------------------------------------------------------------------------
+# ---- what an instruction computes -----------------------------------------------------------------------------------
 
 
 def _bits(name: str) -> tuple[int, bool]:

@@ -1,8 +1,8 @@
 """What one program of a launch executes, by pipe: machine code times the trips of its loops.
 
-The trips come from PTX (executed.py), the instructions from machine code (machine_code.py); loops.py says which loop is
-which. A loop that the assembler unrolled holds more arithmetic than its PTX, and runs as many times less. A block under
-a condition inside a loop counts as often as the loop.
+The trips come from PTX (executed.py), the instructions from machine code (machine_code.py); loops.py says which loop
+is which. A loop that the assembler unrolled holds more arithmetic than its PTX, and runs as many times less. A block
+under a condition inside a loop counts as often as the loop.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Kernel:
         whole = loops([block.next for block in self.blocks])
         self._pairs = align(whole, whole_ptx, self._weight, self._weight_of_ptx)
         self._whole = whole
+        self._cycles_by_load: dict[int, list[int]] = {}
 
     def executed(
         self,
@@ -60,7 +61,7 @@ class Kernel:
         warps: Sequence[int] = (0,),
         load: int | None = None,
     ) -> Executed:
-        """What ``program`` executes. ``warps``: those whose first threads are run; the others do the same on average.
+        """What ``program`` executes. ``warps``: those whose first threads are run; they stand for the others.
 
         ``load``: cycles of a load from global memory.
         """
@@ -124,9 +125,10 @@ class Kernel:
     def _ptx_floats(self) -> list[float]:
         return [sum(_is_float(i.name) for i in block.instructions) for block in self.ptx.blocks]
 
-    @functools.cache
     def _cycles(self, load: int) -> list[int]:
-        return [block.cycles(load) for block in self.blocks]
+        if load not in self._cycles_by_load:
+            self._cycles_by_load[load] = [block.cycles(load) for block in self.blocks]
+        return self._cycles_by_load[load]
 
     @functools.cached_property
     def _tensor(self) -> list[int]:

@@ -35,7 +35,7 @@ LOADS = (33, 270, 700)
 
 
 def load_cycles(in_l2: float) -> int:
-    """Of a load on average: half are of what the warp has just read; of the others a share ``in_l2`` comes from the L2."""
+    """Of a load on average: half are of what the warp has just read; ``in_l2`` of the others come from the L2."""
     l1, l2, memory = LOADS
     return round((l1 + in_l2 * l2 + (1 - in_l2) * memory) / 2)
 
@@ -142,7 +142,7 @@ def blocks_of(disassembly: str, kernel: str | None = None) -> list[Block]:
 
 def _section(disassembly: str, kernel: str | None) -> str:
     sections = re.split(r"^//-+ \.text\.(\S+)\s+-+$", disassembly, flags=re.MULTILINE)
-    found = {name: text for name, text in zip(sections[1::2], sections[2::2], strict=True)}
+    found = dict(zip(sections[1::2], sections[2::2], strict=True))
     if kernel is None and len(found) == 1:
         return next(iter(found.values()))
     if kernel not in found:

@@ -46,7 +46,7 @@ from focalnet.benchmark.floors import OPERATORS, Gpu, Stage, stages, work
 from focalnet.benchmark.rows import NOWHERE, write
 
 FILE = "predicted"
-# Seconds from the end of one kernel to the start of the next on the same stream: a microsecond or two on these devices.
+# Seconds from the end of a kernel to the start of the next on the same stream: a microsecond or two on these devices.
 GAP = 2e-6
 # Programs of a launch that are counted; all do nearly the same, but the last ones of a walk may have one item less.
 SAMPLE = 4

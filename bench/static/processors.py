@@ -1,9 +1,9 @@
 """What the multiprocessors of a GPU can do in a clock, and how many programs fit on one.
 
-Rates are a multiprocessor's, in instructions of a warp: 32 lanes of 32 bits. Sources: CUDA C++ Programming Guide, tables
-"Throughput of Native Arithmetic Instructions" and "Technical Specifications per Compute Capability"; clocks, memory and
-matrix rates from the data sheets and white papers (GA100, AD102, GH100, GB200). The bandwidth of the L2 is measured by
-others and rounded: 5.1 TB/s on an A100 and 5.5 to 7 on an H100 (Chips and Cheese, 2023).
+Rates are a multiprocessor's, in instructions of a warp: 32 lanes of 32 bits. Sources: CUDA C++ Programming Guide,
+tables "Throughput of Native Arithmetic Instructions" and "Technical Specifications per Compute Capability"; clocks,
+memory and matrix rates from the data sheets and white papers (GA100, AD102, GH100, GB200). The bandwidth of the L2 is
+a round figure near what microbenchmarks of an A100 and an H100 report; those of the other two are estimates.
 """
 
 from __future__ import annotations
