@@ -211,12 +211,7 @@ def _assignment(instruction: Instruction) -> Callable[[dict[str, int]], None]:
     width, signed = _bits(instruction.name)
     (target, *_), read = instruction.targets, [_reader(s) for s in instruction.sources]
     if base == "ld" and "param" in suffixes:
-        name = re.search(r"\[\s*([\w$]+(?:\+\d+)?)\s*\]", instruction.sources[0])[1]
-
-        def load(registers: dict[str, int]) -> None:
-            registers[target] = registers.get(name, 0)
-
-        return load
+        return _load_of_parameter(instruction, width // 8)
     if base == "setp":
         return _comparison(target, suffixes[0], width, signed, read)
     if base == "bfe":
@@ -225,12 +220,7 @@ def _assignment(instruction: Instruction) -> Callable[[dict[str, int]], None]:
         )
     compute = _ARITHMETIC.get(base)
     if compute is None:
-        text = f"{instruction.name} {', '.join(instruction.sources)}"
-
-        def refuse(registers: dict[str, int]) -> None:
-            raise ValueError(f"a branch depends on `{text}`, which is not integer arithmetic on the launch's numbers")
-
-        return refuse
+        return _refusal(instruction)
     if "pred" in suffixes:
         width, signed = 1, False
     if base in ("mul", "mad") and "wide" in suffixes:
@@ -243,6 +233,31 @@ def _assignment(instruction: Instruction) -> Callable[[dict[str, int]], None]:
         inner = int(from_width), from_kind == "s"
         return _assign(target, lambda a: _wrap(a, *inner), read, int(to_width), to_kind == "s")
     return _assign(target, compute, read, width, signed, width)
+
+
+def _load_of_parameter(instruction: Instruction, size: int) -> Callable[[dict[str, int]], None]:
+    """A field of a struct is named after its parameter: name+offset."""
+    found = re.search(r"\[\s*([A-Za-z_][\w$]*)(?:\+(\d+))?\s*\]", instruction.sources[0])
+    if found is None:
+        return _refusal(instruction)
+    name, first = found[1], int(found[2] or 0)
+    places = [first + index * size for index in range(len(instruction.targets))]
+    keys = [f"{name}+{place}" if place else name for place in places]
+
+    def load(registers: dict[str, int]) -> None:
+        for target, key in zip(instruction.targets, keys, strict=True):
+            registers[target] = registers.get(key, 0)
+
+    return load
+
+
+def _refusal(instruction: Instruction) -> Callable[[dict[str, int]], None]:
+    text = f"{instruction.name} {', '.join(instruction.sources)}"
+
+    def refuse(registers: dict[str, int]) -> None:
+        raise ValueError(f"a branch depends on `{text}`, which is not integer arithmetic on the launch's numbers")
+
+    return refuse
 
 
 def _comparison(

@@ -1,8 +1,9 @@
 """What one program of a launch executes, by pipe: machine code times the trips of its loops.
 
 The trips come from PTX (executed.py), the instructions from machine code (machine_code.py); loops.py says which loop
-is which. A loop that the assembler unrolled holds more arithmetic than its PTX, and runs as many times less. A block
-under a condition inside a loop counts as often as the loop.
+is which. A loop that the assembler unrolled holds more arithmetic than its PTX, and runs as many times less; what is
+left over counts as often as what is around it. Blocks of a loop that not every trip passes count as often as those of
+its PTX do on average.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Executed:
 
 
 class Kernel:
-    """A compiled kernel, to be counted for many launches."""
+    """A compiled kernel, to be counted for many launches. ``code``: the loops of its machine code."""
 
     def __init__(self, ptx: str, disassembly: str, ptx_name: str | None = None) -> None:
         self.ptx = Ptx(ptx, ptx_name)
@@ -49,7 +50,7 @@ class Kernel:
         whole_ptx = loops(self.ptx.graph())
         whole = loops([block.next for block in self.blocks])
         self._pairs = align(whole, whole_ptx, self._weight, self._weight_of_ptx)
-        self._whole = whole
+        self.code = whole
         self._cycles_by_load: dict[int, list[int]] = {}
 
     def executed(
@@ -85,22 +86,35 @@ class Kernel:
 
     def _times(self, entered: list[int]) -> list[tuple[float, int]]:
         """(executions, block) of every block of machine code."""
-        trips: dict[int, float] = {}
+        trips: dict[int, tuple[float, float]] = {}
         for loop, loop_of_ptx in self._pairs:
             found = float(max((entered[block] for block in loop_of_ptx.own), default=1))
+            sometimes = self._sometimes(loop_of_ptx, entered, found)
             ratio = (self._own_weight(loop) or 1) / (self._own_weight_of_ptx(loop_of_ptx) or 1)
             if loop.header >= 0 and not loop.inner and ratio >= 1.8:
-                found /= round(ratio)
-            trips[loop.header] = found
+                found, sometimes = found / round(ratio), sometimes / round(ratio)
+            trips[loop.header] = found, sometimes
         result: list[tuple[float, int]] = []
-        self._walk(self._whole, 1.0, trips, result)
+        self._walk(self.code, (1.0, 1.0), trips, result)
         return result
 
-    def _walk(self, loop: Loop, outside: float, trips: Mapping[int, float], result: list[tuple[float, int]]) -> None:
-        times = trips.get(loop.header, outside)
-        result += [(times, block) for block in loop.own]
+    def _sometimes(self, loop: Loop, entered: list[int], otherwise: float) -> float:
+        """How often the blocks run that not every trip of a loop of the PTX passes."""
+        blocks = [(entered[block], len(self.ptx.blocks[block].instructions)) for block in loop.own - loop.always]
+        size = sum(length for _, length in blocks)
+        return sum(times * length for times, length in blocks) / size if size else otherwise
+
+    def _walk(
+        self,
+        loop: Loop,
+        outside: tuple[float, float],
+        trips: Mapping[int, tuple[float, float]],
+        result: list[tuple[float, int]],
+    ) -> None:
+        always, sometimes = trips.get(loop.header, outside)
+        result += [(always if block in loop.always else sometimes, block) for block in loop.own]
         for inner in loop.inner:
-            self._walk(inner, times, trips, result)
+            self._walk(inner, (always, sometimes), trips, result)
 
     def _weight(self, loop: Loop) -> float:
         return 1 + sum(self._floats[block] for block in loop.blocks)

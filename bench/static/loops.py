@@ -12,15 +12,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 Graph = Sequence[Sequence[int]]
+# What weight costs that two paired loops do not have in common; weight that stays alone costs 1. A loop that was
+# unrolled by four should still find its partner.
+APART = 1.5
 
 
 @dataclass
 class Loop:
-    """``blocks`` of the loop with those of the loops inside, which are ``inner``, in the order they are reached in."""
+    """``blocks`` of the loop with those of the loops inside, which are ``inner``, in the order they are reached in;
+    ``always`` holds those that every trip passes."""
 
     header: int
     blocks: set[int]
     inner: list[Loop] = field(default_factory=list)
+    always: set[int] = field(default_factory=set)
 
     @property
     def own(self) -> set[int]:
@@ -32,18 +37,22 @@ def loops(graph: Graph) -> Loop:
     """The loops of a graph below one that stands for the whole text."""
     dominators = _dominators(graph)
     bodies: dict[int, set[int]] = {}
+    latches: dict[int, list[int]] = {}
     predecessors = _predecessors(graph)
     for block, successors in enumerate(graph):
         for header in successors:
             if header in dominators[block]:
                 bodies.setdefault(header, {header}).update(_body(block, header, predecessors))
+                latches.setdefault(header, []).append(block)
     order = {block: place for place, block in enumerate(_in_order(graph))}
-    whole = Loop(-1, {block for block, above in enumerate(dominators) if above})
+    reached = {block for block, above in enumerate(dominators) if above}
+    whole = Loop(-1, reached, always=reached)
     for header in sorted(bodies, key=lambda one: -len(bodies[one])):
         parent = whole
         while inside := next((loop for loop in parent.inner if bodies[header] <= loop.blocks), None):
             parent = inside
-        parent.inner.append(Loop(header, bodies[header]))
+        always = bodies[header].intersection(*(dominators[latch] for latch in latches[header]))
+        parent.inner.append(Loop(header, bodies[header], always=always))
         parent.inner.sort(key=lambda loop: order[loop.header])
     return whole
 
@@ -122,7 +131,7 @@ def align(
                 options.append((costs[i, j - 1][0] + weight_of_second(right[j - 1]), "right"))
             if i and j:
                 apart = abs(weight_of_first(left[i - 1]) - weight_of_second(right[j - 1]))
-                options.append((costs[i - 1, j - 1][0] + 0.9 * apart, "both"))
+                options.append((costs[i - 1, j - 1][0] + APART * apart, "both"))
             if options:
                 costs[i, j] = min(options)
     i, j = len(left), len(right)

@@ -127,7 +127,9 @@ def blocks_of(disassembly: str, kernel: str | None = None) -> list[Block]:
         elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);", line):
             predicate, name, operands = found.groups()
             blocks[-1].instructions.append(_instruction(name, operands))
-            if name.split(".")[0] in ("BRA", "EXIT", "RET", "BRX"):
+            # Before Hopper some jumps out of a loop are written as calls that do not return.
+            jumps_by_call = name.startswith("CALL") and "`(.L_" in operands
+            if jumps_by_call or name.split(".")[0] in ("BRA", "EXIT", "RET", "BRX"):
                 ends.append((len(blocks) - 1, name, operands, bool(predicate) or "P" in operands.split("`")[0]))
                 blocks.append(Block())
     for number in range(len(blocks) - 1):
@@ -135,7 +137,7 @@ def blocks_of(disassembly: str, kernel: str | None = None) -> list[Block]:
     for number, name, operands, conditional in ends:
         following = blocks[number].next if conditional else []
         target = re.search(r"`\((\.L_[\w.]+)\)", operands)
-        to = [labels[target[1]]] if name.startswith("BRA") and target and target[1] in labels else []
+        to = [labels[target[1]]] if name.startswith(("BRA", "CALL")) and target and target[1] in labels else []
         blocks[number].next = [*following, *(one for one in to if one != number or conditional)]
     return blocks
 

@@ -117,12 +117,27 @@ def predict_launch(launch: Launch, plan: Plan, case: Case, processor: Processor)
         kernel.executed(arguments, program, launch.grid, used.threads, load=load)
         for program in _sample(launch.grid, SAMPLE)
     ]
+    _check(launch, found)
     programs = math.prod(launch.grid)
     if "PRECISION" in launch.constexprs and not any(one.tensor for one in found) and case.dtype.itemsize == 2:
         # Tensor cores of data center Blackwell: the shape of a product is not in the instruction.
         share = _multiply_adds(launch, case) / programs
         found = [_with_tensor(one, share) for one in found]
     return predict(processor, used, found, programs, bytes_of(launch, plan, case, processor.device))
+
+
+# Arithmetic of the machine code over that of the PTX. They differ where the assembler merges or adds operations.
+MIN_FOUND, MAX_FOUND = 0.8, 1.5
+
+
+def _check(launch: Launch, found: Sequence[Executed]) -> None:
+    """Raise a RuntimeError if loops of the machine code were not recognised: then every figure would be wrong."""
+    for one in found:
+        if one.floats_of_ptx > 1000 and not MIN_FOUND < one.floats / one.floats_of_ptx < MAX_FOUND:
+            raise RuntimeError(
+                f"{launch.name} {dict(launch.constexprs)}: the loops of the machine code account for {one.floats:.0f} "
+                f"float32 operations of a warp, those of the PTX for {one.floats_of_ptx:.0f}. Look at loops.align."
+            )
 
 
 def _with_tensor(one: Executed, multiply_adds: float) -> Executed:
