@@ -3,8 +3,8 @@
     python bench/gpu/dry.py bench/gpu/gpu_kernels.py --variant tiny_lrf
     python bench/gpu/dry.py -m focalnet.cli info
 
-torch says that there is a GPU; whatever would start it ends the run, with the line that asked. So an import that fails,
-an option that is gone or a name that is misspelt is found here, not in the first minutes on a GPU.
+torch says that there is a GPU; whatever would start it ends the run, with the line that asked. So an import that
+fails, an option that is gone or a name that is misspelt is found here, not in the first minutes on a GPU.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 A program's bytes are the distinct bytes of each tensor that it touches, summed over programs. Weights, which every
 program reads, come from memory once and from the L2 after that. Scratch is counted apart: its bytes go through memory
-only if all of it that is alive at once takes more than 60 percent of the L2. The time of a launch, not these bytes alone,
-decides how work is divided: see performance_model.py.
+only if all of it that is alive at once takes more than 60 percent of the L2. The time of a launch, not these bytes
+alone, decides how work is divided: see performance_model.py.
 
 The interpreter counts the launches in the plan of the stage, with their tiles and channels, but on a small map and one
 image. The result is then scaled to the stage: bytes of tensors with positions grow with the positions, bytes of
@@ -44,7 +44,7 @@ console = Console()
 
 @dataclass(frozen=True)
 class Moved:
-    """Bytes of operands and outputs of one call, by tensor and in whole sectors; of scratch that leaves the chip; and of
+    """Bytes of one call: of operands and outputs, by tensor and in whole sectors; of scratch that leaves the chip; of
     all scratch that is alive at once."""
 
     by_tensor: dict[str, float]

@@ -29,7 +29,7 @@ ROWS = read(FILE, NOWHERE)
 WHOLE = [row for row in ROWS if row["subject"] == "all"]
 
 
-# ---- how often a loop runs -------------------------------------------------------------------------------------------
+# ---- how often a loop runs ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_a_loop_that_was_unrolled_has_no_partner_and_the_others_keep_theirs():
 @pytest.mark.slow
 @pytest.mark.parametrize("operator, kernel", [("gated_aggregation", "fwd"), ("gated_aggregation_bwd", "bwd")])
 def test_machine_code_and_ptx_agree_on_the_arithmetic_of_a_kernel_of_levels(operator, kernel):
-    """Every float32 operation of the PTX is counted by its own block: the loops of the machine code must add up to it."""
+    """Every float32 operation of the PTX is counted by its own block: the machine code's loops must add up to it."""
     case = case_of(operator, stages("tiny_lrf")[0], 128, torch.bfloat16)
     plan = plan_of(operator, case, H100.device)
     launch = next(one for one in plan.launches if one.name == f"gated_aggregation_{kernel}_kernel")
@@ -106,7 +106,7 @@ def test_machine_code_and_ptx_agree_on_the_arithmetic_of_a_kernel_of_levels(oper
     assert counted.floats == pytest.approx(counted.floats_of_ptx, rel=0.02)
 
 
-# ---- what machine code costs -----------------------------------------------------------------------------------------
+# ---- what machine code costs ----------------------------------------------------------------------------------------
 
 CODE = """
 //--------------------- .text.kernel --------------------------
@@ -160,7 +160,7 @@ def test_the_slowest_resource_decides():
     assert predict(H100, used, [one], 132, Bytes(0, 1e9)).bound == "dram"
 
 
-# ---- the committed rows ----------------------------------------------------------------------------------------------
+# ---- the committed rows ---------------------------------------------------------------------------------------------
 
 
 def _plan(row):
@@ -203,7 +203,7 @@ def test_rows_cover_four_devices_and_four_stages(operator):
 MAX_LAUNCHES = {"focal_modulation": 4, "focal_modulation_bwd": 12}
 MAX_US = {
     ("gated_aggregation", 1): 430, ("gated_aggregation", 2): 250, ("gated_aggregation", 3): 120,
-    ("gated_aggregation", 4): 65, ("focal_modulation_bwd", 1): 2350, ("focal_modulation_bwd", 2): 1300,
+    ("gated_aggregation", 4): 65, ("focal_modulation_bwd", 1): 2400, ("focal_modulation_bwd", 2): 1300,
     ("focal_modulation_bwd", 3): 700, ("focal_modulation_bwd", 4): 470,
 }  # fmt: skip
 

@@ -1,6 +1,6 @@
 """The Triton kernels in the tiles of the table, not in small ones: streaming over rows, several tiles of columns.
 
-On a GPU also at the sizes of real stages, under capture, on a side stream, and where waiting for the device is an error.
+On a GPU also at the sizes of real stages, under capture, on a side stream, and where waiting is an error.
 """
 
 import pytest
