@@ -111,9 +111,16 @@ class Ptx:
                         todo += [instruction.predicate[0]] if instruction.predicate else []
         return self._needed
 
+    def _place(self, label: str) -> int:
+        if label not in self._index:
+            raise ValueError(
+                f"a branch leads to {label}, which is no label outside inline assembly: cannot be counted"
+            )
+        return self._index[label]
+
     def _step(self, instruction: Instruction) -> Callable[[dict[str, int]], int | None]:
         if instruction.name.startswith("bra"):
-            to = self._index[instruction.sources[0]]
+            to = self._place(instruction.sources[0])
             act: Callable[[dict[str, int]], int | None] = lambda registers: to  # noqa: E731
         elif instruction.name in ("ret", "exit"):
             act = lambda registers: -1  # noqa: E731

@@ -46,6 +46,8 @@ from focalnet.benchmark.floors import OPERATORS, Gpu, Stage, stages, work
 from focalnet.benchmark.rows import NOWHERE, write
 
 FILE = "predicted"
+# Not the B200: the PTX of its products waits in inline assembly, with labels that executed.py does not follow.
+PREDICTED = ("A100", "RTX 4090", "H100")
 # Seconds from the end of a kernel to the start of the next on the same stream: a microsecond or two on these devices.
 GAP = 2e-6
 # Programs of a launch that are counted; all do nearly the same, but the last ones of a walk may have one item less.
@@ -306,7 +308,7 @@ def plan_digest(plan: Plan) -> str:
 
 def main(
     variant: Annotated[list[str], typer.Option(help="Published variants.")] = ["tiny_lrf"],  # noqa: B006
-    device: Annotated[list[str], typer.Option(help="A100, RTX 4090, H100, B200.")] = [*PROCESSORS],  # noqa: B006
+    device: Annotated[list[str], typer.Option(help="A100, RTX 4090, H100.")] = [*PREDICTED],  # noqa: B006
     batch: Annotated[list[int], typer.Option(help="Images.")] = [1, 8, 128],  # noqa: B006
     dtype: Annotated[list[str], typer.Option(help="float32, bfloat16, float16.")] = ["bfloat16"],  # noqa: B006
     operator: Annotated[list[str], typer.Option(help="Operators; all.")] = [*OPERATORS],  # noqa: B006

@@ -18,7 +18,7 @@ from instruction_counts import Executed, Kernel
 from launch_bytes import Bytes
 from loops import align, loops
 from machine_code import blocks_of, load_cycles
-from performance_model import FILE, disassembled, plan_digest, predict
+from performance_model import FILE, PREDICTED, disassembled, plan_digest, predict
 from processors import H100, PROCESSORS, RTX_4090
 from toy_kernels import walk_kernel
 
@@ -194,9 +194,9 @@ def test_a_row_follows_from_the_model_again():
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
-def test_rows_cover_four_devices_and_four_stages(operator):
+def test_rows_cover_three_devices_and_four_stages(operator):
     found = {(row["x"], row["stage"]) for row in WHOLE if row["operator"] == operator and row["batch"] == 128}
-    assert found == {(device, stage) for device in PROCESSORS for stage in (1, 2, 3, 4)}
+    assert found >= {(device, stage) for device in PREDICTED for stage in (1, 2, 3, 4)}
 
 
 # Launches of a call, at most; microseconds on an H100, predicted, at batch 128 in bfloat16: no slower than these.
