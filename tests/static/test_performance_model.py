@@ -22,7 +22,7 @@ from performance_model import FILE, PREDICTED, disassembled, plan_digest, predic
 from processors import H100, PROCESSORS, RTX_4090
 from toy_kernels import walk_kernel
 
-from focalnet.benchmark.floors import OPERATORS, stages
+from focalnet.benchmark.floors import ERF_OPERATIONS, OPERATORS, Work, stages
 from focalnet.benchmark.rows import NOWHERE, read
 
 ROWS = read(FILE, NOWHERE)
@@ -206,6 +206,14 @@ MAX_US = {
     ("gated_aggregation", 4): 65, ("focal_modulation_bwd", 1): 2400, ("focal_modulation_bwd", 2): 1300,
     ("focal_modulation_bwd", 3): 700, ("focal_modulation_bwd", 4): 470,
 }  # fmt: skip
+
+
+def test_a_floor_charges_gelu_to_the_unit_that_the_kernels_use():
+    gpu = performance_model.gpu_of(H100)
+    without = Work(bytes=0, fma=1000, erf=0, matrix=0)
+    found = replace(without, erf=100).floors(gpu, torch.bfloat16)
+    assert found["fma"] == pytest.approx((1 + 0.1 * ERF_OPERATIONS) * without.floors(gpu, torch.bfloat16)["fma"])
+    assert found.keys() == {"memory", "fma", "matrix"}
 
 
 @pytest.mark.parametrize("operator", MAX_LAUNCHES)
