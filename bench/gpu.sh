@@ -3,4 +3,5 @@
 #
 #     bench/gpu.sh            under ten minutes, by construction; not run on a GPU yet
 #     bench/gpu.sh --quick    under four
+#     bench/gpu.sh --dry-run  without a GPU: the Python of every part, up to its first CUDA call
 exec "${PYTHON:-python3}" "$(dirname "$0")/gpu/run.py" "$@"

@@ -1,7 +1,7 @@
 """Plans of focal modulation: the aggregation and the products that follow it, chunk by chunk.
 
-A chunk is as many images as keep what the kernels hand to one another on chip: agg in forward; agg, dm and dagg in
-backward. Kernels of a chunk follow one another on the stream, so nothing waits across a grid.
+A chunk is the whole batch, unless its scratch would grow too large: a launch has to fill the device first. Kernels of
+a chunk follow one another on the stream, so nothing waits across a grid.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def forward_plan(case: Case, device: Device, config: LevelConfig | None = None, 
     def alive(images: int) -> int:
         return images * agg_bytes + gated_aggregation.forward_launches(case, device, levels, 0, images)[2]
 
-    chunk = largest_chunk(case, device, levels, alive)
+    chunk = largest_chunk(case, device, levels)
     launches: list[Launch] = []
     buffers = {
         "out": Buffer((case.batch, case.height, case.width, case.channels), case.dtype, is_output=True),
@@ -54,7 +54,7 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None,
 
     def alive(images: int) -> int:
         # Partial sums, of dW and of db, live from the first chunk to the last.
-        splits = need_weight * splits_of(case, device, images)
+        splits = need_weight * splits_of(case, device, images, levels.splits)
         groups = need_bias * groups_of(case, device, product, images * case.positions)
         sums = 4 * case.channels * (splits * case.channels + groups)
         forward = gated_aggregation.forward_launches(case, device, levels, 0, images, need_agg)[2]
@@ -63,9 +63,9 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None,
         chunk_bytes = max(images * image_bytes + max(forward, need_dagg * down), 2 * images * image_bytes)
         return chunk_bytes + sums
 
-    chunk = largest_chunk(case, device, levels, alive)
+    chunk = largest_chunk(case, device, levels)
     backward = Backward(case, device, levels, aggregation_mask, chunk)
-    splits = splits_of(case, device, chunk)
+    splits = splits_of(case, device, chunk, levels.splits)
     groups = groups_of(case, device, product, chunk * case.positions)
     launches: list[Launch] = []
     buffers: dict[str, Buffer] = {"agg": Buffer((chunk, *image), case.dtype)}

@@ -7,7 +7,7 @@
     barriers             one between any two levels of a step: a level reads pixels that other threads wrote
 
 Bytes: 2 C + (L + 1) C / BLOCK_C elements a position, where the least is 2 C + L + 1. Every program has scratch of its
-own, so there are only as many programs as keep it on chip, and they walk over the images.
+own, so there are only as many programs as are resident at once, and they walk over the images.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from .level_launch import (
     operands,
     weight_arguments,
     workers_of,
-    workers_worth_their_weights,
 )
 from .levels import Image, conv_level, gated_rows, pack_levels, rings_of_program, share_of_program
 from .plan import Buffer, Case, Device, Launch, Plan
@@ -365,8 +364,7 @@ def forward_launches(
     if in_place and not agg_is_counted:
         own_bytes += case.positions * config.block_c * case.dtype.itemsize
     mean = Buffer((images, bands, case.channels), torch.float32)
-    items = min(images * bands, workers_worth_their_weights(case, device, images, blocks))
-    workers = workers_of(device, config, items, blocks, own_bytes, mean.nbytes)
+    workers = workers_of(device, config, images * bands, blocks)
     programs = workers * blocks
     launches = [
         Launch(

@@ -16,7 +16,7 @@ sum has one writer, and a second kernel adds them up in a fixed order.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -173,7 +173,7 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None)
         mean = forward_launches(case, device, config, 0, images, store_agg=False)[2]
         return max(mean, Backward(case, device, config, case.mask, images).alive(images))
 
-    chunk = largest_chunk(case, device, config, alive)
+    chunk = largest_chunk(case, device, config)
     steps = Backward(case, device, config, case.mask, chunk)
     launches, buffers = [], steps.buffers()
     for first, images in chunks(case.batch, chunk):
@@ -212,9 +212,7 @@ class Backward:
         return self.ring_elements * self.case.dtype.itemsize + 8 * self.case.taps * self.config.block_c
 
     def workers(self, images: int) -> int:
-        # One program a processor: rings take what the planes of a chunk need, and chunks read every weight anew.
-        config = replace(self.config, programs_per_sm=1)
-        return workers_of(self.device, config, images, self.blocks, self.own_bytes)
+        return workers_of(self.device, self.config, images, self.blocks)
 
     def alive(self, images: int) -> int:
         return self.workers(images) * self.blocks * self.own_bytes + self.dgates_parts(images).nbytes

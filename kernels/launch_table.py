@@ -6,7 +6,6 @@ a program, since the rings of all resident programs must stay in L2. Narrow maps
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,9 @@ class LevelConfig:
 
     ``step``: rows that a level of the backward works on between two barriers, where the program streams over rows.
     ``whole_plane``: the program does not stream; a level works on all rows before the next one begins.
+    How the work is divided: ``programs_per_sm`` that are resident at once, ``chunks`` that the batch is cut into,
+    ``bands`` of rows of a plane, ``splits`` of the rows that the gradient of the modulator's weight is summed over;
+    0: as many as the device is filled with.
     """
 
     block_w: int
@@ -31,6 +33,9 @@ class LevelConfig:
     step: int = 8
     whole_plane: bool = False
     programs_per_sm: int = 2
+    chunks: int = 0
+    bands: int = 0
+    splits: int = 0
 
     @property
     def num_warps(self) -> int:
@@ -47,20 +52,13 @@ class LevelConfig:
 
 @dataclass(frozen=True)
 class ProductConfig:
-    """Tile of a matrix product, and how many programs walk over its rows.
-
-    At most as many as are resident at once. Every group of programs reads all of W, so there are only as many groups
-    as keep the bytes read of W below ``weight_share`` times those of the plane; but always enough for ``least_busy``
-    of the processors to have a program.
-    """
+    """Tile of a matrix product. Its programs walk over the rows; there are as many as are resident at once."""
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
-    weight_share: float = math.inf
-    least_busy: float = 0.0
 
     @property
     def programs_per_sm(self) -> int:
@@ -121,22 +119,20 @@ ROWS = (
 )
 
 FORWARD, BACKWARD = "forward", "backward"
-# (bytes of an element, largest number of channels, configuration): the first row that fits the device. In 16 bit, what
-# binds is the bytes of W, most of all where maps are small and channels many: at 128 x 7 x 7 x 1024 W is a sixth of a
-# plane, and five groups of 16 slabs (80 programs) read it five times forward, three groups (48) in either product
-# backward. Narrow slabs make more programs with as few bytes. In float32 arithmetic binds, so the device is filled.
+# (bytes of an element, largest number of channels, configuration): the first row that fits the device. Every group of
+# programs reads all of W, from the L2; processors without a program would cost more. Narrow slabs make more programs
+# with as few bytes.
 PRODUCTS = {
     FORWARD: (
-        (2, 64, ProductConfig(128, 64, 32, 4, 3, 0.66, 1 / 2)),
-        (2, 448, ProductConfig(128, 128, 64, 8, 3, 0.66, 1 / 2)),
-        (2, 1 << 30, ProductConfig(256, 64, 64, 8, 3, 0.66, 1 / 2)),
-        (2, 1 << 30, ProductConfig(128, 128, 64, 8, 3, 0.66, 1 / 2)),  # where the shared memory is 99 KB
+        (2, 64, ProductConfig(128, 64, 32, 4, 3)),
+        (2, 448, ProductConfig(128, 128, 64, 8, 3)),
+        (2, 1 << 30, ProductConfig(256, 64, 64, 8, 3)),
+        (2, 1 << 30, ProductConfig(128, 128, 64, 8, 3)),  # where the shared memory is 99 KB
         (4, 1 << 30, ProductConfig(64, 64, 32, 4, 2)),
     ),
-    # A chunk has two products, and there are more chunks than forward: each product gets about half the share.
     BACKWARD: (
-        (2, 64, ProductConfig(128, 64, 32, 4, 3, 0.45, 1 / 4)),
-        (2, 1 << 30, ProductConfig(128, 64, 64, 8, 4, 0.45, 1 / 4)),
+        (2, 64, ProductConfig(128, 64, 32, 4, 3)),
+        (2, 1 << 30, ProductConfig(128, 64, 64, 8, 4)),
         (4, 1 << 30, ProductConfig(64, 64, 32, 4, 2)),
     ),
 }
@@ -172,6 +168,8 @@ def level_candidates(
             candidate = replace(first, block_w=block_w, block_c=min(block_c, first.block_c * 2), rows=rows)
             if candidate not in found and block_w < 2 * max(width, 8):
                 found.append(candidate)
+    found += [replace(first, chunks=chunks) for chunks in (2, 4)]
+    found += [replace(first, programs_per_sm=programs) for programs in (1, 4)]
     return found
 
 

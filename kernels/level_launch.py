@@ -70,31 +70,19 @@ def first_rows(rings: tuple[int, ...], config: LevelConfig) -> tuple[int, ...]:
     return tuple(starts)
 
 
-def workers_of(
-    device: Device, config: LevelConfig, items: int, blocks: int, own_bytes: int, shared_bytes: int = 0
-) -> int:
-    """Programs a block of channels: as many as are resident at once and keep their scratch on chip, but at least one
-    for every other processor."""
-    resident = config.programs_per_sm * device.sm_count
-    on_chip = (device.on_chip_bytes - shared_bytes) // max(own_bytes, 1)
-    # Scratch that leaves the L2 costs less than processors without work.
-    programs = max(min(resident, on_chip), device.sm_count // 2)
-    return max(1, min(items, programs // blocks))
-
-
-def workers_worth_their_weights(case: Case, device: Device, images: int, blocks: int) -> int:
-    """Workers a block of channels, at most: one a processor, or as many as read ten times more bytes of their images
-    than of their weights, which every program reads once."""
-    return max(1, device.sm_count // blocks, images * case.positions // (5 * case.taps))
+def workers_of(device: Device, config: LevelConfig, items: int, blocks: int) -> int:
+    """Programs a block of channels: as many as are resident at once, but no more than there are planes or bands."""
+    return max(1, min(items, config.programs_per_sm * device.sm_count // blocks))
 
 
 def bands_of(case: Case, device: Device, config: LevelConfig, planes: int) -> int:
     """Bands of rows that each plane is cut into: one, or more where there are fewer planes than half the processors.
 
-    Bands read a halo twice, so none is lower than two halos.
+    A program of one plane works as long as its rows and its halo are high: bands make that less, although the halo is
+    worked twice, as long as there are processors without a program.
     """
+    if config.bands:
+        return 1 if config.whole_plane else min(config.bands, case.height)
     if config.whole_plane or 2 * planes > device.sm_count or planes == 0:
         return 1
-    halo = sum(kh // 2 for kh, _ in case.kernel_sizes)
-    largest = case.height // max(2 * halo, 2 * config.rows)
-    return max(1, min(largest, device.sm_count // planes))
+    return max(1, min(case.height // config.rows, device.sm_count // planes))

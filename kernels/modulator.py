@@ -9,7 +9,7 @@
     dW    = dm^T @ agg                        a tile of dW and a range of rows a program, float32 partial sums
 
 Bytes: q, out, dout and dq once. agg, dm and dagg belong to a chunk of images and are still in L2 when the product that
-reads them runs, once a slab. W once a group: few groups save bytes, many fill the device; launch_table.py chooses. The
+reads them runs, once a slab. W once a group; there are as many groups as fill the device. The
 compiler sees the walk over tiles and steps of BLOCK_K as one loop (``flatten``), so the first loads of a tile are in
 flight while the tile before it is finished. That loop stands in each kernel: no device function can hold a loop whose
 body differs.
@@ -326,28 +326,29 @@ def slabs_of(case: Case, config: ProductConfig) -> int:
 
 
 def groups_of(case: Case, device: Device, config: ProductConfig, rows: int) -> int:
-    """Groups of programs, one program a slab. Each group reads all of W and walks over the rows in tiles.
+    """Groups of programs, one program a slab: as many as fill the device. Each walks over the rows in tiles.
 
-    As many as fill the device, while the bytes read of W stay below their share. Of the counts that give the same
-    longest walk, the smallest.
+    Of the counts that give the same longest walk, the smallest: every group reads all of W.
     """
     slabs, tiles = slabs_of(case, config), math.ceil(rows / config.block_m)
-    worth = max(config.weight_share * rows / case.channels, config.least_busy * device.sm_count / slabs)
-    groups = max(1, math.ceil(min(worth, config.programs_per_sm * device.sm_count // slabs)))
+    groups = max(1, config.programs_per_sm * device.sm_count // slabs)
     walk = math.ceil(tiles / groups)
     return math.ceil(tiles / walk)
 
 
-def splits_of(case: Case, device: Device, images: int) -> int:
-    """Ranges of rows that dW is summed over: as many as fill the device, each of at least eight steps.
+def splits_of(case: Case, device: Device, images: int, wanted: int = 0) -> int:
+    """Ranges of rows that dW is summed over: ``wanted``, or as many as fill the device, each of at least eight steps.
 
-    Their partial sums take at most a tenth of what stays on chip; more only where less than a third of the processors
-    would have a program otherwise.
+    Their partial sums take at most a tenth of what stays on chip; more only where a processor would have no program
+    otherwise.
     """
+    if wanted:
+        return wanted
     config = weight_product_config(case.channels, case.dtype)
     tiles = math.ceil(case.channels / config.block_m) * math.ceil(case.channels / config.block_n)
     fitting = device.on_chip_bytes // 10 // (4 * case.channels**2)
-    filling = min(device.sm_count // tiles, max(fitting, math.ceil(device.sm_count / 3 / tiles)))
+    programs = config.programs_per_sm * device.sm_count
+    filling = min(programs // tiles, max(fitting, math.ceil(device.sm_count / tiles)))
     return max(1, min(filling, images * case.positions // (8 * config.block_k)))
 
 

@@ -30,6 +30,10 @@ _TRITON_TYPES = {
 SHARED_BYTES = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 
+# Planes that a program walks over within one chunk, at most: this bounds the scratch of a large batch.
+MAX_ITEMS = 16
+
+
 @dataclass(frozen=True)
 class Device:
     """What the configuration depends on. ``arch`` is the compute capability times ten, 90 for an H100."""
@@ -149,17 +153,17 @@ def with_scratch(buffers: Mapping[str, Buffer], scratch: Mapping[str, Buffer]) -
     return merged
 
 
-def largest_chunk(case: Case, device: Device, config: LevelConfig, alive: Callable[[int], int]) -> int:
-    """Images of a chunk: the largest even share of the batch whose scratch stays on chip.
+def largest_chunk(case: Case, device: Device, config: LevelConfig) -> int:
+    """Images of a chunk: all, unless the configuration asks for several chunks or their scratch would grow too large.
 
-    A share that would give work to less than a sixth of the processors is not taken. If none is left, scratch goes
-    through memory, and the chunk is one that a quarter of the processors work on.
+    A launch has to fill the device, and every chunk costs the launches of a call once more. What the kernels hand to
+    one another goes through memory then where the L2 is too small; that costs less than processors without work.
     """
+    if config.chunks:
+        return math.ceil(case.batch / config.chunks)
     blocks = math.ceil(case.channels / config.block_c)
-    shares = [math.ceil(case.batch / parts) for parts in range(1, case.batch + 1)]
-    fitting = (n for n in shares if 6 * n * blocks >= device.sm_count and alive(n) <= device.on_chip_bytes)
-    busy = (n for n in shares if n <= math.ceil(device.sm_count / 4 / blocks))
-    return next(fitting, None) or next(busy, 1)
+    programs = config.programs_per_sm * device.sm_count
+    return min(case.batch, max(1, MAX_ITEMS * programs // blocks))
 
 
 def chunks(batch: int, chunk: int) -> list[tuple[int, int]]:

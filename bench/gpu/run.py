@@ -2,6 +2,7 @@
 
     bench/gpu.sh             under ten minutes
     bench/gpu.sh --quick     under four minutes
+    bench/gpu.sh --dry-run   no GPU needed: every part's Python up to its first CUDA call; tests are collected
 
 It needs torch >= 2.10 with CUDA, triton, nvcc, transformers, pytest and ninja, and no network. timm is measured if it
 is installed. `deadline` limits the time of each part. Parts that fail, are stopped or find no time left are listed.
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from deadline import Ended, Part, run_all
@@ -28,6 +30,15 @@ ROOT = Path(__file__).resolve().parents[2]
 TOTAL_S = {"full": 590.0, "quick": 230.0}
 SUMMARY_S = 20.0
 FIND_GPU_S = 40.0
+# Of a part of a dry run. Nothing there should take long, on a slow machine either.
+DRY_S = 240.0
+# What building needs: the packages of pyproject.toml's build system, and a compiler.
+CHECK_BUILD = """
+import importlib.util, shutil, sys
+absent = [name for name in ("setuptools", "wheel", "pybind11", "ninja", "torch") if not importlib.util.find_spec(name)]
+absent += [] if shutil.which("nvcc") else ["nvcc"]
+sys.exit(f"to build, these are missing: {', '.join(absent)}" if absent else 0)
+"""
 
 SUMMARY = (sys.executable, "bench/gpu/gpu_summary.py")
 
@@ -99,6 +110,21 @@ def _python(name: str, arguments: tuple[str, ...], limit: float, promised: float
     return Part(name, (sys.executable, *arguments), limit, promised)
 
 
+def dry(parts: list[Part]) -> list[Part]:
+    """The same parts, as far as they get without a GPU; nothing is built and nothing is written."""
+    return [replace(part, command=_dry_command(part), limit=DRY_S, promised=0.0) for part in parts]
+
+
+def _dry_command(part: Part) -> tuple[str, ...]:
+    if part.name == "build":
+        return (sys.executable, "-c", CHECK_BUILD)
+    python = part.command.index(sys.executable)
+    arguments = part.command[python + 1 :]
+    if "pytest" in arguments:
+        return (sys.executable, *arguments, "--collect-only")
+    return (sys.executable, "bench/gpu/dry.py", *arguments)
+
+
 def _sanitizers() -> list[Part]:
     sanitizer = shutil.which("compute-sanitizer")
     tests = (sys.executable, *CUDA_TESTS, "-x", "-k", "obey and 1x1")
@@ -111,6 +137,8 @@ def _sanitizers() -> list[Part]:
 def main() -> int:
     """0 where every part passed, 1 where one did not, 2 where there is no GPU."""
     mode = "quick" if "--quick" in sys.argv[1:] else "full"
+    if "--dry-run" in sys.argv[1:]:
+        return dry_run(quick() if mode == "quick" else full())
     deadline = time.monotonic() + TOTAL_S[mode]
     arch = architecture()
     if arch is None:
@@ -124,6 +152,16 @@ def main() -> int:
     ended = run_all(parts, deadline, SUMMARY_S, folder, environment)
     whole = summarize(ended, deadline, TOTAL_S[mode], folder)
     return int(not whole or any(one.status != "passed" for one in ended))
+
+
+def dry_run(parts: list[Part]) -> int:
+    """0 where every part gets to its first CUDA call, 1 where one does not."""
+    os.chdir(ROOT)
+    folder = Path(os.environ.get("OUT") or tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    ended = run_all(dry(parts), time.monotonic() + DRY_S * len(parts), 0.0, folder)
+    print(*(f"{one.part:20} {one.status:24} {one.seconds:6.0f} s" for one in ended), sep="\n")
+    return int(any(one.status != "passed" for one in ended))
 
 
 def architecture() -> str | None:

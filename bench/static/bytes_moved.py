@@ -2,9 +2,10 @@
 
     TRITON_INTERPRET=1 python bench/static/bytes_moved.py [--variant tiny_lrf ...]
 
-A program's bytes are the distinct bytes of each tensor that it touches, summed over programs. Weights count once for
-every program that reads them. Scratch memory counts as on chip if all of it that is alive at once is under 60 percent
-of the L2 cache.
+A program's bytes are the distinct bytes of each tensor that it touches, summed over programs. Weights, which every
+program reads, come from memory once and from the L2 after that. Scratch is counted apart: its bytes go through memory
+only if all of it that is alive at once takes more than 60 percent of the L2. The time of a launch, not these bytes
+alone, decides how work is divided: see performance_model.py.
 
 The interpreter counts the launches in the plan of the stage, with their tiles and channels, but on a small map and one
 image. The result is then scaled to the stage: bytes of tensors with positions grow with the positions, bytes of
@@ -43,10 +44,12 @@ console = Console()
 
 @dataclass(frozen=True)
 class Moved:
-    """Bytes of one call, by tensor and in whole sectors, and of the scratch that is alive at once."""
+    """Bytes of one call: of operands and outputs, by tensor and in whole sectors; of scratch that leaves the chip; of
+    all scratch that is alive at once."""
 
     by_tensor: dict[str, float]
     sectors: float
+    scratch: float
     alive: int
     budget: int
 
@@ -82,17 +85,30 @@ def moved(operator: str, stage: Stage, batch: int, dtype: torch.dtype, device: D
     counts = {kind_of(launch): count(launch, small, small_case) for launch in small.launches}
     alive = alive_bytes(plan, case)
     by_tensor: dict[str, float] = defaultdict(float)
-    sectors = 0.0
+    sectors = scratch = 0.0
     for launch in plan.launches:
         banded = kind_of(launch) not in counts
         touched_by = count(launch, plan, case) if banded else counts[kind_of(launch)]
         for argument, touched in touched_by.items():
             name = launch.arguments[argument]
-            loads, stores = goes_to_memory(name, plan, alive <= device.on_chip_bytes)
+            loads, stores = goes_to_memory(name, plan, fits=True)
             times = math.prod(launch.grid) if banded else repeats(launch, name, case)
             by_tensor[name] += times * (loads * touched.loaded + stores * touched.stored)
             sectors += times * (loads * touched.loaded_sectors + stores * touched.stored_sectors)
-    return Moved(dict(by_tensor), sectors, alive, device.on_chip_bytes)
+            if name in plan.buffers and alive > device.on_chip_bytes:
+                scratch += times * ((not loads) * touched.loaded + (not stores) * touched.stored)
+    for name, nbytes in weight_bytes(case).items():
+        if name in by_tensor:
+            sectors -= max(0.0, by_tensor[name] - nbytes)
+            by_tensor[name] = min(by_tensor[name], nbytes)
+    return Moved(dict(by_tensor), sectors, scratch, alive, device.on_chip_bytes)
+
+
+def weight_bytes(case: Case) -> dict[str, int]:
+    """Bytes of the weights: small enough to stay in the L2 once they have been read."""
+    elements = {f"w{level}": case.channels * kh * kw for level, (kh, kw) in enumerate(case.kernel_sizes)}
+    elements |= {"weight": case.channels**2, "bias": case.channels}
+    return {name: count * case.dtype.itemsize for name, count in elements.items()}
 
 
 def goes_to_memory(name: str, plan: Plan, fits: bool) -> tuple[bool, bool]:
@@ -268,6 +284,7 @@ def row(operator: str, stage: Stage, batch: int, dtype: torch.dtype) -> dict:
         "bytes": found.bytes,
         "ratio": found.bytes / least,
         "sectors_ratio": found.sectors / least,
+        "scratch_ratio": found.scratch / least,
         "alive_bytes": found.alive,
         "on_chip_bytes": found.budget,
         "commit": commit(),
@@ -280,7 +297,7 @@ def show(rows: list[dict]) -> None:
     table = Table(title=f"{first['variant']}, batch {first['batch']}, {first['dtype']}: bytes over the least possible")
     for column in ("map", "operator"):
         table.add_column(column, no_wrap=True)
-    for column in ("MB", "ratio", "sectors", "alive"):
+    for column in ("MB", "ratio", "sectors", "scratch", "alive"):
         table.add_column(column, justify="right", no_wrap=True)
     for found in rows:
         table.add_row(
@@ -289,6 +306,7 @@ def show(rows: list[dict]) -> None:
             f"{found['least_bytes'] / 1e6:.1f}",
             f"{found['ratio']:.3f}",
             f"{found['sectors_ratio']:.2f}",
+            f"{found['scratch_ratio']:.2f}",
             f"{found['alive_bytes'] / 2**20:.1f}",
         )
     console.print(table)

@@ -94,7 +94,7 @@ def resources(compiled, arch: int) -> Resources:
         file.write(compiled.asm["cubin"])
         file.flush()
         found = subprocess.run(
-            [_tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+            [tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
         )
     uses = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", found.stdout))
     return Resources(
@@ -108,5 +108,6 @@ def resources(compiled, arch: int) -> Resources:
     )
 
 
-def _tool(name: str) -> Path:
+def tool(name: str) -> Path:
+    """Path of a program that comes with the triton package."""
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -150,7 +151,22 @@ def choose(operator: str, ctx: Tensor, focal_weights: Sequence[Tensor], backend:
     name = automatic(problem)
     if name == "reference" and problem.device.type == "cpu" and cpu.why_not(problem) is None:
         extension.warn_if_missing()
+    if name == "triton":
+        return functools.partial(_triton_or_next, problem)
     return _REGISTRY[name].operators[problem.operator]
+
+
+def _triton_or_next(problem: Problem, *arguments: Any) -> Any:
+    """Run ``problem`` on Triton, or on the next backend if a kernel needs more than the device has."""
+    if triton_backend.too_large(problem) is None:
+        try:
+            return _REGISTRY["triton"].operators[problem.operator](*arguments)
+        except Exception as error:
+            reason = triton_backend.out_of_resources(error, problem)
+            if reason is None:
+                raise
+            logger.warning("%s: not on backend triton: %s", problem.operator, reason)
+    return _REGISTRY[automatic(problem)].operators[problem.operator](*arguments)
 
 
 def optional(

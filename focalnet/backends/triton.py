@@ -54,6 +54,8 @@ def why_not(problem: Problem) -> str | None:
         return f"{problem.dtype} is not one of {', '.join(map(str, DTYPES))}"
     if problem.operator in OPTIONAL:
         return _why_not_rows(problem)
+    if reason := too_large(problem):
+        return reason
     if len(problem.kernel_sizes) > MAX_LEVELS:
         return f"{len(problem.kernel_sizes)} levels are more than {MAX_LEVELS}"
     if max(map(max, problem.kernel_sizes)) > MAX_KERNEL:
@@ -61,6 +63,28 @@ def why_not(problem: Problem) -> str | None:
     if problem.batch * problem.height * problem.width >= 2**31:
         return "there are 2^31 positions or more"
     return None
+
+
+# Calls whose launch this device refused, with the reason.
+_too_large: dict[Problem, str] = {}
+
+
+def too_large(problem: Problem) -> str | None:
+    """Why an earlier call like this one did not fit the device, or None."""
+    return _too_large.get(problem) if _too_large else None
+
+
+def out_of_resources(error: Exception, problem: Problem) -> str | None:
+    """Why ``error`` says that a launch does not fit this device, or None if it says something else.
+
+    `why_not` gives the same reason from then on.
+    """
+    import triton
+
+    if not isinstance(error, triton.runtime.errors.OutOfResources):
+        return None
+    _too_large[problem] = f"a kernel does not fit the device: {error}"
+    return _too_large[problem]
 
 
 def gated_aggregation(

@@ -162,3 +162,26 @@ def test_the_script_says_where_there_is_no_gpu(tmp_path):
     ended = subprocess.run(["bash", script], capture_output=True, text=True, env=environment, timeout=120)
     assert ended.returncode == 2
     assert "no CUDA device" in ended.stderr
+
+
+@pytest.mark.slow
+def test_a_dry_run_takes_every_part_to_its_first_cuda_call(tmp_path):
+    script = os.path.join(gpu.ROOT, "bench", "gpu.sh")
+    environment = {**os.environ, "PYTHON": sys.executable, "OUT": str(tmp_path)}
+    ended = subprocess.run(
+        ["bash", script, "--dry-run"], capture_output=True, text=True, env=environment, timeout=600, check=False
+    )
+    assert ended.returncode == 0, ended.stdout
+    for part in gpu.full():
+        log = (tmp_path / f"{part.name}.log").read_text()
+        if "bench/" in " ".join(part.command):
+            assert "reached the first CUDA call" in log, f"{part.name}: {log[-500:]}"
+
+
+def test_a_dry_run_finds_a_part_that_does_not_start(tmp_path, monkeypatch, capfd):
+    script = tmp_path / "broken.py"
+    script.write_text("import torch\nimport a_module_that_nobody_has\n")
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert gpu.dry_run([gpu._python("broken", (str(script),), 10)]) == 1
+    assert "a_module_that_nobody_has" in capfd.readouterr().out

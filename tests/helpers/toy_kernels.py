@@ -36,3 +36,16 @@ def many_registers_kernel(x, y, BLOCK: tl.constexpr):
     a, b = tl.load(x + i), tl.load(x + BLOCK + i)
     tl.debug_barrier()
     tl.store(y + i, tl.cumsum(a) + tl.flip(b))
+
+
+@triton.jit(do_not_specialize=["n", "inner"])
+def walk_kernel(x, y, n, inner, BLOCK: tl.constexpr):
+    """Every program walks over its share of the blocks and multiplies and adds each ``inner`` times."""
+    for block in range(tl.program_id(0), tl.cdiv(n, BLOCK), tl.num_programs(0)):
+        at = block * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(x + at, mask=at < n, other=0.0)
+        total = value
+        for _ in range(inner):
+            total = tl.fma(total, value, value)
+            tl.debug_barrier()
+        tl.store(y + at, total, mask=at < n)

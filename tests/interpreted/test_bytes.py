@@ -7,7 +7,7 @@ import bytes_moved
 import pytest
 import torch
 from bytes_moved import NOWHERE, VARIANTS, case_of, count, kind_of, moved, plan_of, repeats, small_plan
-from focalnet.kernels.plan import H100
+from focalnet.kernels.plan import H100, MAX_ITEMS
 
 from focalnet.benchmark.floors import OPERATORS, Stage, stages, work
 from focalnet.benchmark.rows import read
@@ -29,7 +29,6 @@ def test_bytes_moved_at_224(variant, stage, operator):
     where = stages(variant)[stage]
     found = moved(operator, where, 128, torch.bfloat16)
     least = work(operator, where, 128, torch.bfloat16).bytes
-    assert found.alive <= found.budget, f"{found.alive} bytes of scratch are alive, {found.budget} stay on chip"
     assert least * 0.99 < found.bytes <= least * BOUNDS[operator]
 
 
@@ -43,16 +42,15 @@ def test_the_committed_rows_hold_the_bounds(variant):
             row = rows[stage.index + 1, operator]
             assert row["shape"] == [128, stage.height, stage.width, stage.channels]
             assert row["ratio"] <= bounds[operator], (stage, operator)
-            assert row["alive_bytes"] <= row["on_chip_bytes"], (stage, operator)
+            assert bool(row["scratch_ratio"]) == (row["alive_bytes"] > row["on_chip_bytes"]), (stage, operator)
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("variant", ["large_fl3", "large_fl4"])
-@pytest.mark.parametrize("stage", range(4))
-def test_scratch_of_large_stays_on_chip(variant, stage, operator):
-    where = stages(variant)[stage]
-    case = case_of(operator, where, 128, torch.bfloat16)
-    assert bytes_moved.alive_bytes(plan_of(operator, case), case) <= H100.on_chip_bytes
+@pytest.mark.parametrize("batch", [128, 4096])
+def test_a_large_batch_does_not_need_more_scratch_than_a_few_walks_over_the_device(batch):
+    stage = stages("tiny_lrf")[0]
+    plan = plan_of("focal_modulation", case_of("focal_modulation", stage, batch, torch.bfloat16))
+    (agg,) = (buffer for name, buffer in plan.buffers.items() if name == "agg")
+    assert agg.shape[0] * math.ceil(stage.channels / 16) <= MAX_ITEMS * 2 * H100.sm_count
 
 
 def test_what_a_program_touches_grows_as_the_scaling_says():

@@ -180,7 +180,7 @@ def run_plan(plan, shape, arguments, dout=None):
 
 
 def test_chunks_of_images_give_what_one_gives(monkeypatch):
-    """Where the scratch of all images would not stay on chip: gradients of weights go on from chunk to chunk.
+    """Where the plan is asked for several chunks: gradients of weights go on from chunk to chunk.
 
     A tile of the product is an image here, so that every row has the same place in a tile, whatever the chunk: numpy,
     which multiplies in the interpreter, rounds by the place.
@@ -194,11 +194,13 @@ def test_chunks_of_images_give_what_one_gives(monkeypatch):
     ]
     case = Case(3, 4, 4, 8, ((3, 3),), torch.float32, False, 8, 2, 8, True, (True,) * 6)
     dout = torch.ones_like(arguments[0])
-    whole, parts = (focal_modulation.forward_plan(case, device) for device in (H100, SMALL_CACHE))
+    config = launch_table.level_config(4, 4, 8, (3,), torch.float32)
+    divisions = ((H100, config), (SMALL_CACHE, replace(config, chunks=3)))
+    whole, parts = (focal_modulation.forward_plan(case, *division) for division in divisions)
     assert len(parts.launches) > len(whole.launches)
     made, expected = (run_plan(plan, shape, arguments)["out"] for plan in (parts, whole))
     assert torch.equal(made, expected)
-    whole, parts = (focal_modulation.backward_plan(case, device) for device in (H100, SMALL_CACHE))
+    whole, parts = (focal_modulation.backward_plan(case, *division) for division in divisions)
     assert len(parts.launches) > len(whole.launches)
     for name, expected in run_plan(whole, shape, arguments, dout).items():
         made = run_plan(parts, shape, arguments, dout)[name]

@@ -1,0 +1,88 @@
+"""The machine code of csrc/cuda's kernels, counted as performance_model.py counts that of Triton's.
+
+    python bench/static/cuda_code.py csrc/cuda/gated_aggregation_fwd.cu --architecture 90
+
+nvcc compiles a source to PTX and to a cubin. The command lists each kernel's instructions by pipe, its loops, and what
+one trip of a loop holds. `kernel` gives an `instruction_counts.Kernel`, whose trips follow from the arguments of a
+launch: parameters by their name in the PTX, fields of a struct as ``name+offset``.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from compiled import tool
+from instruction_counts import Kernel
+from loops import Loop
+from ptxas import FLAGS, kernel_name
+from rich.console import Console
+from rich.table import Table
+
+PIPES = ("fma", "alu", "memory", "special", "tensor", "control", "constant", "uniform")
+console = Console(width=150)
+
+
+def compiled(source: Path, architecture: int, nvcc: str = "nvcc") -> tuple[str, str]:
+    """(PTX, disassembly) of a source.
+
+    Raises:
+        RuntimeError: nvcc does not compile it; the message is nvcc's.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "code.ptx"), Path(folder, "code.cubin")
+        target = f"-arch=sm_{architecture}"
+        for kind, path in (("--ptx", ptx), ("--cubin", cubin)):
+            ended = subprocess.run(
+                [nvcc, *FLAGS, target, kind, str(source), "-o", str(path)], capture_output=True, text=True, check=False
+            )
+            if ended.returncode:
+                raise RuntimeError(f"{source} for sm_{architecture}: {ended.stderr}")
+        shown = subprocess.run([tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True)
+        return ptx.read_text(), shown.stdout
+
+
+def names(ptx: str) -> list[str]:
+    """The kernels of a PTX, as the linker calls them."""
+    return re.findall(r"\.entry\s+(\w+)\s*\(", ptx)
+
+
+def kernel(ptx: str, disassembly: str, name: str) -> Kernel:
+    """A kernel, to be counted for launches."""
+    return Kernel(ptx, disassembly, name)
+
+
+def pipes(found: Kernel, loop: Loop) -> Counter[str]:
+    """Instructions of one trip of a loop, without the loops inside, by pipe."""
+    return sum((found.blocks[block].pipes() for block in loop.own), Counter())
+
+
+def main(
+    source: Annotated[Path, typer.Argument(help="A .cu file.")],
+    architecture: Annotated[int, typer.Option(help="Compute capability, as 90.")] = 90,
+    nvcc: Annotated[str, typer.Option(envvar="NVCC")] = "nvcc",
+) -> None:
+    """Print a table of each kernel's loops."""
+    ptx, disassembly = compiled(source, architecture, nvcc)
+    for name in names(ptx):
+        found = kernel(ptx, disassembly, name)
+        table = Table("loop", "instructions", *PIPES, title=f"{kernel_name(name)}, sm_{architecture}")
+        _add(table, found, found.code, 0)
+        console.print(table)
+
+
+def _add(table: Table, found: Kernel, loop: Loop, depth: int) -> None:
+    counts = pipes(found, loop)
+    name = "outside" if loop.header < 0 else f"{'  ' * depth}at block {loop.header}"
+    table.add_row(name, str(sum(counts.values())), *(str(counts[pipe]) for pipe in PIPES))
+    for inner in loop.inner:
+        _add(table, found, inner, depth + 1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

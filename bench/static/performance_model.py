@@ -1,0 +1,359 @@
+"""Predicts the time of every Triton launch on a GPU that is not here, and says what binds it.
+
+    python bench/static/performance_model.py [--variant tiny_lrf] [--device H100] [--batch 128] [--dtype bfloat16]
+
+A launch is compiled for the device; `instruction_counts` multiplies its machine code by the trips of its loops. Then
+
+    busy      programs on the busiest multiprocessor: whole waves, and what is left of the last one
+    issue     their instructions over four a clock                pipe     those of one pipe over its rate
+    l1        their requests over 128 bytes a clock               chain    waves times what a warp alone needs
+    l2, dram  bytes of the launch over the bandwidth (launch_bytes.py)
+
+and the time is the longest of them. An operator takes the sum over its launches and ``GAP`` between two of them. The
+floor is that of `floors.work`. No figure here is measured: every one is a prediction. Rows:
+bench/results/without-gpu/predicted.json.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated
+
+import torch
+import triton
+import typer
+from all_launches import arguments_of, key_of
+from bytes_moved import case_of, plan_of
+from compile_report import source
+from compiled import Resources, compile_launch, resources, tool
+from focalnet.kernels.plan import Case, Launch, Plan
+from instruction_counts import Executed, Kernel
+from launch_bytes import Bytes, bytes_of, ring_bytes
+from machine_code import load_cycles
+from processors import PROCESSORS, SCHEDULERS, Processor
+from rich.console import Console
+from rich.table import Table
+
+from focalnet.benchmark.environment import versions
+from focalnet.benchmark.floors import OPERATORS, Gpu, Stage, stages, work
+from focalnet.benchmark.rows import NOWHERE, write
+
+FILE = "predicted"
+# Not the B200: the PTX of its products waits in inline assembly, with labels that executed.py does not follow.
+PREDICTED = ("A100", "RTX 4090", "H100")
+# Seconds from the end of a kernel to the start of the next on the same stream: a microsecond or two on these devices.
+GAP = 2e-6
+# Programs of a launch that are counted; all do nearly the same, but the last ones of a walk may have one item less.
+SAMPLE = 4
+
+console = Console(width=150)
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Of one launch: seconds that each resource needs, and the figures that they follow from."""
+
+    kernel: str
+    programs: int
+    programs_per_sm: int
+    waves: int
+    registers: int
+    shared: int
+    busy: int
+    instructions: float
+    by: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return max(self.by.values())
+
+    @property
+    def bound(self) -> str:
+        return max(self.by, key=lambda name: self.by[name])
+
+
+def predict(
+    processor: Processor, used: Resources, executed: Sequence[Executed], programs: int, moved: Bytes
+) -> Predicted:
+    """The time of a launch whose ``programs`` do what those of ``executed`` do."""
+    sms = processor.device.sm_count
+    resident = processor.programs_per_sm(used.registers, used.shared, used.threads)
+    whole, rest = divmod(programs, sms * resident)
+    busy, waves = whole * resident + math.ceil(rest / sms), math.ceil(programs / (sms * resident))
+    # In one wave the multiprocessor with the longest programs decides, in many the average.
+    choose = max if waves == 1 else _mean
+    cycles = {
+        "issue": busy * choose([one.instructions for one in executed]) / SCHEDULERS,
+        "l1": busy * choose([one.wavefronts for one in executed]) / processor.memory,
+        "chain": waves * choose([one.chain for one in executed]),
+    }
+    for pipe in ("fma", "alu", "special"):
+        cycles[pipe] = busy * choose([one.pipes.get(pipe, 0) for one in executed]) / processor.rate(pipe)
+    cycles["tensor"] = busy * choose([one.tensor for one in executed]) / processor.tensor
+    by = {name: value / processor.clock for name, value in cycles.items()}
+    by |= {"l2": moved.l2 / processor.l2_bandwidth, "dram": moved.memory / processor.bandwidth}
+    total = programs * _mean([one.instructions for one in executed])
+    return Predicted(used.kernel, programs, resident, waves, used.registers, used.shared, busy, total, by)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def predict_launch(launch: Launch, plan: Plan, case: Case, processor: Processor) -> Predicted:
+    types = plan.dtype_of()
+    used, kernel = _compiled(_Key(launch, types, processor.device.arch))
+    numbers = [value for value in launch.arguments.values() if not isinstance(value, str)]
+    names = [name for name, bits in kernel.ptx.parameters]
+    places = [place for place, value in enumerate(launch.arguments.values()) if not isinstance(value, str)]
+    arguments = {names[place]: int(number) for place, number in zip(places, numbers, strict=True)}
+    load = load_cycles(min(1.0, processor.device.on_chip_bytes / max(1, ring_bytes(launch, plan))))
+    found = [
+        kernel.executed(arguments, program, launch.grid, used.threads, load=load)
+        for program in _sample(launch.grid, SAMPLE)
+    ]
+    _check(launch, found)
+    programs = math.prod(launch.grid)
+    if "PRECISION" in launch.constexprs and not any(one.tensor for one in found) and case.dtype.itemsize == 2:
+        # Tensor cores of data center Blackwell: the shape of a product is not in the instruction.
+        share = _multiply_adds(launch, case) / programs
+        found = [_with_tensor(one, share) for one in found]
+    return predict(processor, used, found, programs, bytes_of(launch, plan, case, processor.device))
+
+
+# Arithmetic of the machine code over that of the PTX. They differ where the assembler merges or adds operations.
+MIN_FOUND, MAX_FOUND = 0.8, 1.5
+
+
+def _check(launch: Launch, found: Sequence[Executed]) -> None:
+    """Raise a RuntimeError if loops of the machine code were not recognised: then every figure would be wrong."""
+    for one in found:
+        if one.floats_of_ptx > 1000 and not MIN_FOUND < one.floats / one.floats_of_ptx < MAX_FOUND:
+            raise RuntimeError(
+                f"{launch.name} {dict(launch.constexprs)}: the loops of the machine code account for {one.floats:.0f} "
+                f"float32 operations of a warp, those of the PTX for {one.floats_of_ptx:.0f}. Look at loops.align."
+            )
+
+
+def _with_tensor(one: Executed, multiply_adds: float) -> Executed:
+    return Executed(**{**asdict(one), "tensor": multiply_adds})
+
+
+def _multiply_adds(launch: Launch, case: Case) -> float:
+    return float(launch.arguments["row_count"]) * case.channels**2
+
+
+def _sample(grid: tuple[int, ...], count: int) -> list[tuple[int, int, int]]:
+    programs = math.prod(grid)
+    chosen = sorted({round(i * (programs - 1) / max(1, count - 1)) for i in range(count)})
+    return [(one % grid[0], one // grid[0] % grid[1], one // (grid[0] * grid[1])) for one in chosen]
+
+
+class _Key:
+    """A launch by what decides its machine code."""
+
+    def __init__(self, launch: Launch, types: dict[str, torch.dtype], arch: int) -> None:
+        self.launch, self.types, self.arch = launch, types, arch
+        self.key = (key_of(launch, types), launch.maxnreg, arch)
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Key) and self.key == other.key
+
+
+@functools.cache
+def _compiled(key: _Key) -> tuple[Resources, Kernel]:
+    launch = key.launch
+    made = compile_launch(launch.kernel, arguments_of(launch, key.types), launch.options, key.arch)
+    return resources(made, key.arch), Kernel(made.asm["ptx"], disassembled(made.asm["cubin"]))
+
+
+def disassembled(cubin: bytes) -> str:
+    """What nvdisasm prints of machine code."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool("nvdisasm"), "-c", file.name], capture_output=True, text=True, check=True).stdout
+
+
+# ---- an operator ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Total:
+    """Of one call of an operator: its launches, one after another."""
+
+    launches: list[Predicted]
+    outputs: int
+
+    @property
+    def seconds(self) -> float:
+        return sum(one.seconds for one in self.launches) + GAP * len(self.launches)
+
+    @property
+    def fewest_programs(self) -> int:
+        return min(one.programs for one in self.launches)
+
+    def instructions_per_output(self, kernel: str) -> float:
+        """Of a thread, for each element of a map."""
+        return 32 * sum(one.instructions for one in self.launches if one.kernel == kernel) / self.outputs
+
+    def of_kernel(self, kernel: str) -> float:
+        """Seconds of all launches of a kernel, with their gaps."""
+        return sum(one.seconds + GAP for one in self.launches if one.kernel == kernel)
+
+
+def predict_plan(plan: Plan, case: Case, processor: Processor) -> Total:
+    predicted: dict[tuple, Predicted] = {}
+    launches = []
+    for launch in plan.launches:
+        key = (launch.name, launch.grid, *(value for value in launch.arguments.items() if value[0] not in _PLACES))
+        if key not in predicted:
+            predicted[key] = predict_launch(launch, plan, case, processor)
+        launches.append(predicted[key])
+    return Total(launches, case.batch * case.positions * case.channels)
+
+
+# Where a chunk lies: does not change what is executed.
+_PLACES = ("first_image", "first_row", "first_unit", "first_dagg")
+
+
+def predict_operator(operator: str, stage: Stage, batch: int, dtype: torch.dtype, processor: Processor) -> Total:
+    case = case_of(operator, stage, batch, dtype)
+    return predict_plan(plan_of(operator, case, processor.device), case, processor)
+
+
+def gpu_of(processor: Processor) -> Gpu:
+    """For `floors.work`: the same device."""
+    lanes = 32 * processor.device.sm_count * processor.clock
+    return Gpu(
+        processor.name, processor.bandwidth, 2 * processor.fma * lanes,
+        2 * processor.tensor * processor.device.sm_count * processor.clock, processor.special * lanes,
+        processor.device.l2_bytes, processor.device.sm_count, processor.device.arch,
+    )  # fmt: skip
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------
+
+
+def rows_of(operator: str, stage: Stage, batch: int, dtype: torch.dtype, processor: Processor) -> list[dict]:
+    """A row for each kernel of the operator, and one for all of them."""
+    total = predict_operator(operator, stage, batch, dtype, processor)
+    head = {
+        "case": "predicted",
+        "operator": operator,
+        "variant": stage.variant,
+        "stage": stage.index + 1,
+        "x": processor.name,
+        "batch": batch,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    floor = work(operator, stage, batch, dtype).seconds(gpu_of(processor), dtype)
+    sources = plan_digest(plan_of(operator, case_of(operator, stage, batch, dtype), processor.device))
+    rows = [
+        head
+        | {
+            "subject": "all",
+            "predicted_us": _us(total.seconds),
+            "floor_us": _us(floor),
+            "launches": len(total.launches),
+            "fewest_programs": total.fewest_programs,
+            "digest": sources,
+            "triton": triton.__version__,
+        }
+    ]
+    for name in dict.fromkeys(one.kernel for one in total.launches):
+        mine = [one for one in total.launches if one.kernel == name]
+        slowest = max(mine, key=lambda one: one.seconds)
+        rows.append(
+            head
+            | {
+                "subject": name,
+                "predicted_us": _us(total.of_kernel(name)),
+                "launches": len(mine),
+                "bound": slowest.bound,
+                "programs": slowest.programs,
+                "programs_per_sm": slowest.programs_per_sm,
+                "waves": slowest.waves,
+                "registers": slowest.registers,
+                "shared": slowest.shared,
+                "instructions_per_output": round(total.instructions_per_output(name), 1),
+                "us_by": {resource: _us(sum(one.by[resource] for one in mine)) for resource in slowest.by},
+            }
+        )
+    return rows
+
+
+def _us(seconds: float) -> float:
+    return round(1e6 * seconds, 2)
+
+
+def plan_digest(plan: Plan) -> str:
+    """Changes with the text of a kernel, with its constants and with what is launched."""
+    parts = [
+        f"{source(one)} {one.grid} {sorted(one.options.items())} {[*one.arguments.items(), *one.constexprs.items()]}"
+        for one in plan.launches
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def main(
+    variant: Annotated[list[str], typer.Option(help="Published variants.")] = ["tiny_lrf"],  # noqa: B006
+    device: Annotated[list[str], typer.Option(help="A100, RTX 4090, H100.")] = [*PREDICTED],  # noqa: B006
+    batch: Annotated[list[int], typer.Option(help="Images.")] = [1, 8, 128],  # noqa: B006
+    dtype: Annotated[list[str], typer.Option(help="float32, bfloat16, float16.")] = ["bfloat16"],  # noqa: B006
+    operator: Annotated[list[str], typer.Option(help="Operators; all.")] = [*OPERATORS],  # noqa: B006
+    stage: Annotated[list[int], typer.Option(help="Stages, from 1.")] = [1, 2, 3, 4],  # noqa: B006
+    dry: Annotated[bool, typer.Option(help="Print only.")] = False,
+) -> None:
+    """Predict, print a table for each device and batch, and write the rows."""
+    warnings.simplefilter("ignore")
+    for name in device:
+        for type_name in dtype:
+            for one in variant:
+                for images in batch:
+                    rows = [
+                        row
+                        for number in stage
+                        for op in operator
+                        for row in rows_of(
+                            op, stages(one)[number - 1], images, getattr(torch, type_name), PROCESSORS[name]
+                        )
+                    ]
+                    show(rows, f"predicted, not measured: {one}, {name}, batch {images}, {type_name}")
+                    if not dry:
+                        write([row | versions() for row in rows], FILE, NOWHERE)
+
+
+def show(rows: list[dict], title: str) -> None:
+    table = Table(title=title)
+    for column in ("stage", "operator, kernel"):
+        table.add_column(column, no_wrap=True)
+    for column in ("launches", "us", "floor", "bound", "programs", "a SM", "waves", "regs", "instr/output"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        whole = row["subject"] == "all"
+        table.add_row(
+            str(row["stage"]) if whole else "",
+            row["operator"] if whole else f"  {row['subject']}",
+            str(row["launches"]),
+            f"{row['predicted_us']:.0f}",
+            f"{row['floor_us']:.0f}" if whole else "",
+            *("" if whole else str(row[field]) for field in ("bound", "programs", "programs_per_sm", "waves")),
+            *("" if whole else str(row[field]) for field in ("registers", "instructions_per_output")),
+            style="bold" if whole else "",
+        )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

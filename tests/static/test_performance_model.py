@@ -1,0 +1,246 @@
+"""The performance model: it counts what a kernel executes, and its committed rows belong to the source that is here.
+
+Its figures are predictions. Nothing in them was measured.
+"""
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import performance_model
+import pytest
+import torch
+from all_launches import arguments_of
+from bytes_moved import case_of, plan_of
+from compiled import Pointer, Resources, compile_launch
+from executed import Ptx
+from instruction_counts import Executed, Kernel
+from launch_bytes import Bytes
+from loops import align, loops
+from machine_code import blocks_of, load_cycles
+from performance_model import FILE, PREDICTED, disassembled, plan_digest, predict
+from processors import H100, PROCESSORS, RTX_4090
+from toy_kernels import walk_kernel
+
+from focalnet.benchmark.floors import ERF_OPERATIONS, OPERATORS, Work, stages
+from focalnet.benchmark.rows import NOWHERE, read
+
+ROWS = read(FILE, NOWHERE)
+WHOLE = [row for row in ROWS if row["subject"] == "all"]
+
+
+# ---- how often a loop runs ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def walk():
+    made = compile_launch(
+        walk_kernel,
+        {"x": Pointer(torch.float32), "y": Pointer(torch.float32), "n": 1000, "inner": 3, "BLOCK": 128},
+        {"num_warps": 4, "num_stages": 1},
+        90,
+    )
+    return Kernel(made.asm["ptx"], disassembled(made.asm["cubin"]))
+
+
+@pytest.mark.parametrize("n, inner", [(1000, 3), (128, 1), (1, 7)])
+def test_the_trips_of_nested_loops_follow_from_the_numbers_of_a_launch(walk, n, inner):
+    """Every program walks over every second block of 128, and adds each of them ``inner`` times."""
+    names = [name for name, _ in walk.ptx.parameters]
+    arguments = {names[2]: n, names[3]: inner}
+    for program in (0, 1):
+        blocks = len(range(program, math.ceil(n / 128), 2))
+        found = walk.executed(arguments, (program, 0, 0), (2, 1, 1), 128)
+        assert found.floats_of_ptx == blocks * inner
+
+
+def test_a_branch_on_what_a_tensor_holds_is_refused():
+    text = """
+.visible .entry kernel(
+	.param .u64 kernel_param_0
+)
+{
+	ld.param.b64 %rd1, [kernel_param_0];
+	ld.global.b32 %r1, [%rd1];
+	setp.eq.s32 %p1, %r1, 0;
+	@%p1 bra $L__1;
+	mov.b32 %r2, 1;
+$L__1:
+	ret;
+}
+"""
+    with pytest.raises(ValueError, match=r"ld\.global\.b32"):
+        Ptx(text).counts({}, (0, 0, 0), (1, 1, 1), 0, 32)
+
+
+def test_loops_are_found_and_nested_by_their_headers():
+    #   0 -> 1 -> 2 (to itself) -> 3 -> 1, 3 -> 4 -> 5 (to itself) -> 6
+    whole = loops([[1], [2], [2, 3], [1, 4], [5], [5, 6], []])
+    (outer, last) = whole.inner
+    assert (outer.header, outer.blocks, [one.header for one in outer.inner]) == (1, {1, 2, 3}, [2])
+    assert (last.header, last.own) == (5, {5})
+
+
+def test_a_loop_that_was_unrolled_has_no_partner_and_the_others_keep_theirs():
+    three = loops([[1], [1, 2], [2, 3], [3, 4], []])
+    two = loops([[1], [1, 2], [2, 3], []])
+    weights = {1: 96, 2: 160, 3: 224}
+    pairs = align(two, three, lambda loop: {1: 96, 2: 224}[loop.header], lambda loop: weights[loop.header])
+    assert [(one.header, other.header) for one, other in pairs[1:]] == [(1, 1), (2, 3)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator, kernel", [("gated_aggregation", "fwd"), ("gated_aggregation_bwd", "bwd")])
+def test_machine_code_and_ptx_agree_on_the_arithmetic_of_a_kernel_of_levels(operator, kernel):
+    """Every float32 operation of the PTX is counted by its own block: the machine code's loops must add up to it."""
+    case = case_of(operator, stages("tiny_lrf")[0], 128, torch.bfloat16)
+    plan = plan_of(operator, case, H100.device)
+    launch = next(one for one in plan.launches if one.name == f"gated_aggregation_{kernel}_kernel")
+    made = compile_launch(launch.kernel, arguments_of(launch, plan.dtype_of()), launch.options, 90)
+    found = Kernel(made.asm["ptx"], disassembled(made.asm["cubin"]))
+    names = [name for name, _ in found.ptx.parameters]
+    arguments = {
+        names[place]: value for place, value in enumerate(launch.arguments.values()) if not isinstance(value, str)
+    }
+    counted = found.executed(arguments, (0, 0, 0), launch.grid, 128)
+    assert counted.floats == pytest.approx(counted.floats_of_ptx, rel=0.02)
+
+
+# ---- what machine code costs ----------------------------------------------------------------------------------------
+
+CODE = """
+//--------------------- .text.kernel --------------------------
+        /*0000*/                   LDG.E.64 R2, desc[UR4][R8.64] ;
+        /*0010*/                   SHF.L.U32 R4, R2, 0x10, RZ ;
+        /*0020*/                   FFMA R5, R4, R6, R5 ;
+        /*0030*/                   FFMA R7, R4, R6, R7 ;
+        /*0040*/                   STG.E.128 desc[UR4][R8.64], R4 ;
+        /*0050*/                   EXIT ;
+"""
+
+
+def test_instructions_go_to_their_pipes_and_wide_requests_take_several_turns_of_the_l1():
+    block = blocks_of(CODE)[0]
+    assert block.pipes() == {"memory": 2, "alu": 1, "fma": 2, "control": 1}
+    assert [one.wavefronts for one in block.instructions] == [2, 0, 0, 0, 4, 0]
+
+
+def test_a_warp_alone_waits_for_its_load_and_no_longer_than_it_takes():
+    block = blocks_of(CODE)[0]
+    assert block.cycles(load=300) - block.cycles(load=100) == 200
+    assert block.cycles(load=100) >= 100 + len(block.instructions) - 1
+    assert load_cycles(in_l2=0) > load_cycles(in_l2=1)
+
+
+@pytest.mark.parametrize(
+    "processor, registers, shared, threads, programs",
+    [(H100, 255, 0, 128, 2), (H100, 128, 0, 256, 2), (H100, 32, 100_000, 128, 2), (RTX_4090, 32, 0, 512, 3)],
+)
+def test_registers_shared_memory_and_warps_limit_what_is_resident(processor, registers, shared, threads, programs):
+    assert processor.programs_per_sm(registers, shared, threads) == programs
+
+
+def test_a_program_more_than_fits_costs_a_wave_and_idle_processors_cost_nothing_less():
+    used = Resources("kernel", 90, registers=255, local=0, shared=0, code=0, threads=128)
+    one = Executed({"fma": 4e6}, tensor=0, wavefronts=0, chain=1e6, floats=0, floats_of_ptx=0)
+
+    def seconds(programs):
+        return predict(H100, used, [one], programs, Bytes(0, 0)).seconds
+
+    assert seconds(1) == seconds(132) == pytest.approx(1e6 / H100.clock)
+    assert seconds(264) == seconds(133) == pytest.approx(2 * seconds(132))
+    assert seconds(265) > seconds(264)
+
+
+def test_the_slowest_resource_decides():
+    used = Resources("kernel", 90, registers=64, local=0, shared=0, code=0, threads=128)
+    one = Executed({"fma": 4000}, tensor=0, wavefronts=0, chain=0, floats=0, floats_of_ptx=0)
+    assert predict(H100, used, [one], 132, Bytes(0, 0)).bound == "issue"
+    assert predict(H100, used, [replace(one, wavefronts=5000)], 132, Bytes(0, 0)).bound == "l1"
+    assert predict(H100, used, [one], 132, Bytes(0, 1e9)).bound == "dram"
+
+
+# ---- the committed rows ---------------------------------------------------------------------------------------------
+
+
+def _plan(row):
+    stage = stages(row["variant"])[row["stage"] - 1]
+    case = case_of(row["operator"], stage, row["batch"], getattr(torch, row["dtype"]))
+    return case, plan_of(row["operator"], case, PROCESSORS[row["x"]].device)
+
+
+@pytest.mark.parametrize("device", sorted({row["x"] for row in WHOLE}))
+def test_every_row_was_predicted_from_the_source_that_is_here(device):
+    """Fails when a kernel or a plan changes and the rows do not: then `bench/static/performance_model.py` is due."""
+    for row in WHOLE:
+        if row["x"] == device:
+            where = f"{row['operator']}, {row['variant']}, stage {row['stage']}, batch {row['batch']}"
+            assert row["digest"] == plan_digest(_plan(row)[1]), where
+
+
+@pytest.mark.slow
+def test_a_row_follows_from_the_model_again():
+    row = next(
+        row
+        for row in ROWS
+        if (row["operator"], row["subject"], row["stage"], row["batch"], row["x"])
+        == ("focal_modulation", "modulator_fwd_kernel", 4, 128, "H100")
+    )
+    case, plan = _plan(row)
+    total = performance_model.predict_plan(
+        SimpleNamespace(**{**vars(plan), "launches": plan.launches[-1:], "dtype_of": plan.dtype_of}), case, H100
+    )
+    assert round(1e6 * total.seconds, 2) == row["predicted_us"]
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_rows_cover_three_devices_and_four_stages(operator):
+    found = {(row["x"], row["stage"]) for row in WHOLE if row["operator"] == operator and row["batch"] == 128}
+    assert found >= {(device, stage) for device in PREDICTED for stage in (1, 2, 3, 4)}
+
+
+# Launches of a call, at most; microseconds on an H100, predicted, at batch 128 in bfloat16: no slower than these.
+MAX_LAUNCHES = {"focal_modulation": 4, "focal_modulation_bwd": 12}
+MAX_US = {
+    ("gated_aggregation", 1): 430, ("gated_aggregation", 2): 250, ("gated_aggregation", 3): 120,
+    ("gated_aggregation", 4): 65, ("focal_modulation_bwd", 1): 2400, ("focal_modulation_bwd", 2): 1300,
+    ("focal_modulation_bwd", 3): 700, ("focal_modulation_bwd", 4): 470,
+}  # fmt: skip
+
+
+def test_a_floor_charges_gelu_to_the_unit_that_the_kernels_use():
+    gpu = performance_model.gpu_of(H100)
+    without = Work(bytes=0, fma=1000, erf=0, matrix=0)
+    found = replace(without, erf=100).floors(gpu, torch.bfloat16)
+    assert found["fma"] == pytest.approx((1 + 0.1 * ERF_OPERATIONS) * without.floors(gpu, torch.bfloat16)["fma"])
+    assert found.keys() == {"memory", "fma", "matrix"}
+
+
+@pytest.mark.parametrize("operator", MAX_LAUNCHES)
+def test_a_call_at_batch_128_has_few_launches(operator):
+    found = [row for row in WHOLE if row["operator"] == operator and row["batch"] == 128]
+    assert found
+    assert max(row["launches"] for row in found) <= MAX_LAUNCHES[operator]
+
+
+@pytest.mark.parametrize("kernel", ["gated_aggregation_fwd_kernel", "gated_aggregation_bwd_kernel"])
+def test_levels_at_batch_128_put_two_programs_on_every_processor(kernel):
+    """Counts that are no multiple of the blocks of channels leave a block's worth of places empty."""
+    found = [row for row in ROWS if row["subject"] == kernel and row["batch"] == 128]
+    assert found
+    for row in found:
+        device = PROCESSORS[row["x"]].device
+        blocks = math.ceil(stages(row["variant"])[row["stage"] - 1].channels / 16)
+        assert 2 * device.sm_count - blocks < row["programs"] <= 2 * device.sm_count, row
+
+
+@pytest.mark.parametrize("operator, stage", MAX_US)
+def test_the_predicted_time_has_not_grown(operator, stage):
+    (row,) = (
+        row
+        for row in WHOLE
+        if (row["operator"], row["stage"], row["batch"], row["x"]) == (operator, stage, 128, "H100")
+        and row["variant"] == "tiny_lrf"
+        and row["dtype"] == "bfloat16"
+    )
+    assert row["floor_us"] < row["predicted_us"] <= MAX_US[operator, stage]
