@@ -48,6 +48,7 @@ struct Problem {
     Map ctx, gates;
     FocalWeight weights[kMaxLevels];
     float scale;  // 1 / (L + 1) if the modulator is normalised, else 1
+    bool tensor_cores;  // 16-bit elements, and kernels that toeplitz.h takes
     Limits limits;
 };
 

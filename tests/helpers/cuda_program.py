@@ -13,8 +13,9 @@ import torch
 TESTS = Path(__file__).parents[1]
 CUDA = TESTS.parent / "csrc" / "cuda"
 SOURCES = [
-    *(CUDA / f"gated_aggregation_{name}.cu" for name in ("bwd", "bwd_planes", "fwd")),
+    *sorted(CUDA.glob("*.cu")),
     CUDA / "plan.cpp",
+    CUDA / "toeplitz_plan.cpp",
     TESTS / "cuda" / "cuda_on_cpu" / "main.cpp",
 ]
 # Aliasing: a pair is read as one word, which is CUDA's manner and not C++'s.
@@ -95,10 +96,10 @@ class Cut:
     fits: bool
 
 
-def plan(program, folder, shape, dtype, device):
+def plan(program, folder, shape, dtype, device, tensor_cores=False):
     """(path of forward, path of backward, cuts of their launches) for a contiguous problem of that shape."""
     numbers = [0, 0, ELEMENTS[dtype], shape.batch, shape.height, shape.width, shape.channels, len(shape.kernels), 0]
-    numbers += [*device.numbers(), *[0] * 15]
+    numbers += [int(tensor_cores), *device.numbers(), *[0] * 15]
     for sizes in shape.kernel_sizes:
         numbers += sizes
     (folder / "case").write_bytes(case([*numbers, 1, 1, 1, 1]))
@@ -107,11 +108,24 @@ def plan(program, folder, shape, dtype, device):
     return forward, backward, [Cut(what, *map(int, rest[:-1]), rest[-1] == "1") for what, *rest in fields]
 
 
-def call(program, folder, ctx, gates, focal_weights, normalize, dagg=None, mask=(True,) * 4, device=SM_90, seed=0):
+def call(
+    program,
+    folder,
+    ctx,
+    gates,
+    focal_weights,
+    normalize,
+    dagg=None,
+    mask=(True,) * 4,
+    device=SM_90,
+    seed=0,
+    tensor_cores=False,
+):
     """(path taken, outputs): agg, or with ``dagg`` what ``mask`` wants of [dctx, dgates, agg, *dfocal_weights]."""
     packed = storage_of(ctx, gates)
     dout = ctx.new_empty(ctx.shape) if dagg is None else dagg
     numbers = [int(dagg is not None), seed, ELEMENTS[ctx.dtype], *ctx.shape, len(focal_weights), int(normalize)]
+    numbers += [int(tensor_cores)]
     numbers += device.numbers()
     numbers += [*layout(ctx, packed.numel()), *layout(gates, packed.numel()), *layout(dout, storage_of(dout).numel())]
     for weight in focal_weights:

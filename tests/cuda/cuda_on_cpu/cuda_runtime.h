@@ -151,6 +151,8 @@ struct Fiber {
     State state = kReady;
     void* fake_stack = nullptr;
     float shuffled = 0;
+    const void* address = nullptr;  // of the row that ldmatrix is to read
+    uint32_t registers[6] = {};     // of A and B, as mma takes them
 };
 
 inline std::vector<std::unique_ptr<Fiber>> fibers;  // kept from block to block
