@@ -313,8 +313,8 @@ ToeplitzParams params_of(const Problem& p, const ToeplitzTiling& tiling, const M
         params.reach_x += w.kw / 2;
     }
     params.reach_x += params.reach_x % 2;  // pairs of columns stay pairs
-    params.ctx_width = widest_vector(p.element, p.C, {p.ctx});
-    params.agg_width = widest_vector(p.element, p.C, {agg});
+    params.ctx_width = std::min(widest_vector(p.element, p.C, {p.ctx}), tiling.block_c);
+    params.agg_width = std::min(widest_vector(p.element, p.C, {agg}), tiling.block_c);
     params.scale = p.scale;
     params.tiling = tiling;
     return params;
@@ -325,10 +325,9 @@ Status launch_toeplitz(const Problem& p, const ToeplitzParams& params, cudaStrea
     const ToeplitzTiling& t = params.tiling;
     const int64_t blocks =
         (p.B + t.images - 1) / t.images * t.tiles() * ((p.C + t.block_c - 1) / t.block_c);
-    const auto kernel = t.warps > 1 ? (t.images > 1 ? toeplitz_fwd_kernel<T, BLOCKS, true, true>
-                                                    : toeplitz_fwd_kernel<T, BLOCKS, true, false>)
-                                    : (t.images > 1 ? toeplitz_fwd_kernel<T, BLOCKS, false, true>
-                                                    : toeplitz_fwd_kernel<T, BLOCKS, false, false>);
+    const auto kernel = t.images > 1  ? toeplitz_fwd_kernel<T, BLOCKS, false, true>
+                        : t.warps > 1 ? toeplitz_fwd_kernel<T, BLOCKS, true, false>
+                                      : toeplitz_fwd_kernel<T, BLOCKS, false, false>;
     return launch("toeplitz_fwd_kernel", kernel, blocks, t.threads(), t.shared_bytes, stream, params);
 }
 

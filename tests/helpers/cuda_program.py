@@ -42,8 +42,8 @@ SM_86 = Device(99, 100, 84)
 SM_90 = Device(227, 228, 132)
 
 
-def compile_sources(folder, sources=SOURCES):
-    """Compiles ``sources`` and links the program, with what objects the folder holds of the others."""
+def compile_sources(folder, sources=SOURCES, linked=SOURCES):
+    """Compiles ``sources`` and links the program of ``linked``, with the folder's objects of the others."""
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     flags = [*shlex.split(FLAGS), *shlex.split(SANITIZERS), f"-I{TESTS / 'cuda' / 'cuda_on_cpu'}", f"-I{CUDA}"]
 
@@ -52,7 +52,7 @@ def compile_sources(folder, sources=SOURCES):
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_one, sources))
-    objects = [str(folder / f"{source.name}.o") for source in SOURCES]
+    objects = [str(folder / f"{source.name}.o") for source in linked]
     run([*compiler, *shlex.split(SANITIZERS), *objects, "-o", str(folder / "kernels")])
     return folder / "kernels"
 
@@ -135,7 +135,8 @@ def call(
     if dagg is not None:
         data += raw(storage_of(dagg))
     (folder / "case").write_bytes(data)
-    path = run([str(program), str(folder / "case"), str(folder / "result")]).strip()
+    path, conflicts = run([str(program), str(folder / "case"), str(folder / "result")]).splitlines()
+    assert conflicts == "0", f"{conflicts} bank conflicts in ldmatrix"
     outputs = [ctx.shape]
     if dagg is not None:
         wanted = [*mask[:3], *[mask[3]] * len(focal_weights)]

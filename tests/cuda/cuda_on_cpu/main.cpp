@@ -1,6 +1,6 @@
 // Runs one call of csrc/cuda's launchers: `main CASE RESULT`. CASE is a list of int64 (see main), then the elements of
 // the tensors; RESULT receives the outputs' elements. Every tensor, and the scratch, is a heap block of its exact
-// size. Prints the path that forward takes. `main CASE` reads the numbers alone and prints how every launch cuts the
+// size. Prints the path that is taken, and how many bank conflicts ldmatrix met. `main CASE` reads the numbers alone and prints how every launch cuts the
 // maps.
 
 #include <fstream>
@@ -164,5 +164,5 @@ int main(int count, char** argv) {
     }
     std::free(packed);
     for (int l = 0; l < p.L; ++l) std::free(const_cast<void*>(p.weights[l].data));
-    std::cout << (backward ? backward_path_of(p) : path_of(p)) << "\n";
+    std::cout << (backward ? backward_path_of(p) : path_of(p)) << "\n" << cuda_on_cpu::extra_passes << "\n";
 }
