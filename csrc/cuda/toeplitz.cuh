@@ -23,10 +23,10 @@ namespace focalnet::cuda {
 // Which rows of a block's planes belong to which image: `held` rows of each, `slot` rows from one to the next.
 struct Rows {
     int held, slot, pitch;
-    unsigned inverse;  // of held, in 1 / 65536: exact for the rows of several images (kMaxStackedRows)
+    unsigned inverse;  // of held, in 1 / 65536: exact for the rows of several images (kMaxStackedRows); of one image 0
 
-    __device__ __forceinline__ Rows(int held, int slot, int pitch)
-        : held(held), slot(slot), pitch(pitch), inverse((65536u + held - 1) / held) {}
+    __device__ __forceinline__ Rows(int images, int held, int slot, int pitch)
+        : held(held), slot(slot), pitch(pitch), inverse(images > 1 ? (65536u + held - 1) / held : 0u) {}
     __device__ __forceinline__ int image(int row) const { return static_cast<int>(row * inverse >> 16); }
     // Elements from the first row of the first image to that of a row.
     template <bool STACKED>

@@ -41,13 +41,38 @@ struct ToeplitzTiling {
     __host__ __device__ int sums() const { return sum_rows * sum_pitch; }
 };
 
+// How backward cuts the maps: whole images.
+struct ToeplitzBackwardTiling {
+    int images;
+    int block_c;
+    int blocks;  // of eight columns, in a warp's tile: 1, 2, 4 or 7
+    int groups;  // of them side by side
+    int padding, halo;  // columns before, rows above and below an image's plane
+    int rows, pitch;
+    int sum_rows, sum_pitch;  // of dagg and the gates, without halo
+    int tap_rows, tap_pitch;
+    size_t shared_bytes;
+    double cost;  // 0: nothing fits
+
+    __host__ __device__ int plane() const { return images * rows * pitch; }
+    __host__ __device__ int sums() const { return sum_rows * sum_pitch; }
+};
+
+constexpr int kToeplitzBackwardThreads = 256;
+constexpr int kToeplitzBandPitch = 33;  // floats from row to row of a warp's product for dweights, 16 x 32
+
 constexpr __host__ __device__ int toeplitz_steps(int kw) { return kw <= 2 * kToeplitzPadding + 1 ? 1 : 2; }
 // Of a row of taps, twice 16 * steps + 8 elements.
 constexpr __host__ __device__ int toeplitz_tap_width(int steps) { return 16 * steps + 8; }
 
 ToeplitzTiling plan_toeplitz(const Problem& p);
+ToeplitzBackwardTiling plan_toeplitz_backward(const Problem& p);
 
 size_t toeplitz_forward_scratch_bytes(const Problem& p);
 Status toeplitz_forward(const Problem& p, const Map& agg, void* scratch, cudaStream_t stream);
+
+// Of what plan_toeplitz_backward takes.
+size_t toeplitz_backward_scratch_bytes(const Problem& p, const Gradients& out);
+Status toeplitz_backward(const Problem& p, const Map& dagg, const Gradients& out, void* scratch, cudaStream_t stream);
 
 }  // namespace focalnet::cuda

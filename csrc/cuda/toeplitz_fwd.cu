@@ -81,13 +81,15 @@ struct ForwardBlock {
     __device__ __forceinline__ int tile_row() const { return tile.y0 - held.y0; }
     __device__ __forceinline__ int tile_column() const { return tile.x0 - held.x0; }
     __device__ __forceinline__ int tile_rows() const { return images * tile.rows(); }
-    __device__ __forceinline__ Rows rows_of_planes() const { return {held.rows(), p.tiling.rows, p.tiling.pitch}; }
+    __device__ __forceinline__ Rows rows_of_planes() const {
+        return {images, held.rows(), p.tiling.rows, p.tiling.pitch};
+    }
 };
 
 template <typename T>
 __device__ __forceinline__ void load_gates(const ForwardBlock<T>& b) {
     const ToeplitzParams& p = b.p;
-    const Rows rows(b.tile.rows(), 0, 0);
+    const Rows rows(b.images, b.tile.rows(), 0, 0);
     const T* from = static_cast<const T*>(p.gates.data) + b.first_image * p.gates.stride_b;
     Walk walk(Region{0, b.tile_rows(), 0, b.tile.columns()}, threadIdx.x, blockDim.x);
     for (; walk.more(); walk.next()) {
@@ -244,7 +246,7 @@ template <typename T, int N>
 __device__ __forceinline__ void write_agg(const ForwardBlock<T>& b) {
     const ToeplitzParams& p = b.p;
     const ToeplitzTiling& t = p.tiling;
-    const Rows rows(b.tile.rows(), 0, 0);
+    const Rows rows(b.images, b.tile.rows(), 0, 0);
     const T* global_gate = b.gates + p.L * t.sums();
     for_each_two_columns<N>(b.tile_rows(), b.tile.columns(), t.block_c, [&](int row, int x, int c) {
         if (b.first_c + c >= p.C) return;

@@ -156,11 +156,85 @@ ToeplitzTiling make(const Problem& p) {
     return best.tiling;
 }
 
+ToeplitzBackwardTiling cut_backward(const Problem& p, int images, int block_c, int blocks) {
+    ToeplitzBackwardTiling t{};
+    t.images = images;
+    t.block_c = block_c;
+    t.blocks = blocks;
+    t.groups = blocks_for(p.W, 8 * blocks);
+    t.halo = 1;  // a row of zeros at least, for what does not exist
+    int steps = 1;
+    for (int l = 0; l < p.L; ++l) {
+        const int mine = toeplitz_steps(p.weights[l].kw);
+        t.tap_rows = std::max(t.tap_rows, p.weights[l].kh);
+        t.tap_pitch = std::max(t.tap_pitch, 2 * toeplitz_tap_width(mine));
+        t.halo = std::max(t.halo, p.weights[l].kh / 2);
+        steps = std::max(steps, mine);
+    }
+    t.padding = steps == 1 ? kToeplitzPadding : kToeplitzPadding2;
+    t.rows = p.H + 2 * t.halo;
+    if (images > 1) t.rows = p.H + round_up(2 * t.halo, 8);
+    t.pitch = odd_pitch(8 * t.groups * blocks + (steps == 1 ? 8 : 24));
+    t.sum_rows = images * p.H;
+    t.sum_pitch = odd_pitch(p.W);
+    const size_t elements = static_cast<size_t>(block_c) * ((p.L + 1) * t.plane() + t.sums()) +
+                            static_cast<size_t>(p.L + 1) * t.sums() +
+                            static_cast<size_t>(block_c) * t.tap_rows * t.tap_pitch;
+    const size_t floats = static_cast<size_t>(kToeplitzBackwardThreads / 32) * kRowsOfTile * kToeplitzBandPitch +
+                          2 * static_cast<size_t>(block_c) * images;
+    t.shared_bytes = 2 * elements + 4 * floats;
+    return t;
+}
+
+// Tiles that warps take, in rounds of all warps, and what is read by sectors.
+double cost_of(const Problem& p, const ToeplitzBackwardTiling& t) {
+    constexpr int kWarps = kToeplitzBackwardThreads / 32;
+    constexpr double kPerPair = 240.0, kPerBand = 60.0;  // instructions: of a pair of outputs and level; of a kernel row
+    const int rows = t.images * p.H, tiles = blocks_for(rows, kRowsOfTile) * t.groups * t.block_c;
+    double instructions = 0;
+    for (int l = 0; l < p.L; ++l) {
+        const int kh = p.weights[l].kh;
+        const double tile = t.blocks * kPerMma * kh * toeplitz_steps(p.weights[l].kw) + 60.0;
+        const double band = kPerBand + 9.0 * blocks_for(rows, kRowsOfTile) * blocks_for(p.W + 12, 16);
+        instructions += 2 * tile * blocks_for(tiles, kWarps) * kWarps;
+        instructions += band * blocks_for(kh * t.block_c, kWarps) * kWarps;
+        instructions += kPerPair * t.block_c * rows * blocks_for(p.W, 2) / 32;
+    }
+    const double bytes = 5.0 * std::max(32, 2 * t.block_c) * rows * p.W;
+    const auto fitting = static_cast<int>(p.limits.shared_per_multiprocessor / (t.shared_bytes + kReservedBytes));
+    const int resident = std::max(1, std::min(kResidentWarps / kWarps, fitting));
+    const double blocks =
+        static_cast<double>(blocks_for(static_cast<int>(p.B), t.images)) * blocks_for(p.C, t.block_c);
+    const double rounds = std::ceil(blocks / (static_cast<double>(p.limits.multiprocessors) * resident));
+    const double filled = resident > 1 ? 1.0 : 0.6;
+    return rounds * resident * (instructions / (4 * filled) + bytes / (4 * kBytesPerInstruction));
+}
+
+ToeplitzBackwardTiling make_backward(const Problem& p) {
+    ToeplitzBackwardTiling best{};
+    for (int images : {1, 2, 4, 8, 16}) {
+        if (images > 1 && (images >= 2 * p.B || images * p.H > kMaxStackedRows)) continue;
+        for (int blocks : {1, 2, 4, 7})
+            for (int block_c : {4, 8, 16, 32}) {
+                ToeplitzBackwardTiling t = cut_backward(p, images, block_c, blocks);
+                if (t.shared_bytes > static_cast<size_t>(p.limits.shared_per_block)) continue;
+                t.cost = cost_of(p, t);
+                if (best.cost == 0 || t.cost < best.cost) best = t;
+            }
+    }
+    return best;
+}
+
 }  // namespace
 
 ToeplitzTiling plan_toeplitz(const Problem& p) {
     static Plans<ToeplitzTiling> plans;
     return plans.get(p, 0, [&] { return make(p); });
+}
+
+ToeplitzBackwardTiling plan_toeplitz_backward(const Problem& p) {
+    static Plans<ToeplitzBackwardTiling> plans;
+    return plans.get(p, 0, [&] { return make_backward(p); });
 }
 
 }  // namespace focalnet::cuda

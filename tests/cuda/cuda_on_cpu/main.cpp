@@ -66,7 +66,10 @@ const char* path_of(const Problem& p) {
     return plan.whole_map ? "whole map" : plan.groups > 1 ? "levels" : "tiles";
 }
 
-const char* backward_path_of(const Problem& p) { return plan_backward_map(p).cost > 0 ? "whole map" : "levels"; }
+const char* backward_path_of(const Problem& p) {
+    if (p.tensor_cores && plan_toeplitz_backward(p).cost > 0) return "whole maps";
+    return plan_backward_map(p).cost > 0 ? "whole map" : "levels";
+}
 
 void print(const char* what, int block_c, int tile_h, int tile_w, int threads, size_t shared_bytes, double cost) {
     std::cout << what << " " << block_c << " " << tile_h << " " << tile_w << " " << threads << " " << shared_bytes << " "
@@ -83,7 +86,9 @@ int print_plans(const Problem& p) {
     if (const ToeplitzTiling t = plan_toeplitz(p); p.tensor_cores)
         print("forward", t.block_c, t.tile_h, t.tile_w, t.threads(), t.shared_bytes, t.cost);
     for (int i = 0; i < plan.groups && !p.tensor_cores; ++i) print("forward", plan.group[i].tiling);
-    if (plan_backward_map(p).cost > 0) {
+    if (const ToeplitzBackwardTiling t = plan_toeplitz_backward(p); p.tensor_cores && t.cost > 0) {
+        print("backward", t.block_c, p.H, p.W, kToeplitzBackwardThreads, t.shared_bytes, t.cost);
+    } else if (plan_backward_map(p).cost > 0) {
         print("backward", plan_backward_map(p));
     } else {
         for (int l = 0; l < p.L; ++l) print("backward", plan_backward_level(p, l));
