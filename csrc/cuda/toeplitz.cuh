@@ -29,10 +29,7 @@ struct Rows {
         : held(held), slot(slot), pitch(pitch), inverse(images > 1 ? (65536u + held - 1) / held : 0u) {}
     __device__ __forceinline__ int image(int row) const { return static_cast<int>(row * inverse >> 16); }
     // Elements from the first row of the first image to that of a row.
-    template <bool STACKED>
-    __device__ __forceinline__ int offset(int row) const {
-        return (STACKED ? row + image(row) * (slot - held) : row) * pitch;
-    }
+    __device__ __forceinline__ int offset(int row) const { return (row + image(row) * (slot - held)) * pitch; }
 };
 
 __device__ __forceinline__ uint32_t load_word(const void* p) { return *static_cast<const uint32_t*>(p); }
@@ -129,7 +126,7 @@ __device__ __forceinline__ void fill_planes(T* first, int plane, const Rows& row
             load_raw<N>(from, left);
             if (x + 1 < columns) load_raw<N>(from + map.stride_w, right);
         }
-        T* to = first + c * plane + rows.offset<true>(row) + x;
+        T* to = first + c * plane + rows.offset(row) + x;
 #pragma unroll
         for (int k = 0; k < N; ++k) {
             const T both[] = {left[k], right[k]};

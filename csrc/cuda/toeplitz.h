@@ -22,7 +22,7 @@ constexpr int kToeplitzPadding2 = 12;  // and where it takes two
 struct ToeplitzTiling {
     int images;
     int block_c;
-    int warps;   // of a channel: side by side, each takes `blocks` blocks of eight columns; of several images 1
+    int warps;   // of a channel: side by side, each takes `blocks` blocks of eight columns
     int blocks;  // 1, 2, 4 or 7
     int groups;  // channels at a time; divides block_c
     int tile_h, tile_w, tiles_y, tiles_x;
@@ -45,7 +45,7 @@ struct ToeplitzTiling {
 struct ToeplitzBackwardTiling {
     int images;
     int block_c;
-    int blocks;  // of eight columns, in a warp's tile: 1, 2, 4 or 7
+    int blocks;  // of eight columns, in a warp's tile: 2 or 4
     int groups;  // of them side by side
     int padding, halo;  // columns before, rows above and below an image's plane
     int rows, pitch;

@@ -164,7 +164,7 @@ __device__ __forceinline__ void convolve(const BackwardBlock<T>& b, T* from, int
         const int c = item / tiles, first = item % tiles / t.groups * kMmaM;
         const int column = 8 * BLOCKS * (item % t.groups);
         const int row = min(first + b.lane % 16, b.count() - 1);
-        const T* source = b.inside(from, c) + rows.template offset<true>(row) - kh / 2 * t.pitch + column +
+        const T* source = b.inside(from, c) + rows.offset(row) - kh / 2 * t.pitch + column +
                           8 * (b.lane / 16) + 4 - 8 * STEPS;
         const T* taps = b.taps + c * t.tap_rows * t.tap_pitch + tap_of_lane(b.lane, 16 * STEPS + 8);
         float sum[BLOCKS][4] = {};
@@ -195,9 +195,9 @@ template <typename T>
 __device__ __forceinline__ void activate(const BackwardBlock<T>& b, int level) {  // context = GELU(z)
     const Rows rows = b.rows();
     for_each_pair(b, [&](int c, int row, int x) {
-        const int at = rows.template offset<true>(row) + x;
+        const int at = rows.offset(row) + x;
         const float2 z = load_pair(b.z_of(level, c) + at);
-        store_pair(b.context_of(c) + at, {gelu(z.x), gelu(z.y)});
+        store_pair(b.context_of(c) + at, {gelu_for_16_bit(z.x), gelu_for_16_bit(z.y)});
     });
 }
 
@@ -213,7 +213,7 @@ __device__ __forceinline__ void form_global(const BackwardBlock<T>& b) {
         float sum = 0.0f, dglobal = 0.0f;
         for (Walk walk(Region{0, p.H, 0, pairs}, b.lane, kWarp); walk.more(); walk.next()) {
             const int row = image * p.H + walk.y, x = 2 * walk.x;
-            const float2 level = load_pair(b.context_of(c) + rows.template offset<true>(row) + x);
+            const float2 level = load_pair(b.context_of(c) + rows.offset(row) + x);
             const float2 g = b.gate(p.L, row, x), d = b.dagg_at(c, row, x);
             sum += level.x + level.y;
             dglobal = fmaf(g.x, d.x, fmaf(g.y, d.y, dglobal));
@@ -255,7 +255,7 @@ __device__ __forceinline__ void form_agg(const BackwardBlock<T>& b) {
     const Rows rows = b.rows();
     for_each_two_columns<N>(b.count(), p.W, p.tiling.block_c, [&](int row, int x, int c) {
         if (b.first_c + c >= p.C) return;
-        const int at = rows.template offset<true>(row) + x;
+        const int at = rows.offset(row) + x;
         const float* global = b.global + rows.image(row) * p.tiling.block_c + c;
         float2 agg[N];
         const float2 last = b.gate(p.L, row, x);
@@ -266,7 +266,7 @@ __device__ __forceinline__ void form_agg(const BackwardBlock<T>& b) {
 #pragma unroll
             for (int k = 0; k < N; ++k) {
                 const float2 z = load_pair(b.z_of(l, c + k) + at);
-                agg[k] = {fmaf(g.x, gelu(z.x), agg[k].x), fmaf(g.y, gelu(z.y), agg[k].y)};
+                agg[k] = {fmaf(g.x, gelu_for_16_bit(z.x), agg[k].x), fmaf(g.y, gelu_for_16_bit(z.y), agg[k].y)};
             }
         }
 #pragma unroll
@@ -283,7 +283,7 @@ __device__ __forceinline__ void form_dgates(const BackwardBlock<T>& b) {
     const int64_t positions = p.B * p.H * p.W;
     Walk walk(Region{0, b.count(), 0, (p.W + 1) / 2}, threadIdx.x, blockDim.x);
     for (; walk.more(); walk.next()) {
-        const int row = walk.y, x = 2 * walk.x, at = rows.template offset<true>(row) + x;
+        const int row = walk.y, x = 2 * walk.x, at = rows.offset(row) + x;
         const float* global = b.global + rows.image(row) * p.tiling.block_c;
         float* to = p.dgates + (b.block * positions + position_of(b, row, x)) * (p.L + 1);
         for (int l = 0; l <= p.L; ++l) {
@@ -294,7 +294,7 @@ __device__ __forceinline__ void form_dgates(const BackwardBlock<T>& b) {
                 float2 v = {global[c], global[c]};
                 if (l < p.L) {
                     const float2 z = load_pair(b.z_of(l, c) + at);
-                    v = {gelu(z.x), gelu(z.y)};
+                    v = {gelu_for_16_bit(z.x), gelu_for_16_bit(z.y)};
                 }
                 sum = {fmaf(d.x, v.x, sum.x), fmaf(d.y, v.y, sum.y)};
             }
@@ -329,12 +329,12 @@ __device__ __forceinline__ void correlate_row(const BackwardBlock<T>& b, const T
     T* const dz = b.z_of(level, c) - t.padding;
     T* const context = b.context_of(c) - t.padding + (ky - own.kh / 2) * t.pitch;
     // The halo below the last row is zero: so are, through it, rows and columns of dz that do not exist.
-    const int nothing = rows.template offset<true>(b.count() - 1) + t.pitch;
+    const int nothing = rows.offset(b.count() - 1) + t.pitch;
     float sum[4][4] = {};
     for (int first = 0; first < b.count(); first += kMmaM) {
         const int a_row = first + i + 8 * third, b_row = min(first + i + 8 * second, b.count() - 1);
-        const T* a_from = dz + (a_row < b.count() ? rows.template offset<true>(a_row) : nothing);
-        const T* b_from = context + rows.template offset<true>(b_row);
+        const T* a_from = dz + (a_row < b.count() ? rows.offset(a_row) : nothing);
+        const T* b_from = context + rows.offset(b_row);
 #pragma unroll 1
         for (int s = start; s < end; s += 16) {
             uint32_t a[4], f[4][2];
@@ -398,7 +398,7 @@ __global__ void __launch_bounds__(kToeplitzBackwardThreads, 1) toeplitz_bwd_kern
         load_taps(b, l, false);
         __syncthreads();
         convolve_level<BLOCKS>(b, b.context, l, [&](int c, int row, int x, float2 z) {
-            store_inside(b.z_of(l, c) + rows.template offset<true>(row) + x, z, x, p.W);
+            store_inside(b.z_of(l, c) + rows.offset(row) + x, z, x, p.W);
         });
         __syncthreads();
         activate(b, l);
@@ -412,7 +412,7 @@ __global__ void __launch_bounds__(kToeplitzBackwardThreads, 1) toeplitz_bwd_kern
     __syncthreads();
     for_each_pair(b, [&](int c, int row, int x) {
         const float d = b.dmean[rows.image(row) * t.block_c + c];
-        form_dz(b, p.L - 1, c, row, x, rows.template offset<true>(row) + x, {d, d});
+        form_dz(b, p.L - 1, c, row, x, rows.offset(row) + x, {d, d});
     });
     for (int l = p.L - 1; l >= 0; --l) {
         if (p.level[l].dweights) {
@@ -427,7 +427,7 @@ __global__ void __launch_bounds__(kToeplitzBackwardThreads, 1) toeplitz_bwd_kern
         if (l == 0 && !p.dctx) return;
         convolve_level<BLOCKS>(b, b.z + l * t.block_c * t.plane(), l, [&](int c, int row, int x, float2 d) {
             if (l > 0)
-                form_dz(b, l - 1, c, row, x, rows.template offset<true>(row) + x, d);
+                form_dz(b, l - 1, c, row, x, rows.offset(row) + x, d);
             else
                 store_pair(b.dagg + c * t.sums() + b.sum_at(row, x), d);
         });
@@ -488,10 +488,7 @@ Status backward(const Problem& p, const Map& dagg, const Gradients& out, void* m
     const BackwardScratch scratch(p, t, out, memory);
     const ToeplitzParams params = params_of(p, t, dagg, out, scratch);
     const int64_t blocks = groups_of(p, t) * blocks_for(p.C, t.block_c);
-    const auto kernel = t.blocks == 1   ? toeplitz_bwd_kernel<T, 1>
-                        : t.blocks == 2 ? toeplitz_bwd_kernel<T, 2>
-                        : t.blocks == 4 ? toeplitz_bwd_kernel<T, 4>
-                                        : toeplitz_bwd_kernel<T, 7>;
+    const auto kernel = t.blocks == 2 ? toeplitz_bwd_kernel<T, 2> : toeplitz_bwd_kernel<T, 4>;
     if (Status s = launch("toeplitz_bwd_kernel", kernel, blocks, kToeplitzBackwardThreads, t.shared_bytes, stream, params)) return s;
     if (out.want_gates)
         if (Status s = sum_dgates<T>(p, scratch.dgates, blocks_for(p.C, t.block_c), out.dgates.data, stream)) return s;

@@ -119,16 +119,15 @@ struct WarpPlace {
     int c;                  // of the block
 };
 
-template <bool SHARED>
-__device__ __forceinline__ void join() {  // the warps of a channel
-    if constexpr (SHARED)
+__device__ __forceinline__ void join(int warps) {  // of a channel
+    if (warps > 1)
         __syncthreads();
     else
         __syncwarp();
 }
 
 // A tile of sixteen rows from `first`, of which those before `end` exist: GELU, agg, sums of rows, the next plane.
-template <typename T, int BLOCKS, bool SHARED, bool STACKED>
+template <typename T, int BLOCKS>
 __device__ __forceinline__ void finish_tile(const ForwardBlock<T>& b, const WarpPlace& w, float (&z)[BLOCKS][4],
                                             int level, T* next, int first, int end) {
     const ToeplitzParams& p = b.p;
@@ -138,44 +137,40 @@ __device__ __forceinline__ void finish_tile(const ForwardBlock<T>& b, const Warp
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) z[j][i] = gelu(z[j][i]);
+        for (int i = 0; i < 4; ++i) z[j][i] = gelu_for_16_bit(z[j][i]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = first + w.lane / 4 + 8 * half, sum_row = row - b.tile_row();
         const bool owned = row < end && static_cast<unsigned>(sum_row) < static_cast<unsigned>(b.tile_rows());
-        float row_sum = 0.0f;
         if (owned) {
             const T* gate = b.gates + level * t.sums() + sum_row * t.sum_pitch + column;
             T* sum = b.sums + w.c * t.sums() + sum_row * t.sum_pitch + column;
 #pragma unroll
             for (int j = 0; j < BLOCKS; ++j) {
-                const float left = z[j][2 * half], right = z[j][2 * half + 1];
-                const float2 g = load_pair(gate + 8 * j);
-                float2 s = {g.x * left, g.y * right};
-                if (level > 0) {
-                    const float2 before = load_pair(sum + 8 * j);
-                    s.x += before.x;
-                    s.y += before.y;
-                }
-                store_pair(sum + 8 * j, s);
-                const unsigned x = column + 8 * j - b.tile_column(), width = b.tile.columns();
-                row_sum += (x < width ? left : 0.0f) + (x + 1 < width ? right : 0.0f);
+                const float2 g = load_pair(gate + 8 * j), before = load_pair(sum + 8 * j);
+                store_pair(sum + 8 * j, {fmaf(g.x, z[j][2 * half], before.x), fmaf(g.y, z[j][2 * half + 1], before.y)});
             }
         }
         if (is_last) {
+            float row_sum = 0.0f;
+#pragma unroll
+            for (int j = 0; j < BLOCKS; ++j) {
+                const unsigned x = column + 8 * j - b.tile_column(), width = b.tile.columns();
+                row_sum += (x < width ? z[j][2 * half] : 0.0f) + (x + 1 < width ? z[j][2 * half + 1] : 0.0f);
+            }
             row_sum += __shfl_xor_sync(0xffffffffu, row_sum, 1);
             row_sum += __shfl_xor_sync(0xffffffffu, row_sum, 2);
             if (owned && w.lane % 4 == 0) b.row_sums[(w.c * t.warps + w.warp) * t.sum_rows + sum_row] = row_sum;
         }
     }
     if (is_last) return;
-    join<SHARED>();  // nobody reads the rows below any more
+    join(t.warps);  // nobody reads the rows below any more
     const Rows rows = b.rows_of_planes();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = first + w.lane / 4 + 8 * half;
         if (row >= end) continue;
-        T* to = next + rows.offset<STACKED>(row) + column;
+        T* to = next + rows.offset(row) + column;
 #pragma unroll
         for (int j = 0; j < BLOCKS; ++j) {
             const int x = column + 8 * j;
@@ -185,7 +180,7 @@ __device__ __forceinline__ void finish_tile(const ForwardBlock<T>& b, const Warp
 }
 
 // Level `level` of one channel. `plane`: its first row and column.
-template <typename T, int BLOCKS, int STEPS, bool SHARED, bool STACKED>
+template <typename T, int BLOCKS, int STEPS>
 __device__ __forceinline__ void run_level(const ForwardBlock<T>& b, const WarpPlace& w, int level, T* plane) {
     const ToeplitzParams& p = b.p;
     const ToeplitzTiling& t = p.tiling;
@@ -194,11 +189,11 @@ __device__ __forceinline__ void run_level(const ForwardBlock<T>& b, const WarpPl
     if (w.warp == 0)
         write_taps<T>(taps, static_cast<const T*>(own.weight) + static_cast<int64_t>(b.first_c + w.c) * own.kh * own.kw,
                       own.kh, own.kw, STEPS, b.first_c + w.c < p.C, false, w.lane);
-    join<SHARED>();
+    join(t.warps);
     const Rows rows = b.rows_of_planes();
-    // Of several images all rows; of a tile those that the later levels want.
-    const int begin = STACKED ? 0 : max(0, b.tile_row() - own.reach_y);
-    const int end = STACKED ? b.rows() : min(b.rows(), b.tile_row() + b.tile.rows() + own.reach_y);
+    // Of whole images all rows; of a tile those that the later levels want.
+    const int begin = max(0, b.tile_row() - own.reach_y);
+    const int end = min(b.rows(), b.tile_row() + b.tile_rows() + own.reach_y);
     const int first_column = 8 * BLOCKS * w.warp + 8 * (w.lane / 16) + 4 - 8 * STEPS;
     const SharedAddress source = shared_address(plane - own.kh / 2 * t.pitch + first_column);
     const T* lane_taps = taps + tap_of_lane(w.lane, 16 * STEPS + 8);
@@ -208,17 +203,17 @@ __device__ __forceinline__ void run_level(const ForwardBlock<T>& b, const WarpPl
         float z[BLOCKS][4] = {};
         const int row = min(first + w.lane % 16, end - 1);
         convolve_tile<T, BLOCKS, STEPS>(
-            z, source + static_cast<SharedAddress>(rows.offset<STACKED>(row) * static_cast<int>(sizeof(T))),
+            z, source + static_cast<SharedAddress>(rows.offset(row) * static_cast<int>(sizeof(T))),
             t.pitch * static_cast<int>(sizeof(T)), lane_taps, own.kh);
-        finish_tile<T, BLOCKS, SHARED, STACKED>(b, w, z, level, next, first, end);
+        finish_tile<T, BLOCKS>(b, w, z, level, next, first, end);
     }
-    join<SHARED>();
+    join(t.warps);
     if (level + 1 == p.L) return;
     // The last rows of this level lie below the next level's last row, where its halo is to be zero.
     if (w.warp == 0)
         for (int image = 0; image < b.images; ++image)
             zero(next + (image * rows.slot + rows.held) * t.pitch - t.padding, own.kh / 2 * t.pitch, w.lane, kWarp);
-    join<SHARED>();
+    join(t.warps);
 }
 
 // The mean of the last level, or its sum over the tile: a warp takes a channel of an image.
@@ -267,13 +262,12 @@ __device__ __forceinline__ void write_agg(const ForwardBlock<T>& b) {
     });
 }
 
-template <typename T, int BLOCKS, bool SHARED, bool STACKED>
+template <typename T, int BLOCKS>
 __global__ void __launch_bounds__(kMaxThreads, 1) toeplitz_fwd_kernel(const ToeplitzParams p) {
     FOCALNET_SHARED_MEMORY(memory);
     const ToeplitzTiling& t = p.tiling;
     const ForwardBlock<T> b(p, memory);
-    zero(b.planes, t.block_c * t.plane(), threadIdx.x, blockDim.x);
-    zero(b.gates, (p.L + 1) * t.sums(), threadIdx.x, blockDim.x);
+    zero(b.planes, t.block_c * (t.plane() + t.sums()) + (p.L + 1) * t.sums(), threadIdx.x, blockDim.x);
     __syncthreads();
     load_planes(b);
     load_gates(b);
@@ -285,9 +279,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) toeplitz_fwd_kernel(const Toep
         T* plane = b.planes + c * t.plane() + p.reach_y * t.pitch + t.padding;
         for (int level = 0; level < p.L; ++level) {
             if (p.level[level].steps == 1)
-                run_level<T, BLOCKS, 1, SHARED, STACKED>(b, w, level, plane);
+                run_level<T, BLOCKS, 1>(b, w, level, plane);
             else
-                run_level<T, BLOCKS, 2, SHARED, STACKED>(b, w, level, plane);
+                run_level<T, BLOCKS, 2>(b, w, level, plane);
             plane -= p.level[level].kh / 2 * t.pitch;
         }
     }
@@ -327,10 +321,8 @@ Status launch_toeplitz(const Problem& p, const ToeplitzParams& params, cudaStrea
     const ToeplitzTiling& t = params.tiling;
     const int64_t blocks =
         (p.B + t.images - 1) / t.images * t.tiles() * ((p.C + t.block_c - 1) / t.block_c);
-    const auto kernel = t.images > 1  ? toeplitz_fwd_kernel<T, BLOCKS, false, true>
-                        : t.warps > 1 ? toeplitz_fwd_kernel<T, BLOCKS, true, false>
-                                      : toeplitz_fwd_kernel<T, BLOCKS, false, false>;
-    return launch("toeplitz_fwd_kernel", kernel, blocks, t.threads(), t.shared_bytes, stream, params);
+    return launch("toeplitz_fwd_kernel", toeplitz_fwd_kernel<T, BLOCKS>, blocks, t.threads(), t.shared_bytes, stream,
+                  params);
 }
 
 template <typename T>

@@ -19,9 +19,9 @@ constexpr int kMaxGroupWarps = 16;    // of a block
 constexpr int kMaxStackedRows = 256;  // of the images of a block, for the division by a product (toeplitz.cuh)
 constexpr int kTileHeights[] = {16, 24, 32, 40, 48, 64, 80, 96};
 constexpr int kTileWidths[] = {16, 24, 32, 40, 48, 56, 64, 80, 96, 112};
-// Per eight columns of sixteen rows, a warp's instructions: an mma and its share of ldmatrix; GELU, gate and stores of
-// four outputs a lane; reading and writing an element.
-constexpr double kPerMma = 2.0, kPerOutputs = 120.0, kPerElements = 16.0;
+// A warp's instructions, counted in machine code (tests/cuda/test_toeplitz_sass.py): of a tile; of eight columns of it,
+// four outputs a lane; of a kernel's row beside mma and loads; of an element that is read and written.
+constexpr double kPerTile = 60.0, kPerOutputs = 110.0, kPerKernelRow = 12.0, kPerElements = 16.0;
 // That L2 moves while a scheduler issues an instruction: 5.5e12 bytes a second over 132 * 4 * 1.7e9 (H100 SXM).
 constexpr double kBytesPerInstruction = 6.0;
 
@@ -93,15 +93,16 @@ ToeplitzTiling cut(const Problem& p, int images, int block_c, int groups, int wa
 
 double cost_of(const Problem& p, const ToeplitzTiling& t) {
     const Reach reach = reach_of(p);
-    const int columns = 8 * t.warps * t.blocks;
     const int held_h = std::min(p.H, t.tile_h + 2 * reach.y), held_w = std::min(p.W, t.tile_w + 2 * reach.x);
     double instructions = 0;
     int after = reach.y;
     for (int l = 0; l < p.L; ++l) {
         after -= p.weights[l].kh / 2;
         const int rows = t.images * std::min(p.H, t.tile_h + 2 * after);
-        const double tiles = blocks_for(rows, kRowsOfTile) * (columns / 8);
-        instructions += tiles * (kPerOutputs + kPerMma * p.weights[l].kh * toeplitz_steps(p.weights[l].kw));
+        const int steps = toeplitz_steps(p.weights[l].kw);
+        const double kernel_row = t.blocks * steps + (t.blocks + 2 * steps) / 2 + 2 * steps + kPerKernelRow;
+        instructions += blocks_for(rows, kRowsOfTile) * t.warps *
+                        (kPerTile + kPerOutputs * t.blocks + kernel_row * p.weights[l].kh);
     }
     const double outputs = static_cast<double>(t.images) * t.tile_h * t.tile_w;
     instructions += kPerElements * (t.images * held_h * held_w + outputs) / 32 + 40.0 * t.tap_rows * p.L;
@@ -135,7 +136,7 @@ void consider_columns(Best& best, int images, int tile_h, int tile_w) {
     const int held = std::min(p.W, tile_w + 2 * round_up(reach_of(p).x, 2)), wanted = blocks_for(held, 8);
     for (int blocks : {1, 2, 4, 7}) {
         const int warps = blocks_for(wanted, blocks);
-        if (warps > (images > 1 ? 1 : 8)) continue;
+        if (warps > 8) continue;
         for (int block_c : {4, 8, 16, 32}) {
             if (block_c > 8 && block_c >= 2 * p.C) continue;
             for (int groups : {1, 2, 4, 8, 16})
@@ -194,7 +195,7 @@ double cost_of(const Problem& p, const ToeplitzBackwardTiling& t) {
     double instructions = 0;
     for (int l = 0; l < p.L; ++l) {
         const int kh = p.weights[l].kh;
-        const double tile = t.blocks * kPerMma * kh * toeplitz_steps(p.weights[l].kw) + 60.0;
+        const double tile = kPerTile + kh * (2.0 * t.blocks * toeplitz_steps(p.weights[l].kw) + kPerKernelRow);
         const double band = kPerBand + 9.0 * blocks_for(rows, kRowsOfTile) * blocks_for(p.W + 12, 16);
         instructions += 2 * tile * blocks_for(tiles, kWarps) * kWarps;
         instructions += band * blocks_for(kh * t.block_c, kWarps) * kWarps;
@@ -214,7 +215,7 @@ ToeplitzBackwardTiling make_backward(const Problem& p) {
     ToeplitzBackwardTiling best{};
     for (int images : {1, 2, 4, 8, 16}) {
         if (images > 1 && (images >= 2 * p.B || images * p.H > kMaxStackedRows)) continue;
-        for (int blocks : {1, 2, 4, 7})
+        for (int blocks : {2, 4})
             for (int block_c : {4, 8, 16, 32}) {
                 ToeplitzBackwardTiling t = cut_backward(p, images, block_c, blocks);
                 if (t.shared_bytes > static_cast<size_t>(p.limits.shared_per_block)) continue;

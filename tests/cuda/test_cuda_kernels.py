@@ -64,11 +64,12 @@ def check_forward(run, shape, dtype, device=SM_90, seed=0, tensor_cores=False):
     return path
 
 
-def check_backward(run, shape, dtype, device=SM_90, mask=(True,) * 4, seed=0):
+def check_backward(run, shape, dtype, device=SM_90, mask=(True,) * 4, seed=0, tensor_cores=False):
     """``mask`` is of ctx, gates, agg, focal_weights. Returns the path that was taken."""
     _, ctx, gates, focal_weights, *_ = operands(shape, dtype)
     dagg = gradient_of(ctx, dtype)
-    path, mine = run(ctx, gates, focal_weights, shape.normalize, dagg=dagg, mask=mask, device=device, seed=seed)
+    options = {"dagg": dagg, "mask": mask, "device": device, "seed": seed, "tensor_cores": tensor_cores}
+    path, mine = run(ctx, gates, focal_weights, shape.normalize, **options)
 
     def expected(dtype):
         inputs = ctx.to(dtype), gates.to(dtype), [w.to(dtype) for w in focal_weights], shape.normalize
@@ -164,6 +165,31 @@ def test_every_path_of_backward_obeys_the_rule(run, path, device, shape, dtype):
     assert check_backward(run, shape, dtype, device) == path
 
 
+# As for forward; what does not fit as whole maps goes level by level, on multiply-adds.
+BACKWARD_ON_TENSOR_CORES = [
+    ("whole maps", SM_90, Shape(2, 14, 14, 20, (3, 5, 7))),
+    ("whole maps", SM_90, Shape(5, 7, 7, 9, (3, 5, 7), normalize=True)),
+    ("whole maps", SM_90, Shape(1, 56, 56, 4, (3, 5, 7))),
+    ("whole maps", SM_90, Shape(1, 17, 9, 36, (3, 5, 7, 9), normalize=True)),
+    ("whole maps", SM_80, Shape(1, 19, 22, 7, (11, 13, 15))),
+    ("whole maps", SM_86, Shape(3, 5, 41, 8, ((3, 15), (9, 1)))),
+    ("whole maps", SM_86, Shape(17, 1, 1, 12, (9,))),
+    ("levels", SMALL, Shape(1, 40, 37, 9, (3, 5, 7), normalize=True)),
+]
+
+
+@each_shape
+@low_dtypes
+def test_backward_on_tensor_cores_obeys_the_rule(run, shape, dtype):
+    check_backward(run, shape, dtype, tensor_cores=True)
+
+
+@pytest.mark.parametrize(("path", "device", "shape"), BACKWARD_ON_TENSOR_CORES, ids=str)
+@low_dtypes
+def test_every_path_of_backward_on_tensor_cores_obeys_the_rule(run, path, device, shape, dtype):
+    assert check_backward(run, shape, dtype, device, tensor_cores=True) == path
+
+
 MASKS = [tuple(position == wanted for position in range(4)) for wanted in range(4)]
 
 
@@ -175,6 +201,12 @@ MASKS = [tuple(position == wanted for position in range(4)) for wanted in range(
 )
 def test_backward_computes_what_is_asked_for(run, path, device, shape, mask):
     assert check_backward(run, shape, torch.float32, device, mask) == path
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_backward_on_tensor_cores_computes_what_is_asked_for(run, mask):
+    shape = Shape(2, 9, 10, 12, (3, 5, 7))
+    assert check_backward(run, shape, torch.bfloat16, SM_90, mask, tensor_cores=True) == "whole maps"
 
 
 # The stages of the published variants at their image sizes, and detection maps.
@@ -233,17 +265,21 @@ def test_results_do_not_depend_on_the_order_of_threads_and_blocks(run, dtype, te
     _, ctx, gates, focal_weights, *_ = operands(Shape(2, 17, 20, 20, (3, 5)), dtype)
     dagg = gradient_of(ctx, dtype)
     for options in ({}, {"dagg": dagg}):
-        options |= {"device": SMALL, "tensor_cores": tensor_cores}
+        options |= {"device": SM_90 if tensor_cores else SMALL, "tensor_cores": tensor_cores}
         (_, first), (_, second) = (run(ctx, gates, focal_weights, False, seed=seed, **options) for seed in (1, 2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_nan_and_infinity_reach_the_output(run):
-    _, ctx, gates, focal_weights, *_ = operands(Shape(1, 6, 6, 8, (3,)))
-    ctx[0, 3, 3, 5] = float("nan")
-    _, (agg,) = run(ctx, gates, focal_weights, False)
-    assert agg[..., 5].isnan().any()
-    assert not agg[..., :5].isnan().any() and not agg[..., 6:].isnan().any()
+@pytest.mark.parametrize(("dtype", "tensor_cores"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+def test_nan_stays_within_its_channel_and_image(run, dtype, tensor_cores):
+    _, ctx, gates, focal_weights, *_ = operands(Shape(2, 6, 6, 8, (3, 5)), dtype)
+    ctx[1, 3, 3, 5] = float("nan")
+    outputs = [run(ctx, gates, focal_weights, False, tensor_cores=tensor_cores)[1][0]]
+    dagg = gradient_of(ctx, dtype)
+    outputs.append(run(ctx, gates, focal_weights, False, dagg=dagg, tensor_cores=tensor_cores)[1][0])
+    for out in outputs:
+        assert out[1, ..., 5].isnan().all()
+        assert not out[0].isnan().any() and not out[1, ..., :5].isnan().any() and not out[1, ..., 6:].isnan().any()
 
 
 BARRIERS = {
