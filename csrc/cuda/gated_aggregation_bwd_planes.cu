@@ -304,8 +304,8 @@ PlaneParams params_of(const Problem& p, const Map& dagg, const Gradients& out, c
 template <typename T>
 Status sum_dgates(const Problem& p, const float* partials, int blocks, void* dgates, cudaStream_t stream) {
     const int64_t count = p.B * p.H * p.W * (p.L + 1);
-    return launch("sum_dgates_kernel", sum_dgates_kernel<T>, blocks_for(count, kThreads), kThreads, 0, stream, partials,
-                  static_cast<T*>(dgates), count, blocks, p.scale);
+    return launch("sum_dgates_kernel", sum_dgates_kernel<T>, blocks_for(count, kThreads), kThreads, 0, stream,
+                  partials, static_cast<T*>(dgates), count, blocks, p.scale);
 }
 
 template <typename T>
@@ -328,9 +328,9 @@ Status backward_of_planes(const Problem& p, const Map& dagg, const Gradients& ou
     return {};
 }
 
-#define FOCALNET_INSTANTIATE(T)                                                   \
+#define FOCALNET_INSTANTIATE(T)                                                            \
     template Status sum_dgates<T>(const Problem&, const float*, int, void*, cudaStream_t); \
-    template size_t scratch_bytes_of_planes<T>(const Problem&, const Gradients&); \
+    template size_t scratch_bytes_of_planes<T>(const Problem&, const Gradients&);          \
     template Status backward_of_planes<T>(const Problem&, const Map&, const Gradients&, void*, cudaStream_t);
 FOCALNET_INSTANTIATE(float)
 FOCALNET_INSTANTIATE(__half)

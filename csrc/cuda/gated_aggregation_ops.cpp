@@ -76,8 +76,9 @@ void check_tensor_cores(const Problem& p) {
     STD_TORCH_CHECK(p.element != Element::kFloat32, "tensor_cores is True and ctx is float32; expected a 16-bit type");
     STD_TORCH_CHECK(largest <= kMaxToeplitzKernel, "tensor_cores is True and a focal kernel is ", largest,
                     " wide; expected at most ", kMaxToeplitzKernel);
-    STD_TORCH_CHECK(std::max(reach_y, reach_x) <= kMaxToeplitzReach, "tensor_cores is True and the focal levels reach ",
-                    std::max(reach_y, reach_x), " positions; expected at most ", kMaxToeplitzReach);
+    STD_TORCH_CHECK(std::max(reach_y, reach_x) <= kMaxToeplitzReach,
+                    "tensor_cores is True and the focal levels reach ", std::max(reach_y, reach_x),
+                    " positions; expected at most ", kMaxToeplitzReach);
 }
 
 Arguments parse(const Tensor& ctx, const Tensor& gates, const std::vector<Tensor>& focal_weights, bool normalize,

@@ -1,5 +1,5 @@
-// What the kernels on tensor cores do with a planar plane in shared memory: the rows of one channel, of one image or of
-// several one above the other, each with a halo of zeros.
+// What the kernels on tensor cores do with a planar plane in shared memory: the rows of one channel, of one image or
+// of several one above the other, each with a halo of zeros.
 //
 //     plane   [rows][pitch] of T; column x of the map lies at padding + x, and padding is 4 or 12. Blocks of eight
 //             columns of outputs then start four columns after a multiple of 16 bytes, so their sixteen columns of
@@ -8,8 +8,8 @@
 //             further. The two rows of T in a register are neighbours there: aligned in the first copy for odd columns
 //             of T, in the second for even ones.
 //
-// A tile is sixteen rows and BLOCKS blocks of eight columns: neighbouring blocks share fragments, so a row of the kernel
-// takes (BLOCKS + 1) / 2 ldmatrix of four matrices, two loads of taps, BLOCKS mma.
+// A tile is sixteen rows and BLOCKS blocks of eight columns: neighbouring blocks share fragments, so a row of the
+// kernel takes (BLOCKS + 1) / 2 ldmatrix of four matrices, two loads of taps, BLOCKS mma.
 
 #pragma once
 
@@ -114,7 +114,8 @@ __device__ __forceinline__ void for_each_two_columns(int rows, int columns, int 
 }
 
 // Channels-last -> planar: two neighbouring columns of N channels become N words. `at` is the map's position of the
-// first row and column; planes lie `plane` elements apart, and `first` points to the first row and column of the first.
+// first row and column; planes lie `plane` elements apart, and `first` points to the first row and column of the
+// first.
 template <typename T, int N>
 __device__ __forceinline__ void fill_planes(T* first, int plane, const Rows& rows, int count, int columns, int block_c,
                                             const T* at, const Map& map, int channels) {
@@ -122,7 +123,8 @@ __device__ __forceinline__ void fill_planes(T* first, int plane, const Rows& row
         T left[N] = {}, right[N] = {};
         if (c < channels) {
             const int image = rows.image(row);
-            const T* from = at + image * map.stride_b + (row - image * rows.held) * map.stride_h + x * map.stride_w + c;
+            const T* from =
+                at + image * map.stride_b + (row - image * rows.held) * map.stride_h + x * map.stride_w + c;
             load_raw<N>(from, left);
             if (x + 1 < columns) load_raw<N>(from + map.stride_w, right);
         }

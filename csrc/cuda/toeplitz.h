@@ -45,8 +45,8 @@ struct ToeplitzTiling {
 struct ToeplitzBackwardTiling {
     int images;
     int block_c;
-    int blocks;  // of eight columns, in a warp's tile: 2 or 4
-    int groups;  // of them side by side
+    int blocks;         // of eight columns, in a warp's tile: 2 or 4
+    int groups;         // of them side by side
     int padding, halo;  // columns before, rows above and below an image's plane
     int rows, pitch;
     int sum_rows, sum_pitch;  // of dagg and the gates, without halo

@@ -1,23 +1,19 @@
 // Gated aggregation, backward, on tensor cores: bfloat16 and float16, maps whose planes fit shared memory.
 //
-// toeplitz_bwd_kernel: a block owns whole images and block_c channels of them, in planes of one channel: `context`, one
-// plane z_l for every level, and dagg. Everything below is shared out to all warps, with a barrier after each line.
+// toeplitz_bwd_kernel: a block owns whole images and block_c channels of them, in planes of one channel: `context`,
+// one plane z_l for every level, and dagg. Everything below is shared out to all warps, with a barrier after each
+// line.
 //
 //     read     ctx -> context, dagg, gates, channels last, each once
 //     level l  context -> mma -> z_l;  context = GELU(z_l)
-//     sums     mean of GELU(z_L); dagg * global gate over the positions                 a warp owns a channel of an image
-//     agg      if it is wanted, and dgates' share of these channels                     a thread owns two positions
-//     dz_L     in z_L's plane: (dagg * gate + dmean) * GELU'(z_L)
-//     level l  from the last to the first:
+//     sums     mean of GELU(z_L); dagg * global gate over the positions                 a warp owns a channel of an
+//     image agg      if it is wanted, and dgates' share of these channels                     a thread owns two
+//     positions dz_L     in z_L's plane: (dagg * gate + dmean) * GELU'(z_L) level l  from the last to the first:
 //              context = GELU(z_{l-1}), or ctx, read once more
-//              dweights_l  of context and dz_l: a warp owns a row of the kernel and a channel
+//              dweights_l  of context and dz_l: a warp owns a row of the kernel and a channel (toeplitz_correlate.cuh)
 //              dz_{l-1}    = (dagg * gate + dz_l under the kernel turned around) * GELU'(z_{l-1}), in z_{l-1}'s plane;
 //              of the first level dctx, in dagg's plane
 //     write    dctx once
-//
-// dweights are products, too: of sixteen columns of dz by 32 columns of context, over rows, sixteen at a time. All that
-// the kernel's row asks for lies on a band of that product, dw[t] = sum of P[i][i - k / 2 + t] over the columns i; it is
-// added up once, when all rows and columns are in.
 //
 // Bytes: ctx read twice; dagg read, dctx written once; gates once for every block_c channels. Partials: dgates, L + 1
 // numbers a position for every block_c channels; dweights, one kernel for the images of a block. Two small kernels
@@ -27,11 +23,10 @@
 #include "launch.cuh"
 #include "toeplitz.cuh"
 #include "toeplitz.h"
+#include "toeplitz_correlate.cuh"
 
 namespace focalnet::cuda {
 namespace {
-
-constexpr int kBandPitch = kToeplitzBandPitch;
 
 struct ToeplitzLevel {
     const void* weight;
@@ -77,7 +72,7 @@ struct BackwardBlock {
         gates = dagg + t.block_c * t.sums();
         taps = gates + (p.L + 1) * t.sums();
         band = reinterpret_cast<float*>(taps + t.block_c * t.tap_rows * t.tap_pitch);
-        global = band + warps * kMmaM * kBandPitch;
+        global = band + warps * kMmaM * kToeplitzBandPitch;
         dmean = global + t.block_c * t.images;
     }
     __device__ __forceinline__ int count() const { return images * p.H; }  // rows
@@ -149,8 +144,8 @@ __device__ __forceinline__ void load_taps(const BackwardBlock<T>& b, int level, 
     const ToeplitzBackwardTiling& t = b.p.tiling;
     for (int c = b.warp; c < t.block_c; c += b.warps)
         write_taps<T>(b.taps + c * t.tap_rows * t.tap_pitch,
-                      static_cast<const T*>(own.weight) + static_cast<int64_t>(b.first_c + c) * own.kh * own.kw, own.kh,
-                      own.kw, own.steps, b.first_c + c < b.p.C, turned, b.lane);
+                      static_cast<const T*>(own.weight) + static_cast<int64_t>(b.first_c + c) * own.kh * own.kw,
+                      own.kh, own.kw, own.steps, b.first_c + c < b.p.C, turned, b.lane);
 }
 
 // The convolution of the planes `from`, whose taps are in place: f(c, row, x, pair) for every pair of outputs. A warp
@@ -164,8 +159,8 @@ __device__ __forceinline__ void convolve(const BackwardBlock<T>& b, T* from, int
         const int c = item / tiles, first = item % tiles / t.groups * kMmaM;
         const int column = 8 * BLOCKS * (item % t.groups);
         const int row = min(first + b.lane % 16, b.count() - 1);
-        const T* source = b.inside(from, c) + rows.offset(row) - kh / 2 * t.pitch + column +
-                          8 * (b.lane / 16) + 4 - 8 * STEPS;
+        const T* source =
+            b.inside(from, c) + rows.offset(row) - kh / 2 * t.pitch + column + 8 * (b.lane / 16) + 4 - 8 * STEPS;
         const T* taps = b.taps + c * t.tap_rows * t.tap_pitch + tap_of_lane(b.lane, 16 * STEPS + 8);
         float sum[BLOCKS][4] = {};
         convolve_tile<T, BLOCKS, STEPS>(sum, shared_address(source), t.pitch * static_cast<int>(sizeof(T)), taps, kh);
@@ -310,65 +305,24 @@ __device__ __forceinline__ void form_dz(const BackwardBlock<T>& b, int level, in
                                         float2 d) {
     T* z_at = b.z_of(level, c) + at;
     const float2 g = b.gate(level, row, x), direct = b.dagg_at(c, row, x), z = load_pair(z_at);
-    store_inside(z_at,
-                 {fmaf(b.p.scale * g.x, direct.x, d.x) * gelu_grad(z.x),
-                  fmaf(b.p.scale * g.y, direct.y, d.y) * gelu_grad(z.y)},
-                 x, b.p.W);
-}
-
-// One row of a kernel's gradient: P[i][j] += dz[row][s + i] * context[row + ky - kh / 2][s - 8 + j] over rows and over
-// column tiles s, then its band. s starts where ldmatrix finds 16 bytes; what a tile reads beyond a plane's row is
-// clamped, and meets columns of dz that are zero.
-template <typename T>
-__device__ __forceinline__ void correlate_row(const BackwardBlock<T>& b, const ToeplitzLevel& own, int level, int c,
-                                              int ky) {
-    const ToeplitzBackwardTiling& t = b.p.tiling;
-    const Rows rows = b.rows();
-    const int i = b.lane % 8, second = b.lane / 8 % 2, third = b.lane / 16;
-    const int start = t.padding - kToeplitzPadding, end = t.padding + b.p.W;
-    T* const dz = b.z_of(level, c) - t.padding;
-    T* const context = b.context_of(c) - t.padding + (ky - own.kh / 2) * t.pitch;
-    // The halo below the last row is zero: so are, through it, rows and columns of dz that do not exist.
-    const int nothing = rows.offset(b.count() - 1) + t.pitch;
-    float sum[4][4] = {};
-    for (int first = 0; first < b.count(); first += kMmaM) {
-        const int a_row = first + i + 8 * third, b_row = min(first + i + 8 * second, b.count() - 1);
-        const T* a_from = dz + (a_row < b.count() ? rows.offset(a_row) : nothing);
-        const T* b_from = context + rows.offset(b_row);
-#pragma unroll 1
-        for (int s = start; s < end; s += 16) {
-            uint32_t a[4], f[4][2];
-            const int a_column = s + 8 * second, column = s - 8 + 8 * third;
-            ldmatrix_x4<true>(a[0], a[1], a[2], a[3],
-                              shared_address(a_column < t.pitch ? a_from + a_column : dz + nothing));
-            ldmatrix_x4<true>(f[0][0], f[0][1], f[1][0], f[1][1], shared_address(b_from + max(0, column)));
-            ldmatrix_x4<true>(f[2][0], f[2][1], f[3][0], f[3][1],
-                              shared_address(b_from + min(column + 16, t.pitch - 8)));
-#pragma unroll
-            for (int n = 0; n < 4; ++n) mma<T>(sum[n], a[0], a[1], a[2], a[3], f[n][0], f[n][1]);
-        }
-    }
-    float* band = b.band + b.warp * kMmaM * kBandPitch;
-#pragma unroll
-    for (int n = 0; n < 4; ++n)
-#pragma unroll
-        for (int k = 0; k < 4; ++k)
-            band[(b.lane / 4 + k / 2 * 8) * kBandPitch + 8 * n + 2 * (b.lane % 4) + k % 2] = sum[n][k];
-    __syncwarp();
-    if (b.lane < own.kw && b.first_c + c < b.p.C) {
-        float total = 0.0f;
-        for (int column = 0; column < kMmaM; ++column)
-            total += band[column * kBandPitch + 8 + column - own.kw / 2 + b.lane];
-        own.dweights[(b.group * own.kh * own.kw + ky * own.kw + b.lane) * b.p.C + b.first_c + c] = total;
-    }
-    __syncwarp();
+    store_inside(
+        z_at,
+        {fmaf(b.p.scale * g.x, direct.x, d.x) * gelu_grad(z.x), fmaf(b.p.scale * g.y, direct.y, d.y) * gelu_grad(z.y)},
+        x, b.p.W);
 }
 
 template <typename T>
 __device__ __forceinline__ void correlate_level(const BackwardBlock<T>& b, int level) {
     const ToeplitzLevel& own = b.p.level[level];
-    for (int item = b.warp; item < b.p.tiling.block_c * own.kh; item += b.warps)
-        correlate_row(b, own, level, item / own.kh, item % own.kh);
+    const ToeplitzBackwardTiling& t = b.p.tiling;
+    float* band = b.band + b.warp * kMmaM * kToeplitzBandPitch;
+    for (int item = b.warp; item < t.block_c * own.kh; item += b.warps) {
+        const int c = item / own.kh, ky = item % own.kh;
+        const float tap = correlate_row<T>(b.z_of(level, c), b.context_of(c) + (ky - own.kh / 2) * t.pitch, b.rows(),
+                                           b.count(), b.p.W, t.padding, own.kw, band, b.lane);
+        if (b.lane < own.kw && b.first_c + c < b.p.C)
+            own.dweights[(b.group * own.kh * own.kw + ky * own.kw + b.lane) * b.p.C + b.first_c + c] = tap;
+    }
 }
 
 template <typename T, int N>
@@ -445,9 +399,8 @@ struct BackwardScratch {
 
     BackwardScratch(const Problem& p, const ToeplitzBackwardTiling& t, const Gradients& out, void* memory) {
         Scratch scratch{memory};
-        dgates = out.want_gates
-                     ? scratch.take<float>(blocks_for(p.C, t.block_c) * p.B * p.H * p.W * (p.L + 1))
-                     : nullptr;
+        dgates =
+            out.want_gates ? scratch.take<float>(blocks_for(p.C, t.block_c) * p.B * p.H * p.W * (p.L + 1)) : nullptr;
         for (int l = 0; l < p.L; ++l)
             dweights[l] = out.want_weights
                               ? scratch.take<float>(groups_of(p, t) * p.weights[l].kh * p.weights[l].kw * p.C)
@@ -489,7 +442,9 @@ Status backward(const Problem& p, const Map& dagg, const Gradients& out, void* m
     const ToeplitzParams params = params_of(p, t, dagg, out, scratch);
     const int64_t blocks = groups_of(p, t) * blocks_for(p.C, t.block_c);
     const auto kernel = t.blocks == 2 ? toeplitz_bwd_kernel<T, 2> : toeplitz_bwd_kernel<T, 4>;
-    if (Status s = launch("toeplitz_bwd_kernel", kernel, blocks, kToeplitzBackwardThreads, t.shared_bytes, stream, params)) return s;
+    if (Status s =
+            launch("toeplitz_bwd_kernel", kernel, blocks, kToeplitzBackwardThreads, t.shared_bytes, stream, params))
+        return s;
     if (out.want_gates)
         if (Status s = sum_dgates<T>(p, scratch.dgates, blocks_for(p.C, t.block_c), out.dgates.data, stream)) return s;
     for (int l = 0; l < p.L && out.want_weights; ++l)

@@ -5,8 +5,8 @@
 //
 //     read     ctx once, channels last, turned into planes of one channel; the gates once, a plane each
 //     level l  sixteen rows at a time: plane -> mma -> GELU in registers -> agg += gate * GELU, and the rows of the
-//              next level's plane. One plane does for all levels: level l + 1 lies k_l / 2 rows above level l, so that a
-//              tile's results fall on rows that no later tile reads
+//              next level's plane. One plane does for all levels: level l + 1 lies k_l / 2 rows above level l, so that
+//              a tile's results fall on rows that no later tile reads
 //     mean     sums of the last level's rows in float32, then of the rows in a fixed order
 //     write    agg + gate * GELU(mean), times the scale, channels last, once
 //
@@ -17,9 +17,9 @@
 //         start + H - 1                       row H - 1            zeros, written when the level is done
 //         start + H ..                        zeros                zeros
 //
-// Bytes: ctx read and agg written once, the gates once for every block_c channels. A tile's block reads the halo again,
-// and writes the sums of its last level; two small kernels (gated_aggregation_fwd.cu) then add the global term, which
-// reads and writes agg once more. agg is kept in T between levels, in shared memory.
+// Bytes: ctx read and agg written once, the gates once for every block_c channels. A tile's block reads the halo
+// again, and writes the sums of its last level; two small kernels (gated_aggregation_fwd.cu) then add the global term,
+// which reads and writes agg once more. agg is kept in T between levels, in shared memory.
 
 #include "launch.cuh"
 #include "toeplitz.cuh"
@@ -148,7 +148,8 @@ __device__ __forceinline__ void finish_tile(const ForwardBlock<T>& b, const Warp
 #pragma unroll
             for (int j = 0; j < BLOCKS; ++j) {
                 const float2 g = load_pair(gate + 8 * j), before = load_pair(sum + 8 * j);
-                store_pair(sum + 8 * j, {fmaf(g.x, z[j][2 * half], before.x), fmaf(g.y, z[j][2 * half + 1], before.y)});
+                store_pair(sum + 8 * j,
+                           {fmaf(g.x, z[j][2 * half], before.x), fmaf(g.y, z[j][2 * half + 1], before.y)});
             }
         }
         if (is_last) {
@@ -187,7 +188,8 @@ __device__ __forceinline__ void run_level(const ForwardBlock<T>& b, const WarpPl
     const ToeplitzLevel& own = p.level[level];
     T* taps = b.taps + w.group * t.tap_rows * t.tap_pitch;
     if (w.warp == 0)
-        write_taps<T>(taps, static_cast<const T*>(own.weight) + static_cast<int64_t>(b.first_c + w.c) * own.kh * own.kw,
+        write_taps<T>(taps,
+                      static_cast<const T*>(own.weight) + static_cast<int64_t>(b.first_c + w.c) * own.kh * own.kw,
                       own.kh, own.kw, STEPS, b.first_c + w.c < p.C, false, w.lane);
     join(t.warps);
     const Rows rows = b.rows_of_planes();
@@ -319,8 +321,7 @@ ToeplitzParams params_of(const Problem& p, const ToeplitzTiling& tiling, const M
 template <typename T, int BLOCKS>
 Status launch_toeplitz(const Problem& p, const ToeplitzParams& params, cudaStream_t stream) {
     const ToeplitzTiling& t = params.tiling;
-    const int64_t blocks =
-        (p.B + t.images - 1) / t.images * t.tiles() * ((p.C + t.block_c - 1) / t.block_c);
+    const int64_t blocks = (p.B + t.images - 1) / t.images * t.tiles() * ((p.C + t.block_c - 1) / t.block_c);
     return launch("toeplitz_fwd_kernel", toeplitz_fwd_kernel<T, BLOCKS>, blocks, t.threads(), t.shared_bytes, stream,
                   params);
 }

@@ -1,13 +1,12 @@
-// How the kernels on tensor cores cut the maps: whole maps where a block's planes fit shared memory, so that the global
-// level needs no second pass; else tiles with the halo of all levels. The cheapest by the instructions that a
+// How the kernels on tensor cores cut the maps: whole maps where a block's planes fit shared memory, so that the
+// global level needs no second pass; else tiles with the halo of all levels. The cheapest by the instructions that a
 // multiprocessor issues, and the bytes that it moves. Host code without CUDA calls.
-
-#include "toeplitz.h"
 
 #include <algorithm>
 #include <cmath>
 
 #include "plans.h"
+#include "toeplitz.h"
 
 namespace focalnet::cuda {
 namespace {
@@ -19,8 +18,8 @@ constexpr int kMaxGroupWarps = 16;    // of a block
 constexpr int kMaxStackedRows = 256;  // of the images of a block, for the division by a product (toeplitz.cuh)
 constexpr int kTileHeights[] = {16, 24, 32, 40, 48, 64, 80, 96};
 constexpr int kTileWidths[] = {16, 24, 32, 40, 48, 56, 64, 80, 96, 112};
-// A warp's instructions, counted in machine code (tests/cuda/test_toeplitz_sass.py): of a tile; of eight columns of it,
-// four outputs a lane; of a kernel's row beside mma and loads; of an element that is read and written.
+// A warp's instructions, counted in machine code (tests/cuda/test_toeplitz_sass.py): of a tile; of eight columns of
+// it, four outputs a lane; of a kernel's row beside mma and loads; of an element that is read and written.
 constexpr double kPerTile = 60.0, kPerOutputs = 110.0, kPerKernelRow = 12.0, kPerElements = 16.0;
 // That L2 moves while a scheduler issues an instruction: 5.5e12 bytes a second over 132 * 4 * 1.7e9 (H100 SXM).
 constexpr double kBytesPerInstruction = 6.0;
@@ -112,8 +111,8 @@ double cost_of(const Problem& p, const ToeplitzTiling& t) {
         std::max(32, 2 * t.block_c) * (t.images * held_h * held_w + (t.whole_map() ? 1 : 3) * outputs);
     const auto fitting = static_cast<int>(p.limits.shared_per_multiprocessor / (t.shared_bytes + kReservedBytes));
     const int warps = t.groups * t.warps, resident = std::max(1, std::min(kResidentWarps / warps, fitting));
-    const double blocks = static_cast<double>(blocks_for(static_cast<int>(p.B), t.images)) * t.tiles() *
-                          blocks_for(p.C, t.block_c);
+    const double blocks =
+        static_cast<double>(blocks_for(static_cast<int>(p.B), t.images)) * t.tiles() * blocks_for(p.C, t.block_c);
     const double rounds = std::ceil(blocks / (static_cast<double>(p.limits.multiprocessors) * resident));
     // Fewer than 16 warps leave slots empty; so does a block alone, which idles while it reads and writes.
     const double filled = std::min(1.0, 0.4 + 0.6 * resident * warps / kResidentWarps) * (resident > 1 ? 1.0 : 0.85);
@@ -190,7 +189,8 @@ ToeplitzBackwardTiling cut_backward(const Problem& p, int images, int block_c, i
 // Tiles that warps take, in rounds of all warps, and what is read by sectors.
 double cost_of(const Problem& p, const ToeplitzBackwardTiling& t) {
     constexpr int kWarps = kToeplitzBackwardThreads / 32;
-    constexpr double kPerPair = 240.0, kPerBand = 60.0;  // instructions: of a pair of outputs and level; of a kernel row
+    constexpr double kPerPair = 240.0,
+                     kPerBand = 60.0;  // instructions: of a pair of outputs and level; of a kernel row
     const int rows = t.images * p.H, tiles = blocks_for(rows, kRowsOfTile) * t.groups * t.block_c;
     double instructions = 0;
     for (int l = 0; l < p.L; ++l) {

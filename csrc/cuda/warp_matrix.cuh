@@ -2,9 +2,9 @@
 // g = lane / 4 and t = lane % 4 a lane holds, two elements of 16 bits a register (PTX ISA, "Matrix fragments for
 // mma.m16n8k16"):
 //
-//     A (16 x 16)   a0: row g, columns 2t, 2t + 1    a1: row g + 8    a2: row g, columns + 8    a3: row g + 8, columns + 8
-//     B (16 x 8)    b0: rows 2t, 2t + 1 of column g                   b1: rows + 8
-//     C (16 x 8)    c0, c1: row g, columns 2t, 2t + 1                 c2, c3: row g + 8
+//     A (16 x 16)   a0: row g, columns 2t, 2t + 1    a1: row g + 8    a2: row g, columns + 8    a3: row g + 8, columns
+//     + 8 B (16 x 8)    b0: rows 2t, 2t + 1 of column g                   b1: rows + 8 C (16 x 8)    c0, c1: row g,
+//     columns 2t, 2t + 1                 c2, c3: row g + 8
 //
 // ldmatrix loads 8 x 8 matrices whose rows are 16 bytes, aligned to 16. Lane i gives the address of row i % 8 of
 // matrix i / 8, and holds of every matrix columns 2t, 2t + 1 of row g; transposed, rows 2t, 2t + 1 of column g.

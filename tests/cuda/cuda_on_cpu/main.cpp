@@ -1,7 +1,7 @@
 // Runs one call of csrc/cuda's launchers: `main CASE RESULT`. CASE is a list of int64 (see main), then the elements of
 // the tensors; RESULT receives the outputs' elements. Every tensor, and the scratch, is a heap block of its exact
-// size. Prints the path that is taken, and how many bank conflicts ldmatrix met. `main CASE` reads the numbers alone and prints how every launch cuts the
-// maps.
+// size. Prints the path that is taken, and how many bank conflicts ldmatrix met. `main CASE` reads the numbers alone
+// and prints how every launch cuts the maps.
 
 #include <fstream>
 #include <iostream>
@@ -72,8 +72,8 @@ const char* backward_path_of(const Problem& p) {
 }
 
 void print(const char* what, int block_c, int tile_h, int tile_w, int threads, size_t shared_bytes, double cost) {
-    std::cout << what << " " << block_c << " " << tile_h << " " << tile_w << " " << threads << " " << shared_bytes << " "
-              << (cost > 0) << "\n";
+    std::cout << what << " " << block_c << " " << tile_h << " " << tile_w << " " << threads << " " << shared_bytes
+              << " " << (cost > 0) << "\n";
 }
 
 void print(const char* what, const Tiling& t) {

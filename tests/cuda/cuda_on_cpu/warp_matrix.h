@@ -30,15 +30,14 @@ inline uint32_t pair(uint16_t low, uint16_t high) { return low | static_cast<uin
 
 inline void ldmatrix(uint32_t* const* registers, int matrices, const void* row, bool transposed) {
     const int lane = threadIdxOf % kWarp, g = lane / 4, t = lane % 4;
-    if (lane < 8 * matrices && reinterpret_cast<uintptr_t>(row) % 16) fail("ldmatrix: a row is not aligned to 16 bytes");
+    if (lane < 8 * matrices && reinterpret_cast<uintptr_t>(row) % 16)
+        fail("ldmatrix: a row is not aligned to 16 bytes");
     fibers[threadIdxOf]->address = row;
     wait(Fiber::kAtShuffle);
     for (int m = 0; m < matrices; ++m) {
-        const auto element = [&](int i, int j) {
-            return static_cast<const uint16_t*>(of_lane(8 * m + i).address)[j];
-        };
-        *registers[m] =
-            transposed ? pair(element(2 * t, g), element(2 * t + 1, g)) : pair(element(g, 2 * t), element(g, 2 * t + 1));
+        const auto element = [&](int i, int j) { return static_cast<const uint16_t*>(of_lane(8 * m + i).address)[j]; };
+        *registers[m] = transposed ? pair(element(2 * t, g), element(2 * t + 1, g))
+                                   : pair(element(g, 2 * t), element(g, 2 * t + 1));
         if (lane == 0) extra_passes += extra_passes_of(m);
     }
     if (lane == 0) matrices_loaded += matrices;

@@ -1,6 +1,6 @@
-// A product of a warp: `warp_product CASE RESULT`. CASE is a list of int64 (the element type, how A and B lie, the pitch
-// of their rows), then the elements of A and B in shared memory; RESULT receives C (16 x 8) in float32. Prints how many
-// matrices ldmatrix loaded, and how many passes it took beyond one for each.
+// A product of a warp: `warp_product CASE RESULT`. CASE is a list of int64 (the element type, how A and B lie, the
+// pitch of their rows), then the elements of A and B in shared memory; RESULT receives C (16 x 8) in float32. Prints
+// how many matrices ldmatrix loaded, and how many passes it took beyond one for each.
 
 #include <fstream>
 #include <iostream>
@@ -53,8 +53,12 @@ int main(int, char** argv) {
     std::memcpy(a, elements.data(), 32 * pitch);
     std::memcpy(memory + 64 * 1024, elements.data() + 32 * pitch, 32 * pitch);
     float c[128];
-    const Operands p{reinterpret_cast<uint16_t*>(a), reinterpret_cast<uint16_t*>(memory + 64 * 1024), pitch,
-                     numbers[1] != 0, numbers[2] != 0, c};
+    const Operands p{reinterpret_cast<uint16_t*>(a),
+                     reinterpret_cast<uint16_t*>(memory + 64 * 1024),
+                     pitch,
+                     numbers[1] != 0,
+                     numbers[2] != 0,
+                     c};
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(1);
     config.blockDim = dim3(32);
