@@ -77,7 +77,9 @@ def why_not_tensor_cores(problem: Problem) -> str | None:
 
 def _uses_tensor_cores(operator: str, ctx: Tensor, focal_weights: Sequence[Tensor]) -> bool:
     kernel_sizes = tuple([weight.shape[-2:] for weight in focal_weights])
-    reason = why_not_tensor_cores(Problem(operator, ctx.device, ctx.dtype, *ctx.shape, kernel_sizes))
+    batch, height, width, channels = ctx.shape
+    problem = Problem(operator, ctx.device, ctx.dtype, batch, height, width, channels, kernel_sizes)
+    reason = why_not_tensor_cores(problem)
     if reason is not None:
         logger.debug("%s: not on tensor cores: %s", operator, reason)
     return reason is None
