@@ -284,7 +284,7 @@ def test_nan_stays_within_its_channel_and_image(run, dtype, tensor_cores):
 
 BARRIERS = {
     "between the levels": ("gated_aggregation_fwd.cu", "        inside = outputs;\n        __syncthreads();\n"),
-    "behind the planes": ("toeplitz_fwd.cu", "    load_gates(b);\n    __syncthreads();\n"),
+    "behind the zeros": ("toeplitz_fwd.cu", "    __syncthreads();\n    load_planes(b);\n"),
 }
 
 
