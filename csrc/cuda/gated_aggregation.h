@@ -47,7 +47,8 @@ struct Problem {
     int H, W, C, L;
     Map ctx, gates;
     FocalWeight weights[kMaxLevels];
-    float scale;  // 1 / (L + 1) if the modulator is normalised, else 1
+    float scale;        // 1 / (L + 1) if the modulator is normalised, else 1
+    bool tensor_cores;  // 16-bit elements, and kernels that toeplitz.h takes
     Limits limits;
 };
 

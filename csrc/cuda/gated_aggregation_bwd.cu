@@ -17,6 +17,7 @@
 #include "gated_aggregation_bwd.cuh"
 #include "launch.cuh"
 #include "tile.cuh"
+#include "toeplitz.h"
 
 namespace focalnet::cuda {
 namespace {
@@ -385,6 +386,8 @@ Status level_gradients(const Problem& p, const Map& dagg, const Gradients& out, 
     return sum_partials<T>(p, level, w.partials, parts, out.dweights[level], stream);
 }
 
+bool on_tensor_cores(const Problem& p) { return p.tensor_cores && plan_toeplitz_backward(p).cost > 0; }
+
 // An empty batch: no gradient reaches the weights.
 template <typename T>
 Status no_weight_gradients(const Problem& p, const Gradients& out, cudaStream_t stream) {
@@ -396,6 +399,7 @@ Status no_weight_gradients(const Problem& p, const Gradients& out, cudaStream_t 
 template <typename T>
 Status backward(const Problem& p, const Map& dagg, const Gradients& out, void* scratch, cudaStream_t stream) {
     if (p.B == 0) return no_weight_gradients<T>(p, out, stream);
+    if (on_tensor_cores(p)) return toeplitz_backward(p, dagg, out, scratch, stream);
     if (plan_backward_map(p).cost > 0) return backward_of_planes<T>(p, dagg, out, scratch, stream);
     const Workspace<T> w(p, out, scratch);
     if (!w.fits) return {cudaErrorInvalidConfiguration, "focal_level_bwd_kernel"};
@@ -415,6 +419,7 @@ Status backward(const Problem& p, const Map& dagg, const Gradients& out, void* s
 
 size_t backward_scratch_bytes(const Problem& p, const Gradients& out) {
     if (p.B == 0) return 0;
+    if (on_tensor_cores(p)) return toeplitz_backward_scratch_bytes(p, out);
     size_t bytes = 0;
     with_element(p.element, [&](auto element) {
         using T = decltype(element);

@@ -14,6 +14,10 @@ template <typename T>
 Status sum_partials(const Problem& p, int level, const float* partials, int64_t parts, void* dweight,
                     cudaStream_t stream);
 
+// dgates, contiguous: the sum of partials [blocks][B * H * W][L + 1], times the scale.
+template <typename T>
+Status sum_dgates(const Problem& p, const float* partials, int blocks, void* dgates, cudaStream_t stream);
+
 template <typename T>
 size_t scratch_bytes_of_planes(const Problem& p, const Gradients& out);
 template <typename T>

@@ -302,6 +302,13 @@ PlaneParams params_of(const Problem& p, const Map& dagg, const Gradients& out, c
 }  // namespace
 
 template <typename T>
+Status sum_dgates(const Problem& p, const float* partials, int blocks, void* dgates, cudaStream_t stream) {
+    const int64_t count = p.B * p.H * p.W * (p.L + 1);
+    return launch("sum_dgates_kernel", sum_dgates_kernel<T>, blocks_for(count, kThreads), kThreads, 0, stream,
+                  partials, static_cast<T*>(dgates), count, blocks, p.scale);
+}
+
+template <typename T>
 size_t scratch_bytes_of_planes(const Problem& p, const Gradients& out) {
     return static_cast<size_t>(PlaneScratch(p, out, nullptr).bytes);
 }
@@ -314,19 +321,16 @@ Status backward_of_planes(const Problem& p, const Map& dagg, const Gradients& ou
     if (Status s = launch("plane_bwd_kernel", plane_bwd_kernel<T>, p.B * blocks, params.tiling.threads,
                           params.tiling.shared_bytes, stream, params))
         return s;
-    const int64_t count = p.B * p.H * p.W * (p.L + 1);
     if (out.want_gates)
-        if (Status s = launch("sum_dgates_kernel", sum_dgates_kernel<T>, blocks_for(count, kThreads), kThreads, 0,
-                              stream, static_cast<const float*>(scratch.dgates), static_cast<T*>(out.dgates.data),
-                              count, blocks, p.scale))
-            return s;
+        if (Status s = sum_dgates<T>(p, scratch.dgates, blocks, out.dgates.data, stream)) return s;
     for (int l = 0; l < p.L && out.want_weights; ++l)
         if (Status s = sum_partials<T>(p, l, scratch.dweights[l], p.B, out.dweights[l], stream)) return s;
     return {};
 }
 
-#define FOCALNET_INSTANTIATE(T)                                                   \
-    template size_t scratch_bytes_of_planes<T>(const Problem&, const Gradients&); \
+#define FOCALNET_INSTANTIATE(T)                                                            \
+    template Status sum_dgates<T>(const Problem&, const float*, int, void*, cudaStream_t); \
+    template size_t scratch_bytes_of_planes<T>(const Problem&, const Gradients&);          \
     template Status backward_of_planes<T>(const Problem&, const Map&, const Gradients&, void*, cudaStream_t);
 FOCALNET_INSTANTIATE(float)
 FOCALNET_INSTANTIATE(__half)

@@ -19,6 +19,7 @@
 #include "gated_aggregation.h"
 #include "launch.cuh"
 #include "tile.cuh"
+#include "toeplitz.h"
 
 namespace focalnet::cuda {
 namespace {
@@ -162,14 +163,16 @@ Status forward(const Problem& p, const Map& agg, Scratch scratch, cudaStream_t s
     outputs.sums = scratch.take<float>(p.B * tiles * p.C);
     float* global = scratch.take<float>(p.B * p.C);
     if (Status s = run_chain<T>(p, plan, outputs, stream)) return s;
-    if (Status s = launch("global_context_kernel", global_context_kernel, (p.B * p.C + 255) / 256, 256, 0, stream,
-                          static_cast<const float*>(outputs.sums), global, p.B * p.C, p.C, tiles,
-                          static_cast<float>(p.H) * p.W))
-        return s;
+    if (Status s = form_global_context(p, outputs.sums, tiles, global, stream)) return s;
     return add_global<T>(p, agg, global, stream);
 }
 
 }  // namespace
+
+Status form_global_context(const Problem& p, const float* sums, int tiles, float* global, cudaStream_t stream) {
+    return launch("global_context_kernel", global_context_kernel, (p.B * p.C + 255) / 256, 256, 0, stream, sums,
+                  global, p.B * p.C, p.C, tiles, static_cast<float>(p.H) * p.W);
+}
 
 template <typename T>
 Status run_chain(const Problem& p, const ForwardPlan& plan, const ChainOutputs& outputs, cudaStream_t stream) {
@@ -216,6 +219,7 @@ FOCALNET_INSTANTIATE(__nv_bfloat16)
 
 size_t forward_scratch_bytes(const Problem& p) {
     if (p.B == 0) return 0;
+    if (p.tensor_cores) return toeplitz_forward_scratch_bytes(p);
     const ForwardPlan plan = plan_forward(p);
     if (plan.whole_map) return 0;
     const int64_t map = p.B * p.H * p.W * p.C * size_of(p.element);
@@ -225,6 +229,7 @@ size_t forward_scratch_bytes(const Problem& p) {
 
 Status gated_aggregation(const Problem& p, const Map& agg, void* scratch, cudaStream_t stream) {
     if (p.B == 0) return {};
+    if (p.tensor_cores) return toeplitz_forward(p, agg, scratch, stream);
     return with_element(p.element,
                         [&](auto element) { return forward<decltype(element)>(p, agg, Scratch{scratch}, stream); });
 }

@@ -10,12 +10,14 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <string>
 #include <vector>
 
 #include "arguments.h"
 #include "gated_aggregation.h"
 #include "stream.h"
+#include "toeplitz.h"
 
 namespace focalnet::cuda {
 namespace {
@@ -63,7 +65,24 @@ struct Arguments {
     Problem problem;
 };
 
-Arguments parse(const Tensor& ctx, const Tensor& gates, const std::vector<Tensor>& focal_weights, bool normalize) {
+// focalnet/backends/cuda.py decides for tensor cores (why_not_tensor_cores); here its decision is held to the limits.
+void check_tensor_cores(const Problem& p) {
+    int reach_y = 0, reach_x = 0, largest = 0;
+    for (int l = 0; l < p.L; ++l) {
+        reach_y += p.weights[l].kh / 2;
+        reach_x += p.weights[l].kw / 2;
+        largest = std::max({largest, p.weights[l].kh, p.weights[l].kw});
+    }
+    STD_TORCH_CHECK(p.element != Element::kFloat32, "tensor_cores is True and ctx is float32; expected a 16-bit type");
+    STD_TORCH_CHECK(largest <= kMaxToeplitzKernel, "tensor_cores is True and a focal kernel is ", largest,
+                    " wide; expected at most ", kMaxToeplitzKernel);
+    STD_TORCH_CHECK(std::max(reach_y, reach_x) <= kMaxToeplitzReach,
+                    "tensor_cores is True and the focal levels reach ", std::max(reach_y, reach_x),
+                    " positions; expected at most ", kMaxToeplitzReach);
+}
+
+Arguments parse(const Tensor& ctx, const Tensor& gates, const std::vector<Tensor>& focal_weights, bool normalize,
+                bool tensor_cores) {
     const Element element = element_of(ctx);
     const auto levels = static_cast<int64_t>(focal_weights.size());
     check_ctx_and_gates(ctx, gates, levels);
@@ -82,6 +101,7 @@ Arguments parse(const Tensor& ctx, const Tensor& gates, const std::vector<Tensor
     p.ctx = map_of(args.ctx);
     p.gates = map_of(args.gates);
     p.scale = normalize ? 1.0f / static_cast<float>(levels + 1) : 1.0f;
+    p.tensor_cores = tensor_cores;
     p.limits = limits_of(ctx.get_device_index());
     for (size_t l = 0; l < focal_weights.size(); ++l) {
         check_focal_weight(l, focal_weights[l], ctx);
@@ -93,6 +113,7 @@ Arguments parse(const Tensor& ctx, const Tensor& gates, const std::vector<Tensor
         const Tensor& w = args.weights.back();
         p.weights[l] = {w.const_data_ptr(), static_cast<int>(w.size(2)), static_cast<int>(w.size(3))};
     }
+    if (tensor_cores) check_tensor_cores(p);
     return args;
 }
 
@@ -115,10 +136,10 @@ class DeviceGuard {
 };
 
 Tensor cuda_gated_aggregation(const Tensor& ctx, const Tensor& gates, std::vector<Tensor> focal_weights,
-                              bool normalize_modulator) {
+                              bool normalize_modulator, bool tensor_cores) {
     STD_TORCH_CHECK(ctx.is_cuda(), "ctx is not on a GPU; expected a CUDA tensor");
     const DeviceGuard guard(ctx.get_device_index());
-    const Arguments args = parse(ctx, gates, focal_weights, normalize_modulator);
+    const Arguments args = parse(ctx, gates, focal_weights, normalize_modulator, tensor_cores);
     Tensor agg = torch::stable::new_empty(ctx, shape_of(ctx));
     const Tensor scratch = scratch_of(ctx, forward_scratch_bytes(args.problem));
     check(gated_aggregation(args.problem, output_map_of(agg), scratch.mutable_data_ptr(),
@@ -129,10 +150,10 @@ Tensor cuda_gated_aggregation(const Tensor& ctx, const Tensor& gates, std::vecto
 // Returns dctx, dgates, agg (for the modulator's own gradients, which want it again), dfocal_weights.
 std::vector<Tensor> cuda_gated_aggregation_bwd(const Tensor& dagg, const Tensor& ctx, const Tensor& gates,
                                                std::vector<Tensor> focal_weights, bool normalize_modulator,
-                                               std::vector<bool> output_mask) {
+                                               bool tensor_cores, std::vector<bool> output_mask) {
     STD_TORCH_CHECK(ctx.is_cuda(), "ctx is not on a GPU; expected a CUDA tensor");
     const DeviceGuard guard(ctx.get_device_index());
-    const Arguments args = parse(ctx, gates, focal_weights, normalize_modulator);
+    const Arguments args = parse(ctx, gates, focal_weights, normalize_modulator, tensor_cores);
     check_dagg(dagg, ctx);
     STD_TORCH_CHECK(output_mask.size() == 4, "output_mask has ", output_mask.size(),
                     " entries; expected four: ctx, gates, agg, focal_weights");
@@ -160,11 +181,11 @@ std::vector<Tensor> cuda_gated_aggregation_bwd(const Tensor& dagg, const Tensor&
 
 STABLE_TORCH_LIBRARY_FRAGMENT(focalnet, m) {
     m.def(
-        "cuda_gated_aggregation(Tensor ctx, Tensor gates, Tensor[] focal_weights, bool normalize_modulator) -> "
-        "Tensor");
+        "cuda_gated_aggregation(Tensor ctx, Tensor gates, Tensor[] focal_weights, bool normalize_modulator, "
+        "bool tensor_cores) -> Tensor");
     m.def(
         "cuda_gated_aggregation_bwd(Tensor dagg, Tensor ctx, Tensor gates, Tensor[] focal_weights, "
-        "bool normalize_modulator, bool[] output_mask) -> Tensor[]");
+        "bool normalize_modulator, bool tensor_cores, bool[] output_mask) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(focalnet, CUDA, m) {

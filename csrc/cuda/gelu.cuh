@@ -3,6 +3,9 @@
 //
 //     GELU(z)  = h + |h| - a P(a)^4                     largest error 2.6e-7 (eager PyTorch's: 3.7e-7)
 //     GELU'(z) = 1/2 +- (1/2 - P(a)^4 / 2 + 2 a S(a^2)^4)   largest error 2.0e-7
+//
+// gelu_for_16_bit has a P of degree 6 instead of 10, fitted to the smallest largest error in the same form: 4.3e-6, a
+// hundredth of float16's rounding of a value near 1.
 
 #pragma once
 
@@ -47,10 +50,21 @@ __device__ __forceinline__ float gelu(float z) {
     return fmaf(-a, gelu_tail(a), h + magnitude);
 }
 
+__device__ __forceinline__ float gelu_for_16_bit(float z) {
+    const float h = 0.5f * z, magnitude = fabsf(h), a = fminf(magnitude, 3.0f);
+    float p = 0.00652413638f;
+    p = fmaf(p, a, -0.0522926294f);
+    p = fmaf(p, a, 0.119271221f);
+    p = fmaf(p, a, 0.0209696589f);
+    p = fmaf(p, a, -0.233185214f);
+    p = fmaf(p, a, -0.39943163f);
+    return fmaf(-a, fourth_power(fmaf(p, a, 1.0f)), h + magnitude);
+}
+
 __device__ __forceinline__ float gelu_grad(float z) {
     const float h = 0.5f * z, a = fminf(fabsf(h), 3.0f);
     const float rise = fmaf(a + a, gelu_density(a), fmaf(gelu_tail(a), -0.5f, 0.5f));
-    return 0.5f + copysignf(rise, h);
+    return z == z ? 0.5f + copysignf(rise, h) : z;  // fminf drops a NaN
 }
 
 }  // namespace focalnet::cuda

@@ -52,6 +52,9 @@ inline int last_tiles(const ForwardPlan& plan) {
 template <typename T>
 Status run_chain(const Problem& p, const ForwardPlan& plan, const ChainOutputs& outputs, cudaStream_t stream);
 
+// global [B][C] = GELU(mean), from sums [B][tiles][C] of the last level.
+Status form_global_context(const Problem& p, const float* sums, int tiles, float* global, cudaStream_t stream);
+
 // agg += scale * gate * global; global is [B][C].
 template <typename T>
 Status add_global(const Problem& p, const Map& agg, const float* global, cudaStream_t stream);

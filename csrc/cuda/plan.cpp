@@ -10,11 +10,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <map>
-#include <mutex>
-#include <vector>
 
 #include "gated_aggregation.h"
+#include "plans.h"
 
 namespace focalnet::cuda {
 namespace {
@@ -164,41 +162,6 @@ double cost_of(const ForwardPlan& plan) {
     for (int i = 0; i < plan.groups; ++i) cost += plan.group[i].tiling.cost;
     return cost;
 }
-
-// Everything that a plan depends on.
-std::vector<int64_t> key_of(const Problem& p, int level) {
-    const Limits& d = p.limits;
-    std::vector<int64_t> key{static_cast<int64_t>(p.element),
-                             p.B,
-                             p.H,
-                             p.W,
-                             p.C,
-                             p.L,
-                             level,
-                             d.shared_per_block,
-                             d.shared_per_multiprocessor,
-                             d.multiprocessors};
-    for (int l = 0; l < p.L; ++l) key.insert(key.end(), {p.weights[l].kh, p.weights[l].kw});
-    return key;
-}
-
-template <typename Plan>
-class Plans {
-  public:
-    template <typename F>
-    Plan get(const Problem& p, int level, F make) {
-        const std::vector<int64_t> key = key_of(p, level);
-        const std::lock_guard<std::mutex> lock(mutex_);
-        if (const auto found = plans_.find(key); found != plans_.end()) return found->second;
-        constexpr size_t kMaxPlans = 4096;  // of one process; when there are more, all are dropped
-        if (plans_.size() >= kMaxPlans) plans_.clear();
-        return plans_[key] = make();
-    }
-
-  private:
-    std::mutex mutex_;
-    std::map<std::vector<int64_t>, Plan> plans_;
-};
 
 ForwardPlan make_forward(const Problem& p) {
     const Chain all{p, 0, p.L};

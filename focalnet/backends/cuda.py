@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -11,11 +12,17 @@ from torch import Tensor
 from . import composed, extension
 from .problem import Problem
 
+logger = logging.getLogger(__name__)
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
 # As in csrc/cuda/gated_aggregation.h.
 MAX_LEVELS = 8
 MAX_KERNEL = 31
+# As in csrc/cuda/toeplitz.h.
+TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)
+MAX_TOEPLITZ_KERNEL = 15
+MAX_TOEPLITZ_REACH = 24
 
 
 @functools.cache
@@ -53,10 +60,36 @@ def why_not(problem: Problem) -> str | None:
     return None
 
 
+def why_not_tensor_cores(problem: Problem) -> str | None:
+    """Why a call that this backend takes runs on multiply-adds instead of tensor cores, or None if it does not."""
+    if problem.dtype not in TENSOR_CORE_DTYPES:
+        return f"{problem.dtype} has no exact products on tensor cores; bfloat16 and float16 have"
+    if (capability := _capability(problem.device)) < MIN_CAPABILITY:
+        return f"{problem.device} has compute capability {capability[0]}.{capability[1]}, less than 8.0"
+    largest = max((max(sizes) for sizes in problem.kernel_sizes), default=0)
+    if largest > MAX_TOEPLITZ_KERNEL:
+        return f"a focal kernel is {largest} wide, more than {MAX_TOEPLITZ_KERNEL}"
+    reach = max((sum(size // 2 for size in sizes) for sizes in zip(*problem.kernel_sizes, strict=True)), default=0)
+    if reach > MAX_TOEPLITZ_REACH:
+        return f"the focal levels reach {reach} positions in all, more than {MAX_TOEPLITZ_REACH}"
+    return None
+
+
+def _uses_tensor_cores(operator: str, ctx: Tensor, focal_weights: Sequence[Tensor]) -> bool:
+    kernel_sizes = tuple([weight.shape[-2:] for weight in focal_weights])
+    batch, height, width, channels = ctx.shape
+    problem = Problem(operator, ctx.device, ctx.dtype, batch, height, width, channels, kernel_sizes)
+    reason = why_not_tensor_cores(problem)
+    if reason is not None:
+        logger.debug("%s: not on tensor cores: %s", operator, reason)
+    return reason is None
+
+
 def gated_aggregation(
     ctx: Tensor, gates: Tensor, focal_weights: Sequence[Tensor], normalize_modulator: bool
 ) -> Tensor:
-    return torch.ops.focalnet.cuda_gated_aggregation(ctx, gates, focal_weights, normalize_modulator)
+    tensor_cores = _uses_tensor_cores("gated_aggregation", ctx, focal_weights)
+    return torch.ops.focalnet.cuda_gated_aggregation(ctx, gates, focal_weights, normalize_modulator, tensor_cores)
 
 
 def gated_aggregation_bwd(
@@ -73,8 +106,18 @@ def gated_aggregation_bwd(
     return [dctx, dgates, *dfocal_weights]
 
 
-def _bwd_with_agg(*arguments: object) -> list[Tensor | None]:
-    return torch.ops.focalnet.cuda_gated_aggregation_bwd(*arguments)
+def _bwd_with_agg(
+    dagg: Tensor,
+    ctx: Tensor,
+    gates: Tensor,
+    focal_weights: Sequence[Tensor],
+    normalize_modulator: bool,
+    output_mask: Sequence[bool],
+) -> list[Tensor | None]:
+    tensor_cores = _uses_tensor_cores("gated_aggregation_bwd", ctx, focal_weights)
+    return torch.ops.focalnet.cuda_gated_aggregation_bwd(
+        dagg, ctx, gates, focal_weights, normalize_modulator, tensor_cores, output_mask
+    )
 
 
 focal_modulation = functools.partial(composed.focal_modulation, gated_aggregation)

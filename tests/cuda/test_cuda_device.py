@@ -6,6 +6,7 @@ from operands import SHAPES, Shape, operands
 
 import focalnet
 from focalnet.backends import cuda
+from focalnet.backends.problem import Problem
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,6 +69,24 @@ def call(ctx, gates, focal_weights, dagg):
 def test_the_same_bits_run_after_run(shape):
     arguments = on_device(shape)
     assert all(torch.equal(a, b) for a, b in zip(call(*arguments), call(*arguments), strict=True))
+
+
+@pytest.mark.parametrize("shape", STAGES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_sixteen_bit_types_run_on_tensor_cores(shape, dtype):
+    """A call gives the bits of the path that the backend names: tensor cores, or multiply-adds and a reason."""
+    ctx, gates, focal_weights, dagg = on_device(shape, dtype)
+    problem = Problem("gated_aggregation", ctx.device, dtype, *ctx.shape, tuple(shape.kernel_sizes))
+    tensor_cores = dtype != torch.float32 and max(map(max, shape.kernel_sizes)) <= cuda.MAX_TOEPLITZ_KERNEL
+    assert (cuda.why_not_tensor_cores(problem) is None) == tensor_cores
+    inputs = ctx, gates, focal_weights, False, tensor_cores
+    named = [torch.ops.focalnet.cuda_gated_aggregation(*inputs)]
+    dctx, dgates, _, *dfocal_weights = torch.ops.focalnet.cuda_gated_aggregation_bwd(
+        dagg, *inputs, [True, True, False, True]
+    )
+    named += [dctx, dgates, *dfocal_weights]
+    mine = call(ctx, gates, focal_weights, dagg)
+    assert all(torch.equal(a, b) for a, b in zip(mine, named, strict=True))
 
 
 @pytest.mark.parametrize("shape", STAGES, ids=str)

@@ -52,10 +52,11 @@ def assert_rule(name, mine, low, exact):
     assert (mine - exact).abs().max() <= 2 * (low - exact).abs().max() + ulp, name
 
 
-def check_forward(run, shape, dtype, device=SM_90, seed=0):
+def check_forward(run, shape, dtype, device=SM_90, seed=0, tensor_cores=False):
     """Returns the path that was taken."""
     _, ctx, gates, focal_weights, *_ = operands(shape, dtype)
-    path, (agg,) = run(ctx, gates, focal_weights, shape.normalize, device=device, seed=seed)
+    options = {"device": device, "seed": seed, "tensor_cores": tensor_cores}
+    path, (agg,) = run(ctx, gates, focal_weights, shape.normalize, **options)
     exact = reference.gated_aggregation(
         ctx.double(), gates.double(), [w.double() for w in focal_weights], shape.normalize
     )
@@ -63,11 +64,12 @@ def check_forward(run, shape, dtype, device=SM_90, seed=0):
     return path
 
 
-def check_backward(run, shape, dtype, device=SM_90, mask=(True,) * 4, seed=0):
+def check_backward(run, shape, dtype, device=SM_90, mask=(True,) * 4, seed=0, tensor_cores=False):
     """``mask`` is of ctx, gates, agg, focal_weights. Returns the path that was taken."""
     _, ctx, gates, focal_weights, *_ = operands(shape, dtype)
     dagg = gradient_of(ctx, dtype)
-    path, mine = run(ctx, gates, focal_weights, shape.normalize, dagg=dagg, mask=mask, device=device, seed=seed)
+    options = {"dagg": dagg, "mask": mask, "device": device, "seed": seed, "tensor_cores": tensor_cores}
+    path, mine = run(ctx, gates, focal_weights, shape.normalize, **options)
 
     def expected(dtype):
         inputs = ctx.to(dtype), gates.to(dtype), [w.to(dtype) for w in focal_weights], shape.normalize
@@ -115,6 +117,35 @@ def test_every_path_obeys_the_rule(run, path, device, shape, dtype):
     assert check_forward(run, shape, dtype, device) == path
 
 
+# Blocks of several images and of one, warps that share a channel, tiles with halo, kernels of two steps; channels that
+# are odd or do not fill a block; maps beyond 16 rows and 8 columns by one.
+TENSOR_CORES = [
+    ("whole maps", SM_90, Shape(2, 14, 14, 40, (3, 5, 7))),
+    ("whole maps", SM_90, Shape(5, 7, 7, 17, (3, 5, 7), normalize=True)),
+    ("whole maps", SM_90, Shape(1, 56, 56, 4, (3, 5, 7))),
+    ("whole maps", SM_90, Shape(1, 17, 9, 36, (3, 5, 7, 9), normalize=True)),
+    ("whole maps", SM_80, Shape(1, 19, 22, 17, (11, 13, 15))),
+    ("whole maps", SM_86, Shape(3, 5, 41, 8, ((3, 15), (9, 1)))),
+    ("whole maps", SM_86, Shape(17, 1, 1, 12, (9,))),
+    ("tiles", SMALL, Shape(1, 48, 57, 9, (3, 5), normalize=True)),
+    ("tiles", SMALL, Shape(2, 63, 49, 8, (3, 3, 3, 3))),
+    ("tiles", Device(64, 100, 4), Shape(1, 53, 61, 7, (11, 13))),
+]
+low_dtypes = pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+
+
+@each_shape
+@low_dtypes
+def test_forward_on_tensor_cores_obeys_the_rule(run, shape, dtype):
+    check_forward(run, shape, dtype, tensor_cores=True)
+
+
+@pytest.mark.parametrize(("path", "device", "shape"), TENSOR_CORES, ids=str)
+@low_dtypes
+def test_every_path_of_forward_on_tensor_cores_obeys_the_rule(run, path, device, shape, dtype):
+    assert check_forward(run, shape, dtype, device, tensor_cores=True) == path
+
+
 # Backward has two paths; what fits as whole planes in one launch goes level by level on a device with less memory.
 BACKWARD = [
     ("whole map", SM_90, Shape(2, 14, 14, 40, (3, 5, 7))),
@@ -134,6 +165,31 @@ def test_every_path_of_backward_obeys_the_rule(run, path, device, shape, dtype):
     assert check_backward(run, shape, dtype, device) == path
 
 
+# As for forward; what does not fit as whole maps goes level by level, on multiply-adds.
+BACKWARD_ON_TENSOR_CORES = [
+    ("whole maps", SM_90, Shape(2, 14, 14, 20, (3, 5, 7))),
+    ("whole maps", SM_90, Shape(5, 7, 7, 9, (3, 5, 7), normalize=True)),
+    ("whole maps", SM_90, Shape(1, 56, 56, 4, (3, 5, 7))),
+    ("whole maps", SM_90, Shape(1, 17, 9, 36, (3, 5, 7, 9), normalize=True)),
+    ("whole maps", SM_80, Shape(1, 19, 22, 7, (11, 13, 15))),
+    ("whole maps", SM_86, Shape(3, 5, 41, 8, ((3, 15), (9, 1)))),
+    ("whole maps", SM_86, Shape(17, 1, 1, 12, (9,))),
+    ("levels", SMALL, Shape(1, 40, 37, 9, (3, 5, 7), normalize=True)),
+]
+
+
+@each_shape
+@low_dtypes
+def test_backward_on_tensor_cores_obeys_the_rule(run, shape, dtype):
+    check_backward(run, shape, dtype, tensor_cores=True)
+
+
+@pytest.mark.parametrize(("path", "device", "shape"), BACKWARD_ON_TENSOR_CORES, ids=str)
+@low_dtypes
+def test_every_path_of_backward_on_tensor_cores_obeys_the_rule(run, path, device, shape, dtype):
+    assert check_backward(run, shape, dtype, device, tensor_cores=True) == path
+
+
 MASKS = [tuple(position == wanted for position in range(4)) for wanted in range(4)]
 
 
@@ -145,6 +201,12 @@ MASKS = [tuple(position == wanted for position in range(4)) for wanted in range(
 )
 def test_backward_computes_what_is_asked_for(run, path, device, shape, mask):
     assert check_backward(run, shape, torch.float32, device, mask) == path
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_backward_on_tensor_cores_computes_what_is_asked_for(run, mask):
+    shape = Shape(2, 9, 10, 12, (3, 5, 7))
+    assert check_backward(run, shape, torch.bfloat16, SM_90, mask, tensor_cores=True) == "whole maps"
 
 
 # The stages of the published variants at their image sizes, and detection maps.
@@ -162,12 +224,16 @@ STAGES = [
 
 
 @pytest.mark.parametrize("device", [SM_80, SM_86, SM_90], ids=["sm_80", "sm_86", "sm_90"])
+@pytest.mark.parametrize("tensor_cores", [False, True], ids=["multiply-adds", "tensor cores"])
 @each_dtype
-def test_every_launch_fits_the_device(program, tmp_path, device, dtype):
+def test_every_launch_fits_the_device(program, tmp_path, device, dtype, tensor_cores):
     """So do the largest kernels that are taken, at any number of levels."""
-    largest = [Shape(1, 300, 300, 64, (31,) * levels) for levels in (1, 8)]
-    for shape in [*STAGES, *largest, Shape(1, 1, 1, 1, (31,) * 8)]:
-        *_, cuts = plan(program, tmp_path, shape, dtype, device)
+    if tensor_cores and dtype == torch.float32:
+        return
+    largest = [(31,), (31,) * 8] if not tensor_cores else [(15,) * 3, (7,) * 8, ((1, 15), (13, 1), 15, (15, 13))]
+    extremes = [Shape(1, height, width, 64, k) for k in largest for height, width in [(300, 300), (1, 999), (999, 1)]]
+    for shape in [*STAGES, *extremes, Shape(1, 1, 1, 1, largest[-1])]:
+        *_, cuts = plan(program, tmp_path, shape, dtype, device, tensor_cores)
         for cut in cuts:
             assert cut.fits and cut.shared_bytes <= 1024 * device.shared_per_block, (shape, cut)
 
@@ -181,43 +247,58 @@ def test_the_stages_of_the_tiny_model_are_taken_as_whole_maps_on_hopper(program,
             assert backward == ("levels" if stage.height == 56 else "whole map")
 
 
-def test_views_with_any_strides(run):
+@pytest.mark.parametrize(("dtype", "tensor_cores"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+def test_views_with_any_strides(run, dtype, tensor_cores):
     """Transposed rows, a gap between positions and an expanded batch are read where they lie."""
     shape = Shape(3, 9, 11, 24, (3, 5))
-    _, ctx, gates, focal_weights, *_ = operands(shape)
+    _, ctx, gates, focal_weights, *_ = operands(shape, dtype)
     storage = torch.cat([ctx, gates, ctx[..., :1]], -1).transpose(1, 2).contiguous().transpose(1, 2)[:1]
     ctx, gates = storage[..., :24].expand(3, -1, -1, -1), storage[..., 24:27].expand(3, -1, -1, -1)
-    _, (agg,) = run(ctx, gates, focal_weights, False)
+    _, (agg,) = run(ctx, gates, focal_weights, False, tensor_cores=tensor_cores)
     packed = torch.cat([ctx, gates], -1).contiguous()
-    _, (same,) = run(packed[..., :24], packed[..., 24:], focal_weights, False)
+    _, (same,) = run(packed[..., :24], packed[..., 24:], focal_weights, False, tensor_cores=tensor_cores)
     assert torch.equal(agg, same)
 
 
-def test_results_do_not_depend_on_the_order_of_threads_and_blocks(run):
-    _, ctx, gates, focal_weights, *_ = operands(Shape(2, 17, 20, 20, (3, 5)))
-    dagg = gradient_of(ctx, torch.float32)
+@pytest.mark.parametrize(("dtype", "tensor_cores"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+def test_results_do_not_depend_on_the_order_of_threads_and_blocks(run, dtype, tensor_cores):
+    _, ctx, gates, focal_weights, *_ = operands(Shape(2, 17, 20, 20, (3, 5)), dtype)
+    dagg = gradient_of(ctx, dtype)
     for options in ({}, {"dagg": dagg}):
-        (_, first), (_, second) = (
-            run(ctx, gates, focal_weights, False, device=SMALL, seed=seed, **options) for seed in (1, 2)
-        )
+        options |= {"device": SM_90 if tensor_cores else SMALL, "tensor_cores": tensor_cores}
+        (_, first), (_, second) = (run(ctx, gates, focal_weights, False, seed=seed, **options) for seed in (1, 2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_nan_and_infinity_reach_the_output(run):
-    _, ctx, gates, focal_weights, *_ = operands(Shape(1, 6, 6, 8, (3,)))
-    ctx[0, 3, 3, 5] = float("nan")
-    _, (agg,) = run(ctx, gates, focal_weights, False)
-    assert agg[..., 5].isnan().any()
-    assert not agg[..., :5].isnan().any() and not agg[..., 6:].isnan().any()
+@pytest.mark.parametrize(("dtype", "tensor_cores"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+def test_nan_stays_within_its_channel_and_image(run, dtype, tensor_cores):
+    _, ctx, gates, focal_weights, *_ = operands(Shape(2, 6, 6, 8, (3, 5)), dtype)
+    ctx[1, 3, 3, 5] = float("nan")
+    outputs = [run(ctx, gates, focal_weights, False, tensor_cores=tensor_cores)[1][0]]
+    dagg = gradient_of(ctx, dtype)
+    outputs.append(run(ctx, gates, focal_weights, False, dagg=dagg, tensor_cores=tensor_cores)[1][0])
+    for out in outputs:
+        assert out[1, ..., 5].isnan().all()
+        assert not out[0].isnan().any() and not out[1, ..., :5].isnan().any() and not out[1, ..., 6:].isnan().any()
 
 
-def test_a_barrier_that_is_missing_is_seen(program, tmp_path):
-    """The barrier between the levels of the chain, turned off: the numbers are wrong, the tests above would fail."""
-    text = (CUDA / "gated_aggregation_fwd.cu").read_text()
-    changed = text.replace("        inside = outputs;\n        __syncthreads();\n", "        inside = outputs;\n")
+BARRIERS = {
+    "between the levels": ("gated_aggregation_fwd.cu", "        inside = outputs;\n        __syncthreads();\n"),
+    "behind the zeros": ("toeplitz_fwd.cu", "    __syncthreads();\n    load_planes(b);\n"),
+}
+
+
+@pytest.mark.parametrize("barrier", BARRIERS)
+def test_a_barrier_that_is_missing_is_seen(program, tmp_path, barrier):
+    """With one of the barriers turned off the numbers are wrong: the tests above would fail."""
+    source, line = BARRIERS[barrier]
+    text = (CUDA / source).read_text()
+    changed = text.replace(line, line.replace("__syncthreads();", ""))
     assert changed != text
     broken = shutil.copytree(program.parent, tmp_path / "broken")
-    (broken / "gated_aggregation_fwd.cu").write_text(changed)
-    program = compile_sources(broken, [broken / "gated_aggregation_fwd.cu"])
-    with pytest.raises(AssertionError):
-        check_forward(lambda *a, **o: call(program, tmp_path, *a, **o), Shape(1, 14, 14, 32, (3, 5, 7)), torch.float32)
+    (broken / source).write_text(changed)
+    program = compile_sources(broken, [broken / source])
+    tensor_cores = source == "toeplitz_fwd.cu"
+    shape, dtype = Shape(1, 14, 14, 32, (3, 5, 7)), DTYPES[tensor_cores]
+    with pytest.raises(AssertionError, match="agg"):
+        check_forward(lambda *a, **o: call(program, tmp_path, *a, **o), shape, dtype, tensor_cores=tensor_cores)

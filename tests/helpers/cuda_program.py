@@ -1,4 +1,4 @@
-"""Compiles the kernels of csrc/cuda into a program for the CPU (cuda_on_cpu/) and calls it with operands."""
+"""The kernels of csrc/cuda as a program for the CPU (cuda_on_cpu/), and one call of it: operands in, results out."""
 
 import concurrent.futures
 import os
@@ -13,8 +13,9 @@ import torch
 TESTS = Path(__file__).parents[1]
 CUDA = TESTS.parent / "csrc" / "cuda"
 SOURCES = [
-    *(CUDA / f"gated_aggregation_{name}.cu" for name in ("bwd", "bwd_planes", "fwd")),
+    *sorted(CUDA.glob("*.cu")),
     CUDA / "plan.cpp",
+    CUDA / "toeplitz_plan.cpp",
     TESTS / "cuda" / "cuda_on_cpu" / "main.cpp",
 ]
 # -fno-strict-aliasing: the kernels read a pair of elements as one word, which CUDA allows and standard C++ does not.
@@ -26,7 +27,7 @@ ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU's shared memory in KiB, per block and per multiprocessor, and its number of multiprocessors."""
+    """Shared memory a block may have, and a multiprocessor has, in KiB; multiprocessors."""
 
     shared_per_block: int
     shared_per_multiprocessor: int
@@ -41,8 +42,8 @@ SM_86 = Device(99, 100, 84)
 SM_90 = Device(227, 228, 132)
 
 
-def compile_sources(folder, sources=SOURCES):
-    """Compile ``sources`` and link the program. The folder must already hold the objects of all other sources."""
+def compile_sources(folder, sources=SOURCES, linked=SOURCES):
+    """Compile ``sources`` and link the program of ``linked``; the folder must already hold the other objects."""
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     flags = [*shlex.split(FLAGS), *shlex.split(SANITIZERS), f"-I{TESTS / 'cuda' / 'cuda_on_cpu'}", f"-I{CUDA}"]
 
@@ -51,7 +52,7 @@ def compile_sources(folder, sources=SOURCES):
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(compile_one, sources))
-    objects = [str(folder / f"{source.name}.o") for source in SOURCES]
+    objects = [str(folder / f"{source.name}.o") for source in linked]
     run([*compiler, *shlex.split(SANITIZERS), *objects, "-o", str(folder / "kernels")])
     return folder / "kernels"
 
@@ -68,7 +69,7 @@ def raw(tensor):
 
 
 def storage_of(*views):
-    """The storage that all ``views`` share, as one flat tensor."""
+    """The elements that the views of one storage lie in, as one flat tensor."""
     storage = views[0].untyped_storage()
     assert all(view.untyped_storage().data_ptr() == storage.data_ptr() for view in views)
     return torch.empty(0, dtype=views[0].dtype).set_(storage)
@@ -84,7 +85,7 @@ def case(numbers):
 
 @dataclass(frozen=True)
 class Cut:
-    """The tiles into which a launch cuts the maps, and whether the launch fits on the device."""
+    """How a launch cuts the maps; ``fits`` on the device."""
 
     what: str  # "forward" or "backward"
     block_c: int
@@ -95,10 +96,10 @@ class Cut:
     fits: bool
 
 
-def plan(program, folder, shape, dtype, device):
+def plan(program, folder, shape, dtype, device, tensor_cores=False):
     """(path of forward, path of backward, cuts of their launches) for a contiguous problem of this shape."""
     numbers = [0, 0, ELEMENTS[dtype], shape.batch, shape.height, shape.width, shape.channels, len(shape.kernels), 0]
-    numbers += [*device.numbers(), *[0] * 15]
+    numbers += [int(tensor_cores), *device.numbers(), *[0] * 15]
     for sizes in shape.kernel_sizes:
         numbers += sizes
     (folder / "case").write_bytes(case([*numbers, 1, 1, 1, 1]))
@@ -107,15 +108,24 @@ def plan(program, folder, shape, dtype, device):
     return forward, backward, [Cut(what, *map(int, rest[:-1]), rest[-1] == "1") for what, *rest in fields]
 
 
-def call(program, folder, ctx, gates, focal_weights, normalize, dagg=None, mask=(True,) * 4, device=SM_90, seed=0):
-    """Run the program. Returns the path that it took, and the outputs.
-
-    The output is agg, or with ``dagg`` the tensors [dctx, dgates, agg, *dfocal_weights]. Those that ``mask`` does not
-    select are empty.
-    """
+def call(
+    program,
+    folder,
+    ctx,
+    gates,
+    focal_weights,
+    normalize,
+    dagg=None,
+    mask=(True,) * 4,
+    device=SM_90,
+    seed=0,
+    tensor_cores=False,
+):
+    """(path taken, outputs): agg, or with ``dagg`` what ``mask`` wants of [dctx, dgates, agg, *dfocal_weights]."""
     packed = storage_of(ctx, gates)
     dout = ctx.new_empty(ctx.shape) if dagg is None else dagg
     numbers = [int(dagg is not None), seed, ELEMENTS[ctx.dtype], *ctx.shape, len(focal_weights), int(normalize)]
+    numbers += [int(tensor_cores)]
     numbers += device.numbers()
     numbers += [*layout(ctx, packed.numel()), *layout(gates, packed.numel()), *layout(dout, storage_of(dout).numel())]
     for weight in focal_weights:
@@ -125,7 +135,8 @@ def call(program, folder, ctx, gates, focal_weights, normalize, dagg=None, mask=
     if dagg is not None:
         data += raw(storage_of(dagg))
     (folder / "case").write_bytes(data)
-    path = run([str(program), str(folder / "case"), str(folder / "result")]).strip()
+    path, conflicts = run([str(program), str(folder / "case"), str(folder / "result")]).splitlines()
+    assert conflicts == "0", f"{conflicts} bank conflicts in ldmatrix"
     outputs = [ctx.shape]
     if dagg is not None:
         wanted = [*mask[:3], *[mask[3]] * len(focal_weights)]

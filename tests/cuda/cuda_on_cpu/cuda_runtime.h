@@ -74,7 +74,7 @@ inline long launches = 0;
 
 [[noreturn]] inline void fail(const char* what) {
     std::fprintf(stderr, "cuda_on_cpu: %s\n", what);
-    std::exit(3);
+    std::_Exit(3);  // not exit: what runs at the end does not expect to run on a fiber's stack
 }
 
 constexpr size_t kStackBytes = 64 * 1024;
@@ -151,6 +151,8 @@ struct Fiber {
     State state = kReady;
     void* fake_stack = nullptr;
     float shuffled = 0;
+    const void* address = nullptr;  // of the row that ldmatrix is to read
+    uint32_t registers[6] = {};     // of A and B, as mma takes them
 };
 
 inline std::vector<std::unique_ptr<Fiber>> fibers;  // kept from block to block

@@ -1,12 +1,14 @@
 // Runs one call of csrc/cuda's launchers: `main CASE RESULT`. CASE is a list of int64 (see main), then the elements of
 // the tensors; RESULT receives the outputs' elements. Every tensor, and the scratch, is a heap block of its exact
-// size. Prints the path that forward takes. `main CASE` reads the numbers alone and prints how every launch cuts the
-// maps.
+// size. Prints the path that is taken, and how many bank conflicts ldmatrix met. `main CASE` reads the numbers alone
+// and prints how every launch cuts the maps.
 
 #include <fstream>
 #include <iostream>
 
 #include "gated_aggregation.h"
+#include "toeplitz.h"
+#include "warp_matrix.h"
 
 using namespace focalnet::cuda;
 
@@ -58,22 +60,35 @@ void check(Status status) {
     std::exit(4);
 }
 
-const char* path_of(const ForwardPlan& plan) {
+const char* path_of(const Problem& p) {
+    if (p.tensor_cores) return plan_toeplitz(p).whole_map() ? "whole maps" : "tiles";
+    const ForwardPlan plan = plan_forward(p);
     return plan.whole_map ? "whole map" : plan.groups > 1 ? "levels" : "tiles";
 }
 
-const char* backward_path_of(const Problem& p) { return plan_backward_map(p).cost > 0 ? "whole map" : "levels"; }
+const char* backward_path_of(const Problem& p) {
+    if (p.tensor_cores && plan_toeplitz_backward(p).cost > 0) return "whole maps";
+    return plan_backward_map(p).cost > 0 ? "whole map" : "levels";
+}
+
+void print(const char* what, int block_c, int tile_h, int tile_w, int threads, size_t shared_bytes, double cost) {
+    std::cout << what << " " << block_c << " " << tile_h << " " << tile_w << " " << threads << " " << shared_bytes
+              << " " << (cost > 0) << "\n";
+}
 
 void print(const char* what, const Tiling& t) {
-    std::cout << what << " " << t.block_c << " " << t.tile_h << " " << t.tile_w << " " << t.threads << " "
-              << t.shared_bytes << " " << (t.cost > 0) << "\n";
+    print(what, t.block_c, t.tile_h, t.tile_w, t.threads, t.shared_bytes, t.cost);
 }
 
 int print_plans(const Problem& p) {
     const ForwardPlan plan = plan_forward(p);
-    std::cout << path_of(plan) << "\n" << backward_path_of(p) << "\n";
-    for (int i = 0; i < plan.groups; ++i) print("forward", plan.group[i].tiling);
-    if (plan_backward_map(p).cost > 0) {
+    std::cout << path_of(p) << "\n" << backward_path_of(p) << "\n";
+    if (const ToeplitzTiling t = plan_toeplitz(p); p.tensor_cores)
+        print("forward", t.block_c, t.tile_h, t.tile_w, t.threads(), t.shared_bytes, t.cost);
+    for (int i = 0; i < plan.groups && !p.tensor_cores; ++i) print("forward", plan.group[i].tiling);
+    if (const ToeplitzBackwardTiling t = plan_toeplitz_backward(p); p.tensor_cores && t.cost > 0) {
+        print("backward", t.block_c, p.H, p.W, kToeplitzBackwardThreads, t.shared_bytes, t.cost);
+    } else if (plan_backward_map(p).cost > 0) {
         print("backward", plan_backward_map(p));
     } else {
         for (int l = 0; l < p.L; ++l) print("backward", plan_backward_level(p, l));
@@ -95,6 +110,7 @@ int main(int count, char** argv) {
     p.C = static_cast<int>(input.number());
     p.L = static_cast<int>(input.number());
     p.scale = input.number() ? 1.0f / static_cast<float>(p.L + 1) : 1.0f;
+    p.tensor_cores = input.number();
     p.limits.shared_per_block = static_cast<int>(input.number());
     p.limits.shared_per_multiprocessor = static_cast<int>(input.number());
     p.limits.multiprocessors = static_cast<int>(input.number());
@@ -153,5 +169,5 @@ int main(int count, char** argv) {
     }
     std::free(packed);
     for (int l = 0; l < p.L; ++l) std::free(const_cast<void*>(p.weights[l].data));
-    std::cout << (backward ? backward_path_of(p) : path_of(plan_forward(p))) << "\n";
+    std::cout << (backward ? backward_path_of(p) : path_of(p)) << "\n" << cuda_on_cpu::extra_passes << "\n";
 }

@@ -1,0 +1,78 @@
+// What the planner (toeplitz_plan.cpp) and the launchers of the kernels on tensor cores agree on. A depthwise
+// convolution is a product with banded Toeplitz matrices: with the taps of kernel row ky in T, T[i][j] = w[ky][i - j],
+// eight columns of a row of outputs are sixteen (or 32) columns of a row of inputs times T, summed over ky. Sixteen
+// rows at once are one mma.m16n8k16.
+//
+// 16-bit types only: their products are exact in float32, so that nothing changes but the order of sums.
+
+#pragma once
+
+#include "gated_aggregation.h"
+
+namespace focalnet::cuda {
+
+// What the kernels take; focalnet/backends/cuda.py says so in words (why_not_tensor_cores).
+constexpr int kMaxToeplitzKernel = 15;
+constexpr int kMaxToeplitzReach = 24;  // the sum of the levels' k / 2: with it the smallest tile fits every device
+
+constexpr int kToeplitzPadding = 4;    // columns before a plane, where one step of 16 columns does: k <= 9
+constexpr int kToeplitzPadding2 = 12;  // and where it takes two
+
+// How forward cuts the maps. A block owns `images` whole images, or one tile of one image, and block_c channels.
+struct ToeplitzTiling {
+    int images;
+    int block_c;
+    int warps;   // of a channel: side by side, each takes `blocks` blocks of eight columns
+    int blocks;  // 1, 2, 4 or 7
+    int groups;  // channels at a time; divides block_c
+    int tile_h, tile_w, tiles_y, tiles_x;
+    int padding;      // columns before the first of a plane
+    int rows, pitch;  // of an image's plane in shared memory, with halos
+    int sum_rows;     // of all images: the tile's
+    int sum_pitch;
+    int tap_rows, tap_pitch;  // of the levels' taps, written out for one channel and the largest level
+    size_t shared_bytes;
+    double cost;  // 0: nothing fits
+
+    __host__ __device__ int threads() const { return groups * warps * 32; }
+    __host__ __device__ int tiles() const { return tiles_y * tiles_x; }
+    __host__ __device__ bool whole_map() const { return tiles_y * tiles_x == 1; }
+    __host__ __device__ int plane() const { return images * rows * pitch; }  // elements of a channel
+    __host__ __device__ int sums() const { return sum_rows * sum_pitch; }
+};
+
+// How backward cuts the maps: whole images.
+struct ToeplitzBackwardTiling {
+    int images;
+    int block_c;
+    int blocks;         // of eight columns, in a warp's tile: 2 or 4
+    int groups;         // of them side by side
+    int padding, halo;  // columns before, rows above and below an image's plane
+    int rows, pitch;
+    int sum_rows, sum_pitch;  // of dagg and the gates, without halo
+    int tap_rows, tap_pitch;
+    size_t shared_bytes;
+    double cost;  // 0: nothing fits
+
+    __host__ __device__ int plane() const { return images * rows * pitch; }
+    __host__ __device__ int sums() const { return sum_rows * sum_pitch; }
+};
+
+constexpr int kToeplitzBackwardThreads = 256;
+constexpr int kToeplitzBandPitch = 33;  // floats from row to row of a warp's product for dweights, 16 x 32
+
+constexpr __host__ __device__ int toeplitz_steps(int kw) { return kw <= 2 * kToeplitzPadding + 1 ? 1 : 2; }
+// Of a row of taps, twice 16 * steps + 8 elements.
+constexpr __host__ __device__ int toeplitz_tap_width(int steps) { return 16 * steps + 8; }
+
+ToeplitzTiling plan_toeplitz(const Problem& p);
+ToeplitzBackwardTiling plan_toeplitz_backward(const Problem& p);
+
+size_t toeplitz_forward_scratch_bytes(const Problem& p);
+Status toeplitz_forward(const Problem& p, const Map& agg, void* scratch, cudaStream_t stream);
+
+// Of what plan_toeplitz_backward takes.
+size_t toeplitz_backward_scratch_bytes(const Problem& p, const Gradients& out);
+Status toeplitz_backward(const Problem& p, const Map& dagg, const Gradients& out, void* scratch, cudaStream_t stream);
+
+}  // namespace focalnet::cuda

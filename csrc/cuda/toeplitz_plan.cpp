@@ -1,0 +1,241 @@
+// How the kernels on tensor cores cut the maps: whole maps where a block's planes fit shared memory, so that the
+// global level needs no second pass; else tiles with the halo of all levels. The cheapest by the instructions that a
+// multiprocessor issues, and the bytes that it moves. Host code without CUDA calls.
+
+#include <algorithm>
+#include <cmath>
+
+#include "plans.h"
+#include "toeplitz.h"
+
+namespace focalnet::cuda {
+namespace {
+
+constexpr int kReservedBytes = 1024;  // of shared memory, by the driver, for every block
+constexpr int kResidentWarps = 16;    // on a multiprocessor: 65536 registers, 128 a thread
+constexpr int kRowsOfTile = 16;
+constexpr int kMaxGroupWarps = 16;    // of a block
+constexpr int kMaxStackedRows = 256;  // of the images of a block, for the division by a product (toeplitz.cuh)
+constexpr int kTileHeights[] = {16, 24, 32, 40, 48, 64, 80, 96};
+constexpr int kTileWidths[] = {16, 24, 32, 40, 48, 56, 64, 80, 96, 112};
+// A warp's instructions, counted in machine code (tests/cuda/test_toeplitz_sass.py): of a tile; of eight columns of
+// it, four outputs a lane; of a kernel's row beside mma and loads; of an element that is read and written.
+constexpr double kPerTile = 60.0, kPerOutputs = 110.0, kPerKernelRow = 12.0, kPerElements = 16.0;
+// That L2 moves while a scheduler issues an instruction: 5.5e12 bytes a second over 132 * 4 * 1.7e9 (H100 SXM).
+constexpr double kBytesPerInstruction = 6.0;
+
+int round_up(int n, int to) { return (n + to - 1) / to * to; }
+int blocks_for(int n, int size) { return (n + size - 1) / size; }
+// Rows of a plane start in different quarters of the 32 banks, eight in a row: no conflict in ldmatrix.
+int odd_pitch(int columns) { return (round_up(columns, 8) / 8 | 1) * 8; }
+
+struct Reach {
+    int y = 0, x = 0;
+};
+
+Reach reach_of(const Problem& p) {
+    Reach reach;
+    for (int l = 0; l < p.L; ++l) {
+        reach.y += p.weights[l].kh / 2;
+        reach.x += p.weights[l].kw / 2;
+    }
+    return reach;
+}
+
+// Rows of an image's plane: every level is written above its input by the level's reach (toeplitz_fwd.cu).
+int rows_of(const Problem& p, int held) {
+    int rows = 0, start = reach_of(p).y;
+    for (int l = 0; l < p.L; ++l) {
+        const int reach = p.weights[l].kh / 2;
+        rows = std::max(rows, start + held + reach);
+        start -= reach;
+    }
+    return rows;
+}
+
+// Everything but the cost.
+ToeplitzTiling cut(const Problem& p, int images, int block_c, int groups, int warps, int blocks, int tile_h,
+                   int tile_w) {
+    ToeplitzTiling t{};
+    t.images = images;
+    t.block_c = block_c;
+    t.groups = groups;
+    t.warps = warps;
+    t.blocks = blocks;
+    t.tile_h = std::min(tile_h, p.H);
+    t.tile_w = std::min(tile_w, p.W);
+    t.tiles_y = blocks_for(p.H, t.tile_h);
+    t.tiles_x = blocks_for(p.W, t.tile_w);
+    int steps = 1;
+    for (int l = 0; l < p.L; ++l) {
+        const int mine = toeplitz_steps(p.weights[l].kw);
+        t.tap_rows = std::max(t.tap_rows, p.weights[l].kh);
+        t.tap_pitch = std::max(t.tap_pitch, 2 * toeplitz_tap_width(mine));
+        steps = std::max(steps, mine);
+    }
+    t.padding = steps == 1 ? kToeplitzPadding : kToeplitzPadding2;
+    const int held = std::min(p.H, t.tile_h + 2 * reach_of(p).y);
+    t.rows = rows_of(p, held);
+    // Rows of two images that ldmatrix reads together lie in different quarters of the banks, too.
+    if (images > 1) t.rows = held + round_up(t.rows - held, 8);
+    // Fragments beyond the last block of columns: one, or three of which one lies before it.
+    t.pitch = odd_pitch(8 * warps * blocks + (steps == 1 ? 8 : 24));
+    t.sum_rows = images * t.tile_h;
+    t.sum_pitch = odd_pitch(8 * warps * blocks);
+    const size_t elements = static_cast<size_t>(block_c) * (t.plane() + t.sums()) +
+                            static_cast<size_t>(p.L + 1) * t.sums() +
+                            static_cast<size_t>(groups) * t.tap_rows * t.tap_pitch;
+    const size_t floats = static_cast<size_t>(block_c) * (warps * t.sum_rows + images);
+    t.shared_bytes = 2 * elements + 4 * floats;
+    return t;
+}
+
+double cost_of(const Problem& p, const ToeplitzTiling& t) {
+    const Reach reach = reach_of(p);
+    const int held_h = std::min(p.H, t.tile_h + 2 * reach.y), held_w = std::min(p.W, t.tile_w + 2 * reach.x);
+    double instructions = 0;
+    int after = reach.y;
+    for (int l = 0; l < p.L; ++l) {
+        after -= p.weights[l].kh / 2;
+        const int rows = t.images * std::min(p.H, t.tile_h + 2 * after);
+        const int steps = toeplitz_steps(p.weights[l].kw);
+        const double kernel_row = t.blocks * steps + (t.blocks + 2 * steps) / 2 + 2 * steps + kPerKernelRow;
+        instructions += blocks_for(rows, kRowsOfTile) * t.warps *
+                        (kPerTile + kPerOutputs * t.blocks + kernel_row * p.weights[l].kh);
+    }
+    const double outputs = static_cast<double>(t.images) * t.tile_h * t.tile_w;
+    instructions += kPerElements * (t.images * held_h * held_w + outputs) / 32 + 40.0 * t.tap_rows * p.L;
+    instructions *= t.block_c;
+    // A sector of 32 bytes is the least that is read.
+    const double bytes =
+        std::max(32, 2 * t.block_c) * (t.images * held_h * held_w + (t.whole_map() ? 1 : 3) * outputs);
+    const auto fitting = static_cast<int>(p.limits.shared_per_multiprocessor / (t.shared_bytes + kReservedBytes));
+    const int warps = t.groups * t.warps, resident = std::max(1, std::min(kResidentWarps / warps, fitting));
+    const double blocks =
+        static_cast<double>(blocks_for(static_cast<int>(p.B), t.images)) * t.tiles() * blocks_for(p.C, t.block_c);
+    const double rounds = std::ceil(blocks / (static_cast<double>(p.limits.multiprocessors) * resident));
+    // Fewer than 16 warps leave slots empty; so does a block alone, which idles while it reads and writes.
+    const double filled = std::min(1.0, 0.4 + 0.6 * resident * warps / kResidentWarps) * (resident > 1 ? 1.0 : 0.85);
+    return rounds * resident * (instructions / (4 * filled) + bytes / (4 * kBytesPerInstruction));
+}
+
+struct Best {
+    const Problem& p;
+    ToeplitzTiling tiling{};
+    void consider(ToeplitzTiling t) {
+        if (t.shared_bytes > static_cast<size_t>(p.limits.shared_per_block)) return;
+        t.cost = cost_of(p, t);
+        if (tiling.cost == 0 || t.cost < tiling.cost) tiling = t;
+    }
+};
+
+// All ways to spread the columns that a tile holds over warps, and channels over groups of them.
+void consider_columns(Best& best, int images, int tile_h, int tile_w) {
+    const Problem& p = best.p;
+    const int held = std::min(p.W, tile_w + 2 * round_up(reach_of(p).x, 2)), wanted = blocks_for(held, 8);
+    for (int blocks : {1, 2, 4, 7}) {
+        const int warps = blocks_for(wanted, blocks);
+        if (warps > 8) continue;
+        for (int block_c : {4, 8, 16, 32}) {
+            if (block_c > 8 && block_c >= 2 * p.C) continue;
+            for (int groups : {1, 2, 4, 8, 16})
+                if (groups <= block_c && groups * warps <= kMaxGroupWarps)
+                    best.consider(cut(p, images, block_c, groups, warps, blocks, tile_h, tile_w));
+        }
+    }
+}
+
+ToeplitzTiling make(const Problem& p) {
+    Best best{p};
+    for (int images : {1, 2, 4, 8, 16})
+        if (images == 1 || (images < 2 * p.B && images * p.H <= kMaxStackedRows))
+            consider_columns(best, images, p.H, p.W);
+    if (best.tiling.cost > 0) return best.tiling;
+    for (int tile_h : kTileHeights)
+        for (int tile_w : kTileWidths) consider_columns(best, 1, tile_h, tile_w);
+    return best.tiling;
+}
+
+ToeplitzBackwardTiling cut_backward(const Problem& p, int images, int block_c, int blocks) {
+    ToeplitzBackwardTiling t{};
+    t.images = images;
+    t.block_c = block_c;
+    t.blocks = blocks;
+    t.groups = blocks_for(p.W, 8 * blocks);
+    t.halo = 1;  // a row of zeros at least, for what does not exist
+    int steps = 1;
+    for (int l = 0; l < p.L; ++l) {
+        const int mine = toeplitz_steps(p.weights[l].kw);
+        t.tap_rows = std::max(t.tap_rows, p.weights[l].kh);
+        t.tap_pitch = std::max(t.tap_pitch, 2 * toeplitz_tap_width(mine));
+        t.halo = std::max(t.halo, p.weights[l].kh / 2);
+        steps = std::max(steps, mine);
+    }
+    t.padding = steps == 1 ? kToeplitzPadding : kToeplitzPadding2;
+    t.rows = p.H + 2 * t.halo;
+    if (images > 1) t.rows = p.H + round_up(2 * t.halo, 8);
+    t.pitch = odd_pitch(8 * t.groups * blocks + (steps == 1 ? 8 : 24));
+    t.sum_rows = images * p.H;
+    t.sum_pitch = odd_pitch(p.W);
+    const size_t elements = static_cast<size_t>(block_c) * ((p.L + 1) * t.plane() + t.sums()) +
+                            static_cast<size_t>(p.L + 1) * t.sums() +
+                            static_cast<size_t>(block_c) * t.tap_rows * t.tap_pitch;
+    const size_t floats = static_cast<size_t>(kToeplitzBackwardThreads / 32) * kRowsOfTile * kToeplitzBandPitch +
+                          2 * static_cast<size_t>(block_c) * images;
+    t.shared_bytes = 2 * elements + 4 * floats;
+    return t;
+}
+
+// Tiles that warps take, in rounds of all warps, and what is read by sectors.
+double cost_of(const Problem& p, const ToeplitzBackwardTiling& t) {
+    constexpr int kWarps = kToeplitzBackwardThreads / 32;
+    constexpr double kPerPair = 240.0,
+                     kPerBand = 60.0;  // instructions: of a pair of outputs and level; of a kernel row
+    const int rows = t.images * p.H, tiles = blocks_for(rows, kRowsOfTile) * t.groups * t.block_c;
+    double instructions = 0;
+    for (int l = 0; l < p.L; ++l) {
+        const int kh = p.weights[l].kh;
+        const double tile = kPerTile + kh * (2.0 * t.blocks * toeplitz_steps(p.weights[l].kw) + kPerKernelRow);
+        const double band = kPerBand + 9.0 * blocks_for(rows, kRowsOfTile) * blocks_for(p.W + 12, 16);
+        instructions += 2 * tile * blocks_for(tiles, kWarps) * kWarps;
+        instructions += band * blocks_for(kh * t.block_c, kWarps) * kWarps;
+        instructions += kPerPair * t.block_c * rows * blocks_for(p.W, 2) / 32;
+    }
+    const double bytes = 5.0 * std::max(32, 2 * t.block_c) * rows * p.W;
+    const auto fitting = static_cast<int>(p.limits.shared_per_multiprocessor / (t.shared_bytes + kReservedBytes));
+    const int resident = std::max(1, std::min(kResidentWarps / kWarps, fitting));
+    const double blocks =
+        static_cast<double>(blocks_for(static_cast<int>(p.B), t.images)) * blocks_for(p.C, t.block_c);
+    const double rounds = std::ceil(blocks / (static_cast<double>(p.limits.multiprocessors) * resident));
+    const double filled = resident > 1 ? 1.0 : 0.6;
+    return rounds * resident * (instructions / (4 * filled) + bytes / (4 * kBytesPerInstruction));
+}
+
+ToeplitzBackwardTiling make_backward(const Problem& p) {
+    ToeplitzBackwardTiling best{};
+    for (int images : {1, 2, 4, 8, 16}) {
+        if (images > 1 && (images >= 2 * p.B || images * p.H > kMaxStackedRows)) continue;
+        for (int blocks : {2, 4})
+            for (int block_c : {4, 8, 16, 32}) {
+                ToeplitzBackwardTiling t = cut_backward(p, images, block_c, blocks);
+                if (t.shared_bytes > static_cast<size_t>(p.limits.shared_per_block)) continue;
+                t.cost = cost_of(p, t);
+                if (best.cost == 0 || t.cost < best.cost) best = t;
+            }
+    }
+    return best;
+}
+
+}  // namespace
+
+ToeplitzTiling plan_toeplitz(const Problem& p) {
+    static Plans<ToeplitzTiling> plans;
+    return plans.get(p, 0, [&] { return make(p); });
+}
+
+ToeplitzBackwardTiling plan_toeplitz_backward(const Problem& p) {
+    static Plans<ToeplitzBackwardTiling> plans;
+    return plans.get(p, 0, [&] { return make_backward(p); });
+}
+
+}  // namespace focalnet::cuda

@@ -1,0 +1,87 @@
+// ldmatrix and mma.m16n8k16 on a CPU, from the layouts of fragments in the PTX ISA. They are collective: every lane of
+// a warp lays down what it brings, waits for the others, takes what it is to hold, and waits until all have. Bank
+// conflicts of ldmatrix are counted: a matrix is read in one pass if its eight rows of 16 bytes lie in eight different
+// quarters of the 32 banks, and every further row in the same quarter costs a pass more.
+
+#pragma once
+
+#include "cuda_bf16.h"
+#include "cuda_fp16.h"
+#include "cuda_runtime.h"
+
+namespace cuda_on_cpu {
+
+inline long matrices_loaded = 0, extra_passes = 0;  // of ldmatrix
+
+inline const Fiber& of_lane(int lane) { return *fibers[threadIdxOf / kWarp * kWarp + lane]; }
+
+// Of the eight rows of one matrix: how many passes beyond the first.
+inline int extra_passes_of(int matrix) {
+    uintptr_t rows[8];
+    for (int i = 0; i < 8; ++i) rows[i] = reinterpret_cast<uintptr_t>(of_lane(8 * matrix + i).address) / 16;
+    std::sort(rows, rows + 8);
+    int in_quarter[8] = {}, most = 0;
+    for (int i = 0; i < 8; ++i)
+        if (i == 0 || rows[i] != rows[i - 1]) most = max(most, ++in_quarter[rows[i] % 8]);
+    return most - 1;
+}
+
+inline uint32_t pair(uint16_t low, uint16_t high) { return low | static_cast<uint32_t>(high) << 16; }
+
+inline void ldmatrix(uint32_t* const* registers, int matrices, const void* row, bool transposed) {
+    const int lane = threadIdxOf % kWarp, g = lane / 4, t = lane % 4;
+    if (lane < 8 * matrices && reinterpret_cast<uintptr_t>(row) % 16)
+        fail("ldmatrix: a row is not aligned to 16 bytes");
+    fibers[threadIdxOf]->address = row;
+    wait(Fiber::kAtShuffle);
+    for (int m = 0; m < matrices; ++m) {
+        const auto element = [&](int i, int j) { return static_cast<const uint16_t*>(of_lane(8 * m + i).address)[j]; };
+        *registers[m] = transposed ? pair(element(2 * t, g), element(2 * t + 1, g))
+                                   : pair(element(g, 2 * t), element(g, 2 * t + 1));
+        if (lane == 0) extra_passes += extra_passes_of(m);
+    }
+    if (lane == 0) matrices_loaded += matrices;
+    wait(Fiber::kAtShuffle);
+}
+
+inline float value_of(uint16_t bits, __half) {
+    __half value;
+    std::memcpy(&value, &bits, sizeof value);
+    return __half2float(value);
+}
+inline float value_of(uint16_t bits, __nv_bfloat16) { return __bfloat162float({bits}); }
+
+// The nearest float32 towards zero: tensor cores cut off what does not fit a sum.
+inline float cut_off(double value) {
+    const float nearest = static_cast<float>(value);
+    return std::fabs(static_cast<double>(nearest)) > std::fabs(value) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
+template <typename T>
+void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    const int lane = threadIdxOf % kWarp, g = lane / 4, t = lane % 4;
+    Fiber& mine = *fibers[threadIdxOf];
+    std::copy_n(a, 4, mine.registers);
+    std::copy_n(b, 2, mine.registers + 4);
+    wait(Fiber::kAtShuffle);
+    const auto half_of = [](uint32_t word, int k) { return static_cast<uint16_t>(word >> k % 2 * 16); };
+    const auto of_a = [&](int row, int k) {
+        const Fiber& owner = of_lane(row % 8 * 4 + k % 8 / 2);
+        return static_cast<double>(value_of(half_of(owner.registers[k / 8 * 2 + row / 8], k), T{}));
+    };
+    const auto of_b = [&](int k, int column) {
+        const Fiber& owner = of_lane(column * 4 + k % 8 / 2);
+        return static_cast<double>(value_of(half_of(owner.registers[4 + k / 8], k), T{}));
+    };
+    for (int i = 0; i < 4; ++i) {
+        const int row = g + i / 2 * 8, column = 2 * t + i % 2;
+        double sum = 0;
+        for (int k = 0; k < 16; ++k) sum += of_a(row, k) * of_b(k, column);
+        c[i] = cut_off(sum + c[i]);
+    }
+    wait(Fiber::kAtShuffle);
+}
+
+}  // namespace cuda_on_cpu
+
+inline void __syncwarp() { cuda_on_cpu::wait(cuda_on_cpu::Fiber::kAtShuffle); }

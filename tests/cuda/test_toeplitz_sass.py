@@ -1,0 +1,73 @@
+"""What nvcc makes of the kernels on tensor cores, without a GPU: no spills, and instructions an output that stay few.
+
+A lane has four outputs in a block of eight columns and sixteen rows. The loop over the rows of a kernel is run once a
+row of it, the loop around it once a tile. Everything in the outer loop counts, also what only the last level or the
+others run, so the figures are upper limits.
+"""
+
+import re
+import shutil
+
+import pytest
+import sass
+from cuda_program import CUDA
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc"),
+]
+
+ARCHITECTURES = (80, 90, 100)
+MAX_REGISTERS = {"toeplitz_fwd": 128, "toeplitz_bwd": 128}  # 512 threads of a block; two blocks of 256
+OUTPUTS = 4  # a lane and block of columns
+BLOCKS = 7  # 56 columns
+KERNELS = (3, 5, 7)
+MAX_INSTRUCTIONS = 112  # an output, three levels with GELU, gates and sums; 285 and more with multiply-adds
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sass")
+    kept = {}
+
+    def get(name, architecture):
+        if (name, architecture) not in kept:
+            kept[name, architecture] = sass.compiled(CUDA / f"{name}.cu", architecture, folder)
+        return kept[name, architecture]
+
+    return get
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("name", MAX_REGISTERS)
+def test_nothing_spills(compiled, name, architecture):
+    _, report = compiled(name, architecture)
+    kernels = report.split("Compiling entry function ")[1:]
+    assert kernels
+    for kernel in kernels:
+        assert re.search(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", kernel), kernel
+        assert int(re.search(r"Used (\d+) registers", kernel)[1]) <= MAX_REGISTERS[name], kernel
+
+
+@pytest.fixture(scope="module")
+def loops(compiled):
+    if sass.cuobjdump() is None:
+        pytest.skip("needs cuobjdump, of the CUDA toolkit or the triton package")
+    binary, _ = compiled("toeplitz_fwd", 90)
+    code = sass.instructions(binary, f"toeplitz_fwd_kernelI13__nv_bfloat16Li{BLOCKS}E")
+    return {inner["HMMA"] // BLOCKS: (inner, outer) for inner, outer in sass.product_loops(code)}
+
+
+def test_a_row_of_the_kernel_is_one_product_a_block_of_columns_and_step(loops):
+    """Neighbouring blocks share fragments: four ldmatrix of four matrices serve seven blocks, not seven."""
+    assert loops.keys() == {1, 2}
+    for steps, (inner, _) in loops.items():
+        assert inner["HMMA"] == BLOCKS * steps
+        assert inner["LDSM"] == (BLOCKS + 2 * steps) // 2
+        assert inner["LDS"] == 2 * steps
+
+
+def test_instructions_an_output(loops):
+    inner, outer = (sum(part.values()) for part in loops[1])
+    per_output = sum(outer + kernel * inner for kernel in KERNELS) / (OUTPUTS * BLOCKS)
+    assert per_output <= MAX_INSTRUCTIONS
