@@ -12,7 +12,6 @@ import contextlib
 import io
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -98,7 +97,7 @@ def page(folder: Path) -> None:
                 tab.screenshot(path=folder / "page.png", full_page=True)
                 browser.close()
         finally:
-            serving.send_signal(signal.SIGINT)
+            serving.terminate()
             serving.wait(timeout=60)
 
 

@@ -261,6 +261,18 @@ def test_nan_and_infinity_reach_the_output(isa):
     assert not agg[..., :5].isnan().any()
 
 
+def test_nan_reaches_the_gradients_that_it_reaches_in_the_reference(isa):
+    """GELU's range is clamped. A comparison with NaN must not clamp NaN too."""
+    ctx, gates, weights, dagg = make((2, 6, 6, 8), (3,))
+    ctx = ctx.clone()
+    ctx[0, 3, 3, 5] = float("nan")
+    ours = OPS.cpu_gated_aggregation_bwd(dagg, ctx, gates, weights, False, [True] * 3)
+    _, expected = gradients(ctx, gates, weights, dagg, False, torch.float64)
+    for name, mine, exact in zip(("dctx", "dgates", "dweight"), ours, expected, strict=True):
+        assert exact.isnan().any(), name
+        assert torch.equal(mine.isnan(), exact.isnan()), name
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -89,7 +88,7 @@ def served(folder, *arguments):
     try:
         yield ServedPage(process, process.stdout.readline().strip(), log, folder)
     finally:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         process.wait(timeout=60)
         process.stdout.close()
 
