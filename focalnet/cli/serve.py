@@ -14,12 +14,11 @@ from .compute import Device, DType, device_for, torch_dtype
 from .errors import UserError, complain
 from .images import load_processor
 from .labels import LabelsFile, use_labels
-from .models import load_classifier, silence_transformers
+from .models import UseEma, load_classifier, parse_fields, silence_transformers
 from .output import require_matplotlib
 
 if TYPE_CHECKING:
-    import torch
-
+    from ..models.modeling import FocalNetForImageClassification
     from .looking import Looking
 
 DEFAULT_MODEL = "digits"
@@ -40,6 +39,14 @@ def app(
         str, typer.Option(help="Address to listen on. Other machines can reach the page only if it is not 127.0.0.1.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
+    variant: Annotated[
+        str | None, typer.Option(help="The published variant, if a file does not determine it, e.g. large_fl4.")
+    ] = None,
+    fields: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="A configuration field that a file does not determine."),
+    ] = None,
+    use_ema: UseEma = None,
     labels: LabelsFile = None,
     backend: Annotated[
         str | None, typer.Option(help="triton, cuda, cpu or reference; chosen automatically by default.")
@@ -51,7 +58,7 @@ def app(
     """Serve a local page: drop or paste an image, see answers, gates and modulators, of one model or two.
 
     Uploaded files go to a temporary folder, which is removed when the command ends (Ctrl-C). The page needs no network
-    and sends nothing anywhere.
+    and sends nothing anywhere. --variant, --set and the like hold for both models.
     """
     silence_transformers()
     _require_gradio()
@@ -63,16 +70,18 @@ def app(
         complain("note", f"whoever can reach {host} can use the page: it has no password")
     with tempfile.TemporaryDirectory(prefix="focalnet-app-") as folder:
         _keep_to(Path(folder))
-        looking = [_load(name, where, dtype, labels, backend) for name in names]
+        looking = []
+        for name in names:
+            classifier = load_classifier(name, variant, parse_fields(fields), use_ema)
+            use_labels(classifier.config, labels)
+            classifier = classifier.to(device=where, dtype=torch_dtype(dtype, where))  # type: ignore[call-arg]  # wrapped
+            looking.append(_looking_at(name, classifier, backend))
         _serve(looking, host, port, open_browser)
 
 
-def _load(name: str, where: torch.device, dtype: DType, labels: Path | None, backend: str | None) -> Looking:
+def _looking_at(name: str, classifier: FocalNetForImageClassification, backend: str | None) -> Looking:
     from .looking import Looking
 
-    classifier = load_classifier(name, None, {})
-    use_labels(classifier.config, labels)
-    classifier = classifier.to(device=where, dtype=torch_dtype(dtype, where))  # type: ignore[call-arg]  # a wrapped method
     return Looking(name, classifier, load_processor(name, classifier.config), backend)
 
 

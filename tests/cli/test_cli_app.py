@@ -21,6 +21,7 @@ from skimage import data
 from sklearn.datasets import load_digits
 
 import focalnet
+from focalnet.cli import serve
 from focalnet.cli.errors import UserError
 from focalnet.cli.uploads import MAX_BYTES, read_upload
 
@@ -334,3 +335,13 @@ def test_the_browser_asks_nobody_else(tab, page, photos):
     expect(views(tab)).to_have_count(2)
     elsewhere = [url for url in tab.asked if not url.startswith((page.address, "data:", "blob:"))]
     assert tab.asked and elsewhere == []
+
+
+def test_the_page_takes_what_a_file_does_not_tell(tmp_path, monkeypatch):
+    run("convert", save_model(tmp_path / "model"), tmp_path / "model.pth", "--format", "authors")
+    assert_one_line_error(run("app", "--model", tmp_path / "model.pth"), "use_post_layernorm", "--set")
+    shown = []
+    monkeypatch.setattr(serve, "_serve", lambda looking, *_: shown.extend(looking))
+    told = ["--set", "use_post_layernorm=false", "--set", "image_size=32", "--set", "normalize_modulator=false"]
+    assert run("app", "--model", tmp_path / "model.pth", *told).exit_code == 0
+    assert [looking.name for looking in shown] == [str(tmp_path / "model.pth")]
