@@ -80,7 +80,8 @@ def main(
     if standard:
         fixed = STANDARD_TRAINING if train else STANDARD_BFLOAT16 if dtype == "bfloat16" else STANDARD
         cases = [(Case(v, s, b, train, device, dtype), n, runtime or names) for v, s, b, n, names in fixed]
-    found = measured(cases, device, "training" if train else "models")
+    kind = "training" if train else "models"
+    found = measured(cases, device, kind if dtype == "float32" or device != "cpu" else f"{kind}-{dtype}")
     if compare_with and not agree(before, found):
         raise typer.Exit(1)
 

@@ -86,6 +86,23 @@ def headline(device: str) -> str:
     return _runtime_table([row for row in rows.read("models", device) if (row["variant"], row["size"]) == HEADLINE])
 
 
+def bfloat16(device: str) -> str:
+    """The same in bfloat16, beside OpenVINO in its default precision."""
+    measured = rows.read("models-bfloat16", device)
+    return _runtime_table([row for row in measured if (row["variant"], row["size"]) == HEADLINE])
+
+
+def shared_cores(device: str) -> str:
+    """Inference on cores that another process uses too."""
+    head = ["runtime", "quiet, ms", "beside a process, ms", "over quiet", "95th percentile", "two processes"]
+    lines = [
+        [NAMES[row["runtime"]], f"{row['quiet_s'] * 1e3:.0f}", f"{row['loaded_s'] * 1e3:.0f}"]
+        + [f"{row[name]:.2f}" for name in ("loaded_ratio", "loaded_p95_ratio", "two_share")]
+        for row in rows.read("shared_cores", device)
+    ]
+    return _markdown(head, lines)
+
+
 def training(device: str) -> str:
     """A training step, runtime by runtime."""
     return _runtime_table(rows.read("training", device))
@@ -221,6 +238,8 @@ def _on_each(kind: str, part: Callable[[str], str]) -> Callable[[], str]:
 PARTS: dict[str, Callable[[], str]] = {
     "headline": _on_each("models", headline),
     "ratios": _on_each("models", ratios),
+    "bfloat16": _on_each("models-bfloat16", bfloat16),
+    "shared-cores": _on_each("shared_cores", shared_cores),
     "training": _on_each("training", training),
     "architectures": _on_each("architectures", architectures),
     "operators": _on_each("operators", operators),
