@@ -16,16 +16,10 @@
 namespace focalnet::cpu {
 namespace {
 
-// How a call reads its weights.
-struct Weights {
-    Element element;
-    bool rounded;
-};
-
 // A linear layer or a 1x1 convolution.
 Linear linear(Kept& kept, const std::string& name, const Tensor& weight, Weights as, const std::optional<Tensor>& bias,
               int64_t K, int64_t N, const float* scale = nullptr) {
-    const Element element = weight_element(name, weight, as.element, as.rounded);
+    const Element element = as.of(name, weight);
     const Shape expected = weight.dim() == 4 ? Shape{N, K, 1, 1} : Shape{N, K};
     STD_TORCH_CHECK(shape_of(weight) == expected, name, " has shape ", text(shape_of(weight)), "; expected ",
                     text(expected));
@@ -43,7 +37,7 @@ std::vector<FocalWeight> levels_of(Kept& kept, const std::vector<Tensor>& focal_
     for (size_t l = 0; l < focal_weights.size(); ++l) {
         const Tensor& w = focal_weights[l];
         const std::string name = "focal_weights[" + std::to_string(l) + "]";
-        weight_element(name, w, as.element, as.rounded);
+        as.of(name, w);
         STD_TORCH_CHECK(w.dim() == 4 && w.size(0) == C && w.size(1) == 1 && w.size(2) % 2 == 1 && w.size(3) % 2 == 1,
                         name, " has shape ", text(shape_of(w)), "; expected (", C, ", 1, kh, kw) with odd kh and kw");
         levels.push_back({as.rounded ? kept.halves(name, w) : kept(w), w.size(2), w.size(3)});
@@ -61,13 +55,10 @@ Tensor cpu_block(const Tensor& hidden_state, const Tensor& projection_in, std::o
                  std::optional<Tensor> modulation_norm_bias, std::optional<double> modulation_norm_eps,
                  std::optional<Tensor> gamma_1, std::optional<Tensor> gamma_2, bool post_norm,
                  bool normalize_modulator, bool own_threads, bool rounded_weights) {
-    const Element element = rounded_weights ? Element::kBFloat16 : element_of("projection_in", projection_in);
-    const Weights as{element, rounded_weights};
+    const Weights as = Weights::like("projection_in", projection_in, rounded_weights);
+    const Element element = as.element;
     const Element given = map_element("hidden_state", hidden_state, element);
-    STD_TORCH_CHECK(
-        hidden_state.dim() == 4 && hidden_state.size(1) >= 1 && hidden_state.size(2) >= 1 && hidden_state.size(3) >= 1,
-        "hidden_state has shape ", text(shape_of(hidden_state)),
-        "; expected (B, H, W, C) with H, W and C of at least 1");
+    check_map_shape("hidden_state", hidden_state);
     Kept kept;
     Block b{};
     b.B = hidden_state.size(0);

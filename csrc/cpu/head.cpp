@@ -62,10 +62,7 @@ void means(const Tensor& tokens, Tensor& mean) {
 std::tuple<Tensor, Tensor> cpu_norm_mean(const Tensor& hidden_state, std::optional<Tensor> norm_weight,
                                          std::optional<Tensor> norm_bias, double eps) {
     const Element element = element_of("hidden_state", hidden_state);
-    STD_TORCH_CHECK(
-        hidden_state.dim() == 4 && hidden_state.size(1) >= 1 && hidden_state.size(2) >= 1 && hidden_state.size(3) >= 1,
-        "hidden_state has shape ", text(shape_of(hidden_state)),
-        "; expected (B, H, W, C) with H, W and C of at least 1");
+    check_map_shape("hidden_state", hidden_state);
     const int64_t B = hidden_state.size(0), n = hidden_state.size(1) * hidden_state.size(2), C = hidden_state.size(3);
     Kept kept;
     const Norm norm = norm_over(kept, "norm", norm_weight, norm_bias, eps, C);
@@ -86,8 +83,8 @@ std::tuple<Tensor, Tensor> cpu_norm_mean(const Tensor& hidden_state, std::option
 }
 
 Tensor cpu_linear(const Tensor& input, const Tensor& weight, std::optional<Tensor> bias, bool rounded_weights) {
-    const Element element = rounded_weights ? Element::kBFloat16 : element_of("weight", weight);
-    const Element read_as = weight_element("weight", weight, element, rounded_weights);
+    const Weights as = Weights::like("weight", weight, rounded_weights);
+    const Element element = as.element, read_as = as.of("weight", weight);
     const Element given = map_element("input", input, element);
     STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) >= 1 && weight.size(1) >= 1, "weight has shape ",
                     text(shape_of(weight)), "; expected (N, K)");

@@ -30,19 +30,30 @@ inline ScalarType dtype_of(Element element) {
     return element == Element::kBFloat16 ? ScalarType::BFloat16 : ScalarType::Float;
 }
 
-// All weights of a call must have the same element.
-inline void check_weight(const std::string& name, const Tensor& t, Element expected) {
-    STD_TORCH_CHECK(element_of(name, t) == expected, name, " has dtype ", torch::headeronly::toString(t.scalar_type()),
-                    "; expected that of the other weights, ", torch::headeronly::toString(dtype_of(expected)));
-}
-
-// The element as which products read a weight. With `rounded`, float32 weights are read as bfloat16, as under
+// How a call reads its weights: all have one element. With `rounded`, float32 weights are read as bfloat16, as under
 // autocast.
-inline Element weight_element(const std::string& name, const Tensor& t, Element expected, bool rounded) {
-    const Element element = element_of(name, t);
-    if (rounded) return element == Element::kBFloat16 ? element : Element::kRounded;
-    check_weight(name, t, expected);
-    return element;
+struct Weights {
+    Element element;  // of the products
+    bool rounded;
+
+    // As `first`, one of the weights, is read.
+    static Weights like(const std::string& name, const Tensor& first, bool rounded) {
+        return {rounded ? Element::kBFloat16 : element_of(name, first), rounded};
+    }
+
+    // The element as which products read t.
+    Element of(const std::string& name, const Tensor& t) const {
+        const Element found = element_of(name, t);
+        if (rounded) return found == Element::kBFloat16 ? found : Element::kRounded;
+        STD_TORCH_CHECK(found == element, name, " has dtype ", torch::headeronly::toString(t.scalar_type()),
+                        "; expected that of the other weights, ", torch::headeronly::toString(dtype_of(element)));
+        return found;
+    }
+};
+
+inline void check_map_shape(const std::string& name, const Tensor& map) {
+    STD_TORCH_CHECK(map.dim() == 4 && map.size(1) >= 1 && map.size(2) >= 1 && map.size(3) >= 1, name, " has shape ",
+                    text(shape_of(map)), "; expected (B, H, W, C) with H, W and C of at least 1");
 }
 
 // Float32 maps may come with bfloat16 weights, as under autocast. There are no products of the reverse.

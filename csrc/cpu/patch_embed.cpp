@@ -165,12 +165,9 @@ Tensor cpu_patch_embed(const Tensor& input, const Tensor& weight, std::optional<
                        std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> output_size,
                        std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, std::optional<double> eps,
                        bool own_threads, bool rounded_weights) {
-    const Element element = rounded_weights ? Element::kBFloat16 : element_of("weight", weight);
-    const Element read = weight_element("weight", weight, element, rounded_weights),
-                  given = map_element("input", input, element);
-    STD_TORCH_CHECK(input.dim() == 4 && input.size(1) >= 1 && input.size(2) >= 1 && input.size(3) >= 1,
-                    "input has shape ", text(shape_of(input)),
-                    "; expected (B, H, W, C) with H, W and C of at least 1");
+    const Weights as = Weights::like("weight", weight, rounded_weights);
+    const Element element = as.element, read = as.of("weight", weight), given = map_element("input", input, element);
+    check_map_shape("input", input);
     check_pair("stride", stride, 1);
     check_pair("padding", padding, 0);
     check_pair("output_size", output_size, 1);

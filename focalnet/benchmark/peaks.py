@@ -115,7 +115,8 @@ class Peaks:
         The arithmetic for bfloat16 is dot products of bfloat16 if the processor has them, else float32 multiply-adds.
         """
         self.fma = max(self.fma, *(self._loops.fma_rate(self._threads, 20_000_000) for _ in range(5)))
-        self.dot = max(self.dot, *(self._loops.dot_rate(self._threads, 20_000_000) for _ in range(5)))
+        if dtype == "bfloat16":
+            self.dot = max(self.dot, *(self._loops.dot_rate(self._threads, 20_000_000) for _ in range(5)))
         # 256 MB over all threads, which exceeds any cache.
         per_thread = (256 << 20) // self._threads // 64 * 64
         self.bandwidth = max(self.bandwidth, self._loops.read_rate(self._threads, per_thread))

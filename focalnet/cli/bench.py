@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .compute import Device, DType, device_for, torch_dtype
+from .compute import Device, DType, InDType, OnDevice, device_for, torch_dtype
 from .errors import UserError
 from .output import Bar, require_matplotlib
 
@@ -28,8 +28,8 @@ def bench(
     variant: Annotated[str, typer.Option(help="A published variant, e.g. tiny_lrf.")] = "tiny_lrf",
     size: Annotated[int, typer.Option(min=32, help="Image size in pixels.")] = 224,
     batch: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images in one pass.")] = 1,
-    device: Annotated[Device, typer.Option(help="auto uses a GPU if there is one.")] = Device.auto,
-    dtype: Annotated[DType, typer.Option(help="Data type of the computation.")] = DType.float32,
+    device: OnDevice = Device.auto,
+    dtype: InDType = DType.float32,
     train: Annotated[bool, typer.Option("--train", help="Time a training step instead of inference.")] = False,
     runtimes: Annotated[
         list[str] | None, typer.Option("--runtime", metavar="NAME", help="A runtime to time; repeat for several.")

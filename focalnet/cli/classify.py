@@ -8,43 +8,27 @@ from typing import Annotated
 
 import typer
 
-from .compute import Device, DType, backend_for, device_for, torch_dtype
+from .compute import Backend, Device, DType, InDType, OnDevice, backend_for, device_for, torch_dtype
 from .errors import SOME_SKIPPED, UserError
-from .images import Skipped, find_images, load_processor
+from .images import Images, Skipped, find_images, load_processor
 from .inference import Classified, classify_files
 from .labels import LabelsFile, use_labels
-from .models import UseEma, load_classifier, parse_fields, silence_transformers
+from .models import Fields, Model, UseEma, Variant, load_classifier, parse_fields, silence_transformers
 from .output import Bar, print_tables, report
 
 
 def classify(
-    images: Annotated[
-        list[str], typer.Argument(metavar="IMAGE...", help="Files, folders (searched recursively) and globs.")
-    ],
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "-m",
-            help="A directory, a checkpoint file, a hub id such as microsoft/focalnet-tiny, or digits.",
-        ),
-    ],
-    variant: Annotated[
-        str | None, typer.Option(help="The published variant, if a file does not determine it, e.g. large_fl4.")
-    ] = None,
-    fields: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="A configuration field that a file does not determine."),
-    ] = None,
+    images: Images,
+    model: Model,
+    variant: Variant = None,
+    fields: Fields = None,
     use_ema: UseEma = None,
     labels: LabelsFile = None,
     top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Labels for each image.")] = 5,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images in one pass.")] = 16,
-    backend: Annotated[
-        str | None, typer.Option(help="triton, cuda, cpu or reference; chosen automatically by default.")
-    ] = None,
-    device: Annotated[Device, typer.Option(help="auto uses a GPU if there is one.")] = Device.auto,
-    dtype: Annotated[DType, typer.Option(help="auto: bfloat16 where the hardware computes in it.")] = DType.float32,
+    backend: Backend = None,
+    device: OnDevice = Device.auto,
+    dtype: InDType = DType.float32,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
 ) -> None:
     """Classify images: print a table of the most probable labels for each.

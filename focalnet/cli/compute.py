@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,6 +27,11 @@ class DType(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+Backend = Annotated[str | None, typer.Option(help="triton, cuda, cpu or reference; chosen automatically by default.")]
+OnDevice = Annotated[Device, typer.Option(help="auto uses a GPU if there is one.")]
+InDType = Annotated[DType, typer.Option(help="auto: bfloat16 where the hardware computes in it.")]
 
 
 def device_for(device: Device, backend: str | None) -> torch.device:

@@ -12,13 +12,13 @@ from typing import Annotated
 
 import typer
 
-from .compute import Device, DType, backend_for, device_for, torch_dtype
+from .compute import Backend, Device, DType, InDType, OnDevice, backend_for, device_for, torch_dtype
 from .errors import SOME_SKIPPED, UserError, printable
 from .images import Skipped, load_processor
 from .inference import Classified, classify_files
 from .labelled import LabelledImage, find_labelled_images
 from .labels import LabelsFile, use_labels
-from .models import UseEma, load_classifier, parse_fields, silence_transformers
+from .models import Fields, Model, UseEma, Variant, load_classifier, parse_fields, silence_transformers
 from .output import Bar, report
 from .record import Record
 
@@ -46,21 +46,9 @@ def evaluate(
     data: Annotated[
         Path, typer.Argument(metavar="DIR", help="A folder with one folder of images for each class, such as val/.")
     ],
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "-m",
-            help="A directory, a checkpoint file, a hub id such as microsoft/focalnet-tiny, or digits.",
-        ),
-    ],
-    variant: Annotated[
-        str | None, typer.Option(help="The published variant, if a file does not determine it, e.g. large_fl4.")
-    ] = None,
-    fields: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="A configuration field that a file does not determine."),
-    ] = None,
+    model: Model,
+    variant: Variant = None,
+    fields: Fields = None,
     use_ema: UseEma = None,
     labels: LabelsFile = None,
     among_folders: Annotated[
@@ -74,11 +62,9 @@ def evaluate(
         typer.Option(help="A file for the result of every image; an interrupted run continues from it."),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images in one pass.")] = 32,
-    backend: Annotated[
-        str | None, typer.Option(help="triton, cuda, cpu or reference; chosen automatically by default.")
-    ] = None,
-    device: Annotated[Device, typer.Option(help="auto uses a GPU if there is one.")] = Device.auto,
-    dtype: Annotated[DType, typer.Option(help="auto: bfloat16 where the hardware computes in it.")] = DType.float32,
+    backend: Backend = None,
+    device: OnDevice = Device.auto,
+    dtype: InDType = DType.float32,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")] = False,
 ) -> None:
     """Check a classifier's accuracy on a folder of classes, such as ImageNet's validation set.

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .compute import Device, DType, backend_for, device_for, torch_dtype
+from .compute import Backend, Device, DType, InDType, OnDevice, backend_for, device_for, torch_dtype
 from .errors import SOME_SKIPPED, UserError, printable
-from .images import Skipped, find_images, load_pixels, load_processor
+from .images import Images, Skipped, find_images, load_pixels, load_processor
 from .inference import Classified, most_probable
 from .labels import LabelsFile, use_labels
-from .models import UseEma, load_classifier, parse_fields, silence_transformers
+from .models import Fields, Model, UseEma, Variant, load_classifier, parse_fields, silence_transformers
 from .output import Bar, report, require_matplotlib
 
 if TYPE_CHECKING:
@@ -39,17 +39,8 @@ class Format(str, Enum):
 
 
 def explain(
-    images: Annotated[
-        list[str], typer.Argument(metavar="IMAGE...", help="Files, folders (searched recursively) and globs.")
-    ],
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            "-m",
-            help="A directory, a checkpoint file, a hub id such as microsoft/focalnet-tiny, or digits.",
-        ),
-    ],
+    images: Images,
+    model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="FOLDER", help="Where the figures go.")],
     stages: Annotated[
         list[int] | None,
@@ -61,20 +52,13 @@ def explain(
     ] = None,
     animate: Annotated[bool, typer.Option("--animate", help="Write a GIF through all blocks too.")] = False,
     form: Annotated[Format, typer.Option("--format", help="Of the figures.")] = Format.both,
-    variant: Annotated[
-        str | None, typer.Option(help="The published variant, if a file does not determine it, e.g. large_fl4.")
-    ] = None,
-    fields: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="A configuration field that a file does not determine."),
-    ] = None,
+    variant: Variant = None,
+    fields: Fields = None,
     use_ema: UseEma = None,
     labels: LabelsFile = None,
-    backend: Annotated[
-        str | None, typer.Option(help="triton, cuda, cpu or reference; chosen automatically by default.")
-    ] = None,
-    device: Annotated[Device, typer.Option(help="auto uses a GPU if there is one.")] = Device.auto,
-    dtype: Annotated[DType, typer.Option(help="auto: bfloat16 where the hardware computes in it.")] = DType.float32,
+    backend: Backend = None,
+    device: OnDevice = Device.auto,
+    dtype: InDType = DType.float32,
 ) -> None:
     """Draw what a model looks at: answers, gates of every level and modulators, one figure for each image.
 

@@ -7,7 +7,9 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Annotated
+
+import typer
 
 from ..models.processing import published_processor
 from ..pretrained import shipped
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 EXTENSIONS = frozenset(
     ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .ppm .tif .tiff .webp".split()  # noqa: SIM905
 )
+Images = Annotated[
+    list[str], typer.Argument(metavar="IMAGE...", help="Files, folders (searched recursively) and globs.")
+]
 # Resizing the shortest edge of a strip that is one pixel wide and thousands long would need gigabytes.
 _MAX_ELONGATION = 200
 

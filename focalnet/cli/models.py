@@ -23,6 +23,19 @@ if TYPE_CHECKING:
 
 _SECONDS_TO_ANSWER = 4
 
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", help="A directory, a checkpoint file, a hub id such as microsoft/focalnet-tiny, or digits."
+    ),
+]
+Variant = Annotated[
+    str | None, typer.Option(help="The published variant, if a file does not determine it, e.g. large_fl4.")
+]
+Fields = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="A configuration field that a file does not determine."),
+]
 UseEma = Annotated[
     bool | None,
     typer.Option(

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .compute import Device, DType, device_for, torch_dtype
+from .compute import Backend, Device, DType, InDType, OnDevice, device_for, torch_dtype
 from .errors import UserError, complain
 from .images import load_processor
 from .labels import LabelsFile, use_labels
-from .models import UseEma, load_classifier, parse_fields, silence_transformers
+from .models import Fields, UseEma, Variant, load_classifier, parse_fields, silence_transformers
 from .output import require_matplotlib
 
 if TYPE_CHECKING:
@@ -39,20 +39,13 @@ def app(
         str, typer.Option(help="Address to listen on. Other machines can reach the page only if it is not 127.0.0.1.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 7860,
-    variant: Annotated[
-        str | None, typer.Option(help="The published variant, if a file does not determine it, e.g. large_fl4.")
-    ] = None,
-    fields: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="A configuration field that a file does not determine."),
-    ] = None,
+    variant: Variant = None,
+    fields: Fields = None,
     use_ema: UseEma = None,
     labels: LabelsFile = None,
-    backend: Annotated[
-        str | None, typer.Option(help="triton, cuda, cpu or reference; chosen automatically by default.")
-    ] = None,
-    device: Annotated[Device, typer.Option(help="auto uses a GPU if there is one.")] = Device.auto,
-    dtype: Annotated[DType, typer.Option(help="auto: bfloat16 where the hardware computes in it.")] = DType.float32,
+    backend: Backend = None,
+    device: OnDevice = Device.auto,
+    dtype: InDType = DType.float32,
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Serve a local page: drop or paste an image, see answers, gates and modulators, of one model or two.

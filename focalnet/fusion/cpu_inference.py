@@ -29,8 +29,10 @@ def why_not_call(input: Tensor) -> str | None:
         return reason
     if input.device.type != "cpu":
         return f"expected a tensor on the CPU, got one on {input.device}"
-    if _autocast() is not None and (_autocast(), input.dtype) not in AUTOCAST:
-        return f"autocast to {_autocast()} is on, and the input is {input.dtype}"
+    if is_rounding():
+        cast = torch.get_autocast_dtype("cpu")
+        if (cast, input.dtype) not in AUTOCAST:
+            return f"autocast to {cast} is on, and the input is {input.dtype}"
     return None
 
 
@@ -46,17 +48,12 @@ class Precision(NamedTuple):
     @classmethod
     def of(cls, input: Tensor) -> Precision:
         """That of a call with ``input`` which `why_not_call` does not refuse."""
-        dtype = _autocast()
-        return cls(input.dtype, rounded=False) if dtype is None else cls(dtype, rounded=True)
+        return cls(torch.bfloat16, rounded=True) if is_rounding() else cls(input.dtype, rounded=False)
 
 
 def is_rounding() -> bool:
     """Whether a call that `why_not_call` does not refuse rounds weights of float32: `Precision.rounded`."""
     return torch.is_autocast_enabled("cpu")
-
-
-def _autocast() -> torch.dtype | None:
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
 
 
 def kernel(operator: str, dtype: torch.dtype, backend: str | None) -> Callable[..., Any] | str:

@@ -6,7 +6,7 @@ Everything between the stem's convolution and the head is channels-last, ``(B, H
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -231,27 +231,32 @@ class FocalNetEncoder(nn.Module):
         # Check everything once, before the first block: each operator evicts Python's objects from the CPU caches, so
         # a check between two blocks would be slower.
         found = why_not_call(hidden_state) or _calls(self, Precision.of(hidden_state), requested(None))
-        return self.by_operators(hidden_state, None if isinstance(found, str) else found, collect, before_downsampling)
+        stages: Any = self.stages if isinstance(found, str) else stages_of(found)
+        return run_stages(stages, hidden_state, collect, before_downsampling)
 
-    def by_operators(
-        self,
-        hidden_state: Tensor,
-        calls: Sequence[Any] | None,
-        collect: bool = False,
-        before_downsampling: bool = False,
-    ) -> tuple[Tensor, tuple[TokensAndMap, ...]]:
-        """The result of forward, computed by operators; ``calls`` are what `calls_of` found. None: by the stages."""
-        taps: tuple[TokensAndMap, ...] = ()
-        if collect:
+
+Stage = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def run_stages(
+    stages: Iterable[Stage], hidden_state: Tensor, collect: bool, before_downsampling: bool = False
+) -> tuple[Tensor, tuple[TokensAndMap, ...]]:
+    """The result of an encoder's forward, by the stages themselves or by `stages_of`."""
+    taps: tuple[TokensAndMap, ...] = ()
+    if collect:
+        hidden_state, taps = _tap(hidden_state, taps)
+    for stage in stages:
+        hidden_state, before = stage(hidden_state)
+        if collect and before_downsampling:
+            _, taps = _tap(before, taps)
+        elif collect:
             hidden_state, taps = _tap(hidden_state, taps)
-        stages: Any = self.stages if calls is None else (functools.partial(_run_stage, call) for call in calls)
-        for stage in stages:
-            hidden_state, before = stage(hidden_state)
-            if collect and before_downsampling:
-                _, taps = _tap(before, taps)
-            elif collect:
-                hidden_state, taps = _tap(hidden_state, taps)
-        return hidden_state, taps
+    return hidden_state, taps
+
+
+def stages_of(calls: Sequence[Any]) -> list[Stage]:
+    """Functions that compute the stages by the operators that `calls_of` found."""
+    return [functools.partial(_run_stage, of_stage) for of_stage in calls]
 
 
 def _run_stage(calls: Sequence[Any], hidden_state: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,16 @@ from ..fusion import cpu_head
 from ..fusion.cpu_inference import Precision, is_rounding, why_not_call
 from ..fusion.gate import while_unchanged
 from ..fusion.module_checks import all_are_watched, is_changed, is_mean
-from .layers import FocalNetEmbeddings, FocalNetEncoder, FocalNetLayer, StemCall, calls_of, stem_call
+from .layers import (
+    FocalNetEmbeddings,
+    FocalNetEncoder,
+    FocalNetLayer,
+    StemCall,
+    calls_of,
+    run_stages,
+    stages_of,
+    stem_call,
+)
 from .padding import cut_to
 
 
@@ -196,7 +205,7 @@ class FocalNetModel(FocalNetPreTrainedModel):
         else:
             stem, stages, norm_mean = found
             embeddings = self.embeddings.by_operator(images, bool_masked_pos, StemCall(*stem))
-            last, maps = self.encoder.by_operators(embeddings, stages, collect)
+            last, maps = run_stages(stages_of(stages), embeddings, collect)
             last, pooled = cpu_head.run(last, norm_mean)
         output = FocalNetModelOutput(
             last_hidden_state=last,

@@ -7,21 +7,10 @@ import sys
 
 import pytest
 import torch
-from command_line import assert_one_line_error, classify, offline_and_undone, run, save_model, save_photos, summary
+from command_line import assert_one_line_error, classify, run, save_photos, summary
 from safetensors.torch import load_file
 
 import focalnet
-
-
-@pytest.fixture(autouse=True)
-def _process_as_it_was(monkeypatch):
-    with offline_and_undone(monkeypatch):
-        yield
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

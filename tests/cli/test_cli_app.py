@@ -14,7 +14,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from command_line import assert_one_line_error, offline_and_undone, run, save_model
+from command_line import assert_one_line_error, run, save_model
 from PIL import Image
 from served_page import served, uploaded
 from skimage import data
@@ -28,12 +28,6 @@ from focalnet.cli.uploads import MAX_BYTES, read_upload
 pytest.importorskip("gradio", reason="gradio is not installed: pip install 'focalnet[app]'")
 pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-
-
-@pytest.fixture(autouse=True)
-def _process_as_it_was(monkeypatch):
-    with offline_and_undone(monkeypatch):
-        yield
 
 
 @pytest.fixture(scope="module")

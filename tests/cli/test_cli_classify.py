@@ -11,9 +11,7 @@ from command_line import (
     LABELS,
     assert_one_line_error,
     classify,
-    offline_and_undone,
     run,
-    save_model,
     save_photos,
     summary,
 )
@@ -25,17 +23,6 @@ from focalnet.backends import extension
 from focalnet.cli import images
 from focalnet.cli.images import published_processor
 from focalnet.cli.output import Bar
-
-
-@pytest.fixture(autouse=True)
-def _process_as_it_was(monkeypatch):
-    with offline_and_undone(monkeypatch):
-        yield
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from command_line import LABELS, assert_one_line_error, offline_and_undone, run, save_model
+from command_line import LABELS, assert_one_line_error, run
 from PIL import Image
 from skimage import data
 from transformers import AutoImageProcessor
@@ -15,17 +15,6 @@ from focalnet.cli.evaluate import Accuracy
 from focalnet.cli.images import read_image
 
 PICTURES = (data.chelsea, data.astronaut, data.coffee, data.rocket)
-
-
-@pytest.fixture(autouse=True)
-def _process_as_it_was(monkeypatch):
-    with offline_and_undone(monkeypatch):
-        yield
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 def class_folders(root, names, images=4):

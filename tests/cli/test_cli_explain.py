@@ -2,20 +2,9 @@
 
 import numpy as np
 import pytest
-from command_line import assert_one_line_error, offline_and_undone, run, save_model, save_photos
+from command_line import assert_one_line_error, run, save_photos
 from PIL import Image
 from skimage import data
-
-
-@pytest.fixture(autouse=True)
-def _process_as_it_was(monkeypatch):
-    with offline_and_undone(monkeypatch):
-        yield
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    return save_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from command_line import LABELS, assert_one_line_error, offline_and_undone, run, save_model, save_photos
+from command_line import LABELS, assert_one_line_error, run, save_model, save_photos
 from model_files import SETTLED, SMALL, file_of, named, randomized
 from PIL import Image
 from skimage import data
@@ -12,12 +12,6 @@ from skimage import data
 from focalnet import FocalNetConfig, FocalNetForImageClassification, convert_checkpoint, load_checkpoint
 from focalnet.checkpoints.imagenet import class_ids, class_names
 from focalnet.checkpoints.reading import interpret
-
-
-@pytest.fixture(autouse=True)
-def _process_as_it_was(monkeypatch):
-    with offline_and_undone(monkeypatch):
-        yield
 
 
 def test_the_thousand_classes_come_first_and_the_rest_by_id():
