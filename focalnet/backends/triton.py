@@ -1,5 +1,8 @@
 """The backend `triton`. It brings operands into the layout of the kernels and runs a plan, made once for each kind of
 call.
+
+The file is long because operators on rows and on maps share it. They share how plans are kept and run, and a training
+step passes through one file fewer for every block.
 """
 
 from __future__ import annotations
@@ -7,8 +10,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from operator import or_
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
     from ..kernels.launch_table import LevelConfig
     from ..kernels.plan import Plan
 
+Kept = TypeVar("Kept")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_LEVELS, MAX_KERNEL = 4, 15
 MAX_CHANNELS, MAX_ROWS = 4096, 2**30
@@ -225,15 +230,24 @@ def _run(
     key = (operator, device, ctx.dtype, normalize, mask, precise, aligned, *shapes)
     found = _plans.get(key)
     if found is None:
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
         taken = _as_the_kernels_take_them(operands)
         as_given = all(taken[name] is tensor for name, tensor in operands.items())
-        found = _plans[key] = _plan(operator, taken, normalize, mask, precise), as_given
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        found = _keep(_plans, key, (_plan(operator, taken, normalize, mask, precise), as_given))
+    with _current(device):
         return _run_plan(*found, operands, addresses)
-    with torch.cuda.device(device):
-        return _run_plan(*found, operands, addresses)
+
+
+def _keep(plans: dict[tuple[Any, ...], Kept], key: tuple[Any, ...], plan: Kept) -> Kept:
+    if len(plans) >= _MAX_PLANS:
+        plans.clear()
+    plans[key] = plan
+    return plan
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which ``device`` is the current one; switching takes time, so not if it is already."""
+    is_current = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return nullcontext() if is_current else torch.cuda.device(device)
 
 
 def _run_plan(plan: Plan, as_given: bool, operands: dict[str, Tensor], addresses: list[int]) -> dict[str, Tensor]:
@@ -461,12 +475,8 @@ def _run_rows(
     key = (operator, first.device, first.shape, *kinds, *outputs.items(), sums, keep, eps)
     plan = _row_plans.get(key)
     if plan is None:
-        if len(_row_plans) >= _MAX_PLANS:
-            _row_plans.clear()
-        plan = _row_plans[key] = _row_plan(operator, operands, outputs, sums, keep, eps)
-    if first.device.type != "cuda" or first.device.index == torch.cuda.current_device():
-        return plan.run(operands, first.device)
-    with torch.cuda.device(first.device):
+        plan = _keep(_row_plans, key, _row_plan(operator, operands, outputs, sums, keep, eps))
+    with _current(first.device):
         return plan.run(operands, first.device)
 
 
