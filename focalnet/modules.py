@@ -11,7 +11,7 @@ from .backends.registry import requested
 from .functional import focal_modulation
 from .fusion.context_parts import convolutions, parameter, unusual_context, weight_of, widest_kernel
 from .fusion.module_checks import is_proxy
-from .fusion.norm_branches import norm_linear
+from .fusion.norm_branches import linear, norm_linear
 from .onednn import guarded
 
 # torch.fx cannot trace through the function, so it becomes one node of the graph.
@@ -121,7 +121,7 @@ class FocalModulation(nn.Module):
         out = self._fused(q, ctx, gates) if changed is None else self._module_by_module(q, ctx, gates, changed)
         if self.use_post_layernorm_in_modulation:
             return self.projection_dropout(norm_linear(self.layernorm, self.projection_out, out, self.backend))
-        return self.projection_dropout(self.projection_out(out))
+        return self.projection_dropout(linear(self.projection_out, out, self.backend))
 
     def _fused(self, q: Tensor, ctx: Tensor, gates: Tensor) -> Tensor:
         return focal_modulation(

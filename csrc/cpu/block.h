@@ -30,6 +30,7 @@ struct Linear {
     const float* bias;   // (N), or null
     const float* scale;  // (N), multiplies weights and bias, or null
     int64_t K, N;
+    bool transposed = false;  // weight is (K, N) in memory, as in a product of backward; not kRounded
     // A copy in scratch, laid out by Products::pack. It replaces weight, bias and scale. If null, every product packs
     // the slices it reads.
     const float* packed = nullptr;
@@ -53,6 +54,26 @@ struct GemmTask {
     Matrix factor;  // of kMultiply
 };
 
+// dw (+)= dy^T x over `tokens` rows, and the sums of dy's columns: the gradients of a linear layer's weights and bias.
+struct WeightGradientTask {
+    const void* dy;  // (tokens, N)
+    const void* x;   // (tokens, K), in the same element
+    int64_t dy_pitch, x_pitch, N, K, tokens;
+    float* dw;  // (N, K)
+    int64_t dw_pitch;
+    float* sums;     // (N), or null
+    bool add;        // to dw and sums
+    float* scratch;  // weight_gradient_floats(N, K)
+};
+
+// Tokens that a weight gradient packs at a time.
+constexpr int64_t kTokens = 256;
+
+constexpr int64_t weight_gradient_floats(int64_t N, int64_t K) {
+    // Panels of 6 or 12 rows and of kPanel columns, a cache line apart.
+    return ((N + 5) / 6 + 2) * (6 * kTokens + kPanel) + (K + kPanel - 1) / kPanel * (kTokens + 1) * kPanel;
+}
+
 // How products are computed:
 //     float32         a is float32, weights are of any element, c is float32 or kRounded
 //     dot products    a is bfloat16, weights are bfloat16 or kRounded, c is bfloat16, or float32 without an epilogue
@@ -63,6 +84,7 @@ struct Products {
     int64_t header, words_of_k;
     void (*pack)(const Linear&, int64_t column, float* panel);
     void (*gemm)(const GemmTask&);
+    void (*weight_gradient)(const WeightGradientTask&);
 };
 
 extern const Products kDotProducts, kEmulatedDotProducts;

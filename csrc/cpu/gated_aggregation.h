@@ -119,6 +119,7 @@ struct BackwardTask {
 struct Linear;
 struct GemmTask;
 struct RowsTask;
+struct WeightGradientTask;
 
 // Defined in gelu_rows.h.
 struct GeluTask;
@@ -132,8 +133,9 @@ struct Kernels {
     void (*pack)(const Linear&, int64_t column, float* panel);
     void (*gemm)(const GemmTask&);
     void (*normalize_and_add)(const RowsTask&);
-    void (*bias_gelu)(const GeluTask&);
+    void (*gelu)(const GeluTask&);
     void (*gelu_backward)(const GeluTask&);
+    void (*weight_gradient)(const WeightGradientTask&);
 };
 
 extern const Kernels kPlainKernels, kAvx2Kernels, kAvx512Kernels;

@@ -1,18 +1,22 @@
-// The interface between the operators for an MLP's GELU and their kernels. Plain data only, as in gated_aggregation.h.
+// The interface between the operators for an MLP and the kernels of its GELU. Plain data only, as in
+// gated_aggregation.h.
 
 #pragma once
 
 #include <cstdint>
 
+#include "gated_aggregation.h"
+
 namespace focalnet::cpu {
 
-// Contiguous rows of `columns` float32 each.
+// Rows of `columns` elements each; fc1 is contiguous.
 struct GeluTask {
-    float* fc1;         // forward: the bias is added in place; backward: read
-    float* act;         // written
-    float* dact;        // backward: updated in place
-    const float* bias;  // forward: [columns], or null
+    Element element;  // kFloat32 or kBFloat16
+    const void* fc1;
+    void* act;   // written
+    void* dact;  // backward: updated in place
     int64_t rows, columns;
+    int64_t pitch;  // of act and dact
 };
 
 }  // namespace focalnet::cpu

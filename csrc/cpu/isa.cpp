@@ -142,7 +142,13 @@ Products products_of(Element weights) {
     if (!is_float && isa == Isa::kAvx512Bf16) return kDotProducts;
     if (isa == Isa::kAvx512Bf16 && halves_wide_vectors()) kernels = &kAvx2Kernels;
 #endif
-    return {is_float ? Element::kFloat32 : Element::kRounded, kDepth, 1, 1, kernels->pack, kernels->gemm};
+    return {is_float ? Element::kFloat32 : Element::kRounded,
+            kDepth,
+            1,
+            1,
+            kernels->pack,
+            kernels->gemm,
+            kernels->weight_gradient};
 }
 
 }  // namespace focalnet::cpu

@@ -28,6 +28,7 @@ namespace {
 #include "gated_aggregation_bwd.inc"
 #include "panels.inc"
 #include "tile_ops.inc"
+#include "weight_gradient.inc"
 #include "gemm.inc"
 #include "rows.inc"
 #include "gelu_rows.inc"
@@ -42,9 +43,9 @@ namespace {
 #endif
 
 namespace focalnet::cpu {
-const Kernels kAvx2Kernels = {avx2::kLanes,       avx2::forward, avx2::forward_global,    avx2::backward,
-                              avx2::pack,         avx2::gemm,    avx2::normalize_and_add, avx2::bias_gelu,
-                              avx2::gelu_backward};
+const Kernels kAvx2Kernels = {avx2::kLanes,        avx2::forward,        avx2::forward_global,    avx2::backward,
+                              avx2::pack,          avx2::gemm,           avx2::normalize_and_add, avx2::gelu,
+                              avx2::gelu_backward, avx2::weight_gradient};
 }
 
 #endif

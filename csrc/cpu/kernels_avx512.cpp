@@ -30,6 +30,7 @@ namespace {
 #include "gated_aggregation_bwd.inc"
 #include "panels.inc"
 #include "tile_ops.inc"
+#include "weight_gradient.inc"
 #include "gemm.inc"
 #include "rows.inc"
 #include "gelu_rows.inc"
@@ -44,9 +45,9 @@ namespace {
 #endif
 
 namespace focalnet::cpu {
-const Kernels kAvx512Kernels = {avx512::kLanes,       avx512::forward, avx512::forward_global,    avx512::backward,
-                                avx512::pack,         avx512::gemm,    avx512::normalize_and_add, avx512::bias_gelu,
-                                avx512::gelu_backward};
+const Kernels kAvx512Kernels = {
+    avx512::kLanes, avx512::forward,           avx512::forward_global, avx512::backward,      avx512::pack,
+    avx512::gemm,   avx512::normalize_and_add, avx512::gelu,           avx512::gelu_backward, avx512::weight_gradient};
 }
 
 #endif

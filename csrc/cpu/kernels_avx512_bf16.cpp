@@ -26,6 +26,7 @@ namespace {
 #include "gelu.inc"
 #include "panels.inc"
 #include "tile_ops.inc"
+#include "weight_gradient.inc"
 #include "dot.inc"
 #include "dot_gemm.inc"
 // clang-format on
@@ -39,7 +40,13 @@ namespace {
 #endif
 
 namespace focalnet::cpu {
-const Products kDotProducts = {Element::kBFloat16, kDotDepth, 2, 2, avx512_bf16::pack_dot, avx512_bf16::dot_gemm};
+const Products kDotProducts = {Element::kBFloat16,
+                               kDotDepth,
+                               2,
+                               2,
+                               avx512_bf16::pack_dot,
+                               avx512_bf16::dot_gemm,
+                               avx512_bf16::dot_weight_gradient};
 }
 
 #endif

@@ -21,6 +21,7 @@ namespace {
 #include "gated_aggregation_bwd.inc"
 #include "panels.inc"
 #include "tile_ops.inc"
+#include "weight_gradient.inc"
 #include "gemm.inc"
 #include "dot.inc"
 #include "dot_gemm.inc"
@@ -31,10 +32,11 @@ namespace {
 }  // namespace focalnet::cpu::plain
 
 namespace focalnet::cpu {
-const Kernels kPlainKernels = {plain::kLanes,       plain::forward, plain::forward_global,    plain::backward,
-                               plain::pack,         plain::gemm,    plain::normalize_and_add, plain::bias_gelu,
-                               plain::gelu_backward};
+const Kernels kPlainKernels = {plain::kLanes,        plain::forward,        plain::forward_global,    plain::backward,
+                               plain::pack,          plain::gemm,           plain::normalize_and_add, plain::gelu,
+                               plain::gelu_backward, plain::weight_gradient};
 
 // For testing the dot products of AVX512_BF16 on processors without it.
-const Products kEmulatedDotProducts = {Element::kBFloat16, kDotDepth, 2, 2, plain::pack_dot, plain::dot_gemm};
+const Products kEmulatedDotProducts = {Element::kBFloat16,        kDotDepth, 2, 2, plain::pack_dot, plain::dot_gemm,
+                                       plain::dot_weight_gradient};
 }  // namespace focalnet::cpu

@@ -3,7 +3,7 @@
 ``aggregate(ctx, gates, focal_weights, normalize_modulator)`` returns agg. ``aggregate_bwd(dagg, ctx, gates,
 focal_weights, normalize_modulator, mask)`` returns [dctx, dgates, agg, *dfocal_weights]. ``mask`` selects among ctx,
 gates, agg and the focal weights; the others are None. Backward returns agg too, because it recomputes the levels and
-gets agg at little extra cost.
+gets agg at little extra cost. ``product`` and ``linear_bwd`` are `times_linear` and `linear_bwd`, or faster versions.
 """
 
 from __future__ import annotations
@@ -15,8 +15,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def times_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor) -> Tensor:
+    """``(rows @ weight.T + bias) * factor``, (..., K) -> (..., N)."""
+    return F.linear(rows, weight, bias).mul_(factor)
+
+
+def linear_bwd(dout: Tensor, rows: Tensor, weight: Tensor, mask: Sequence[bool]) -> list[Tensor | None]:
+    """[drows, dweight, dbias] of a linear layer for rows (n, K); ``mask`` selects among them."""
+    need_rows, need_weight, need_bias = mask
+    return [
+        dout @ weight if need_rows else None,
+        dout.T @ rows if need_weight else None,
+        dout.sum(0) if need_bias else None,
+    ]
+
+
 def focal_modulation(
     aggregate: Callable[..., Tensor],
+    product: Callable[..., Tensor],
     q: Tensor,
     ctx: Tensor,
     gates: Tensor,
@@ -26,12 +42,14 @@ def focal_modulation(
     normalize_modulator: bool,
 ) -> Tensor:
     agg = aggregate(ctx, gates, focal_weights, normalize_modulator)
-    return F.linear(agg, weight, bias).mul_(q)
+    return product(agg, weight, bias, q)
 
 
 def focal_modulation_bwd(
     aggregate: Callable[..., Tensor],
     aggregate_bwd: Callable[..., list[Tensor | None]],
+    product: Callable[..., Tensor],
+    linear_bwd: Callable[..., Sequence[Tensor | None]],
     dout: Tensor,
     q: Tensor,
     ctx: Tensor,
@@ -44,20 +62,18 @@ def focal_modulation_bwd(
 ) -> list[Tensor | None]:
     need_q, need_ctx, need_gates, need_weight, need_bias, need_focal = output_mask
     need_agg = need_q or need_weight
-    dq = dweight = dctx = dgates = None
+    dq = dctx = dgates = None
     agg: Any = None  # a tensor wherever it is needed
     dfocal_weights: Sequence[Tensor | None] = [None] * len(focal_weights)
-    dmodulator = dout * q
-    dbias = dmodulator.sum((0, 1, 2)) if need_bias else None
+    dmodulator = (dout * q).flatten(0, 2)
     if need_ctx or need_gates or need_focal:
         mask = [need_ctx, need_gates, need_agg, need_focal]
-        dctx, dgates, agg, *dfocal_weights = aggregate_bwd(
-            dmodulator @ weight, ctx, gates, focal_weights, normalize_modulator, mask
-        )
+        dagg = linear_bwd(dmodulator, dmodulator, weight, (True, False, False))[0].view(ctx.shape)
+        dctx, dgates, agg, *dfocal_weights = aggregate_bwd(dagg, ctx, gates, focal_weights, normalize_modulator, mask)
     elif need_agg:
         agg = aggregate(ctx, gates, focal_weights, normalize_modulator)
     if need_q:
-        dq = F.linear(agg, weight, bias).mul_(dout)
-    if need_weight:
-        dweight = dmodulator.flatten(0, 2).T @ agg.flatten(0, 2)
+        dq = product(agg, weight, bias, dout)
+    rows = dmodulator if agg is None else agg.flatten(0, 2)
+    _, dweight, dbias = linear_bwd(dmodulator, rows, weight, (False, need_weight, need_bias))
     return [dq, dctx, dgates, dweight, dbias, *dfocal_weights]

@@ -1,4 +1,4 @@
-"""The backend `cpu`: aggregation by the C++ kernels of csrc/cpu, the modulator's matrix product by PyTorch."""
+"""The backend `cpu`: the C++ kernels of csrc/cpu. PyTorch computes the modulator's product if it is not in float32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from . import composed, extension
 from .problem import Problem
 
 DTYPES = (torch.float32, torch.bfloat16)
-IN_FLOAT32 = ("bias_gelu", "gelu_bwd")
+TRAINED = ("mlp_fwd", "mlp_bwd", "linear_fwd", "linear_bwd")
+# Below this, packing the weights costs more than faster products save.
+MIN_ROWS = 64
+# The MLP reads and writes rows of whole panels of this many channels (csrc/cpu/block.h: kPanel).
+PANEL = 16
 
 
 def missing() -> str | None:
@@ -20,13 +24,24 @@ def missing() -> str | None:
     return extension.missing()
 
 
+def has_dot_products() -> bool:
+    """Whether products of bfloat16 run on dot products of the processor, or on their emulation."""
+    return torch.ops.focalnet.cpu_isa() in ("avx512_bf16", "emulated")
+
+
 def why_not(problem: Problem) -> str | None:
     """Why the kernels do not take this call, or None."""
     if problem.device.type != "cpu":
         return f"the tensors are on {problem.device}, not on the CPU"
-    dtypes = (torch.float32,) if problem.operator in IN_FLOAT32 else DTYPES
-    if problem.dtype not in dtypes:
-        return f"{problem.dtype} is not one of {', '.join(map(str, dtypes))}"
+    if problem.dtype not in DTYPES:
+        return f"{problem.dtype} is not one of {', '.join(map(str, DTYPES))}"
+    if problem.operator in TRAINED and problem.dtype == torch.bfloat16 and not has_dot_products():
+        return "the processor has no dot products of bfloat16 (AVX512_BF16)"
+    if problem.operator in TRAINED and problem.height < MIN_ROWS:
+        return f"{problem.height} rows are fewer than {MIN_ROWS}"
+    widths = (problem.channels, *problem.widths)
+    if problem.operator in ("mlp_fwd", "mlp_bwd") and any(width % PANEL for width in widths):
+        return f"the layers are {' x '.join(map(str, widths))} wide, not all multiples of {PANEL}"
     return None
 
 
@@ -68,8 +83,47 @@ def _bwd_with_agg(
     return [dctx, dgates, agg, *dfocal]
 
 
-focal_modulation = functools.partial(composed.focal_modulation, gated_aggregation)
-focal_modulation_bwd = functools.partial(composed.focal_modulation_bwd, gated_aggregation, _bwd_with_agg)
+def linear_bwd(
+    dout: Tensor, rows: Tensor, weight: Tensor, mask: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """[drows, dweight, dbias] of a linear layer; ``mask`` selects among them."""
+    need_rows, need_weight, need_bias = mask
+    made = torch.ops.focalnet.cpu_linear_bwd(dout, rows, weight, need_rows, need_weight or need_bias)
+    return tuple(gradient if need else None for gradient, need in zip(made, mask, strict=True))
+
+
+def mlp_bwd(
+    dout: Tensor, rows: Tensor, fc1: Tensor, weight1: Tensor, weight2: Tensor, mask: Sequence[bool]
+) -> list[Tensor | None]:
+    """[drows, dweight1, dbias1, dweight2, dbias2]; ``mask`` selects among them."""
+    need_rows, need_first, need_second = mask[0], mask[1] or mask[2], mask[3] or mask[4]
+    made = torch.ops.focalnet.cpu_mlp_bwd(dout, rows, fc1, weight1, weight2, need_rows, need_first, need_second)
+    return [gradient if need else None for gradient, need in zip(made, mask, strict=True)]
+
+
+def _is_worth_it(rows: Tensor) -> bool:
+    is_large = rows.numel() >= MIN_ROWS * rows.shape[-1]
+    return is_large and (rows.dtype == torch.float32 or has_dot_products())
+
+
+def _times_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor) -> Tensor:
+    strides = factor.stride()
+    is_matrix = strides[0] == strides[1] * factor.shape[1] and strides[1] == strides[2] * factor.shape[2]
+    if not (_is_worth_it(rows) and is_matrix and strides[3] == 1 and weight.shape[0] % PANEL == 0):
+        return composed.times_linear(rows, weight, bias, factor)
+    factor = factor.flatten(0, 2)
+    return torch.ops.focalnet.cpu_linear_fwd(rows.flatten(0, 2), weight, bias, factor).view(rows.shape)
+
+
+def _linear_bwd(dout: Tensor, rows: Tensor, weight: Tensor, mask: Sequence[bool]) -> Sequence[Tensor | None]:
+    run = linear_bwd if _is_worth_it(rows) else composed.linear_bwd
+    return run(dout, rows, weight, mask)
+
+
+focal_modulation = functools.partial(composed.focal_modulation, gated_aggregation, _times_linear)
+focal_modulation_bwd = functools.partial(
+    composed.focal_modulation_bwd, gated_aggregation, _bwd_with_agg, _times_linear, _linear_bwd
+)
 
 # Operators of the extension that only this backend has. They are None if the extension is missing, but then `missing`
 # rejects the backend first.
@@ -78,7 +132,10 @@ _COMPILED = {
     "patch_embed": "cpu_patch_embed",
     "norm_mean": "cpu_norm_mean",
     "linear": "cpu_linear",
-    "bias_gelu": "cpu_bias_gelu_",
-    "gelu_bwd": "cpu_gelu_backward_",
+    "linear_fwd": "cpu_linear_fwd",
+    "mlp_fwd": "cpu_mlp_fwd",
 }
-OPTIONAL = {operator: getattr(torch.ops.focalnet, name, None) for operator, name in _COMPILED.items()}
+OPTIONAL = {operator: getattr(torch.ops.focalnet, name, None) for operator, name in _COMPILED.items()} | {
+    "linear_bwd": linear_bwd,
+    "mlp_bwd": mlp_bwd,
+}

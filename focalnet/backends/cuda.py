@@ -120,5 +120,7 @@ def _bwd_with_agg(
     )
 
 
-focal_modulation = functools.partial(composed.focal_modulation, gated_aggregation)
-focal_modulation_bwd = functools.partial(composed.focal_modulation_bwd, gated_aggregation, _bwd_with_agg)
+focal_modulation = functools.partial(composed.focal_modulation, gated_aggregation, composed.times_linear)
+focal_modulation_bwd = functools.partial(
+    composed.focal_modulation_bwd, gated_aggregation, _bwd_with_agg, composed.times_linear, composed.linear_bwd
+)

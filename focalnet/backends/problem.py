@@ -24,6 +24,7 @@ class Problem(NamedTuple):
     channels: int = 1
     kernel_sizes: tuple[tuple[int, ...], ...] = ()  # (height, width) of each level
     has_affine_norm: bool = True
+    widths: tuple[int, ...] = ()  # output features of an operator's linear layers
 
 
 def is_plain_tensor(tensor: Any) -> TypeGuard[Tensor]:

@@ -175,15 +175,17 @@ def optional(
     backend: str | None,
     *,
     norm: tuple[Tensor | None, Tensor | None, float | None] | None = None,
+    widths: tuple[int, ...] = (),
 ) -> Callable[..., Any] | str:
     """The kernel of ``operator`` for ``rows`` (..., C), or the reason why PyTorch's operators must run.
 
-    ``norm`` holds weight, bias and eps of the operator's LayerNorm; it is empty for operators without one.
+    ``norm`` holds weight, bias and eps of the operator's LayerNorm; it is empty for operators without one. ``widths``
+    are the output features of its linear layers.
     """
     *positions, channels = rows.shape
     has_affine_norm = not norm or (norm[0] is not None and norm[1] is not None and bool(norm[2]))
     count = torch.Size(positions).numel()
-    problem = Problem(operator, rows.device, rows.dtype, 1, count, 1, channels, (), has_affine_norm)
+    problem = Problem(operator, rows.device, rows.dtype, 1, count, 1, channels, (), has_affine_norm, widths)
     return optional_kernel(problem, backend)
 
 

@@ -30,6 +30,17 @@ def norm_linear(norm: nn.Module, linear: nn.Module, hidden_state: Tensor, backen
     return torch.ops.focalnet.norm_linear(hidden_state, norm_weight, norm_bias, norm.eps, *weights, backend)
 
 
+def linear(layer: nn.Module, hidden_state: Tensor, backend: str | None = None) -> Tensor:
+    """``layer(hidden_state)``, (..., K) -> (..., N), by an operator if the device has a product of its own for it."""
+    operands = None
+    if not is_proxy(hidden_state) and hidden_state.device.type == "cpu" and is_plain(layer, nn.Linear):
+        operands = _operands(None, (layer,), hidden_state, backend)
+    if operands is None:
+        return layer(hidden_state)
+    hidden_state, _, _, weights = operands
+    return torch.ops.focalnet.norm_linear(hidden_state, None, None, None, *weights, backend)
+
+
 def norm_mlp(
     norm: nn.Module | None,
     mlp: nn.Module,

@@ -1,11 +1,11 @@
-"""LayerNorm and the following linear layer as one operator that saves only the norm's input for backward.
+"""A linear layer, with or without the LayerNorm before it, as one operator that saves only its input for backward.
 
     norm_linear(x) = Linear(LayerNorm(x))          x (..., K) -> (..., N)
 
 With two modules, autograd saves x for the norm and LayerNorm(x) for the gradient of the linear weight. This operator
 saves only x and recomputes LayerNorm(x) in backward. That saves K elements per token and costs two passes over K. On a
 GPU the kernel of the norm's gradient also writes LayerNorm(x) (kernels/layer_norm.py), in four passes where PyTorch's
-operators need seven.
+operators need seven. On a CPU in float32 csrc/cpu/linear_ops.cpp computes the products.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ from torch import Tensor
 from ..backends.registry import optional, requested
 from .define import operator
 from .gradients import composed_gradients, pack, unpack
+from .layer_norm import norm, norm_bwd
 
 
 def composed(
     hidden_state: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    eps: float,
+    eps: float | None,
     weight: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    """The specification: LayerNorm in the dtype of ``hidden_state``, the product in the dtype of ``weight``."""
-    normed = F.layer_norm(hidden_state, hidden_state.shape[-1:], norm_weight, norm_bias, eps)
-    return F.linear(normed.to(weight.dtype), weight, bias)
+    """The specification. ``eps`` None means no norm. The norm runs in ``hidden_state``'s dtype, the product in
+    ``weight``'s.
+    """
+    return F.linear(norm(hidden_state, norm_weight, norm_bias, eps)[0].to(weight.dtype), weight, bias)
 
 
 @operator
@@ -40,12 +42,16 @@ def norm_linear(
     hidden_state: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    eps: float,
+    eps: float | None,
     weight: Tensor,
     bias: Tensor | None,
     backend: str | None = None,
 ) -> Tensor:
-    return composed(hidden_state, norm_weight, norm_bias, eps, weight, bias)
+    normed = norm(hidden_state, norm_weight, norm_bias, eps)[0].to(weight.dtype)
+    run = optional("linear_fwd", normed, backend)
+    if isinstance(run, str):
+        return F.linear(normed, weight, bias)
+    return run(normed.flatten(0, -2), weight, bias).view(*normed.shape[:-1], weight.shape[0])
 
 
 @operator
@@ -54,37 +60,54 @@ def norm_linear_bwd(
     hidden_state: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    eps: float,
+    eps: float | None,
     weight: Tensor,
     bias: Tensor | None,
     output_mask: list[bool],
     backend: str | None = None,
 ) -> list[Tensor]:
     *need_norm, need_weight, need_bias = output_mask
-    dim = hidden_state.shape[-1:]
-    rows = dout.flatten(0, -2)
-    dbias = rows.sum(0) if need_bias else None
-    from_norm: Sequence[Tensor | None] = (None, None, None)
-    run = optional("layer_norm_bwd", hidden_state, backend, norm=(norm_weight, norm_bias, eps))
-    if any(need_norm) and not isinstance(run, str):
-        normed, *from_norm = run(
-            dout @ weight, hidden_state, norm_weight, norm_bias, eps, need_norm, weight.dtype if need_weight else None
-        )
-        dweight = rows.T @ normed.flatten(0, -2) if need_weight else None
-        return pack([*from_norm, dweight, dbias], hidden_state)
-    normed, mean, rstd = torch.native_layer_norm(hidden_state, dim, norm_weight, norm_bias, eps)
-    dweight = rows.T @ normed.flatten(0, -2).to(weight.dtype) if need_weight else None
-    if any(need_norm):
-        dnormed = (dout @ weight).to(hidden_state.dtype)
-        from_norm = torch.ops.aten.native_layer_norm_backward(
-            dnormed, hidden_state, dim, mean, rstd, norm_weight, norm_bias, need_norm
-        )
-    return pack([*unpack(from_norm, need_norm), dweight, dbias], hidden_state)
+    rows, x = dout.flatten(0, -2), hidden_state.flatten(0, -2)
+    kernel = optional("layer_norm_bwd", x, backend, norm=(norm_weight, norm_bias, eps))
+    if eps is not None and any(need_norm) and not isinstance(kernel, str):
+        dtype = weight.dtype if need_weight else None
+        normed, *from_norm = kernel(rows @ weight, x, norm_weight, norm_bias, eps, need_norm, dtype)
+        dweight = rows.T @ normed if need_weight else None
+        dbias = rows.sum(0) if need_bias else None
+    else:
+        normed, *statistics = norm(x, norm_weight, norm_bias, eps)
+        mask = (any(need_norm), need_weight, need_bias)
+        dnormed, dweight, dbias = linear_bwd(rows, normed.to(weight.dtype), weight, mask, backend)
+        from_norm = [None, None, None]
+        if dnormed is not None:
+            from_norm = norm_bwd(dnormed, x, statistics, norm_weight, norm_bias, need_norm)
+    dx, *dnorm = from_norm
+    return pack([None if dx is None else dx.view_as(hidden_state), *dnorm, dweight, dbias], hidden_state)
+
+
+def linear_bwd(
+    dout: Tensor, rows: Tensor, weight: Tensor, mask: Sequence[bool], backend: str | None
+) -> Sequence[Tensor | None]:
+    """[drows, dweight, dbias] of ``rows`` (n, K) -> (n, N); ``mask`` selects among them."""
+    run = optional("linear_bwd", dout, backend)
+    if not isinstance(run, str):
+        return run(dout, rows, weight, mask)
+    need_rows, need_weight, need_bias = mask
+    return [
+        dout @ weight if need_rows else None,
+        dout.T @ rows if need_weight else None,
+        dout.sum(0) if need_bias else None,
+    ]
 
 
 @torch.library.register_fake("focalnet::norm_linear")
 def _fake(
-    hidden_state: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, weight: Tensor, *_: object
+    hidden_state: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float | None,
+    weight: Tensor,
+    *_: object,
 ) -> Tensor:
     return weight.new_empty((*hidden_state.shape[:-1], weight.shape[0]))
 
@@ -95,7 +118,7 @@ def _bwd_fake(
     hidden_state: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    eps: float,
+    eps: float | None,
     weight: Tensor,
     bias: Tensor | None,
     output_mask: list[bool],

@@ -8,8 +8,8 @@ operator saves x and fc1's output, C + hidden elements, and recomputes the other
 If LayerNorm(x) has been computed already, by the same pass as x (`residual_norm`), the caller gives it as ``normed``.
 The gradient then flows to ``normed`` and not to x. ``normed`` is still not saved, but recomputed from x.
 
-On a CPU in float32 the kernels of csrc/cpu/gelu_rows.inc compute the bias and both GELUs: one pass over the hidden
-units before the second product and one in backward, in place if possible.
+On a CPU in float32 csrc/cpu/mlp_ops.cpp computes both products and the GELU together. The activations between them
+stay in the caches: forward writes fc1's output and the result, backward the gradients alone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 from ..backends.registry import optional, requested
 from .define import operator
 from .gradients import composed_gradients, pack, unpack
+from .layer_norm import norm, norm_bwd
 
 
 def composed(
@@ -41,30 +42,8 @@ def composed(
     weights' dtype.
     """
     if normed is None:
-        normed = _norm(hidden_state, norm_weight, norm_bias, eps)[0].to(weight1.dtype)
+        normed = norm(hidden_state, norm_weight, norm_bias, eps)[0].to(weight1.dtype)
     return F.linear(F.gelu(F.linear(normed, weight1, bias1)), weight2, bias2)
-
-
-def _norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """[LayerNorm(x), mean, 1 / standard deviation], or [x, None, None] without norm."""
-    return (x, None, None) if eps is None else torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
-
-
-def _norm_bwd(
-    dnormed: Tensor,
-    x: Tensor,
-    statistics: Sequence[Tensor | None],
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: list[bool],
-) -> Sequence[Tensor | None]:
-    dnormed = dnormed.to(x.dtype)
-    if statistics[0] is None:
-        return dnormed, None, None
-    gradients = torch.ops.aten.native_layer_norm_backward(dnormed, x, x.shape[-1:], *statistics, weight, bias, mask)
-    return unpack(gradients, mask)
 
 
 # ---- forward --------------------------------------------------------------------------------------------------------
@@ -85,21 +64,18 @@ def norm_mlp(
 ) -> tuple[Tensor, Tensor]:
     """The result (..., C), and fc1's output (..., hidden), which backward needs."""
     if normed is None:
-        normed = _norm(hidden_state, norm_weight, norm_bias, eps)[0].to(weight1.dtype)
-    fc1, act = _fc1_and_gelu(normed.flatten(0, -2), weight1, bias1, backend)
-    leading = hidden_state.shape[:-1]
-    return F.linear(act, weight2, bias2).view(*leading, weight2.shape[0]), fc1.view(*leading, weight1.shape[0])
-
-
-def _fc1_and_gelu(normed: Tensor, weight: Tensor, bias: Tensor | None, backend: str | None) -> tuple[Tensor, Tensor]:
-    run = optional("bias_gelu", normed, backend)
+        normed = norm(hidden_state, norm_weight, norm_bias, eps)[0].to(weight1.dtype)
+    run = optional("mlp_fwd", normed, backend, widths=_widths(weight1, weight2))
     if isinstance(run, str):
-        fc1 = F.linear(normed, weight, bias)
-        return fc1, F.gelu(fc1)
-    fc1 = normed @ weight.T
-    act = torch.empty_like(fc1)
-    run(fc1, bias, act)
-    return fc1, act
+        fc1 = F.linear(normed, weight1, bias1)
+        return F.linear(F.gelu(fc1), weight2, bias2), fc1
+    leading = hidden_state.shape[:-1]
+    out, fc1 = run(normed.flatten(0, -2), weight1, bias1, weight2, bias2)
+    return out.view(*leading, weight2.shape[0]), fc1.view(*leading, weight1.shape[0])
+
+
+def _widths(weight1: Tensor, weight2: Tensor) -> tuple[int, int]:
+    return weight1.shape[0], weight2.shape[0]
 
 
 # ---- backward -------------------------------------------------------------------------------------------------------
@@ -129,11 +105,21 @@ def norm_mlp_bwd(
     dweight1 = dbias1 = dweight2 = None
     from_norm: Sequence[Tensor | None] = (None, None, None)
     x, dout, fc1 = (tensor.flatten(0, -2) for tensor in (hidden_state, dout, fc1))
+    mlp_bwd = optional("mlp_bwd", dout, backend, widths=_widths(weight1, weight2))
+    if not isinstance(mlp_bwd, str):
+        normed, *statistics = norm(x, norm_weight, norm_bias, eps)
+        mask = [any(need_norm), need_weight1, need_bias1, need_weight2, need_bias2]
+        dnormed, *dweights = mlp_bwd(dout, normed.to(dout.dtype), fc1, weight1, weight2, mask)
+        if of_normed:
+            from_norm = (dnormed, None, None)
+        elif dnormed is not None:
+            from_norm = norm_bwd(dnormed, x, statistics, norm_weight, norm_bias, need_norm)
+        dx, *dnorm = from_norm
+        return pack([None if dx is None else dx.view_as(hidden_state), *dnorm, *dweights], hidden_state)
     dbias2 = dout.sum(0) if need_bias2 else None
     if any((*need_norm, need_weight1, need_bias1, need_weight2)):
-        act, dfc1 = _gelu_bwd(dout @ weight2, fc1, backend)
-        dweight2 = dout.T @ act if need_weight2 else None
-        del act
+        dfc1 = torch.ops.aten.gelu_backward(dout @ weight2, fc1)
+        dweight2 = dout.T @ F.gelu(fc1) if need_weight2 else None
         dbias1 = dfc1.sum(0) if need_bias1 else None
     if need_weight1 or any(need_norm):
         run = _fc1_bwd_of_normed if of_normed else _fc1_bwd
@@ -159,11 +145,11 @@ def _fc1_bwd(
         normed_dtype = dfc1.dtype if need_weight1 else None
         normed, *from_norm = run(dfc1 @ weight1, x, norm_weight, norm_bias, eps, need_norm, normed_dtype)
         return [dfc1.T @ normed if need_weight1 else None, *from_norm]
-    normed, *statistics = _norm(x, norm_weight, norm_bias, eps)
+    normed, *statistics = norm(x, norm_weight, norm_bias, eps)
     dweight1 = dfc1.T @ normed.to(dfc1.dtype) if need_weight1 else None
     if not any(need_norm):
         return [dweight1, None, None, None]
-    return [dweight1, *_norm_bwd(dfc1 @ weight1, x, statistics, norm_weight, norm_bias, need_norm)]
+    return [dweight1, *norm_bwd(dfc1 @ weight1, x, statistics, norm_weight, norm_bias, need_norm)]
 
 
 def _fc1_bwd_of_normed(
@@ -180,18 +166,8 @@ def _fc1_bwd_of_normed(
     """[dweight1, dnormed, None, None]"""
     dweight1 = None
     if need_weight1:
-        dweight1 = dfc1.T @ _norm(x, norm_weight, norm_bias, eps)[0].to(dfc1.dtype)
+        dweight1 = dfc1.T @ norm(x, norm_weight, norm_bias, eps)[0].to(dfc1.dtype)
     return [dweight1, dfc1 @ weight1 if need_norm[0] else None, None, None]
-
-
-def _gelu_bwd(dact: Tensor, fc1: Tensor, backend: str | None) -> tuple[Tensor, Tensor]:
-    """GELU(fc1) and dfc1. dfc1 may overwrite ``dact``."""
-    run = optional("gelu_bwd", fc1, backend)
-    if isinstance(run, str):
-        return F.gelu(fc1), torch.ops.aten.gelu_backward(dact, fc1)
-    act = torch.empty_like(fc1)
-    run(dact, fc1, act)
-    return act, dact
 
 
 # ---- shapes without data --------------------------------------------------------------------------------------------
@@ -269,7 +245,7 @@ def _differentiable(ctx: Any, dout: Tensor, tensors: list[Any]) -> list[Tensor |
     hidden_state, norm_weight, norm_bias, *weights = tensors
     if not ctx.is_given:
         return composed_gradients(lambda x, g, s, *w: composed(x, g, s, ctx.eps, *w), tensors, dout)
-    normed = _norm(hidden_state, norm_weight, norm_bias, ctx.eps)[0].to(weights[0].dtype)
+    normed = norm(hidden_state, norm_weight, norm_bias, ctx.eps)[0].to(weights[0].dtype)
     dnormed, *rest = composed_gradients(lambda n, *w: composed(n, None, None, None, *w), [normed, *weights], dout)
     return [dnormed, None, None, *rest]
 

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from instruction_sets import OPS, isa, require, threads  # noqa: F401
+from rule import assert_within_rule
 from torch.nn import functional as F
 
 from focalnet.reference import gated_aggregation as reference
@@ -40,21 +41,6 @@ def gradients(ctx, gates, weights, dagg, normalize, dtype):
     leaves = [t.detach().to(dtype).clone().requires_grad_() for t in (ctx, gates, *weights)]
     agg = reference(leaves[0], leaves[1], leaves[2:], normalize_modulator=normalize)
     return agg.detach(), torch.autograd.grad(agg, leaves, dagg.to(dtype))
-
-
-def ulp(exact, dtype):
-    largest = exact.abs().max().item() if exact.numel() else 0.0
-    return torch.finfo(dtype).eps * 2.0 ** math.floor(math.log2(largest)) if largest > 0 else torch.finfo(dtype).tiny
-
-
-def assert_within_rule(name, ours, low, exact):
-    assert ours.shape == exact.shape, name
-    assert ours.dtype == low.dtype, name
-    if not exact.numel():
-        return
-    error = (ours.double() - exact).abs().max().item()
-    allowed = 2 * (low.double() - exact).abs().max().item() + ulp(exact, low.dtype)
-    assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}"
 
 
 def check(shape, kernels, dtype, normalize=False, packed=True, seed=0):
@@ -211,45 +197,6 @@ def test_gelu_over_its_whole_range(isa):
     (exact_grad,) = torch.autograd.grad(F.gelu(leaf).sum(), leaf)
     dctx = OPS.cpu_gated_aggregation_bwd(ones, ctx, gates, weights, False, [True, False, False])[0].flatten()
     assert (dctx.double() - exact_grad).abs().max() <= 4e-7
-
-
-@pytest.mark.parametrize("rows, columns", [(0, 5), (1, 1), (3, 7), (5, 8), (7, 33), (300, 100)], ids=str)
-@pytest.mark.parametrize("has_bias", [True, False])
-def test_gelu_of_hidden_units(isa, rows, columns, has_bias):
-    """Bias and GELU before the second product of an MLP, GELU and its gradient in backward; every size, in place."""
-    generator = torch.Generator().manual_seed(0)
-    fc1, dact = (3 * torch.randn(rows, columns, generator=generator) for _ in range(2))
-    bias = torch.randn(columns, generator=generator) if has_bias else None
-    z = fc1 + bias if has_bias else fc1.clone()
-    exact = z.double().requires_grad_()
-    (dexact,) = torch.autograd.grad(F.gelu(exact), exact, dact.double())
-    low_gradient = torch.ops.aten.gelu_backward(dact, z)
-    act = torch.empty_like(fc1)
-    OPS.cpu_bias_gelu_(fc1, bias, act)
-    assert torch.equal(fc1, z)
-    assert_within_rule("act", act, F.gelu(z), F.gelu(exact.detach()))
-    again = torch.empty_like(act)
-    OPS.cpu_gelu_backward_(dact, fc1, again)
-    assert_within_rule("act in backward", again, F.gelu(z), F.gelu(exact.detach()))
-    assert_within_rule("dfc1", dact, low_gradient, dexact)
-    assert torch.equal(fc1, z)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda a: a.update(fc1=a["fc1"].double()), "fc1 is not a float32"),
-        (lambda a: a.update(fc1=a["fc1"][0]), "fc1 has 1 dimensions"),
-        (lambda a: a.update(act=a["act"][:3]), "act is no contiguous matrix"),
-        (lambda a: a.update(act=a["act"].T.contiguous().T), "act is no contiguous matrix"),
-        (lambda a: a.update(bias=a["bias"][:5]), "bias is no float32 vector"),
-    ],
-)
-def test_bad_hidden_units_are_named(change, message):
-    arguments = {"fc1": torch.zeros(4, 6), "bias": torch.zeros(6), "act": torch.zeros(4, 6)}
-    change(arguments)
-    with pytest.raises(RuntimeError, match=message):
-        OPS.cpu_bias_gelu_(arguments["fc1"], arguments["bias"], arguments["act"])
 
 
 def test_nan_and_infinity_reach_the_output(isa):
