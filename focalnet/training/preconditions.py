@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainingArguments
 
+from . import processes
 from .events import Events
 from .saving import checkpoints, why_no_space, write_json
 from .sources import Source
@@ -83,6 +84,7 @@ def checkpoint_to_resume(
     }
     record = json.loads(json.dumps(record))
     path = run.output / RUN_FILE
+    _refuse_separate_disks(run)
     found = checkpoints(run.output / "checkpoints")
     if run.resume and path.exists():
         _refuse_differences(record, json.loads(path.read_text(encoding="utf-8")), run.output)
@@ -91,6 +93,17 @@ def checkpoint_to_resume(
         if run.resume and not found:
             events.note(f"nothing to resume in {run.output}: no whole checkpoint there; starting from the beginning")
     return found[-1] if run.resume and found else None
+
+
+def _refuse_separate_disks(run: Run) -> None:
+    """Raise ValueError if a run on several machines is resumed and not all of them see its checkpoints."""
+    names = [path.name for path in checkpoints(run.output / "checkpoints")] if run.resume else []
+    seen = processes.gathered(names)
+    if any(others != seen[0] for others in seen):
+        raise ValueError(
+            f"--resume {run.output}: expected a folder that all machines see; process {processes.rank()} finds "
+            f"{', '.join(names) or 'no checkpoint'} there, the first one {', '.join(seen[0]) or 'none'}"
+        )
 
 
 def _refuse_differences(now: dict[str, Any], before: dict[str, Any], output: Path) -> None:
