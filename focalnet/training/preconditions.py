@@ -26,9 +26,9 @@ _FREE_ON_RESUMING = ("max_minutes", "workers", "save_steps")
 
 def refuse_taken_output(run: Run) -> None:
     """Raise ValueError if the output folder is not empty and the run does not resume it."""
-    if run.resume or not run.output.exists():
-        return
-    if not run.output.is_dir() or any(run.output.iterdir()):
+    is_taken = run.output.exists() and (not run.output.is_dir() or any(run.output.iterdir()))
+    # Asked together, since the first process writes there soon.
+    if any(processes.gathered(is_taken and not run.resume)):
         raise ValueError(
             f"output {run.output}: there is something already; --resume goes on, else choose another folder"
         )
