@@ -17,6 +17,7 @@ from .sources import Source
 from .trainer import CHECKPOINTS_KEPT
 
 if TYPE_CHECKING:
+    from ..configuration import FocalNetConfig
     from .runs import Run
 
 RUN_FILE = "run.json"
@@ -45,6 +46,21 @@ def check_batch(run: Run, arguments: TrainingArguments, images: int) -> None:
         )
     if s.bf16 and arguments.device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError(f"bf16: {torch.cuda.get_device_name()} has no bfloat16; leave --bf16 out")
+
+
+def check_masks(run: Run, config: FocalNetConfig, stride: int) -> None:
+    """Raise ValueError if masked squares or the image do not fit the model's grid. The stem has ``stride``."""
+    s = run.settings
+    if s.mask_patch_size % stride:
+        raise ValueError(
+            f"mask_patch_size: expected a multiple of the stem's stride {stride}, got {s.mask_patch_size}"
+        )
+    network = stride * 2 ** (len(config.depths) - 1)
+    if config.drop_incomplete_patches and s.image_size % network:
+        raise ValueError(
+            f"image_size: expected a multiple of the network's stride {network} because drop_incomplete_patches is "
+            f"set, got {s.image_size}"
+        )
 
 
 def check_space(run: Run, parameters: int) -> None:

@@ -20,7 +20,7 @@ from .batches import ClassificationBatch, MaskedBatch
 from .checking import Unreadable, without_unreadable
 from .events import Events, Telling, TimeLimit
 from .models import Start, classifier, masked_model, recompute_blocks
-from .preconditions import check_batch, check_space, checkpoint_to_resume, refuse_taken_output
+from .preconditions import check_batch, check_masks, check_space, checkpoint_to_resume, refuse_taken_output
 from .results import is_evaluated, mean_colour_loss, summarise, write_results
 from .settings import Settings
 from .sources import ImageReader, Source, load_source
@@ -98,11 +98,7 @@ def pretrain(run: Run, events: Events | None = None) -> dict[str, Any]:
     set_seed(run.settings.seed)
     model = masked_model(run.start, run.settings)
     stride = model.focalnet.embeddings.patch_embeddings.projection.stride[0]
-    network = stride * 2 ** (len(model.config.depths) - 1)
-    if run.settings.image_size % network:
-        raise ValueError(
-            f"image_size: expected a multiple of the network's stride {network}, got {run.settings.image_size}"
-        )
+    check_masks(run, model.config, stride)
     batch = MaskedBatch(run.settings, stride)
     facts = {"mask_ratio": run.settings.mask_ratio}
     return _train(run, _Task("pretrain", model, batch, facts), source, skipped, events)

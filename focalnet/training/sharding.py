@@ -27,12 +27,15 @@ def set_up(accelerator: Accelerator) -> bool:
     """Prepare accelerate's plugin for FocalNet. Returns whether blocks have to be recomputed in backward.
 
     Raises:
-        ValueError: the configuration asks for another version than FSDP2, or for FSDP2 in one process.
+        ValueError: the configuration asks for FSDP in another version, in one process, or on a CPU that is not torch's
+            only device.
     """
     if not is_wanted():
         return False
     if accelerator.num_processes == 1:
         raise ValueError("FSDP: expected several processes, got one; start them with accelerate launch")
+    if accelerator.device.type == "cpu" and torch.accelerator.current_accelerator() is not None:
+        raise ValueError("FSDP: torch shards on a CPU only in its build for CPUs; leave --device cpu or FSDP out")
     state = accelerator.state
     if getattr(state, "fsdp_plugin", None) is None:
         # accelerate takes no notice of the plugin on a CPU, although torch shards there as well.
@@ -46,6 +49,9 @@ def set_up(accelerator: Accelerator) -> bool:
         )
     plugin.set_state_dict_type("FULL_STATE_DICT")
     plugin.cpu_ram_efficient_loading = False  # every process makes the whole model, then keeps its shard
+    # accelerate would also reduce gradients and compute the loss in bfloat16. Trainers use autocast instead, as in one
+    # process.
+    plugin.mixed_precision_policy = None
     recompute = bool(plugin.activation_checkpointing)
     # accelerate's wrapper draws other random numbers when it recomputes, so that stochastic depth would give gradients
     # of another network than the one in forward. The model's own recomputation repeats them.

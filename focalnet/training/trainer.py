@@ -6,7 +6,7 @@ It adds groups of parameters, mixed labels, averaged weights, and checkpoints th
 from __future__ import annotations
 
 import shutil
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +64,10 @@ class FocalNetTrainer(Trainer):
         # The model may have to recompute its blocks, which a configuration of FSDP asks for.
         self.recomputes = sharding.set_up(self.accelerator)
         self.is_fsdp_enabled = sharding.is_wanted()
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        # accelerate autocasts the forward of other models, but not of sharded ones.
+        return self.accelerator.autocast() if self.is_fsdp_enabled else super().autocast_smart_context_manager()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:

@@ -13,6 +13,7 @@ from small_runs import CONFIG, PLAIN, train
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from focalnet.training import processes
 from focalnet.training.trainer import FocalNetTrainer
 
 # What works on gradients and weights that may lie in shards: clipping, rates by depth, the average.
@@ -45,12 +46,14 @@ def check_shards():
 
 def training(data, root, name):
     train(data, root / name, HALF)
-    train(data, root / f"{name} stopped", HALF.but(max_minutes=1e-9))
+    # One clock is enough to stop both.
+    train(data, root / f"{name} stopped", HALF.but(max_minutes=1e-9 if os.environ["RANK"] == "1" else 60))
     train(data, root / f"{name} stopped", HALF, resume=True)
 
 
-def recomputation(data, root):
-    """The same run with and without FSDP2's activation checkpointing, where branches are dropped at random."""
+def with_shards_only(data, root):
+    """In bfloat16; and with and without FSDP2's activation checkpointing, where branches are dropped at random."""
+    train(data, root / "FSDP2 bfloat16", HALF.but(bf16=True))
     dropping = HALF.but(drop_path=0.5, epochs=1)
     train(data, root / "recomputing", dropping)
     os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = "false"
@@ -59,6 +62,8 @@ def recomputation(data, root):
 
 def commands(data, root, name):
     """What each process prints in a training run and in an evaluation."""
+    # A command disconnects at its end, and processes cannot connect twice over one store.
+    processes.leave = lambda: None
     small = [f"--set={field}={value}" for field, value in CONFIG.items()]
     small += ["--recipe=digits", "--image-size=16", "--batch-size=8", "--epochs=1", "--device=cpu"]
     evaluation = ["--model", root / name, "--batch-size=3", "--device=cpu", "--record", root / "record", "--json"]
@@ -76,7 +81,7 @@ if __name__ == "__main__":
     check_shards()
     training(data, root, name)
     if WITH_FSDP:
-        recomputation(data, root)
+        with_shards_only(data, root)
     else:
         commands(data, root, name)
     sys.stdout.flush()

@@ -5,9 +5,7 @@ process and vanish with it.
 """
 
 import json
-import os
 import shlex
-import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -15,10 +13,9 @@ from dataclasses import asdict
 import pytest
 import yaml
 from distributed_run import HALF, SETTINGS
+from launched import launched, losses
 from small_models import one_thread  # noqa: F401
 from small_runs import CONFIG, class_folders, train, weights
-
-from focalnet.training.saving import checkpoints
 
 # As root, else as root of a user namespace.
 WAYS_IN = (["unshare", "--net", "--mount"], ["unshare", "--user", "--map-root-user", "--net", "--mount"])
@@ -62,39 +59,20 @@ def way_in():
     pytest.skip(f"no network namespaces here: {'; '.join(reasons)}")
 
 
-def losses(folder):
-    last = checkpoints(folder / "checkpoints")[-1]
-    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     way, root = way_in(), tmp_path_factory.mktemp("machines")
     data = class_folders(root / "data", images=40)
-    recipe = {"task": "finetune", "config": CONFIG, "settings": {k: v for k, v in asdict(HALF).items() if v is not None}}
-    (root / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(recipe))))
+    settings = {name: value for name, value in asdict(HALF).items() if value is not None}
+    recipe = {"task": "finetune", "config": CONFIG, "settings": json.loads(json.dumps(settings))}
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
     torchrun += ["--master-addr=10.77.0.1", "--master-port=29500"]
     command = ["-m", "focalnet", "finetune", data, "--recipe", root / "recipe.yaml", "--output", root / "two"]
     words = {name: shlex.join(map(str, parts)) for name, parts in (("torchrun", torchrun), ("command", command))}
     script = HOSTS + RUN.format(root=shlex.quote(str(root)), torchrun=words["torchrun"], command=words["command"])
-    hosts = subprocess.Popen(
-        [*way, "sh", "-c", script],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
     train(data, root / "one", SETTINGS)
-    try:
-        output, _ = hosts.communicate(timeout=250)
-    except subprocess.TimeoutExpired:
-        os.killpg(hosts.pid, signal.SIGKILL)
-        raise
-    assert hosts.returncode == 0, output[-4000:]
-    (root / "output.txt").write_text(output)
+    (root / "output.txt").write_text(launched([*way, "sh", "-c", script]))
     return root
 
 

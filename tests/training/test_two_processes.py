@@ -1,15 +1,16 @@
 """Two processes with half of each batch against one with all of it: the same losses, checkpoints of one format."""
 
 import json
-import os
-import subprocess
 import sys
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import offline_and_undone, run
 from distributed_run import SETTINGS
+from launched import launched, losses
+from safetensors.torch import load_file
 from small_models import one_thread  # noqa: F401
 from small_runs import assert_same_bits, class_folders, train, weights
 
@@ -22,19 +23,11 @@ ENGINES = {"DDP": "one_machine.yaml", "FSDP2": "fsdp2.yaml"}
 ENGINE = pytest.mark.parametrize("engine", ENGINES)
 
 
-def losses(folder):
-    last = checkpoints(folder / "checkpoints")[-1]
-    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
-
-
 def launch(data, root, engine):
     """Start two processes as ``accelerate launch`` does for two GPUs; here they run on the CPU."""
     options = ["--config_file", CONFIGURATIONS / ENGINES[engine], "--num_processes", "2", "--main_process_port", "0"]
     command = [sys.executable, "-m", "accelerate.commands.launch", *options, SCRIPT, data, root, engine]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launched(command, GLOO_SOCKET_IFNAME="lo")
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +38,7 @@ def runs(tmp_path_factory):
     class_folders(root / "val", images=7)
     (root / "val" / "red" / "04.png").write_bytes(b"not an image")
     train(data, root / "one", SETTINGS)
+    train(data, root / "one bfloat16", SETTINGS.but(bf16=True))
     for engine in ENGINES:
         launch(data, root, engine)
     return root
@@ -88,10 +82,17 @@ def test_shards_are_no_files(runs):
     """A checkpoint of FSDP2 holds whole tensors: its weights and their average have one process's names and shapes."""
     one, two = (checkpoints(runs / run / "checkpoints")[-1] for run in ("one", "FSDP2"))
     for file in ("model.safetensors", "ema.safetensors"):
-        from safetensors.torch import load_file
-
         expected, actual = load_file(one / file), load_file(two / file)
         assert {name: x.shape for name, x in expected.items()} == {name: x.shape for name, x in actual.items()}
+
+
+def test_shards_compute_in_bfloat16_as_one_process_does(runs):
+    one, two, exact = (losses(runs / name) for name in ("one bfloat16", "FSDP2 bfloat16", "one"))
+    rounding = max(abs(a - b) for a, b in zip(one, exact, strict=True))
+    assert rounding > 1e-5, "or nothing was computed in bfloat16"
+    assert one == pytest.approx(two, abs=2 * rounding)
+    assert two != pytest.approx(exact, abs=1e-5), "float32 agrees better than that"
+    assert {x.dtype for x in weights(runs / "FSDP2 bfloat16").values()} == {torch.float32}
 
 
 def test_recomputed_blocks_drop_the_branches_that_they_dropped(runs):
