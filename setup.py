@@ -470,7 +470,7 @@ setup(
         "focalnet": ["*.json", "py.typed"],
         "focalnet.checkpoints": ["*.tsv"],
         "focalnet.pretrained": ["*/*"],
-        "focalnet.recipes": ["*.yaml"],
+        "focalnet.recipes": ["*.yaml", "accelerate/*.yaml"],
     },
     include_package_data=False,
     ext_modules=EXTENSIONS,

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from ..training import processes
 from .compute import Backend, Device, DType, InDType, OnDevice, backend_for, device_for, torch_dtype
 from .errors import SOME_SKIPPED, UserError, printable
 from .images import Skipped, load_processor
@@ -72,10 +73,11 @@ def evaluate(
     The name of a class folder is one of the model's labels, a WordNet id (n01440764, ...) or an index. WordNet ids
     need a model with ImageNet's 1000 or 21,842 classes, or --labels with ids. Otherwise there must be as many folders
     as labels, in alphabetical order. A file that cannot be read is reported and left out. Exit code: 0, or 1 if any
-    file was left out, or 2 if there is nothing to evaluate.
+    file was left out, or 2 if there is nothing to evaluate. Started by torchrun or accelerate launch, each process
+    takes its share of the images, and the first one prints the result of all.
     """
     silence_transformers()
-    where = device_for(device, backend)
+    where = processes.device_here(device_for(device, backend))
     classifier = load_classifier(model, variant, parse_fields(fields), use_ema)
     ids = use_labels(classifier.config, labels)
     classifier = classifier.to(device=where, dtype=torch_dtype(dtype, where))  # type: ignore[call-arg]  # a wrapped method
@@ -94,23 +96,31 @@ def evaluate(
     if among is not None:
         run["among"] = f"{len(among)} of {classifier.config.num_labels} classes"
 
-    with Record(record, run) as results:
-        todo = [image for image in images if image.name not in results.ranks]
+    processes.meet(on_cpu=True)
+    is_first = processes.rank() == 0
+    with Record(_record_here(record), run) as results:
+        known = _merged(results.ranks)
+        todo = _share([image for image in images if image.name not in known], batch_size)
         start = time.perf_counter()
         with (
             backend_for(backend),
-            Bar("evaluating", len(images), wanted=not as_json) as bar,
+            Bar("evaluating", len(known) + len(todo), wanted=is_first and not as_json) as bar,
             _interruptible(results, record, len(images)),
         ):
-            bar.advance(len(images) - len(todo))
+            bar.advance(len(known))
             batches = classify_files(classifier, processor, [image.path for image in todo], TOP, batch_size, among)
             skipped = _collect(batches, todo, results, bar)
-        seconds = time.perf_counter() - start
-    if not results.ranks:
+        seconds = max(processes.gathered(time.perf_counter() - start))
+    ranks = _merged(known | results.ranks)
+    skipped = _of_all(skipped)
+    done = sum(processes.gathered(len(todo))) - len(skipped)
+    processes.leave()
+    if not is_first:
+        return
+    if not ranks:
         raise UserError(f"DIR: none of the {len(images)} images in {data} could be read")
 
-    done = len(todo) - len(skipped)
-    accuracy = asdict(Accuracy.of(list(results.ranks.values())))
+    accuracy = asdict(Accuracy.of(list(ranks.values())))
     facts = {**run, **accuracy, "images_this_run": done, "images_per_second": done / seconds}
     if as_json:
         typer.echo(json.dumps({**facts, "errors": list(map(asdict, skipped))}, indent=2))
@@ -118,6 +128,33 @@ def evaluate(
         _print(facts)
     if skipped:
         raise typer.Exit(SOME_SKIPPED)
+
+
+def _record_here(record: Path | None) -> Path | None:
+    """Each process has a file of its own; the first one's is ``record``."""
+    if record is None or processes.rank() == 0:
+        return record
+    return record.with_name(f"{record.name}.{processes.rank()}")
+
+
+def _merged(ranks: dict[str, int | None]) -> dict[str, int | None]:
+    """The results of all processes. An image that several of them have is counted once."""
+    return {name: rank for of_one in processes.gathered(ranks) for name, rank in of_one.items()}
+
+
+def _share(images: list[LabelledImage], batch_size: int) -> list[LabelledImage]:
+    """The images of this process: whole batches, so that each batch holds what it would hold in one process."""
+    starts = range(processes.rank() * batch_size, len(images), processes.count() * batch_size)
+    return [image for start in starts for image in images[start : start + batch_size]]
+
+
+def _of_all(skipped: list[Skipped]) -> list[Skipped]:
+    """The files that any process could not read. The first process reports those of the others."""
+    own, *others = processes.gathered(skipped)
+    rest = [one for of_one in others for one in of_one]
+    if processes.rank() == 0:
+        report(rest)
+    return [*own, *rest]
 
 
 def _collect(
@@ -130,7 +167,7 @@ def _collect(
         bad = [result for result in batch if isinstance(result, Skipped)]
         good = [result for result in batch if isinstance(result, Classified)]
         with bar.aside(len(batch)):
-            report(bad)
+            report(bad if processes.rank() == 0 else [])
         skipped += bad
         results.add({by_path[one.path].name: _rank(one, by_path[one.path].label) for one in good})
     return skipped

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..pretrained import shipped
+from ..training import processes
 from .compute import Device
 from .errors import SOME_SKIPPED, UserError, complain
 from .models import parse_fields, silence_transformers, stay_offline_unless_reachable
@@ -160,15 +160,20 @@ def reader() -> ImageReader:
 
 
 def show_run(train: Callable[[Run, Events], dict[str, Any]], run: Run, as_json: bool) -> None:
-    """Train and show the progress. Exceptions of the run are not caught."""
+    """Train and show the progress in the first process. Exceptions of the run are not caught."""
+    if processes.rank() > 0:
+        from ..training.events import Events
+
+        train(run, Events())
+        return processes.leave()
     shown = Shown(quiet=as_json)
     events: Any = shown  # not a subclass of Events, because importing that is slow
     try:
         summary = train(run, events)
     finally:
         shown.close()
-    if int(os.environ.get("RANK", "0")) == 0:
-        finish(summary, as_json)
+    processes.leave()
+    finish(summary, as_json)
 
 
 def show_plan(run: Run, task: str, images: int | None, source: str, as_json: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 from PIL import Image
 
+from . import processes
 from .sources import ImageReader, Source
 
 
@@ -35,38 +36,37 @@ def without_unreadable(
 ) -> tuple[Source, list[Unreadable]]:
     """The source without unreadable images, and a list of those.
 
-    ``report`` is called with the number of images checked so far and the total.
+    Several processes share the work, and each gets the result of all. ``report`` is called with the number of images
+    that this process has checked and its share.
 
     Raises:
         ValueError: an image is unreadable and ``strict`` is set, or all images are unreadable.
     """
     tables = {name: getattr(source, name) for name in ("train", "held_out")}
     total = sum(len(table) for table in tables.values() if table is not None)
-    kept: dict[str, datasets.Dataset | None] = {}
-    bad, done = [], 0
+    shares = {name: range(processes.rank(), len(table), processes.count()) for name, table in tables.items() if table}
+    mine, done = sum(map(len, shares.values())), 0
+    kept: dict[str, datasets.Dataset | None] = dict(tables)
+    bad = []
     with ThreadPoolExecutor() as pool:
-        for name, table in tables.items():
-            if table is None:
-                kept[name] = None
-                continue
-            errors = []
-            for error in pool.map(lambda row: _error(row, reader), _cells(table)):
-                errors.append(error)
+        for name, share in shares.items():
+            table, errors = tables[name], {}
+            cells = (table[index]["image"] for index in share)
+            for index, error in zip(share, pool.map(lambda cell: _error(cell, reader), cells), strict=True):
                 done += 1
-                report(done, total)
-            bad += [error for error in errors if error is not None]
-            good = [index for index, error in enumerate(errors) if error is None]
-            kept[name] = table if len(good) == len(table) else table.select(good)
+                report(done, mine)
+                if error is not None:
+                    errors[index] = error
+            errors = {index: error for of_one in processes.gathered(errors) for index, error in of_one.items()}
+            bad += [errors[index] for index in sorted(errors)]
+            if errors:
+                kept[name] = table.select([index for index in range(len(table)) if index not in errors])
     if bad and strict:
         some = "; ".join(f"{one.path}: {one.error}" for one in bad[:3])
         raise ValueError(f"DATA {source.name}: {len(bad)} of {total} images cannot be read (--strict): {some}")
     if not len(kept["train"]):
         raise ValueError(f"DATA {source.name}: none of its {total} images can be read: {bad[0].path}: {bad[0].error}")
     return replace(source, **kept), bad
-
-
-def _cells(table: datasets.Dataset) -> Iterator[dict[str, object]]:
-    return (table[index]["image"] for index in range(len(table)))
 
 
 def _error(cell: dict[str, object], reader: ImageReader) -> Unreadable | None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from . import processes
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -106,7 +108,9 @@ class TimeLimit(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        if state.global_step < state.max_steps and time.monotonic() - self.start > self.seconds:
+        # Clocks differ between processes, and all must stop at the same step.
+        is_over = processes.any_of_all(time.monotonic() - self.start > self.seconds)
+        if is_over and state.global_step < state.max_steps:
             self.struck = control.should_training_stop = True
 
     def on_epoch_end(

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainingArguments
 
+from . import processes
 from .events import Events
 from .saving import checkpoints, why_no_space, write_json
 from .sources import Source
 from .trainer import CHECKPOINTS_KEPT
 
 if TYPE_CHECKING:
+    from ..configuration import FocalNetConfig
     from .runs import Run
 
 RUN_FILE = "run.json"
@@ -25,9 +27,9 @@ _FREE_ON_RESUMING = ("max_minutes", "workers", "save_steps")
 
 def refuse_taken_output(run: Run) -> None:
     """Raise ValueError if the output folder is not empty and the run does not resume it."""
-    if run.resume or not run.output.exists():
-        return
-    if not run.output.is_dir() or any(run.output.iterdir()):
+    is_taken = run.output.exists() and (not run.output.is_dir() or any(run.output.iterdir()))
+    # Asked together, since the first process writes there soon.
+    if any(processes.gathered(is_taken and not run.resume)):
         raise ValueError(
             f"output {run.output}: there is something already; --resume goes on, else choose another folder"
         )
@@ -44,6 +46,21 @@ def check_batch(run: Run, arguments: TrainingArguments, images: int) -> None:
         )
     if s.bf16 and arguments.device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ValueError(f"bf16: {torch.cuda.get_device_name()} has no bfloat16; leave --bf16 out")
+
+
+def check_masks(run: Run, config: FocalNetConfig, stride: int) -> None:
+    """Raise ValueError if masked squares or the image do not fit the model's grid. The stem has ``stride``."""
+    s = run.settings
+    if s.mask_patch_size % stride:
+        raise ValueError(
+            f"mask_patch_size: expected a multiple of the stem's stride {stride}, got {s.mask_patch_size}"
+        )
+    network = stride * 2 ** (len(config.depths) - 1)
+    if config.drop_incomplete_patches and s.image_size % network:
+        raise ValueError(
+            f"image_size: expected a multiple of the network's stride {network} because drop_incomplete_patches is "
+            f"set, got {s.image_size}"
+        )
 
 
 def check_space(run: Run, parameters: int) -> None:
@@ -83,6 +100,7 @@ def checkpoint_to_resume(
     }
     record = json.loads(json.dumps(record))
     path = run.output / RUN_FILE
+    _refuse_separate_disks(run)
     found = checkpoints(run.output / "checkpoints")
     if run.resume and path.exists():
         _refuse_differences(record, json.loads(path.read_text(encoding="utf-8")), run.output)
@@ -91,6 +109,17 @@ def checkpoint_to_resume(
         if run.resume and not found:
             events.note(f"nothing to resume in {run.output}: no whole checkpoint there; starting from the beginning")
     return found[-1] if run.resume and found else None
+
+
+def _refuse_separate_disks(run: Run) -> None:
+    """Raise ValueError if a run on several machines is resumed and not all of them see its checkpoints."""
+    names = [path.name for path in checkpoints(run.output / "checkpoints")] if run.resume else []
+    seen = processes.gathered(names)
+    if any(others != seen[0] for others in seen):
+        raise ValueError(
+            f"--resume {run.output}: expected a folder that all machines see; process {processes.rank()} finds "
+            f"{', '.join(names) or 'no checkpoint'} there, the first one {', '.join(seen[0]) or 'none'}"
+        )
 
 
 def _refuse_differences(now: dict[str, Any], before: dict[str, Any], output: Path) -> None:

@@ -101,12 +101,19 @@ def write_results(
     processor: BaseImageProcessor,
     summary: dict[str, Any],
 ) -> None:
-    """Write the model, its processor and card, the curves and the summary to the output folder."""
+    """Write the model, its processor and card, the curves and the summary to the output folder.
+
+    All processes must call it, since each may hold a shard of the weights. The first one writes.
+    """
     aside = run.output / STAGING
-    shutil.rmtree(aside, ignore_errors=True)
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.args.should_save:
+        shutil.rmtree(aside, ignore_errors=True)
     with nullcontext() if trainer.average is None else trainer.average.in_place():
-        model.save_pretrained(aside)
+        weights = trainer.whole_weights()
+        if trainer.args.should_save:
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(aside, state_dict=weights)
+    if not trainer.args.should_save:
+        return
     processor.save_pretrained(aside)
     write_card(aside / "README.md", summary)
     plot_curves(trainer.state.log_history, aside / "curves.png", f"{summary['task']} on {run.data}")

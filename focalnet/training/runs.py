@@ -13,13 +13,14 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from ..models.processing import published_processor
+from . import processes
 from .arguments import trainer_arguments
 from .averaging import Average
 from .batches import ClassificationBatch, MaskedBatch
 from .checking import Unreadable, without_unreadable
 from .events import Events, Telling, TimeLimit
 from .models import Start, classifier, masked_model, recompute_blocks
-from .preconditions import check_batch, check_space, checkpoint_to_resume, refuse_taken_output
+from .preconditions import check_batch, check_masks, check_space, checkpoint_to_resume, refuse_taken_output
 from .results import is_evaluated, mean_colour_loss, summarise, write_results
 from .settings import Settings
 from .sources import ImageReader, Source, load_source
@@ -97,17 +98,14 @@ def pretrain(run: Run, events: Events | None = None) -> dict[str, Any]:
     set_seed(run.settings.seed)
     model = masked_model(run.start, run.settings)
     stride = model.focalnet.embeddings.patch_embeddings.projection.stride[0]
-    network = stride * 2 ** (len(model.config.depths) - 1)
-    if run.settings.image_size % network:
-        raise ValueError(
-            f"image_size: expected a multiple of the network's stride {network}, got {run.settings.image_size}"
-        )
+    check_masks(run, model.config, stride)
     batch = MaskedBatch(run.settings, stride)
     facts = {"mask_ratio": run.settings.mask_ratio}
     return _train(run, _Task("pretrain", model, batch, facts), source, skipped, events)
 
 
 def _source(run: Run, events: Events, labelled: bool) -> tuple[Source, list[Unreadable]]:
+    processes.meet(on_cpu=run.device == "cpu" or not torch.cuda.is_available())
     refuse_taken_output(run)
     source = load_source(run.data, run.reader, labelled)
     skipped: list[Unreadable] = []
@@ -135,7 +133,7 @@ def _train(run: Run, task: _Task, source: Source, skipped: list[Unreadable], eve
     trainer = _trainer(run, task, arguments, TrainingViews(source.train, run.reader, s, task.places), held_out)
     limit = _set_up_callbacks(trainer, run, events, held_out is not None)
     if trainer.average is not None and resume_from is not None:
-        trainer.average.load(resume_from)
+        trainer.average.resume(resume_from)
     started = _started(run, task, arguments, source, resume_from) | {"parameters": parameters}
     if arguments.process_index == 0:
         events.started(started)
@@ -148,8 +146,7 @@ def _train(run: Run, task: _Task, source: Source, skipped: list[Unreadable], eve
     summary = summarise(run, task.name, trainer, started, skipped, seconds, bool(limit and limit.struck))
     if task.name == "pretrain" and held_out is not None:
         summary["mean_colour_loss"] = mean_colour_loss(trainer)
-    if arguments.process_index == 0:
-        write_results(run, trainer, processor, summary)
+    write_results(run, trainer, processor, summary)
     trainer.accelerator.wait_for_everyone()
     return summary
 
@@ -157,8 +154,6 @@ def _train(run: Run, task: _Task, source: Source, skipped: list[Unreadable], eve
 def _trainer(
     run: Run, task: _Task, arguments: TrainingArguments, views: TrainingViews, held_out: EvaluationViews | None
 ) -> FocalNetTrainer:
-    if run.settings.gradient_checkpointing:
-        recompute_blocks(task.model)
     trainer = FocalNetTrainer(
         model=task.model,
         args=arguments,
@@ -169,8 +164,8 @@ def _trainer(
         average=Average(task.model, run.settings.ema) if run.settings.ema else None,
         **task.evaluation,
     )
-    if trainer.is_fsdp_enabled:
-        raise ValueError("FSDP: not supported here; DistributedDataParallel is (torchrun, or accelerate without FSDP)")
+    if run.settings.gradient_checkpointing or trainer.recomputes:
+        recompute_blocks(task.model)
     return trainer
 
 

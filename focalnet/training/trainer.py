@@ -6,11 +6,13 @@ It adds groups of parameters, mixed labels, averaged weights, and checkpoints th
 from __future__ import annotations
 
 import shutil
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import save_fsdp_optimizer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
@@ -22,6 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from . import sharding
 from .averaging import Average
 from .optimizer import parameter_groups
 from .saving import STAGING, keep_latest, publish, why_not_whole
@@ -55,6 +58,16 @@ class FocalNetTrainer(Trainer):
         self.add_callback(_EpochOfViews(self.train_dataset))
         if average is not None:
             self.add_callback(average)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        # The model may have to recompute its blocks, which a configuration of FSDP asks for.
+        self.recomputes = sharding.set_up(self.accelerator)
+        self.is_fsdp_enabled = sharding.is_wanted()
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager:
+        # accelerate autocasts the forward of other models, but not of sharded ones.
+        return self.accelerator.autocast() if self.is_fsdp_enabled else super().autocast_smart_context_manager()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -100,6 +113,33 @@ class FocalNetTrainer(Trainer):
     def _get_output_dir(self, trial: object) -> str:
         return str(self._staging or super()._get_output_dir(trial))
 
+    def whole_weights(self) -> dict[str, Tensor]:
+        """The model's weights by name, gathered on the first process. All processes must call it."""
+        if not self.is_fsdp_enabled:
+            return self.accelerator.get_state_dict(self.model)
+        sharding.reshard(self.model)
+        return {name: sharding.whole(tensor) for name, tensor in self.model.state_dict().items()}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir, state_dict=self.whole_weights())
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        # The Trainer would save the weights a second time.
+        save_fsdp_optimizer(
+            self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
+        )
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, "scheduler.pt"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        sharding.load_whole(self.model, load_file(Path(resume_from_checkpoint, "model.safetensors")))
+
     def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         root = Path(self.args.output_dir)
         staged = root / STAGING / f"checkpoint-{self.state.global_step}"
@@ -114,10 +154,11 @@ class FocalNetTrainer(Trainer):
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()
+        averages = None if self.average is None else self.average.whole()
         if not self.args.should_save:
             return
-        if self.average is not None:
-            self.average.save(staged)
+        if averages is not None:
+            self.average.save(staged, averages)
         publish(staged, root / staged.name)
         staged.parent.rmdir()
         keep_latest(root, CHECKPOINTS_KEPT)

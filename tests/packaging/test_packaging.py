@@ -92,7 +92,11 @@ def test_sdist_holds_what_a_build_needs(sdist):
     needed = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("csrc/**/*.*")}
     needed |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("kernels/**/*.py")}
     needed |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("focalnet/**/*.py")}
-    needed |= {"recipes/digits.yaml", *(f"focalnet/pretrained/digits/{name}" for name in SHIPPED)}
+    needed |= {
+        "recipes/digits.yaml",
+        "recipes/accelerate/fsdp2.yaml",
+        *(f"focalnet/pretrained/digits/{name}" for name in SHIPPED),
+    }
     assert needed | set(NAMES) <= names
     assert not [name for name in names if name.endswith((".so", ".o", ".pyc", "_build_info.json"))]
 
@@ -102,7 +106,11 @@ def test_wheel_holds_the_package(wheel):
     names = wheel_names(wheel)
     assert {f"focalnet/_C{SUFFIX}", "focalnet/_build_info.json", "focalnet/backends/extension.py"} <= names
     assert "focalnet/kernels/__init__.py" in names
-    assert {"focalnet/recipes/digits.yaml", *(f"focalnet/pretrained/digits/{name}" for name in SHIPPED)} <= names
+    assert {
+        "focalnet/recipes/digits.yaml",
+        "focalnet/recipes/accelerate/fsdp2.yaml",
+        *(f"focalnet/pretrained/digits/{name}" for name in SHIPPED),
+    } <= names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"focalnet"}
     info = wheel_info(wheel)
     assert info["built"] and info["reason"] is None and info["mode"] == "cpu"

@@ -104,6 +104,24 @@ def test_pretrained_weights_start_a_classifier(data, tmp_path):
     assert summary["mean_colour_loss"] > 0
 
 
+def test_pretraining_takes_any_image_size(data, tmp_path):
+    """20 is no multiple of the network's stride 8: the stem and the downsampling pad, the reconstruction is cut."""
+    summary = train(data, tmp_path / "out", PLAIN.but(image_size=20), task=pretrain)
+    assert 0 < summary["held_out_loss"] < 10 and 0 < summary["mean_colour_loss"] < 10
+    model = load_checkpoint(tmp_path / "out")
+    assert model(torch.randn(1, 3, 20, 20)).reconstruction.shape == (1, 3, 20, 20)
+
+
+def test_tensorboard_gets_losses_and_accuracy(trained):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained[0] / "tensorboard"))
+    events.Reload()
+    assert {"train/loss", "train/learning_rate", "eval/loss", "eval/accuracy"} <= set(events.Tags()["scalars"])
+    assert events.Scalars("eval/accuracy")[-1].value == trained[1]["accuracy"]
+
+
 def test_head_keeps_the_rows_of_labels_that_it_knows(tmp_path):
     torch.manual_seed(1)
     config = FocalNetConfig(**CONFIG, image_size=16, id2label={0: "red", 1: "white", 2: "blue"})

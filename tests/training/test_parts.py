@@ -69,6 +69,15 @@ def test_randaugment_changes_images_and_keeps_them_in_range():
     assert (out - images(16) / 255).abs().mean() > 0.02
 
 
+def test_erased_rectangles_have_the_mean_colour_and_a_share_of_the_area():
+    settings = PLAIN.but(erase=1.0)
+    erased = Augment(settings)(torch.full((64, 3, 32, 32), 255, dtype=torch.uint8), list(range(64))) == 0
+    assert torch.equal(erased.all(1), erased.any(1))
+    shares = erased.float().mean((1, 2, 3))
+    # kornia rounds the sides of a rectangle to whole pixels.
+    assert 0.01 < shares.min() < 0.1 and 0.2 < shares.max() < 0.36
+
+
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0)], ids=["mixup", "cutmix"])
 def test_share_says_how_much_of_an_image_is_its_own(mixup, cutmix):
     ones = torch.stack([torch.zeros(3, 32, 32), torch.ones(3, 32, 32)])

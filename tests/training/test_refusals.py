@@ -1,6 +1,7 @@
 """What no run can start with: one line that says what came and what to do, before any training and any file."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from small_models import one_thread  # noqa: F401
 from small_runs import CONFIG, PLAIN, class_folders, small_run, train
 
 from focalnet import FocalNetConfig, FocalNetForImageClassification
-from focalnet.training import runs
+from focalnet.training import preconditions, runs, sharding
 from focalnet.training.models import Start
 from focalnet.training.preconditions import bytes_on_disk
 from focalnet.training.saving import why_no_space
@@ -164,9 +165,34 @@ def test_recipe_that_is_not_there_or_for_another_task(data):
     assert_one_line_error(run("finetune", data, "-o", out, "--recipe", "photographs"), "focalnet pretrain")
 
 
-def test_image_size_that_masks_do_not_fit(data):
-    result = run("pretrain", data, "-o", data.parent / "out", "--recipe", "photographs", "--image-size", 40)
-    assert_one_line_error(result, "multiple of the network's stride 16", "40")
+def test_masks_that_do_not_fit_the_models_grid(data):
+    arguments = ["-o", data.parent / "out", "--recipe", "photographs", "--image-size", 40]
+    result = run("pretrain", data, *arguments, "--option", "mask_patch_size=6")
+    assert_one_line_error(result, "mask_patch_size", "multiple of the stem's stride 4, got 6")
+    dropping = run("pretrain", data, *arguments, "--set", "drop_incomplete_patches=true")
+    assert_one_line_error(dropping, "multiple of the network's stride 16", "drop_incomplete_patches", "40")
+    assert not (data.parent / "out").exists()
+
+
+def test_fsdp_in_one_process(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP: expected several processes, got one"):
+        train(data, tmp_path / "out")
+
+
+def test_first_version_of_fsdp(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: None)
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))
+    with pytest.raises(ValueError, match=r"expected fsdp_version 2 .* got 1; .*fsdp2\.yaml"):
+        sharding.set_up(SimpleNamespace(num_processes=2, device=torch.device("cpu"), state=state))
+
+
+def test_resuming_from_a_folder_that_other_machines_do_not_see(data, tmp_path, monkeypatch):
+    train(data, tmp_path / "out", PLAIN.but(epochs=1))
+    monkeypatch.setattr(preconditions.processes, "gathered", lambda value: [value, []] if value else [value])
+    with pytest.raises(ValueError, match="a folder that all machines see; process 0 finds checkpoint-4"):
+        train(data, tmp_path / "out", PLAIN.but(epochs=1), resume=True)
 
 
 def test_missing_packages_are_named(data, monkeypatch):

@@ -77,6 +77,18 @@ def test_parquet_holds_images_and_any_kind_of_label(labels, tmp_path):
     assert source.train[0]["image"]["bytes"] is not None
 
 
+@pytest.mark.parametrize("splits", [("train", "test"), ("train",)], ids=["train and test", "train alone"])
+def test_name_on_the_hub_gives_its_splits_and_columns(splits, tmp_path, monkeypatch):
+    source = load_source(str(class_folders(tmp_path / "data")), reader(), labelled=True)
+    columns = {"image": "img", "label": "fine_label"}
+    tables = {split: source.train.rename_columns(columns) for split in splits}
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict(tables) if name == "a/b" else None)
+    found = load_source("a/b", reader(), labelled=True)
+    assert found.labels == ["blue", "red"]
+    assert found.train.column_names == ["image", "label"]
+    assert (len(found.train), len(found.held_out)) == ((32, 32) if len(splits) == 2 else (26, 6))
+
+
 def test_parquet_without_images_is_refused(tmp_path):
     datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).to_parquet(tmp_path / "data.parquet")
     with pytest.raises(ValueError, match="no column of images; the columns are text, label"):
