@@ -23,6 +23,7 @@ from typing import Annotated
 import datasets
 import torch
 import typer
+from learning_curves import ALL, FEW, KIND, PRETRAINED
 from rich.console import Console
 from small_networks import IMAGE_SIZE, NETWORKS, OURS, size_of
 from transformers import PreTrainedModel
@@ -40,11 +41,9 @@ from focalnet.training.batches import ClassificationBatch, MaskedBatch
 from focalnet.training.models import Start
 from focalnet.training.optimizer import parameter_groups
 from focalnet.training.sources import Source, load_source
-from focalnet.training.trainer import FocalNetTrainer, accuracy, most_probable, mixed_loss
+from focalnet.training.trainer import FocalNetTrainer, accuracy, mixed_loss, most_probable
 from focalnet.training.views import EvaluationViews, TrainingViews
 
-KIND = "learning"
-ALL, FEW, PRETRAINED = "all labels", "10 percent of the labels", "10 percent of the labels, after SimMIM"
 KEPT = 0.1
 SEEDS = (0, 1, 2)
 ROUNDS = 30
@@ -52,8 +51,8 @@ ROUNDS = 30
 _DIGITS = load_recipe("digits").settings.but(drop_path=0.0)
 _VIEWS = {name: getattr(_DIGITS, name) for name in ("crop_scale", "flip", "rotate", "shift", "zoom", "shear")}
 WITH_ALL = _DIGITS.but(epochs=30)
-WITH_FEW = _DIGITS.but(epochs=80, warmup_epochs=4, batch_size=16, learning_rate=1e-3)
-PRETRAINING = load_recipe("photographs").settings.but(epochs=40, **_VIEWS)
+WITH_FEW = _DIGITS.but(epochs=60, warmup_epochs=3, batch_size=16, learning_rate=1e-3)
+PRETRAINING = load_recipe("photographs").settings.but(epochs=30, **_VIEWS)
 # Epochs between evaluations. With 10 percent of the labels an epoch has nine steps.
 EVERY = {ALL: 1, FEW: 5, PRETRAINED: 5}
 
@@ -126,7 +125,7 @@ def stratified(labels: list[int], share: float, seed: int) -> list[int]:
 def learned(
     model: PreTrainedModel, source: Source, table: datasets.Dataset, settings: Settings, every: int
 ) -> dict[str, object]:
-    """Train a classifier on ``table``: its number of images, and the accuracy on held-out images each ``every`` epochs."""
+    """Train a classifier on ``table``. Returns its accuracy on the held-out images after each ``every`` epochs."""
     places = list(range(len(source.labels)))
     processor = published_processor(_config(), settings.crop_fraction, settings.image_mean, settings.image_std)
     views = EvaluationViews(source.held_out, reader(), processor, places)
@@ -195,13 +194,14 @@ def _trainer(
 
 def step_times(names: list[str], rounds: int = ROUNDS) -> list[dict]:
     """The time of a training step of each network: forward, backward, clipping and AdamW, on random images."""
-    measured = timing.measure({name: _step(name) for name in names}, rounds=rounds)
+    measured = timing.measure(
+        {name: step_of(NETWORKS[name].make_classifier(labels=10, seed=0).train()) for name in names}, rounds=rounds
+    )
     case = {"case": "training step", "batch": WITH_ALL.batch_size, "size": IMAGE_SIZE, "dtype": "float32"}
     return [case | {"runtime": name} | size_of(name) | measured[name].row() for name in names]
 
 
-def _step(name: str) -> Callable[[int], object]:
-    model = NETWORKS[name].make_classifier(labels=10, seed=0).train()
+def step_of(model: PreTrainedModel) -> Callable[[int], object]:
     s = WITH_ALL
     images = torch.randn(s.batch_size, 3, IMAGE_SIZE, IMAGE_SIZE)
     labels = torch.randint(10, (s.batch_size,))

@@ -7,7 +7,7 @@ since transformers' ViT cannot.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import transformers
@@ -39,6 +39,10 @@ class Network:
     def config(self, labels: int) -> transformers.PreTrainedConfig:
         fields = {"image_size": IMAGE_SIZE, "encoder_stride": 8, "drop_path_rate": 0.0, **self.fields}
         return self.classifier.config_class(num_labels=labels, **fields)
+
+    def but(self, **fields: object) -> Network:
+        """This network with some fields of its configuration replaced."""
+        return replace(self, fields={**self.fields, **fields})
 
     def make_classifier(self, labels: int, seed: int) -> transformers.PreTrainedModel:
         torch.manual_seed(seed)
