@@ -218,6 +218,7 @@ def pretraining(device: str) -> Path | None:
     for axes, (scratch, pretrained) in zip(panels, both, strict=True):
         _accuracies(axes, [(scratch, "from scratch"), (pretrained, "after SimMIM")], "epochs")
         axes.set_title(learning_curves.NAMES[scratch.network])
+        axes.set_ylim(0, 100)
     row = both[0][0].row
     title = f"{row['images']} labelled scans of digits, {both[0][0].seeds}"
     figure.suptitle(f"{title}\n{device}", x=0.01, ha="left")
@@ -226,7 +227,7 @@ def pretraining(device: str) -> Path | None:
 
 def _accuracies(axes, named: list[tuple[Curve, str]], against: str) -> None:
     """Lines of means with bands from the lowest to the highest seed, in percent."""
-    ends, highest = [], []
+    ends = []
     for index, (curve, name) in enumerate(named):
         each = 1 if against == "epochs" else curve.epoch_s
         xs, colour = [epoch * each for epoch in curve.epochs], style.COLOURS[index]
@@ -234,8 +235,7 @@ def _accuracies(axes, named: list[tuple[Curve, str]], against: str) -> None:
         axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(xs, mean, color=colour)
         ends.append((name, xs[-1], mean[-1], colour))
-        highest.append(mean[-1])
-    axes.set_ylim(max(0, 3 * min(highest) - 200), 100)  # the last third of the way
+    axes.set_ylim(max(0, 3 * min(end[2] for end in ends) - 200), 100)  # room for the last third of the lowest line
     axes.set_xlim(left=0)
     axes.set_xlabel(against)
     axes.set_ylabel("held-out accuracy, percent")
