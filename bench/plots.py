@@ -216,17 +216,19 @@ def pretraining(device: str) -> Path | None:
         return None
     figure, panels = _figure(12, 4, len(both))
     for axes, (scratch, pretrained) in zip(panels, both, strict=True):
-        _accuracies(axes, [(scratch, "from scratch"), (pretrained, "after SimMIM")], "epochs")
+        _accuracies(axes, [(scratch, "from scratch"), (pretrained, "after SimMIM")], "epochs", lowest=0)
         axes.set_title(learning_curves.NAMES[scratch.network])
-        axes.set_ylim(0, 100)
     row = both[0][0].row
     title = f"{row['images']} labelled scans of digits, {both[0][0].seeds}"
     figure.suptitle(f"{title}\n{device}", x=0.01, ha="left")
     return _save(figure, name_of("pre-training", device))
 
 
-def _accuracies(axes, named: list[tuple[Curve, str]], against: str) -> None:
-    """Lines of means with bands from the lowest to the highest seed, in percent."""
+def _accuracies(axes, named: list[tuple[Curve, str]], against: str, lowest: float | None = None) -> None:
+    """Lines of means with bands from the lowest to the highest seed, in percent, from ``lowest`` on.
+
+    By default that leaves room for the last third of the lowest line.
+    """
     ends = []
     for index, (curve, name) in enumerate(named):
         each = 1 if against == "epochs" else curve.epoch_s
@@ -235,7 +237,7 @@ def _accuracies(axes, named: list[tuple[Curve, str]], against: str) -> None:
         axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(xs, mean, color=colour)
         ends.append((name, xs[-1], mean[-1], colour))
-    axes.set_ylim(max(0, 3 * min(end[2] for end in ends) - 200), 100)  # room for the last third of the lowest line
+    axes.set_ylim(max(0, 3 * min(end[2] for end in ends) - 200) if lowest is None else lowest, 100)
     axes.set_xlim(left=0)
     axes.set_xlabel(against)
     axes.set_ylabel("held-out accuracy, percent")
