@@ -50,7 +50,8 @@ class Curve:
 
     @property
     def seeds(self) -> str:
-        return f"mean and range of {len(self.accuracies)} seeds"
+        count = len(self.accuracies)
+        return f"{count} seed{'s' if count > 1 else ''}"
 
     def epochs_to(self, level: float) -> int | None:
         """The epochs after which the mean over seeds first reaches ``level``."""

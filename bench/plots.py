@@ -202,7 +202,7 @@ def learning(device: str) -> Path | None:
     if timed:
         names = [(curve, learning_curves.NAMES[curve.network]) for curve in timed]
         _accuracies(panels[1], names, "seconds of training steps")
-    title = f"{found[0].row['images']} scans of digits to learn from, {found[0].seeds}"
+    title = f"{found[0].row['images']} scans of digits to learn from: mean and range of {found[0].seeds}"
     figure.suptitle(f"{title}\n{device}", x=0.01, ha="left")
     return _save(figure, name_of("learning", device))
 
@@ -217,9 +217,9 @@ def pretraining(device: str) -> Path | None:
     figure, panels = _figure(12, 4, len(both))
     for axes, (scratch, pretrained) in zip(panels, both, strict=True):
         _accuracies(axes, [(scratch, "from scratch"), (pretrained, "after SimMIM")], "epochs", lowest=0)
-        axes.set_title(learning_curves.NAMES[scratch.network])
+        axes.set_title(f"{learning_curves.NAMES[scratch.network]}, {scratch.seeds}")
     row = both[0][0].row
-    title = f"{row['images']} labelled scans of digits, {both[0][0].seeds}"
+    title = f"{row['images']} labelled scans of digits: mean and range over seeds"
     figure.suptitle(f"{title}\n{device}", x=0.01, ha="left")
     return _save(figure, name_of("pre-training", device))
 

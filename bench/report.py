@@ -239,14 +239,14 @@ LEVEL = 0.95
 
 def learning(device: str) -> str:
     """Small networks of equal cost: accuracy, and epochs and seconds until most scans are read."""
-    head = ["network", "thousand parameters", "MFLOP an image", "step, ms", "accuracy, mean (range), percent"]
+    head = ["network", "thousand parameters", "MFLOP an image", "seeds", "step, ms", "accuracy, mean (range), percent"]
     head += [f"epochs to {LEVEL:.0%}", f"seconds to {LEVEL:.0%}"]
     lines = []
     for curve in curves(device, learning_curves.ALL):
         row, epochs = curve.row, curve.epochs_to(LEVEL)
         step = "" if curve.epoch_s is None else f"{curve.epoch_s / (row['images'] // row['batch']) * 1e3:.1f}"
         seconds = "" if epochs is None or curve.epoch_s is None else f"{epochs * curve.epoch_s:.0f}"
-        sizes = [f"{row['parameters'] / 1e3:.0f}", f"{row['flops'] / 1e6:.2f}"]
+        sizes = [f"{row['parameters'] / 1e3:.0f}", f"{row['flops'] / 1e6:.2f}", str(len(curve.accuracies))]
         reached = "" if epochs is None else str(epochs)
         lines.append([learning_curves.NAMES[curve.network], *sizes, step, _percent(curve), reached, seconds])
     return _markdown(head, lines) + _image(f"Accuracy against epochs and seconds, {device}", "learning", device)
@@ -260,8 +260,9 @@ def pretraining(device: str) -> str:
         if (pretrained := after.get(scratch.network)) is None:
             continue
         gain = f"{100 * (pretrained.mean[-1] - scratch.mean[-1]):+.1f}"
-        lines.append([learning_curves.NAMES[scratch.network], _percent(scratch), _percent(pretrained), gain])
-    head = ["network", "from scratch, mean (range), percent", "after SimMIM, mean (range), percent", "difference"]
+        name, seeds = learning_curves.NAMES[scratch.network], str(len(scratch.accuracies))
+        lines.append([name, seeds, _percent(scratch), _percent(pretrained), gain])
+    head = ["network", "seeds", "from scratch, mean (range), percent", "after SimMIM", "difference"]
     return _markdown(head, lines) + _image(f"Accuracy with few labels, {device}", "pre-training", device)
 
 

@@ -102,11 +102,11 @@ def test_tables_have_times_ratios_and_gaps(measured):
         "| 7 x 7 x 96 | forward | 20.0 | 50.0 | 200.0 | 4.10 |",
     ]
     assert report.learning(DEVICE).splitlines()[2:4] == [
-        "| FocalNet, focalnet | 135 | 5.06 | 50.0 | 98.0 (97.0 to 99.0) | 2 | 2 |",
-        "| ViT, transformers | 135 | 5.06 |  | 92.0 (90.0 to 94.0) | 2 |  |",
+        "| FocalNet, focalnet | 135 | 5.06 | 2 | 50.0 | 98.0 (97.0 to 99.0) | 2 | 2 |",
+        "| ViT, transformers | 135 | 5.06 | 2 |  | 92.0 (90.0 to 94.0) | 2 |  |",
     ]
     assert report.pretraining(DEVICE).splitlines()[2] == (
-        "| FocalNet, focalnet | 75.0 (70.0 to 80.0) | 85.0 (80.0 to 90.0) | +10.0 |"
+        "| FocalNet, focalnet | 2 | 75.0 (70.0 to 80.0) | 85.0 (80.0 to 90.0) | +10.0 |"
     )
     assert report.waiting_for_data(DEVICE).splitlines()[2] == (
         "| 16 | 2 | 12 | 0.50 | 50.0 | 1.0% | 0.1% | 3.8 | 120 |"
