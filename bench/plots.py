@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import learning_curves
+from learning_curves import Curve, curves
 from scaling import fitted, grouped
 
 from focalnet.benchmark import rows
@@ -29,6 +31,7 @@ def all_of(device: str) -> list[Path]:
     series = dict.fromkeys(line[0]["series"] for line in lines_of(device))
     with style.styled():
         found = [speedup(device), roofline(device), *(growth(device, name) for name in series)]
+        found += [learning(device), pretraining(device)]
     return [path for path in found if path]
 
 
@@ -186,6 +189,60 @@ def growth(device: str, series: str) -> Path | None:
         style.label_ends(axes, of_axes)
     figure.suptitle(f"{lines[0][0]['subject']}\n{device}", x=0.01, ha="left")
     return _save(figure, name_of(f"growth {series}", device))
+
+
+def learning(device: str) -> Path | None:
+    """Accuracy on held-out images against epochs, and where steps were timed against seconds."""
+    found = curves(device, learning_curves.ALL)
+    if not found:
+        return None
+    timed = [curve for curve in found if curve.epoch_s is not None]
+    figure, panels = _figure(12 if timed else 7, 4.5, 2 if timed else 1)
+    _accuracies(panels[0], [(curve, learning_curves.NAMES[curve.network]) for curve in found], "epochs")
+    if timed:
+        names = [(curve, learning_curves.NAMES[curve.network]) for curve in timed]
+        _accuracies(panels[1], names, "seconds of training steps")
+    title = f"{found[0].row['images']} scans of digits to learn from: mean and range of {found[0].seeds}"
+    figure.suptitle(f"{title}\n{device}", x=0.01, ha="left")
+    return _save(figure, name_of("learning", device))
+
+
+def pretraining(device: str) -> Path | None:
+    """Accuracy with few labels against epochs, from scratch and after pre-training: a panel for each network."""
+    after = {curve.network: curve for curve in curves(device, learning_curves.PRETRAINED)}
+    few = curves(device, learning_curves.FEW)
+    both = [(scratch, after[scratch.network]) for scratch in few if scratch.network in after]
+    if not both:
+        return None
+    figure, panels = _figure(12, 4, len(both))
+    for axes, (scratch, pretrained) in zip(panels, both, strict=True):
+        _accuracies(axes, [(scratch, "from scratch"), (pretrained, "after SimMIM")], "epochs", lowest=0)
+        axes.set_title(f"{learning_curves.NAMES[scratch.network]}, {scratch.seeds}")
+    row = both[0][0].row
+    title = f"{row['images']} labelled scans of digits: mean and range over seeds"
+    figure.suptitle(f"{title}\n{device}", x=0.01, ha="left")
+    return _save(figure, name_of("pre-training", device))
+
+
+def _accuracies(axes, named: list[tuple[Curve, str]], against: str, lowest: float | None = None) -> None:
+    """Lines of means with bands from the lowest to the highest seed, in percent, from ``lowest`` on.
+
+    By default that leaves room for the last third of the lowest line.
+    """
+    ends = []
+    for index, (curve, name) in enumerate(named):
+        each = 1 if against == "epochs" else curve.epoch_s
+        xs, colour = [epoch * each for epoch in curve.epochs], style.COLOURS[index]
+        low, mean, high = ([100 * one for one in ys] for ys in (curve.lowest, curve.mean, curve.highest))
+        axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
+        axes.plot(xs, mean, color=colour)
+        ends.append((name, xs[-1], mean[-1], colour))
+    axes.set_ylim(max(0, 3 * min(end[2] for end in ends) - 200) if lowest is None else lowest, 100)
+    axes.set_xlim(left=0)
+    axes.set_xlabel(against)
+    axes.set_ylabel("held-out accuracy, percent")
+    axes.grid(axis="y")
+    style.label_ends(axes, ends)
 
 
 def _figure(width: float, height: float, panels: int = 1) -> tuple:

@@ -13,7 +13,9 @@ import re
 from collections.abc import Callable, Iterable
 from itertools import groupby
 
+import learning_curves
 import plots
+from learning_curves import Curve, curves
 from plots import OURS, order, ratio_of
 from scaling import fitted
 
@@ -24,6 +26,8 @@ PAGE = ROOT / "docs" / "performance.md"
 MISSING = "Not measured yet."
 MISSING_GPU = "Not measured on a GPU yet."
 
+# The kinds of rows that plots show.
+DRAWN = ("models", "operators", "kernels", "scaling", "learning")
 HEADLINE = ("tiny_lrf", 224)
 NAMES = {
     "focalnet": "focalnet",
@@ -61,7 +65,9 @@ ARCHITECTURES = {
 
 def main() -> None:
     PAGE.write_text(filled(PAGE.read_text()))
-    devices = {device for kind in ("models", "operators", "kernels", "scaling") for device in rows.devices(kind)}
+    devices = {
+        device for kind in ("models", "operators", "kernels", "scaling", "learning") for device in rows.devices(kind)
+    }
     drawn = [path for device in sorted(devices) for path in plots.all_of(device)]
     for path in drawn:
         print(path.relative_to(ROOT))
@@ -226,6 +232,57 @@ def counters() -> str:
     return _markdown(head, lines)
 
 
+# ---- learning -------------------------------------------------------------------------------------------------------
+
+LEVEL = 0.95
+
+
+def learning(device: str) -> str:
+    """Small networks of equal cost: accuracy, and epochs and seconds until most scans are read."""
+    head = ["network", "thousand parameters", "MFLOP an image", "seeds", "step, ms", "accuracy, mean (range), percent"]
+    head += [f"epochs to {LEVEL:.0%}", f"seconds to {LEVEL:.0%}"]
+    lines = []
+    for curve in curves(device, learning_curves.ALL):
+        row, epochs = curve.row, curve.epochs_to(LEVEL)
+        step = "" if curve.epoch_s is None else f"{curve.epoch_s / (row['images'] // row['batch']) * 1e3:.1f}"
+        seconds = "" if epochs is None or curve.epoch_s is None else f"{epochs * curve.epoch_s:.0f}"
+        sizes = [f"{row['parameters'] / 1e3:.0f}", f"{row['flops'] / 1e6:.2f}", str(len(curve.accuracies))]
+        reached = "" if epochs is None else str(epochs)
+        lines.append([learning_curves.NAMES[curve.network], *sizes, step, _percent(curve), reached, seconds])
+    return _markdown(head, lines) + _image(f"Accuracy against epochs and seconds, {device}", "learning", device)
+
+
+def pretraining(device: str) -> str:
+    """Few labels, from scratch and after pre-training, and the difference of the means."""
+    after = {curve.network: curve for curve in curves(device, learning_curves.PRETRAINED)}
+    lines = []
+    for scratch in curves(device, learning_curves.FEW):
+        if (pretrained := after.get(scratch.network)) is None:
+            continue
+        gain = f"{100 * (pretrained.mean[-1] - scratch.mean[-1]):+.1f}"
+        name, seeds = learning_curves.NAMES[scratch.network], str(len(scratch.accuracies))
+        lines.append([name, seeds, _percent(scratch), _percent(pretrained), gain])
+    head = ["network", "seeds", "from scratch, mean (range), percent", "after SimMIM", "difference"]
+    return _markdown(head, lines) + _image(f"Accuracy with few labels, {device}", "pre-training", device)
+
+
+def _percent(curve: Curve) -> str:
+    return f"{100 * curve.mean[-1]:.1f} ({100 * curve.lowest[-1]:.1f} to {100 * curve.highest[-1]:.1f})"
+
+
+def waiting_for_data(device: str) -> str:
+    """What a first epoch waits for images."""
+    head = ["images a step", "workers", "steps", "waited, s", "of, s", "share", "after the first batch"]
+    head += ["images/s in training", "images/s of the loader alone"]
+    lines = [
+        [str(row[name]) for name in ("batch", "workers", "steps")]
+        + [f"{row['waited_s']:.2f}", f"{row['total_s']:.1f}", f"{row['share']:.1%}", f"{row['share_after_first']:.1%}"]
+        + [f"{row['images_per_s']:.1f}", f"{row['images_per_s_alone']:.0f}"]
+        for row in rows.read("waiting_for_data", device)
+    ]
+    return _markdown(head, lines)
+
+
 def _on_each(kind: str, part: Callable[[str], str]) -> Callable[[], str]:
     """``part`` for every processor that has rows of ``kind``, under the processor's name."""
 
@@ -242,6 +299,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "shared-cores": _on_each("shared_cores", shared_cores),
     "training": _on_each("training", training),
     "architectures": _on_each("architectures", architectures),
+    "learning": _on_each("learning", learning),
+    "pre-training": _on_each("learning", pretraining),
+    "waiting-for-data": _on_each("waiting_for_data", waiting_for_data),
     "operators": _on_each("operators", operators),
     "growth": _on_each("scaling", growth),
     "counters": counters,

@@ -31,6 +31,7 @@ CASE = (
     "dtype",
     "runtime",
     "backend",
+    "seed",
 )
 
 

@@ -2,6 +2,7 @@
 
 import re
 
+import learning_curves
 import plots
 import pytest
 import report
@@ -61,6 +62,22 @@ def measured(tmp_path, monkeypatch):
     of_operator = [stage | {"backend": "cpu", "median_s": 0.05, "ratio": 1}]
     of_operator.append(stage | {"backend": "reference", "median_s": 0.2, "ratio": 4.1})
     rows.write(of_operator, "operators", DEVICE)
+    learned = machine | {"case": "learning", "batch": 64, "images": 1442, "parameters": 134881, "flops": 5060544}
+    of_seeds = [
+        learned | {"series": series, "runtime": runtime, "seed": seed, "every": 1, "accuracy": [0.5, 0.96, last]}
+        for runtime, series, lasts in (
+            ("focalnet", learning_curves.ALL, (0.97, 0.99)),
+            ("ViT", learning_curves.ALL, (0.9, 0.94)),
+            ("focalnet", learning_curves.FEW, (0.7, 0.8)),
+            ("focalnet", learning_curves.PRETRAINED, (0.8, 0.9)),
+        )
+        for seed, last in enumerate(lasts)
+    ]
+    of_step = machine | {"case": "training step", "runtime": "focalnet", "batch": 64, "median_s": 0.05}
+    rows.write([*of_seeds, of_step], "learning", DEVICE)
+    waited = {"case": "first epoch", "batch": 16, "workers": 2, "steps": 12, "waited_s": 0.5, "total_s": 50.0}
+    waited |= {"share": 0.01, "share_after_first": 0.001, "images_per_s": 3.84, "images_per_s_alone": 120.4}
+    rows.write([machine | waited], "waiting_for_data", DEVICE)
     return tmp_path
 
 
@@ -84,6 +101,16 @@ def test_tables_have_times_ratios_and_gaps(measured):
         "| --- | ---: | ---: | ---: | ---: | ---: |",
         "| 7 x 7 x 96 | forward | 20.0 | 50.0 | 200.0 | 4.10 |",
     ]
+    assert report.learning(DEVICE).splitlines()[2:4] == [
+        "| FocalNet, focalnet | 135 | 5.06 | 2 | 50.0 | 98.0 (97.0 to 99.0) | 2 | 2 |",
+        "| ViT, transformers | 135 | 5.06 | 2 |  | 92.0 (90.0 to 94.0) | 2 |  |",
+    ]
+    assert report.pretraining(DEVICE).splitlines()[2] == (
+        "| FocalNet, focalnet | 2 | 75.0 (70.0 to 80.0) | 85.0 (80.0 to 90.0) | +10.0 |"
+    )
+    assert report.waiting_for_data(DEVICE).splitlines()[2] == (
+        "| 16 | 2 | 12 | 0.50 | 50.0 | 1.0% | 0.1% | 3.8 | 120 |"
+    )
     assert report.growth(DEVICE).splitlines()[2:5] == [
         "| batch | tiny_lrf | focalnet | 1 to 4 | 1.00 | 1000 to 4000 |",
         "| batch | tiny_lrf | transformers | 1 to 4 | 1.00 | 1000 to 4000 |",
@@ -137,7 +164,7 @@ def test_plots_are_the_same_bytes_for_the_same_rows_and_the_tables_show_them(mea
     first = {path.name: path.read_bytes() for path in paths}
     assert all(b"</svg>" in content for content in first.values())
     shown = set(re.findall(r"plots/(\S+)\)", "".join(part() for part in report.PARTS.values())))
-    expected = {"inference", "roofline", "growth-batch", "growth-levels"}
+    expected = {"inference", "roofline", "growth-batch", "growth-levels", "learning", "pre-training"}
     assert first.keys() == shown == {f"{name}-some-cpu-family-1-model-2-avx2-2-cores.svg" for name in expected}
     assert {path.name: path.read_bytes() for path in plots.all_of(DEVICE)} == first
 
