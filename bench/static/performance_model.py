@@ -10,7 +10,8 @@ A launch is compiled for the device; `instruction_counts` multiplies its machine
     l2, dram  bytes of the launch over the bandwidth (launch_bytes.py)
 
 and the time is the longest of them. An operator takes the sum over its launches and ``GAP`` between two of them. The
-floor is that of `floors.work`. No figure here is measured: every one is a prediction. Rows:
+floor is that of `floors.work`; "inductor >=" is the least that the reference takes under torch.compile
+(torch_launches.py). No figure here is measured: every one is a prediction. Rows:
 bench/results/without-gpu/predicted.json.
 """
 
@@ -27,6 +28,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import torch
+import torch_launches
 import triton
 import typer
 from all_launches import arguments_of, key_of
@@ -37,7 +39,7 @@ from focalnet.kernels.plan import Case, Launch, Plan
 from instruction_counts import Executed, Kernel
 from launch_bytes import Bytes, bytes_of, ring_bytes
 from machine_code import load_cycles
-from processors import PROCESSORS, SCHEDULERS, Processor
+from processors import GAP, PROCESSORS, SCHEDULERS, Processor
 from rich.console import Console
 from rich.table import Table
 
@@ -46,10 +48,7 @@ from focalnet.benchmark.floors import OPERATORS, Gpu, Stage, stages, work
 from focalnet.benchmark.rows import NOWHERE, write
 
 FILE = "predicted"
-# Not the B200: the PTX of its products waits in inline assembly, with labels that executed.py does not follow.
-PREDICTED = ("A100", "RTX 4090", "H100")
-# Seconds from the end of a kernel to the start of the next on the same stream: a microsecond or two on these devices.
-GAP = 2e-6
+PREDICTED = tuple(PROCESSORS)
 # Programs of a launch that are counted; all do nearly the same, but the last ones of a walk may have one item less.
 SAMPLE = 4
 
@@ -265,6 +264,7 @@ def rows_of(operator: str, stage: Stage, batch: int, dtype: torch.dtype, process
             "subject": "all",
             "predicted_us": _us(total.seconds),
             "floor_us": _us(floor),
+            "inductor_least_us": inductor_least_us(operator, stage, batch, dtype, processor),
             "launches": len(total.launches),
             "fewest_programs": total.fewest_programs,
             "digest": sources,
@@ -293,6 +293,12 @@ def rows_of(operator: str, stage: Stage, batch: int, dtype: torch.dtype, process
     return rows
 
 
+def inductor_least_us(operator: str, stage: Stage, batch: int, dtype: torch.dtype, processor: Processor) -> float:
+    """The least that the reference takes under torch.compile (torch_launches.py)."""
+    launches = torch_launches.compiled_reference(operator, stage)
+    return _us(torch_launches.seconds(launches, stage, batch, dtype, processor))
+
+
 def _us(seconds: float) -> float:
     return round(1e6 * seconds, 2)
 
@@ -308,7 +314,7 @@ def plan_digest(plan: Plan) -> str:
 
 def main(
     variant: Annotated[list[str], typer.Option(help="Published variants.")] = ["tiny_lrf"],  # noqa: B006
-    device: Annotated[list[str], typer.Option(help="A100, RTX 4090, H100.")] = [*PREDICTED],  # noqa: B006
+    device: Annotated[list[str], typer.Option(help="A100, RTX 4090, H100, B200.")] = [*PREDICTED],  # noqa: B006
     batch: Annotated[list[int], typer.Option(help="Images.")] = [1, 8, 128],  # noqa: B006
     dtype: Annotated[list[str], typer.Option(help="float32, bfloat16, float16.")] = ["bfloat16"],  # noqa: B006
     operator: Annotated[list[str], typer.Option(help="Operators; all.")] = [*OPERATORS],  # noqa: B006
@@ -338,7 +344,18 @@ def show(rows: list[dict], title: str) -> None:
     table = Table(title=title)
     for column in ("stage", "operator, kernel"):
         table.add_column(column, no_wrap=True)
-    for column in ("launches", "us", "floor", "bound", "programs", "a SM", "waves", "regs", "instr/output"):
+    for column in (
+        "launches",
+        "us",
+        "floor",
+        "inductor >=",
+        "bound",
+        "programs",
+        "a SM",
+        "waves",
+        "regs",
+        "instr/output",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         whole = row["subject"] == "all"
@@ -348,6 +365,7 @@ def show(rows: list[dict], title: str) -> None:
             str(row["launches"]),
             f"{row['predicted_us']:.0f}",
             f"{row['floor_us']:.0f}" if whole else "",
+            f"{row['inductor_least_us']:.0f}" if whole else "",
             *("" if whole else str(row[field]) for field in ("bound", "programs", "programs_per_sm", "waves")),
             *("" if whole else str(row[field]) for field in ("registers", "instructions_per_output")),
             style="bold" if whole else "",
