@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -51,7 +52,7 @@ def candidates(
     case, device = _case(tensors, False, mask), tensors["ctx"].device
     for config in level_candidates(case.height, case.width, case.channels, case.kernel_heights, case.dtype):
         plan = _with(config, operator, tensors, case, precise)
-        yield config, lambda plan=plan: plan.run(tensors, device)  # type: ignore[misc]
+        yield config, functools.partial(plan.run, tensors, device)
 
 
 def _case(tensors: dict[str, Tensor], normalize: bool, mask: tuple[bool, ...]) -> Case:
