@@ -83,7 +83,7 @@ def _driver(path: str = "/proc/driver/nvidia/version") -> str | None:
     except OSError:
         found = None
     # Where there is no such file: the latest CUDA that the driver supports.
-    return found[1] if found else str(torch._C._cuda_getDriverVersion())
+    return found[1] if found else str(torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]
 
 
 def _version(package: str) -> str | None:
@@ -164,7 +164,7 @@ def keep(path: Path, here: dict[str, str | None], choices: Mapping[str, Choice])
         gpus = read(path)
     except (FileNotFoundError, ValueError):
         gpus = []
-    mine = next((gpu["calls"] for gpu in gpus if gpu["facts"] == here), {})
+    mine: dict[str, Any] = next((gpu["calls"] for gpu in gpus if gpu["facts"] == here), {})
     calls = mine | {name: found._asdict() for name, found in choices.items()}
     others = [gpu for gpu in gpus if gpu["facts"].get("gpu") != here["gpu"]]
     path.parent.mkdir(parents=True, exist_ok=True)
