@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import triton_plans
 from .problem import Problem
-from .triton_plans import FOCAL_WEIGHTS, as_the_kernels_take_them
+from .triton_plans import FOCAL_WEIGHTS
 
 if TYPE_CHECKING:
     from ..kernels.plan import Plan
@@ -165,6 +165,9 @@ def _zeros(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | N
 # ---- operands -------------------------------------------------------------------------------------------------------
 
 
+_IMAGES = ("ctx", "gates", "q")
+
+
 def _named(
     ctx: Tensor,
     gates: Tensor,
@@ -180,6 +183,30 @@ def _named(
     if bias is not None:
         operands["bias"] = bias
     return operands
+
+
+def as_the_kernels_take_them(operands: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Operands in the layout of the kernels: images as evenly spaced rows of channels, all others contiguous.
+
+    Operands in another layout are copied.
+    """
+    return {
+        name: tensor if name in _IMAGES and pitch(tensor) is not None else tensor.contiguous()
+        for name, tensor in operands.items()
+    }
+
+
+def pitch(tensor: Tensor) -> int | None:
+    """The number of elements from one position to the next, or None if it varies or channels are not adjacent."""
+    batch, height, width, channels = tensor.shape
+    to_image, to_row, to_column, to_channel = tensor.stride()
+    if to_channel != 1 and channels != 1:
+        return None
+    if width == 1:
+        to_column = to_row if height > 1 else to_image if batch > 1 else channels
+    if (height > 1 and to_row != width * to_column) or (batch > 1 and to_image != height * width * to_column):
+        return None
+    return to_column
 
 
 # ---- plans ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 MAX_LEVELS = 4
 FOCAL_WEIGHTS = tuple(f"w{level}" for level in range(MAX_LEVELS))
-_IMAGES = ("ctx", "gates", "q")
 
 
 def make(operator: str, tensors: dict[str, Tensor], normalize: bool, mask: tuple[bool, ...], precise: bool) -> Plan:
@@ -47,6 +46,7 @@ def candidates(
 ) -> Iterator[tuple[LevelConfig, Callable[[], object]]]:
     """The plans that may be the fastest for a call, the table's first: configuration, and a function that runs it."""
     from ..kernels.launch_table import level_candidates
+    from .triton import as_the_kernels_take_them
 
     tensors = as_the_kernels_take_them(operands)
     case, device = _case(tensors, False, mask), tensors["ctx"].device
@@ -57,6 +57,7 @@ def candidates(
 
 def _case(tensors: dict[str, Tensor], normalize: bool, mask: tuple[bool, ...]) -> Case:
     from ..kernels.plan import Case
+    from .triton import pitch
 
     ctx = tensors["ctx"]
     return Case(
@@ -64,9 +65,9 @@ def _case(tensors: dict[str, Tensor], normalize: bool, mask: tuple[bool, ...]) -
         tuple(tuple(tensors[name].shape[2:]) for name in FOCAL_WEIGHTS if name in tensors),
         ctx.dtype,
         normalize,
-        _pitch(ctx),
-        _pitch(tensors["gates"]),
-        _pitch(tensors["q"]) if "q" in tensors else 0,
+        pitch(ctx),
+        pitch(tensors["gates"]),
+        pitch(tensors["q"]) if "q" in tensors else 0,
         "bias" in tensors,
         mask,
     )
@@ -112,30 +113,3 @@ def _seconds(plan: Plan, tensors: dict[str, Tensor], device: torch.device, repea
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3 / repeats
-
-
-# ---- the layout of the kernels --------------------------------------------------------------------------------------
-
-
-def as_the_kernels_take_them(operands: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Operands in the layout of the kernels: images as evenly spaced rows of channels, all others contiguous.
-
-    Operands in another layout are copied.
-    """
-    return {
-        name: tensor if name in _IMAGES and _pitch(tensor) is not None else tensor.contiguous()
-        for name, tensor in operands.items()
-    }
-
-
-def _pitch(tensor: Tensor) -> int | None:
-    """The number of elements from one position to the next, or None if it varies or channels are not adjacent."""
-    batch, height, width, channels = tensor.shape
-    to_image, to_row, to_column, to_channel = tensor.stride()
-    if to_channel != 1 and channels != 1:
-        return None
-    if width == 1:
-        to_column = to_row if height > 1 else to_image if batch > 1 else channels
-    if (height > 1 and to_row != width * to_column) or (batch > 1 and to_image != height * width * to_column):
-        return None
-    return to_column
