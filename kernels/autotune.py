@@ -1,8 +1,9 @@
 """Opt-in autotuning: the table's candidates timed on the call at hand, the choice kept on disk.
 
 With FOCALNET_AUTOTUNE=1 the first call of a kind runs every candidate; the fastest is written to
-``$FOCALNET_CACHE_DIR/triton.json`` (by default below ~/.cache/focalnet) and taken from there ever after, on the same
-device with the same versions. Without it nothing is timed and nothing is read: the table decides.
+``$FOCALNET_CACHE_DIR/triton.json`` (by default in ``focalnet`` below $XDG_CACHE_HOME or ~/.cache) and taken from there
+ever after, on the same device with the same versions. Without it nothing is timed and nothing is read: the table
+decides.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ def enabled() -> bool:
 
 def cache_file() -> Path:
     """Where choices are kept."""
-    folder = os.environ.get("FOCALNET_CACHE_DIR") or Path.home() / ".cache" / "focalnet"
-    return Path(folder, "triton.json")
+    if folder := os.environ.get("FOCALNET_CACHE_DIR"):
+        return Path(folder, "triton.json")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "focalnet", "triton.json")
 
 
 def choose(operator: str, case: Case, device_name: str, seconds: Callable[[LevelConfig], float]) -> LevelConfig:

@@ -1,4 +1,4 @@
-"""Runs commands one after another within one deadline.
+"""Runs commands within one deadline: one after another, or some of them side by side.
 
 Each part reserves a minimum of time. A part may run until its own limit, or until the time left is what later parts
 have reserved. So a slow part cannot use up the time of later parts. A part that reserved nothing and finds no time
@@ -12,13 +12,14 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 WORTHWHILE_S = 3.0  # a part with less time than this is not started
 GRACE_S = 2.0  # between SIGTERM and SIGKILL of a part, within its time
 SHOWN_LINES = 4
+POLL_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -44,59 +45,100 @@ class Ended:
         return asdict(self)
 
 
+Step = Part | tuple[Part, ...]  # a tuple runs side by side
+
+
 def run_all(
-    parts: list[Part],
+    steps: Sequence[Step],
     deadline: float,
     end_s: float,
     folder: Path,
     environment: Mapping[str, str] = os.environ,
     say: Callable[[str], object] = print,
+    after: Callable[[Part], object] = lambda part: None,
 ) -> list[Ended]:
-    """Runs ``parts`` so that the last is over ``end_s`` before ``deadline`` (of time.monotonic).
+    """Runs ``steps`` so that the last is over ``end_s`` before ``deadline`` (of time.monotonic).
 
-    What part NAME prints goes to ``folder``/NAME.log, its last lines to ``say``.
+    What part NAME prints goes to ``folder``/NAME.log, its last lines to ``say``. ``after`` is called with every part
+    that has ended.
     """
     ended = []
-    for index, part in enumerate(parts):
-        behind = sum(later.promised for later in parts[index + 1 :])
-        allowed = min(part.limit, deadline - time.monotonic() - end_s - behind)
-        say(f"== {part.name}: at most {max(0, allowed):.0f} s")
-        if allowed < WORTHWHILE_S:
-            ended.append(Ended(part.name, "no time left", 0.0, max(0.0, allowed)))
-        else:
-            log = folder / f"{part.name}.log"
-            ended.append(_run(part, allowed, log, environment))
-            for line in log.read_text(errors="replace").splitlines()[-SHOWN_LINES:]:
+    for index, step in enumerate(steps):
+        behind = sum(max(part.promised for part in parts_of(later)) for later in steps[index + 1 :])
+        left = deadline - time.monotonic() - end_s - behind
+        running = []
+        for part in parts_of(step):
+            allowed = min(part.limit, left)
+            say(f"== {part.name}: at most {max(0, allowed):.0f} s")
+            running.append(_Running(part, allowed, folder / f"{part.name}.log", environment))
+        try:
+            while sum(one.goes_on() for one in running):
+                time.sleep(POLL_S)
+        finally:
+            # Also when this command itself is interrupted.
+            for one in running:
+                one.kill()
+        for one in running:
+            ended.append(one.ended)
+            for line in one.last_lines():
                 say(line)
-        if ended[-1].status != "passed":
-            say(f"   {part.name}: {ended[-1].status}")
+            if one.ended.status != "passed":
+                say(f"   {one.part.name}: {one.ended.status}")
+            after(one.part)
     return ended
 
 
-def _run(part: Part, allowed: float, log: Path, environment: Mapping[str, str]) -> Ended:
-    start = time.monotonic()
-    try:
-        with log.open("wb") as output:
-            # A session of its own: what the part starts can be ended with it.
-            process = subprocess.Popen(
-                part.command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                env=dict(environment), start_new_session=True,
-            )  # fmt: skip
-    except OSError as error:
-        log.write_text(f"{error}\n")
-        return Ended(part.name, "failed (could not start)", 0.0, allowed)
-    try:
-        status = process.wait(allowed - GRACE_S)
-        outcome = "passed" if status == 0 else f"failed ({status})"
-    except subprocess.TimeoutExpired:
-        outcome = "out of time"
-        _signal(process, signal.SIGTERM)
-        _wait(process, start + allowed - time.monotonic())
-    finally:
-        # Whatever it has started and left, too; also when this command itself is interrupted.
-        _signal(process, signal.SIGKILL)
-        _wait(process, 1.0)
-    return Ended(part.name, outcome, round(time.monotonic() - start, 1), round(allowed, 1))
+def parts_of(step: Step) -> tuple[Part, ...]:
+    return step if isinstance(step, tuple) else (step,)
+
+
+class _Running:
+    """A part that runs in a session of its own, so that what it starts can be ended with it."""
+
+    def __init__(self, part: Part, allowed: float, log: Path, environment: Mapping[str, str]) -> None:
+        self.part, self.allowed, self.log = part, allowed, log
+        self.start, self.process, self.late = time.monotonic(), None, False
+        self.ended = Ended(part.name, "interrupted", 0.0, round(max(0.0, allowed), 1))
+        if allowed < WORTHWHILE_S:
+            self._end("no time left")
+            return
+        try:
+            with log.open("wb") as output:
+                self.process = subprocess.Popen(
+                    part.command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                    env=dict(environment), start_new_session=True,
+                )  # fmt: skip
+        except OSError as error:
+            log.write_text(f"{error}\n")
+            self._end("failed (could not start)")
+
+    def goes_on(self) -> bool:
+        """Whether the part runs still. One that is late is asked to end, and after the grace it is made to."""
+        if self.ended.status != "interrupted" or self.process is None:
+            return False
+        seconds, status = time.monotonic() - self.start, self.process.poll()
+        if status is not None and not self.late:
+            self._end("passed" if status == 0 else f"failed ({status})")
+        elif status is not None or seconds > self.allowed:
+            self._end("out of time")
+        elif seconds > self.allowed - GRACE_S and not self.late:
+            self.late = True
+            _signal(self.process, signal.SIGTERM)
+        return self.ended.status == "interrupted"
+
+    def _end(self, status: str) -> None:
+        seconds = 0.0 if self.process is None else time.monotonic() - self.start
+        self.ended = Ended(self.part.name, status, round(seconds, 1), self.ended.allowed)
+        self.kill()
+
+    def kill(self) -> None:
+        """End whatever the part has started and left, too."""
+        if self.process is not None:
+            _signal(self.process, signal.SIGKILL)
+            _wait(self.process, 1.0)
+
+    def last_lines(self) -> list[str]:
+        return self.log.read_text(errors="replace").splitlines()[-SHOWN_LINES:] if self.log.exists() else []
 
 
 def _signal(process: subprocess.Popen, number: int) -> None:

@@ -40,7 +40,7 @@ def main() -> int:
         if is_module:
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
-            runpy.run_path(arguments[0], run_name="__main__")
+            runpy.run_path(str(Path(arguments[0]).resolve()), run_name="__main__")
     except FirstCudaCall as reached:
         print(f"reached the first CUDA call, {_place(reached)}")
         return 0

@@ -211,22 +211,27 @@ def implementations(case: Case) -> dict[str, Callable[[Case], Callable[[], objec
     return {f"focalnet, {name}": functools.partial(ours, backend=name) for name in mine} | OF_OPERATORS
 
 
-def cases(names: list[str], batch: int, dtypes: list[str], device: str) -> Iterator[Case]:
+def cases(
+    names: list[str], batch: int, dtypes: list[str], device: str, operators_only: bool = False
+) -> Iterator[Case]:
+    around = () if operators_only else ("module", "module_bwd", "block", "block_bwd")
     for name, dtype in itertools.product(names, dtypes):
         for stage in stages(name):
-            for operator in (*OPERATORS, "module", "module_bwd", "block", "block_bwd"):
+            for operator in (*OPERATORS, *around):
                 yield Case(operator, stage, batch, DTYPES[dtype], device)
 
 
 # ---- measuring ------------------------------------------------------------------------------------------------------
 
 
-def measured(case: Case, rounds: int) -> list[dict]:
-    """A row for every implementation that is installed; one that does not fit says so in its row."""
+def measured(case: Case, rounds: int, runtimes: list[str] | None = None) -> list[dict]:
+    """A row for every implementation that is installed, or of these; one that does not fit says so in its row."""
     # Else a second shape would be compiled for any shape, slower than for its own.
     torch.compiler.reset()
     calls, failed = {}, {}
     for name, make in implementations(case).items():
+        if runtimes and name not in runtimes:
+            continue
         try:
             calls[name] = rotating(case, make)
             calls[name](0)
@@ -328,6 +333,8 @@ def main(
     batch: Annotated[int, typer.Option(help="Images.")] = 128,
     dtype: Annotated[list[str], typer.Option(help="float32, bfloat16, float16.")] = ["bfloat16", "float32", "float16"],  # noqa: B006
     rounds: Annotated[int, typer.Option(help="Measured blocks of calls of each.")] = 15,
+    runtime: Annotated[list[str] | None, typer.Option(help="Names as in the tables; all.")] = None,
+    operators_only: Annotated[bool, typer.Option("--operators-only", help="No modules and no blocks.")] = False,
     device: Annotated[str | None, typer.Option(help="cuda, or cpu to try the script.")] = None,
     floors_only: Annotated[bool, typer.Option("--floors", help="Print the floors and measure nothing.")] = False,
 ) -> None:
@@ -336,10 +343,12 @@ def main(
     if device is None or floors_only:
         show_floors(variant, batch, dtype, (device and gpu_named(torch.cuda.get_device_name())) or H100)
         return
-    environment, wanted = facts(device), list(cases(variant, batch, dtype, device))
+    environment, wanted = facts(device), list(cases(variant, batch, dtype, device, operators_only))
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for case in progress.track(wanted, description="measuring"):
-            found = [one | environment for one in measured(case, rounds)]
+            found = [one | environment for one in measured(case, rounds, runtime)]
+            if not found:
+                continue
             show(found)
             if device == "cuda":
                 write(found, "kernels", device_name(device))

@@ -17,7 +17,7 @@ from focalnet.benchmark.environment import device as device_name
 from focalnet.benchmark.environment import facts
 from focalnet.benchmark.rows import folder, read
 
-KINDS = ("kernels", "models", "training", "scaling")
+KINDS = ("kernels", "numbers", "sweep", "models", "training")
 
 console = Console()
 

@@ -1,18 +1,22 @@
-"""Runs everything that needs a GPU within one deadline: build, tests on the device, measurements, a summary table.
+"""Runs everything that needs a GPU within one deadline: build, measurements, tests on the device, a summary table.
 
     bench/gpu.sh             under ten minutes
     bench/gpu.sh --quick     under four minutes
     bench/gpu.sh --dry-run   no GPU needed: every part's Python up to its first CUDA call; tests are collected
 
-It needs torch >= 2.10 with CUDA, triton, nvcc, transformers, pytest and ninja, and no network. timm is measured if it
-is installed. `deadline` limits the time of each part. Parts that fail, are stopped or find no time left are listed.
-The rows go to bench/results/<device>/, the output of every part to $OUT (default: a new folder), and the summary to
-bench/results/<device>.json. This file needs only the standard library, so that a broken environment is reported like
-any other failure.
+It needs torch >= 2.10 with CUDA, triton, nvcc, transformers, pytest and ninja, and no network. pytest-xdist, timm, ncu
+and compute-sanitizer are used if they are installed. `deadline` limits the time of each part; what nobody knows yet
+comes first. Every measurement is on disk as soon as it exists, so a part that fails, is stopped or finds no time left
+loses itself alone.
+
+The rows go to bench/results/<device>/. $OUT (default: a new folder) gets copies of them after each part, the summary,
+and the output of every part in log.txt: eight files at most. This file needs only the standard library, so that a
+broken environment is reported like any other failure.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -23,7 +27,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from deadline import Ended, Part, run_all
+from deadline import Ended, Part, Step, parts_of, run_all
 
 ROOT = Path(__file__).resolve().parents[2]
 # Seconds of the whole; a little under what is promised to people, for starting and ending.
@@ -56,12 +60,23 @@ BUILD = (
     "-e",
     ".",
 )
-TRITON_TESTS = (*PYTEST, "tests/triton")
+
+
+def _processes(count: int) -> tuple[str, ...]:
+    return ("-n", str(count), "--dist", "loadfile") if importlib.util.find_spec("xdist") else ()
+
+
+TRITON_TESTS = (*PYTEST, *_processes(8), "tests/triton")
 CUDA_TESTS = (*PYTEST, "-m", "gpu", "tests/cuda/test_cuda_device.py")
-BACKEND_TESTS = (*PYTEST, "tests/operators/test_backends.py")
-KERNELS = ("bench/gpu/gpu_kernels.py", "--variant", "tiny_lrf", "--dtype", "bfloat16", "--rounds")
-MODELS = ("bench/models.py", "--device", "cuda", "--dtype", "bfloat16", "--batch", "128", "--rounds")
-SCALING = ("bench/scaling.py", "--device", "cuda", "--dtype", "bfloat16", "--runtime", "focalnet")
+BACKEND_TESTS = (*PYTEST, *_processes(4), "tests/operators/test_backends.py")
+TINY = ("--variant", "tiny_lrf", "--dtype", "bfloat16")
+# At its published size of 384 pixels.
+LARGE = ("--variant", "large_fl3", "--dtype", "bfloat16", "--size", "384", "--batch", "32")
+KERNELS = ("bench/gpu/gpu_kernels.py", *TINY, "--rounds")
+OURS = ("--runtime", "focalnet, triton", "--runtime", "focalnet, cuda", "--runtime", "focalnet")
+INDUCTOR = ("--runtime", "reference, torch.compile", "--runtime", "reference")
+MODELS = ("bench/models.py", "--device", "cuda", *TINY, "--batch", "128", "--rounds")
+LARGE_MODELS = ("bench/models.py", "--device", "cuda", *LARGE, "--rounds")
 
 
 def _runtimes(*names: str) -> tuple[str, ...]:
@@ -69,50 +84,75 @@ def _runtimes(*names: str) -> tuple[str, ...]:
 
 
 PLAIN = _runtimes("transformers")
-EAGER = _runtimes("transformers", "transformers, patched", "timm", "timm, channels-last")
-# A part of their own: each takes half a minute to start.
+EAGER = _runtimes("transformers", "transformers, patched", "timm, channels-last")
+# Parts of their own: each of these takes half a minute to start.
 COMPILED = _runtimes("focalnet, compile", "transformers, compile", "timm, channels-last, compile")
 
 
-def full() -> list[Part]:
-    """The parts of ten minutes, each with its limit and what it is promised."""
+def _before(build_limit: float, promised: float) -> tuple[Part, ...]:
+    """Side by side: the extension needs a compiler, the Triton kernels need the other processors."""
+    return (
+        Part("build", BUILD, build_limit, promised),
+        _python("precompile", ("bench/gpu/gpu_precompile.py", "--processes", "14"), build_limit, promised),
+        _python("device", ("bench/gpu/gpu_device.py",), 60, 15),
+    )
+
+
+def full() -> list[Step]:
+    """The steps of ten minutes, each part with its limit and what it is promised."""
     return [
-        Part("build", BUILD, 240, 90),
-        _python("info", ("-m", "focalnet.cli", "info"), 30, 10),
-        _python("tests-triton", TRITON_TESTS, 120, 60),
-        _python("tests-cuda", CUDA_TESTS, 120, 40),
-        _python("tests-backends", BACKEND_TESTS, 60, 20),
-        _python("kernels", (*KERNELS, "11"), 150, 70),
-        _python("models", (*MODELS, "11", *EAGER), 90, 60),
-        _python("training", (*MODELS, "11", "--train", *EAGER), 90, 60),
-        _python("models-compiled", (*MODELS, "11", *COMPILED), 150),
+        _before(170, 90),
+        _python("info", ("-m", "focalnet.cli", "info"), 20, 5),
+        _python("convolutions", ("bench/gpu/gpu_convolutions.py",), 30, 15),
+        _python("inductor", (*KERNELS, "7", *INDUCTOR, "--operators-only"), 75, 30),
+        _python("numbers", ("bench/gpu/gpu_numbers.py",), 50, 25),
+        _python("launches", ("bench/gpu/gpu_launches.py",), 40, 20),
+        _python("kernels", (*KERNELS, "11", *OURS), 50, 25),
+        _python("sweep", ("bench/gpu/gpu_sweep.py",), 60, 25),
+        _python("ncu", ("bench/gpu/gpu_ncu.py",), 45, 15),
+        _python("models", (*MODELS, "9", *EAGER), 50, 30),
+        _python("training", (*MODELS, "9", "--train", *EAGER), 60, 30),
+        _python("replay", ("bench/gpu/gpu_replay.py",), 40, 15),
+        _python("models-large", (*LARGE_MODELS, "5", *EAGER), 60, 20),
+        _python("training-large", (*LARGE_MODELS, "5", "--train", *EAGER), 60, 20),
+        _python("models-compiled", (*MODELS, "9", *COMPILED), 90, 30),
+        _python("training-compiled", (*MODELS, "7", "--train", *COMPILED), 90),
+        _python("tests-triton", TRITON_TESTS, 90, 30),
+        _python("tests-cuda", CUDA_TESTS, 60, 20),
+        _python("tests-backends", BACKEND_TESTS, 60, 15),
+        _python("models-large-compiled", (*LARGE_MODELS, "5", *COMPILED), 90),
         *_sanitizers(),
-        _python("training-compiled", (*MODELS, "7", "--train", *COMPILED), 150),
-        _python("scaling", SCALING, 120),
     ]
 
 
-def quick() -> list[Part]:
-    """The parts of four minutes: fewer rounds and runtimes, no sanitizer, no scaling."""
+def quick() -> list[Step]:
+    """The steps of four minutes: fewer rounds and runtimes, no sweep, no sanitizer, no large model."""
     return [
-        Part("build", BUILD, 110, 60),
+        _before(80, 50),
         _python("info", ("-m", "focalnet.cli", "info"), 15, 5),
-        _python("tests-triton", TRITON_TESTS, 60, 25),
-        _python("tests-cuda", CUDA_TESTS, 45, 20),
-        _python("kernels", (*KERNELS, "5"), 60, 25),
-        _python("models", (*MODELS, "5", *PLAIN), 45, 25),
-        _python("training", (*MODELS, "5", "--train", *PLAIN), 45),
+        _python("numbers", ("bench/gpu/gpu_numbers.py",), 30, 20),
+        _python("launches", ("bench/gpu/gpu_launches.py",), 30, 15),
+        _python("kernels", (*KERNELS, "5", *OURS), 30, 15),
+        _python("models", (*MODELS, "5", *PLAIN), 35, 20),
+        _python("training", (*MODELS, "5", "--train", *PLAIN), 35),
+        _python("tests-cuda", CUDA_TESTS, 40, 15),
+        _python("tests-triton", TRITON_TESTS, 45, 20),
         _python("tests-backends", BACKEND_TESTS, 45),
     ]
+
+
+def every_part(steps: list[Step]) -> list[Part]:
+    return [part for step in steps for part in parts_of(step)]
 
 
 def _python(name: str, arguments: tuple[str, ...], limit: float, promised: float = 0.0) -> Part:
     return Part(name, (sys.executable, *arguments), limit, promised)
 
 
-def dry(parts: list[Part]) -> list[Part]:
-    """The same parts, as far as they get without a GPU; nothing is built and nothing is written."""
-    return [replace(part, command=_dry_command(part), limit=DRY_S, promised=0.0) for part in parts]
+def dry(steps: list[Step]) -> list[Step]:
+    """The same parts, as far as they get without a GPU, two at a time; nothing is built and nothing is written."""
+    parts = [replace(part, command=_dry_command(part), limit=DRY_S, promised=0.0) for part in every_part(steps)]
+    return [tuple(parts[first : first + 2]) for first in range(0, len(parts), 2)]
 
 
 def _dry_command(part: Part) -> tuple[str, ...]:
@@ -144,22 +184,47 @@ def main() -> int:
     if arch is None:
         print("bench/gpu.sh: torch finds no CUDA device here; see focalnet info", file=sys.stderr)
         return 2
-    folder = Path(os.environ.get("OUT") or tempfile.mkdtemp())
-    folder.mkdir(parents=True, exist_ok=True)
+    out = Path(os.environ.get("OUT") or tempfile.mkdtemp()).resolve()
+    out.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "TORCH_CUDA_ARCH_LIST": arch}
     os.chdir(ROOT)
-    parts = quick() if mode == "quick" else full()
-    ended = run_all(parts, deadline, SUMMARY_S, folder, environment)
-    whole = summarize(ended, deadline, TOTAL_S[mode], folder)
+    steps = quick() if mode == "quick" else full()
+    start = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        logs = Path(folder)
+
+        def after(part: Part) -> None:
+            append_log(out / "log.txt", part, logs)
+            copy_results(out, start)
+
+        ended = run_all(steps, deadline, SUMMARY_S, logs, environment, after=after)
+    whole = summarize(ended, deadline, TOTAL_S[mode], out)
+    copy_results(out, start)
     return int(not whole or any(one.status != "passed" for one in ended))
 
 
-def dry_run(parts: list[Part]) -> int:
+def append_log(log: Path, part: Part, logs: Path) -> None:
+    """Add what a part printed."""
+    mine = logs / f"{part.name}.log"
+    if mine.exists():
+        with log.open("a") as file:
+            file.write(f"==== {part.name}: {' '.join(part.command)}\n{mine.read_text(errors='replace')}\n")
+
+
+def copy_results(out: Path, start: float) -> None:
+    """Copy the rows and the summary that were written since ``start``: files of one device have different names."""
+    for path in (ROOT / "bench" / "results").rglob("*.json"):
+        if path.stat().st_mtime >= start:
+            shutil.copy(path, out / path.name)
+
+
+def dry_run(steps: list[Step]) -> int:
     """0 where every part gets to its first CUDA call, 1 where one does not."""
     os.chdir(ROOT)
     folder = Path(os.environ.get("OUT") or tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
-    ended = run_all(dry(parts), time.monotonic() + DRY_S * len(parts), 0.0, folder)
+    in_pairs = dry(steps)
+    ended = run_all(in_pairs, time.monotonic() + DRY_S * len(in_pairs), 0.0, folder)
     print(*(f"{one.part:20} {one.status:24} {one.seconds:6.0f} s" for one in ended), sep="\n")
     return int(any(one.status != "passed" for one in ended))
 
@@ -176,7 +241,7 @@ def architecture() -> str | None:
 
 def summarize(ended: list[Ended], deadline: float, total: float, folder: Path) -> bool:
     """The table, last: by gpu_summary.py, which also writes the JSON, or plainly where that does not work (False)."""
-    parts = folder / "parts.json"
+    parts = folder / "parts.json"  # what the summary is made of, and all there is where it fails
     parts.write_text(json.dumps([one.row() for one in ended], indent=1))
     seconds = total - (deadline - time.monotonic())
     command = [*SUMMARY, str(parts), "--seconds", f"{seconds:.0f}", "--of", f"{total:.0f}"]

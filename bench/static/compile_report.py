@@ -5,7 +5,12 @@
 Takes what all_launches.py lists, two at a time, kernels with few taps first (``--kernel`` names some). A row of the
 same source stays, and so does one of another source that lowers to the same Triton IR (lowered.py) under the same
 Triton: the report can be made in several sittings, and cutting or naming a kernel anew costs seconds a row. A row of
-nothing that is listed goes. Rows go to bench/results/without-gpu/compiled.json.
+nothing that is listed goes. Rows go to bench/results/without-gpu/compiled.json, under another Triton than the newest
+to a file of its own, such as compiled-triton-3.6.json:
+
+    pip download triton==3.6.0 --no-deps && pip install --no-deps --target FOLDER triton-3.6.0-*.whl
+    PYTHONPATH=FOLDER python bench/static/compile_report.py --arch 90 --dtype bfloat16
+
 It exits with an error when a kernel spills, wants more shared memory than there is, or a barrier moved.
 """
 
@@ -38,6 +43,9 @@ from focalnet.benchmark.environment import versions
 from focalnet.benchmark.rows import NOWHERE, keep_only, key, read, write
 
 console = Console()
+NEWEST = "3.9"
+OF_TRITON = ".".join(triton.__version__.split(".")[:2])
+KIND = "compiled" if OF_TRITON == NEWEST else f"compiled-triton-{OF_TRITON}"
 
 
 def main(
@@ -49,7 +57,7 @@ def main(
 ) -> None:
     """Compile what is missing, write the rows, and list what does not hold."""
     dtypes = tuple(getattr(torch, name) for name in dtype) if dtype else DTYPES
-    have = {key(row): row for row in read("compiled", NOWHERE)}
+    have = {key(row): row for row in read(KIND, NOWHERE)}
     wanted = [
         (head, (one, (dtype,), name, have.get(key(head), {})))
         for large in (False, True)
@@ -66,10 +74,10 @@ def main(
         futures = {pool.submit(compiled, *task, end): head for head, task in wanted}
         for future in track(as_completed(futures), "compiling", len(futures), console=Console(stderr=True)):
             if (figures := future.result()) is not None:
-                write([futures[future] | figures | versions()], "compiled", NOWHERE)
+                write([futures[future] | figures | versions() | {"triton": triton.__version__}], KIND, NOWHERE)
     listed = {key(head_of(one, *found)) for one in DEVICES for found in launches(one).values()}
-    keep_only(listed, "compiled", NOWHERE)
-    rows = [row for row in read("compiled", NOWHERE) if row["arch"] in arch]
+    keep_only(listed, KIND, NOWHERE)
+    rows = [row for row in read(KIND, NOWHERE) if row["arch"] in arch]
     show(rows)
     if any(row["against"] for row in rows):
         raise typer.Exit(1)
@@ -145,7 +153,7 @@ def figures(launch: Launch, types: dict[str, torch.dtype], arch: int, row: dict)
 
 
 def show(rows: list[dict]) -> None:
-    table = Table(title="compiled without a GPU: most of each")
+    table = Table(title=f"compiled without a GPU by triton {triton.__version__}: most of each")
     for column in ("kernel", "sm"):
         table.add_column(column, no_wrap=True)
     for column in ("rows", "regs", "local", "shared", "KB"):

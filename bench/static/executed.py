@@ -138,10 +138,20 @@ def _branches(instruction: Instruction) -> bool:
 
 def _entry(text: str, kernel: str | None) -> tuple[str, str]:
     """The parameter list and the body of ``kernel``, or of the only one."""
-    for found in re.finditer(r"\.entry\s+(\w+)\s*\(([^)]*)\)(.*?)\n\{(.*?)\n\}", text, re.DOTALL):
+    for found in re.finditer(r"\.entry\s+(\w+)\s*\(([^)]*)\)[^{]*\{", text):
         if kernel is None or found[1] == kernel:
-            return found[2] + "\n", found[4]
+            return found[2] + "\n", text[found.end() : _closing(text, found.end())]
     raise ValueError(f"the PTX has no kernel {kernel!r}")
+
+
+def _closing(text: str, first: int) -> int:
+    """Where the brace closes that opened before ``first``. Inline assembly has braces of its own."""
+    depth = 1
+    for brace in re.finditer(r"[{}]", text[first:]):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return first + brace.start()
+    raise ValueError("the PTX ends within a kernel")
 
 
 def _blocks(body: str) -> list[Block]:
@@ -225,6 +235,9 @@ def _assignment(instruction: Instruction) -> Callable[[dict[str, int]], None]:
         return _assign(
             target, lambda a, first, count: _wrap(a >> first, count, signed) if count else 0, read, width, signed
         )
+    if base == "shfl" and "idx" in suffixes and instruction.sources[1] == "0":
+        # Every thread that is run is the first of its warp.
+        base, read = "mov", read[:1]
     compute = _ARITHMETIC.get(base)
     if compute is None:
         return _refusal(instruction)

@@ -1,6 +1,7 @@
 """Predicts the time of every Triton launch on a GPU that is not here, and says what binds it.
 
-    python bench/static/performance_model.py [--variant tiny_lrf] [--device H100] [--batch 128] [--dtype bfloat16]
+    python bench/static/performance_model.py                           what is covered; rows of this source stay
+    python bench/static/performance_model.py --variant base_lrf --device H100 --batch 128 --dtype bfloat16
 
 A launch is compiled for the device; `instruction_counts` multiplies its machine code by the trips of its loops. Then
 
@@ -10,7 +11,8 @@ A launch is compiled for the device; `instruction_counts` multiplies its machine
     l2, dram  bytes of the launch over the bandwidth (launch_bytes.py)
 
 and the time is the longest of them. An operator takes the sum over its launches and ``GAP`` between two of them. The
-floor is that of `floors.work`. No figure here is measured: every one is a prediction. Rows:
+floor is that of `floors.work`; "inductor >=" is the least that the reference takes under torch.compile
+(torch_launches.py). No figure here is measured: every one is a prediction. Rows:
 bench/results/without-gpu/predicted.json.
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
 import subprocess
 import tempfile
@@ -27,6 +30,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import torch
+import torch_launches
 import triton
 import typer
 from all_launches import arguments_of, key_of
@@ -37,19 +41,26 @@ from focalnet.kernels.plan import Case, Launch, Plan
 from instruction_counts import Executed, Kernel
 from launch_bytes import Bytes, bytes_of, ring_bytes
 from machine_code import load_cycles
-from processors import PROCESSORS, SCHEDULERS, Processor
+from processors import GAP, PROCESSORS, SCHEDULERS, Processor
 from rich.console import Console
 from rich.table import Table
 
 from focalnet.benchmark.environment import versions
 from focalnet.benchmark.floors import OPERATORS, Gpu, Stage, stages, work
-from focalnet.benchmark.rows import NOWHERE, write
+from focalnet.benchmark.rows import NOWHERE, read, write
+from focalnet.variants import VARIANTS
 
 FILE = "predicted"
-# Not the B200: the PTX of its products waits in inline assembly, with labels that executed.py does not follow.
-PREDICTED = ("A100", "RTX 4090", "H100")
-# Seconds from the end of a kernel to the start of the next on the same stream: a microsecond or two on these devices.
-GAP = 2e-6
+PREDICTED = tuple(PROCESSORS)
+DTYPES, BATCHES = ("bfloat16", "float16", "float32"), (1, 8, 128)
+# (variant, device, dtype, batch) of the committed rows. Others can be asked for; compiling all takes hours. The small
+# variants have the stages of the tiny ones.
+COVERED = (
+    *itertools.product(("tiny_lrf",), PREDICTED, ("bfloat16", "float32"), BATCHES),
+    *itertools.product(("tiny_lrf",), ("A100", "H100", "B200"), ("float16",), BATCHES),
+    ("large_fl3", "H100", "bfloat16", 8),
+    *itertools.product(("tiny_srf", "base_lrf", "large_fl3"), ("H100",), ("bfloat16",), (128,)),
+)
 # Programs of a launch that are counted; all do nearly the same, but the last ones of a walk may have one item less.
 SAMPLE = 4
 
@@ -265,6 +276,7 @@ def rows_of(operator: str, stage: Stage, batch: int, dtype: torch.dtype, process
             "subject": "all",
             "predicted_us": _us(total.seconds),
             "floor_us": _us(floor),
+            "inductor_least_us": inductor_least_us(operator, stage, batch, dtype, processor),
             "launches": len(total.launches),
             "fewest_programs": total.fewest_programs,
             "digest": sources,
@@ -293,6 +305,12 @@ def rows_of(operator: str, stage: Stage, batch: int, dtype: torch.dtype, process
     return rows
 
 
+def inductor_least_us(operator: str, stage: Stage, batch: int, dtype: torch.dtype, processor: Processor) -> float:
+    """The least that the reference takes under torch.compile (torch_launches.py)."""
+    launches = torch_launches.compiled_reference(operator, stage)
+    return _us(torch_launches.seconds(launches, stage, batch, dtype, processor))
+
+
 def _us(seconds: float) -> float:
     return round(1e6 * seconds, 2)
 
@@ -307,38 +325,87 @@ def plan_digest(plan: Plan) -> str:
 
 
 def main(
-    variant: Annotated[list[str], typer.Option(help="Published variants.")] = ["tiny_lrf"],  # noqa: B006
-    device: Annotated[list[str], typer.Option(help="A100, RTX 4090, H100.")] = [*PREDICTED],  # noqa: B006
-    batch: Annotated[list[int], typer.Option(help="Images.")] = [1, 8, 128],  # noqa: B006
-    dtype: Annotated[list[str], typer.Option(help="float32, bfloat16, float16.")] = ["bfloat16"],  # noqa: B006
+    variant: Annotated[list[str] | None, typer.Option(help="Published variants.")] = None,
+    device: Annotated[list[str] | None, typer.Option(help="A100, RTX 4090, H100, B200.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Images.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16.")] = None,
     operator: Annotated[list[str], typer.Option(help="Operators; all.")] = [*OPERATORS],  # noqa: B006
     stage: Annotated[list[int], typer.Option(help="Stages, from 1.")] = [1, 2, 3, 4],  # noqa: B006
     dry: Annotated[bool, typer.Option(help="Print only.")] = False,
+    anew: Annotated[bool, typer.Option("--anew", help="Also what has a row of this source.")] = False,
 ) -> None:
-    """Predict, print a table for each device and batch, and write the rows."""
+    """Predict, print a table for each device and batch, and write the rows; by default all that is covered."""
     warnings.simplefilter("ignore")
-    for name in device:
-        for type_name in dtype:
-            for one in variant:
-                for images in batch:
-                    rows = [
-                        row
-                        for number in stage
-                        for op in operator
-                        for row in rows_of(
-                            op, stages(one)[number - 1], images, getattr(torch, type_name), PROCESSORS[name]
-                        )
-                    ]
-                    show(rows, f"predicted, not measured: {one}, {name}, batch {images}, {type_name}")
-                    if not dry:
-                        write([row | versions() for row in rows], FILE, NOWHERE)
+    chosen = (variant, device, dtype, batch)
+    defaults = (("tiny_lrf",), PREDICTED, ("bfloat16",), BATCHES)
+    cases = [*itertools.product(*(given or default for given, default in zip(chosen, defaults, strict=True)))]
+    everything = not any(chosen)
+    of_triton = (row for row in read(FILE, NOWHERE) if row["subject"] == "all" and not row.get("backend"))
+    have = {} if anew or dry else {call_of(row): row for row in of_triton}
+    for name, gpu, type_name, images in COVERED if everything else cases:
+        rows = []
+        for number, op in itertools.product(stage, operator):
+            call = op, stages(name)[number - 1], images, getattr(torch, type_name), PROCESSORS[gpu]
+            if not is_current(have.get((name, gpu, type_name, images, op, number)), *call):
+                rows += rows_of(*call)
+        if rows:
+            show(rows, f"predicted, not measured: {name}, {gpu}, batch {images}, {type_name}")
+            if not dry:
+                write([row | _versions() for row in rows], FILE, NOWHERE)
+    if everything:
+        for line in left_out_in_words():
+            console.print(line, style="yellow", markup=False)
+
+
+def call_of(row: dict) -> tuple:
+    return tuple(row[name] for name in ("variant", "x", "dtype", "batch", "operator", "stage"))
+
+
+def is_current(row: dict | None, operator: str, stage: Stage, batch: int, dtype: torch.dtype, gpu: Processor) -> bool:
+    """Whether a row was predicted from this source with this Triton."""
+    if row is None or row["triton"] != triton.__version__:
+        return False
+    return row["digest"] == plan_digest(plan_of(operator, case_of(operator, stage, batch, dtype), gpu.device))
+
+
+def left_out() -> list[tuple[str, str, str, int]]:
+    """(variant, device, dtype, batch) of the published sizes that have no rows."""
+    return [one for one in itertools.product(VARIANTS, PREDICTED, DTYPES, BATCHES) if one not in COVERED]
+
+
+def left_out_in_words() -> list[str]:
+    """A line for each variant and device: the dtypes and batches without rows."""
+    found: dict[tuple[str, str], dict[str, list[int]]] = {}
+    for name, gpu, dtype, batch in left_out():
+        found.setdefault((name, gpu), {}).setdefault(dtype, []).append(batch)
+    return [
+        f"left out: {name}, {gpu}: "
+        + "; ".join(f"{dtype} at batch {', '.join(map(str, batches))}" for dtype, batches in types.items())
+        for (name, gpu), types in found.items()
+    ]
+
+
+def _versions() -> dict[str, str]:
+    """Of what a prediction depends on."""
+    return {name: version for name, version in versions().items() if name in ("focalnet", "triton")}
 
 
 def show(rows: list[dict], title: str) -> None:
     table = Table(title=title)
     for column in ("stage", "operator, kernel"):
         table.add_column(column, no_wrap=True)
-    for column in ("launches", "us", "floor", "bound", "programs", "a SM", "waves", "regs", "instr/output"):
+    for column in (
+        "launches",
+        "us",
+        "floor",
+        "inductor >=",
+        "bound",
+        "programs",
+        "a SM",
+        "waves",
+        "regs",
+        "instr/output",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         whole = row["subject"] == "all"
@@ -348,6 +415,7 @@ def show(rows: list[dict], title: str) -> None:
             str(row["launches"]),
             f"{row['predicted_us']:.0f}",
             f"{row['floor_us']:.0f}" if whole else "",
+            f"{row['inductor_least_us']:.0f}" if whole else "",
             *("" if whole else str(row[field]) for field in ("bound", "programs", "programs_per_sm", "waves")),
             *("" if whole else str(row[field]) for field in ("registers", "instructions_per_output")),
             style="bold" if whole else "",

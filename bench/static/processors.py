@@ -16,6 +16,8 @@ SCHEDULERS = 4
 REGISTERS = 65536
 MAX_PROGRAMS = 32
 RESERVED_BYTES = 1024  # of shared memory, by the driver, for every program
+# Seconds from the end of a kernel to the start of the next on the same stream: a microsecond or two on these devices.
+GAP = 2e-6
 
 
 @dataclass(frozen=True)

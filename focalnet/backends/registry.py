@@ -2,7 +2,7 @@
 
 A backend has two predicates: ``missing()`` for this machine and ``why_not(problem)`` for one call. Each returns None
 ("yes") or the reason why not, so that the decision and its explanation cannot differ. A backend requested by argument,
-by context or by the environment takes precedence over the automatic order.
+by context or by the environment takes precedence over the automatic order, which on a GPU `gpu_order` decides.
 
 Every backend implements focal modulation and gated aggregation. `choose` returns the implementation, or raises an
 error with the reason why the requested backend cannot run. All other operators are optional: some backends have a
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import cpu, cuda, extension
+from . import cpu, cuda, extension, gpu_order
 from . import triton as triton_backend
 from .problem import Problem
 
@@ -69,7 +69,7 @@ _REGISTRY = {
     name: _backend(name, module)
     for name, module in (("triton", triton_backend), ("cuda", cuda), ("cpu", cpu), ("reference", reference))
 }
-_AUTOMATIC_ORDER = {"cuda": ("triton", "cuda", "reference"), "cpu": ("cpu", "reference")}
+_AUTOMATIC_ORDER = {"cpu": ("cpu", "reference")}  # on a GPU it depends on the problem
 _ENVIRONMENT_VARIABLE = "FOCALNET_BACKEND"
 _in_context: contextvars.ContextVar[str | None] = contextvars.ContextVar("focalnet_backend", default=None)
 
@@ -192,7 +192,7 @@ def optional(
 def optional_kernel(problem: Problem, backend: str | None) -> Callable[..., Any] | str:
     """The kernel that runs ``problem``, or the reason why PyTorch's operators must run."""
     name = requested(backend)
-    candidates = _AUTOMATIC_ORDER.get(problem.device.type, ()) if name is None else (name,)
+    candidates = _order(problem) if name is None else (name,)
     reasons = []
     for candidate in candidates:
         reason = _REGISTRY[candidate].why_not(problem)
@@ -207,12 +207,18 @@ def optional_kernel(problem: Problem, backend: str | None) -> Callable[..., Any]
 
 def automatic(problem: Problem) -> str:
     """The name of the first backend that can run ``problem``."""
-    for name in _AUTOMATIC_ORDER.get(problem.device.type, ("reference",)):
+    for name in _order(problem):
         reason = _REGISTRY[name].why_not(problem)
         if reason is None:
             return name
         logger.debug("%s: not on backend %s: %s", problem.operator, name, reason)
     raise AssertionError("the reference takes every problem")
+
+
+def _order(problem: Problem) -> tuple[str, ...]:
+    if problem.device.type == "cuda":
+        return gpu_order.order(problem)
+    return _AUTOMATIC_ORDER.get(problem.device.type, ("reference",))
 
 
 def _known(name: str, source: str) -> str:

@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
+from . import triton_plans
 from .problem import Problem
+from .triton_plans import FOCAL_WEIGHTS
 
 if TYPE_CHECKING:
-    from ..kernels.launch_table import LevelConfig
     from ..kernels.plan import Plan
 
 Kept = TypeVar("Kept")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_LEVELS, MAX_KERNEL = 4, 15
+MAX_LEVELS, MAX_KERNEL = triton_plans.MAX_LEVELS, 15
 MAX_CHANNELS, MAX_ROWS = 4096, 2**30
 MIN_TRITON, MIN_CAPABILITY = (3, 6), (8, 0)
 
@@ -163,7 +164,7 @@ def _zeros(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | N
 
 # ---- operands -------------------------------------------------------------------------------------------------------
 
-_FOCAL_WEIGHTS = tuple(f"w{level}" for level in range(MAX_LEVELS))
+
 _IMAGES = ("ctx", "gates", "q")
 
 
@@ -176,7 +177,7 @@ def _named(
     bias: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The operands by name, in the order of a plan's operands."""
-    operands = {"ctx": ctx, "gates": gates, **dict(zip(_FOCAL_WEIGHTS, focal_weights, strict=False))}
+    operands = {"ctx": ctx, "gates": gates, **dict(zip(FOCAL_WEIGHTS, focal_weights, strict=False))}
     if q is not None and weight is not None:
         operands["q"], operands["weight"] = q, weight
     if bias is not None:
@@ -184,18 +185,18 @@ def _named(
     return operands
 
 
-def _as_the_kernels_take_them(operands: dict[str, Tensor]) -> dict[str, Tensor]:
+def as_the_kernels_take_them(operands: dict[str, Tensor]) -> dict[str, Tensor]:
     """Operands in the layout of the kernels: images as evenly spaced rows of channels, all others contiguous.
 
     Operands in another layout are copied.
     """
     return {
-        name: tensor if name in _IMAGES and _pitch(tensor) is not None else tensor.contiguous()
+        name: tensor if name in _IMAGES and pitch(tensor) is not None else tensor.contiguous()
         for name, tensor in operands.items()
     }
 
 
-def _pitch(tensor: Tensor) -> int | None:
+def pitch(tensor: Tensor) -> int | None:
     """The number of elements from one position to the next, or None if it varies or channels are not adjacent."""
     batch, height, width, channels = tensor.shape
     to_image, to_row, to_column, to_channel = tensor.stride()
@@ -230,9 +231,9 @@ def _run(
     key = (operator, device, ctx.dtype, normalize, mask, precise, aligned, *shapes)
     found = _plans.get(key)
     if found is None:
-        taken = _as_the_kernels_take_them(operands)
+        taken = as_the_kernels_take_them(operands)
         as_given = all(taken[name] is tensor for name, tensor in operands.items())
-        found = _keep(_plans, key, (_plan(operator, taken, normalize, mask, precise), as_given))
+        found = _keep(_plans, key, (triton_plans.make(operator, taken, normalize, mask, precise), as_given))
     with _current(device):
         return _run_plan(*found, operands, addresses)
 
@@ -253,54 +254,7 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
 def _run_plan(plan: Plan, as_given: bool, operands: dict[str, Tensor], addresses: list[int]) -> dict[str, Tensor]:
     if as_given and plan.is_warm:
         return plan.run_at(addresses, operands["ctx"].device)
-    return plan.run(_as_the_kernels_take_them(operands), operands["ctx"].device)
-
-
-def _plan(operator: str, tensors: dict[str, Tensor], normalize: bool, mask: tuple[bool, ...], precise: bool) -> Plan:
-    from ..kernels import autotune, focal_modulation, gated_aggregation, gated_aggregation_bwd
-    from ..kernels.plan import Case, Device
-
-    ctx = tensors["ctx"]
-    device = ctx.device
-    case = Case(
-        *ctx.shape,
-        tuple(tuple(tensors[name].shape[2:]) for name in _FOCAL_WEIGHTS if name in tensors),
-        ctx.dtype,
-        normalize,
-        _pitch(ctx),
-        _pitch(tensors["gates"]),
-        _pitch(tensors["q"]) if "q" in tensors else 0,
-        "bias" in tensors,
-        mask,
-    )
-    properties = Device.of(device)
-    precision = {"precision": "ieee" if precise else "tf32"} if "q" in tensors else {}
-    make = {
-        "gated_aggregation": gated_aggregation.forward_plan,
-        "gated_aggregation_bwd": gated_aggregation_bwd.backward_plan,
-        "focal_modulation": focal_modulation.forward_plan,
-        "focal_modulation_bwd": focal_modulation.backward_plan,
-    }[operator]
-    config = None
-    if autotune.enabled() and device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-
-        def seconds(candidate: LevelConfig) -> float:
-            return _seconds(make(case, properties, candidate, **precision), tensors, device)
-
-        config = autotune.choose(operator, case, torch.cuda.get_device_name(device), seconds)
-    return make(case, properties, config, **precision)
-
-
-def _seconds(plan: Plan, tensors: dict[str, Tensor], device: torch.device, repeats: int = 10) -> float:
-    """Time of one run on the device, without compilation."""
-    plan.run(tensors, device)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        plan.run(tensors, device)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3 / repeats
+    return plan.run(as_the_kernels_take_them(operands), operands["ctx"].device)
 
 
 # ---- operators on rows of channels, beside the focal modulation in a block ------------------------------------------

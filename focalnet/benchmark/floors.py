@@ -40,6 +40,11 @@ class Stage:
         """Multiply-adds of all convolutions for one channel of one map, without those on zero padding."""
         return sum(_overlaps(self.height, k) * _overlaps(self.width, k) for k in self.kernels)
 
+    def multiply_adds_of(self, level: int) -> float:
+        """Multiply-adds of one level's convolution for an element of a map, on average."""
+        kernel = self.kernels[level]
+        return _overlaps(self.height, kernel) * _overlaps(self.width, kernel) / (self.height * self.width)
+
     def __str__(self) -> str:
         return f"{self.variant} stage {self.index + 1}: {self.height}x{self.width}x{self.channels}, {self.kernels}"
 

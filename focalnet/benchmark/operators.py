@@ -76,7 +76,8 @@ def steps(case: Case, rounds: int) -> int:
     return len(stages(case)) * len(DIRECTIONS) * len(able_backends(case.device)) * rounds
 
 
-def _operands(stage: Stage, case: Case) -> tuple[Any, ...]:
+def operands(stage: Stage, case: Case) -> tuple[Any, ...]:
+    """The packed projection, the sizes that it is split into, the focal weights, and the weight of the product."""
     generator = torch.Generator().manual_seed(0)
     channels, gates = stage.channels, len(stage.kernels) + 1
 
@@ -89,13 +90,13 @@ def _operands(stage: Stage, case: Case) -> tuple[Any, ...]:
 
 
 def forward(stage: Stage, case: Case, backend: str) -> Callable[[int], object]:
-    projected, sizes, focal_weights, weight = _operands(stage, case)
+    projected, sizes, focal_weights, weight = operands(stage, case)
     run = functools.partial(focal_modulation, *projected.split(sizes, -1), focal_weights, weight, backend=backend)
     return torch.inference_mode()(lambda number: run())
 
 
 def forward_and_backward(stage: Stage, case: Case, backend: str) -> Callable[[int], object]:
-    projected, sizes, focal_weights, weight = _operands(stage, case)
+    projected, sizes, focal_weights, weight = operands(stage, case)
     leaves = [tensor.requires_grad_() for tensor in (projected, *focal_weights, weight)]
     dout = torch.ones_like(projected[..., : stage.channels])
 

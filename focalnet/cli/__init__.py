@@ -19,6 +19,7 @@ from .finetune import finetune
 from .info import info
 from .pretrain import pretrain
 from .serve import app as app_command
+from .tune import tune
 
 __all__ = ["app", "main"]
 
@@ -52,7 +53,7 @@ def _options(
     errors.show_tracebacks(debug)
 
 
-for _command in (info, classify, explain, evaluate, finetune, pretrain, convert, bench):
+for _command in (info, classify, explain, evaluate, finetune, pretrain, convert, bench, tune):
     app.command()(errors.one_line(_command))
 app.command("app")(errors.one_line(app_command))
 

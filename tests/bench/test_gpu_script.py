@@ -5,6 +5,7 @@ The parts here are stand-ins that sleep, fail and resist: no GPU is needed.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -71,6 +72,28 @@ def test_a_part_that_fails_or_cannot_start_does_not_stop_the_rest_and_shows_its_
     assert (tmp_path / "after.log").read_text() == "done\n"
 
 
+def test_parts_side_by_side_share_the_time_and_each_ends_alone(tmp_path):
+    together = (sleeping("long", 60, limit=3), sleeping("short", 1, limit=30), python("fails", "raise SystemExit(3)"))
+    ended, *_ = run([together, sleeping("after", 0)], 60, folder=tmp_path)
+    statuses = {name: one.status for name, one in ended.items()}
+    assert statuses == {"long": "out of time", "short": "passed", "fails": "failed (3)", "after": "passed"}
+    assert list(ended) == ["long", "short", "fails", "after"]
+    assert ended["short"].seconds < ended["long"].seconds
+
+
+def test_of_parts_side_by_side_the_largest_promise_is_kept_free(tmp_path):
+    together = (sleeping("one", 0, promised=3), sleeping("other", 0, promised=2))
+    ended, _, _ = run([sleeping("greedy", 60), together], 6, folder=tmp_path)
+    assert ended["greedy"].allowed == pytest.approx(6 - 0.5 - 3, abs=0.2)
+
+
+def test_somebody_is_told_when_a_part_has_ended(tmp_path):
+    told = []
+    parts = [python("prints", "print('done')"), sleeping("second", 0)]
+    deadline.run_all(parts, time.monotonic() + 20, 0, tmp_path, say=lambda line: None, after=told.append)
+    assert told == parts
+
+
 RESISTS = """
 import signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -104,7 +127,7 @@ def alive(pid):
 
 @pytest.mark.parametrize("parts, mode, minutes", [(gpu.full, "full", 10), (gpu.quick, "quick", 4)])
 def test_the_promises_of_the_script_fit_into_its_time(parts, mode, minutes):
-    promised = sum(part.promised for part in parts())
+    promised = sum(max(part.promised for part in deadline.parts_of(step)) for step in parts())
     assert promised + gpu.SUMMARY_S + gpu.FIND_GPU_S <= gpu.TOTAL_S[mode] < 60 * minutes
 
 
@@ -132,6 +155,8 @@ def test_the_table_is_last_and_the_time_is_kept_whatever_the_summary_does(summar
     else:
         assert [line.split()[:2] for line in lines[-2:]] == [["tests", "failed"], ["models", "out"]]
     assert [part["part"] for part in json.loads((tmp_path / "parts.json").read_text())] == ["tests", "models"]
+    log = (tmp_path / "log.txt").read_text()
+    assert log.index("==== tests: ") < log.index("9.0") < log.index("==== models: ")
 
 
 def test_the_summary_has_every_part_and_the_rows_of_the_device(tmp_path, monkeypatch, capsys):
@@ -154,6 +179,40 @@ def test_the_summary_has_every_part_and_the_rows_of_the_device(tmp_path, monkeyp
     assert "no time left" in printed.splitlines()[-2]
 
 
+def test_what_is_brought_back_is_eight_files_at_most(tmp_path, monkeypatch):
+    """Rows of five kinds, the summary, how the parts ended, and what they printed."""
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(rows, "RESULTS", tmp_path / "bench" / "results")
+    rows.write([{"case": "old"}], "old", "another device")
+    start = time.time()
+    os.utime(rows.folder("another device") / "old.json", (start - 60, start - 60))
+    for kind in gpu_summary.KINDS:
+        rows.write([{"case": kind}], kind, "a GPU")
+    rows.folder("a GPU").with_suffix(".json").write_text("{}")
+    out = tmp_path / "out"
+    out.mkdir()
+    gpu.copy_results(out, start - 1)
+    names = {path.name for path in out.iterdir()}
+    assert names == {"a-gpu.json", *(f"{kind}.json" for kind in gpu_summary.KINDS)}
+    assert len(names | {"log.txt", "parts.json"}) <= 8
+
+
+def test_no_script_writes_rows_of_another_kind():
+    for part in gpu.every_part(gpu.full()):
+        for script in (word for word in part.command if word.startswith("bench/gpu/")):
+            text = (gpu.ROOT / script).read_text()
+            written = set(re.findall(r'write\([^"\n]*"(\w+)"', text))
+            assert written <= set(gpu_summary.KINDS), script
+
+
+def test_the_first_parts_run_side_by_side_and_what_follows_is_in_order():
+    steps = gpu.full()
+    assert {part.name for part in steps[0]} == {"build", "precompile", "device"}
+    order = [part.name for part in gpu.every_part(steps[1:])]
+    wanted = ["convolutions", "inductor", "numbers", "launches", "sweep", "ncu", "models", "training", "replay"]
+    assert [name for name in order if name in wanted] == wanted
+
+
 def test_the_script_says_where_there_is_no_gpu(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -172,7 +231,7 @@ def test_a_dry_run_takes_every_part_to_its_first_cuda_call(tmp_path):
         ["bash", script, "--dry-run"], capture_output=True, text=True, env=environment, timeout=600, check=False
     )
     assert ended.returncode == 0, ended.stdout
-    for part in gpu.full():
+    for part in gpu.every_part(gpu.full()):
         log = (tmp_path / f"{part.name}.log").read_text()
         if "bench/" in " ".join(part.command):
             assert "reached the first CUDA call" in log, f"{part.name}: {log[-500:]}"

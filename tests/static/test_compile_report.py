@@ -218,3 +218,16 @@ def test_scratch_of_every_published_model_holds_what_its_launches_write(operator
 def test_detection_with_kernels_up_to_fifteen_is_among_the_configurations():
     found = {kernel for name, window in DETECTORS for s in stages(name, DETECTION, window) for kernel in s.kernels}
     assert max(found) == 15
+
+
+def test_rows_of_an_older_triton_name_it_and_spill_only_where_the_documentation_says():
+    """With Triton 3.6 three tiles of the forward of kernels 5, 7, 9 spill up to 16 bytes a thread."""
+    rows = read("compiled-triton-3.6", NOWHERE)
+    assert {row["triton"] for row in rows} == {"3.6.0"}
+    sources = {key(head_of(90, *found)): source(found[0]) for found in launches(90).values()}
+    assert all(row["arch"] == 90 and row["source"] == sources[key(row)] for row in rows)
+    spilled = [row for row in rows if row["against"]]
+    assert {(row["kernel"], row["subject"][:12]) for row in spilled} == {
+        ("gated_aggregation_fwd_kernel", "KH=(5, 7, 9)")
+    }
+    assert (len(spilled), max(row["local"] for row in spilled)) == (3, 16)
