@@ -42,6 +42,8 @@ struct ToeplitzParams {
     Map ctx, gates;
     void* agg;    // contiguous
     float* sums;  // [B][tiles][C], of the last level over each tile; null: whole maps
+    void* z[kMaxLevels];  // planar, what the levels' convolutions give; null: not wanted
+    int planar_pitch;
     ToeplitzLevel level[kMaxLevels];
     int reach_y, reach_x;
     int ctx_width, agg_width;
@@ -126,6 +128,30 @@ __device__ __forceinline__ void join(int warps) {  // of a channel
         __syncwarp();
 }
 
+// The tile's own part of z, for backward.
+template <typename T, int BLOCKS>
+__device__ __forceinline__ void store_z(const ForwardBlock<T>& b, const WarpPlace& w, const float (&z)[BLOCKS][4], T* to,
+                                        int first, int end) {
+    const ToeplitzParams& p = b.p;
+    if (b.first_c + w.c >= p.C) return;
+    const Rows rows(b.images, b.held.rows(), 0, 0);
+    const int x0 = b.held.x0 + 8 * BLOCKS * w.warp + 2 * (w.lane % 4);
+    const int beyond = b.tile.x1 < p.W ? b.tile.x1 : p.planar_pitch;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = first + w.lane / 4 + 8 * half, image = rows.image(row);
+        const int y = b.held.y0 + row - image * rows.held;
+        if (row >= end || y < b.tile.y0 || y >= b.tile.y1) continue;
+        T* at = to + (((b.first_image + image) * p.C + b.first_c + w.c) * p.H + y) * p.planar_pitch;
+#pragma unroll
+        for (int j = 0; j < BLOCKS; ++j) {
+            const int x = x0 + 8 * j;
+            if (x >= b.tile.x0 && x < beyond)
+                store_pair(at + x, {x < p.W ? z[j][2 * half] : 0.0f, x + 1 < p.W ? z[j][2 * half + 1] : 0.0f});
+        }
+    }
+}
+
 // A tile of sixteen rows from `first`, of which those before `end` exist: GELU, agg, sums of rows, the next plane.
 template <typename T, int BLOCKS>
 __device__ __forceinline__ void finish_tile(const ForwardBlock<T>& b, const WarpPlace& w, float (&z)[BLOCKS][4],
@@ -134,6 +160,7 @@ __device__ __forceinline__ void finish_tile(const ForwardBlock<T>& b, const Warp
     const ToeplitzTiling& t = p.tiling;
     const int column = 8 * BLOCKS * w.warp + 2 * (w.lane % 4), columns = b.held.columns();
     const bool is_last = level + 1 == p.L;
+    if (p.z[level]) store_z<T, BLOCKS>(b, w, z, static_cast<T*>(p.z[level]), first, end);
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j)
 #pragma unroll
@@ -290,7 +317,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) toeplitz_fwd_kernel(const Toep
     __syncthreads();
     form_global(b);
     __syncthreads();
-    with_width<T>(p.agg_width, [&](auto width) { write_agg<T, decltype(width)::value>(b); });
+    if (p.agg) with_width<T>(p.agg_width, [&](auto width) { write_agg<T, decltype(width)::value>(b); });
 }
 
 ToeplitzParams params_of(const Problem& p, const ToeplitzTiling& tiling, const Map& agg, float* sums) {
@@ -339,6 +366,25 @@ Status launch_toeplitz(const Problem& p, const ToeplitzParams& params, cudaStrea
             return launch_toeplitz<T, 7>(p, params, stream);
     }
 }
+
+}  // namespace
+
+int toeplitz_forward_tiles(const Problem& p) { return plan_toeplitz(p).tiles(); }
+
+template <typename T>
+Status toeplitz_levels(const Problem& p, const Map& agg, T* const* z, float* sums, cudaStream_t stream) {
+    const ToeplitzTiling t = plan_toeplitz(p);
+    if (t.cost == 0) return {cudaErrorInvalidConfiguration, "toeplitz_fwd_kernel"};
+    ToeplitzParams params = params_of(p, t, agg, sums);
+    std::copy_n(z, p.L, params.z);
+    params.planar_pitch = planar_pitch(p.W);
+    return launch_toeplitz<T>(p, params, stream);
+}
+
+template Status toeplitz_levels<__half>(const Problem&, const Map&, __half* const*, float*, cudaStream_t);
+template Status toeplitz_levels<__nv_bfloat16>(const Problem&, const Map&, __nv_bfloat16* const*, float*, cudaStream_t);
+
+namespace {
 
 template <typename T>
 Status forward(const Problem& p, const Map& agg, Scratch scratch, cudaStream_t stream) {
