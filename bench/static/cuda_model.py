@@ -1,16 +1,18 @@
-"""Predicts the time of csrc/cuda's launches, as performance_model.py predicts that of Triton's.
+"""Predicts the time of csrc/cuda's launches in 16 bit, as performance_model.py predicts that of Triton's.
 
-    python bench/static/cuda_model.py [--variant tiny_lrf] [--batch 128] [--device H100]
+    python bench/static/cuda_model.py [--variant tiny_lrf] [--device H100] [--batch 128] [--dtype bfloat16]
 
 The program of the tests (tests/cuda/cuda_on_cpu) prints the launches of a call with their arguments; nvcc compiles the
-kernels for the device; `instruction_counts` runs the PTX's integer arithmetic on the arguments of some blocks and
-counts machine code. Bytes through the L2 are those that the kernels' headers name, by sectors of 32 bytes.
+kernels for the device; `instruction_counts` runs the PTX's integer arithmetic on the arguments, for every warp of some
+blocks, and counts machine code. Bytes are those that the kernels' headers name; channels last, a sector of 32 bytes is
+the least. It needs nvcc and g++, and no GPU. Rows: bench/results/without-gpu/predicted_cuda.json; the operators are
+the aggregation and its gradients, with agg once more. No figure is measured: every one is a prediction.
 """
 
 from __future__ import annotations
 
 import functools
-import os
+import hashlib
 import re
 import subprocess
 import sys
@@ -25,25 +27,29 @@ from cuda_code import compiled, kernel, names
 from instruction_counts import Kernel
 from launch_bytes import Bytes
 from machine_code import load_cycles
-from performance_model import GAP, SAMPLE, Predicted, Total, predict
+from performance_model import GAP, SAMPLE, Predicted, predict
 from processors import PROCESSORS, Processor
 from ptxas import kernel_name
 from rich.console import Console
 from rich.table import Table
 
-from focalnet.benchmark.environment import ROOT
+from focalnet.benchmark.environment import ROOT, versions
 from focalnet.benchmark.floors import Stage, stages
+from focalnet.benchmark.rows import NOWHERE, write
 
 sys.path.append(str(ROOT / "tests" / "helpers"))
-import cuda_program  # noqa: E402
+import cuda_program
 
+FILE = "predicted_cuda"
+SOURCES = [path for ending in ("cu", "cuh", "h", "cpp") for path in sorted(ROOT.glob(f"csrc/cuda/*.{ending}"))]
+# KiB of shared memory that a block may have, and a multiprocessor has (CUDA C++ Programming Guide).
 SHARED = {"A100": (163, 164), "RTX 4090": (99, 100), "H100": (227, 228), "B200": (227, 228)}
-console = Console(width=160)
+console = Console(width=150)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """``name`` as in ptxas.py's table; ``arguments``: bytes of each parameter."""
+    """``name`` as in ptxas.py's table; ``arguments``: the bytes of each parameter."""
 
     name: str
     grid: int
@@ -51,14 +57,45 @@ class Launch:
     shared: int
     arguments: tuple[bytes, ...]
 
+    @property
+    def kernel(self) -> str:
+        return self.name.split("<")[0]
+
+
+@dataclass(frozen=True)
+class Call:
+    """An aggregation, or its gradients."""
+
+    stage: Stage
+    batch: int
+    dtype: torch.dtype
+    processor: Processor
+    backward: bool
+
+    @property
+    def outputs(self) -> int:
+        return self.batch * self.stage.height * self.stage.width * self.stage.channels
+
+    def case(self) -> bytes:
+        """As tests/cuda/cuda_on_cpu/main.cpp reads it, without tensors."""
+        one = self.stage
+        numbers = [int(self.backward), 0, cuda_program.ELEMENTS[self.dtype], self.batch]
+        numbers += [one.height, one.width, one.channels, one.levels, 0, int(self.dtype != torch.float32)]
+        numbers += [1024 * size for size in SHARED[self.processor.name]] + [self.processor.device.sm_count] + [0] * 15
+        numbers += [size for kernel in one.kernels for size in (kernel, kernel)] + [1, 1, 1, 1]
+        return cuda_program.case(numbers)
+
 
 @functools.cache
 def program() -> Path:
-    folder = Path(tempfile.gettempdir(), f"focalnet-cuda-model-{os.getpid()}")
-    if "KEEP" in os.environ and (Path(os.environ["KEEP"]) / "kernels").exists(): return Path(os.environ["KEEP"]) / "kernels"
-    if "KEEP" in os.environ: folder = Path(os.environ["KEEP"])
-    folder.mkdir(exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="focalnet-cuda-model-"))
     return cuda_program.compile_sources(folder)
+
+
+def _lines(call: Call, *more: str) -> list[str]:
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(call.case())
+        return cuda_program.run([str(program()), file.name, *more]).splitlines()
 
 
 @functools.cache
@@ -74,18 +111,10 @@ def _symbols() -> dict[int, str]:
     }
 
 
-def launches(stage: Stage, batch: int, dtype: torch.dtype, processor: Processor, backward: bool) -> list[Launch]:
-    """Of gated_aggregation on tensor cores, or of its gradients with agg again."""
-    levels = len(stage.kernels)
-    numbers = [int(backward), 0, cuda_program.ELEMENTS[dtype], batch, stage.height, stage.width, stage.channels]
-    numbers += [levels, 0, int(dtype != torch.float32)]
-    numbers += [1024 * size for size in SHARED[processor.name]] + [processor.device.sm_count] + [0] * 15
-    numbers += [size for one in stage.kernels for size in (one, one)] + [1, 1, 1, 1]
-    with tempfile.NamedTemporaryFile() as file:
-        Path(file.name).write_bytes(cuda_program.case(numbers))
-        lines = cuda_program.run([str(program()), file.name, "-", "launches"]).splitlines()
+def launches(call: Call) -> list[Launch]:
+    """In order, for contiguous maps and the padded projection."""
     found = []
-    for line in lines:
+    for line in _lines(call, "-", "launches"):
         place, grid, threads, shared, *arguments = line.split()
         name = _symbols()[int(place)]
         found.append(Launch(name, int(grid), int(threads), int(shared), tuple(map(bytes.fromhex, arguments))))
@@ -99,42 +128,46 @@ def _kernels(source: Path, arch: int) -> dict[str, tuple[Kernel, int]]:
     return {kernel_name(name): (kernel(ptx, shown, name), _registers(shown, name)) for name in names(ptx)}
 
 
-def _kernel(name: str, arch: int) -> tuple[Kernel, int]:
-    base = name.split("<")[0]
-    source = next(
-        path for path in sorted(ROOT.glob("csrc/cuda/*.cu")) if re.search(rf"(?m)\bvoid\b.*\n?.*\b{base}\(", path.read_text())
-    )
-    return _kernels(source, arch)[name]
+def _kernel(launch: Launch, arch: int) -> tuple[Kernel, int]:
+    defines = re.compile(rf"__global__[^;{{]*\b{launch.kernel}\(")
+    source = next(path for path in SOURCES if path.suffix == ".cu" and defines.search(path.read_text()))
+    return _kernels(source, arch)[launch.name]
 
 
 def _registers(disassembly: str, name: str) -> int:
-    """The highest register that a kernel names, and one."""
-    section = re.search(rf"^//-+ \.text\.{name}\s+-+$(.*?)(?=^//-+ \.|\Z)", disassembly, re.M | re.S)[1]
+    """One more than the highest register that a kernel names."""
+    section = re.search(rf"^//-+ \.text\.{name}\s+-+$(.*?)(?=^//-+ \.|\Z)", disassembly, re.MULTILINE | re.DOTALL)[1]
     return 1 + max(map(int, re.findall(r"\bR(\d+)\b", section)))
 
 
 def _arguments(found: Kernel, launch: Launch) -> dict[str, int]:
-    values = {}
-    for (name, _), data in zip(found.ptx.parameters, launch.arguments, strict=True):
-        for size in (1, 2, 4, 8):
-            for place in range(0, len(data) - size + 1, size):
-                values[f"{name}+{place}.{8 * size}"] = int.from_bytes(data[place : place + size], "little")
-    return values
+    """Every number of every parameter, by place and width."""
+    return {
+        f"{name}+{place}.{8 * size}": int.from_bytes(data[place : place + size], "little")
+        for (name, _), data in zip(found.ptx.parameters, launch.arguments, strict=True)
+        for size in (1, 2, 4, 8)
+        for place in range(0, len(data) - size + 1, size)
+    }
 
 
-def predict_launch(launch: Launch, processor: Processor, moved: Bytes) -> Predicted:
-    found, registers = _kernel(launch.name, processor.device.arch)
-    arguments = _arguments(found, launch)
-    sample = sorted({round(i * (launch.grid - 1) / max(1, SAMPLE - 1)) for i in range(SAMPLE)})
-    executed = [
-        found.executed(
-            arguments, (one, 0, 0), (launch.grid, 1, 1), launch.threads,
-            warps=range(-(-launch.threads // 32)), load=load_cycles(in_l2=1),
-        )
-        for one in sample
-    ]  # fmt: skip
-    used = _Used(launch.name, registers, launch.shared, launch.threads)
-    return predict(processor, used, executed, launch.grid, moved), executed
+def moved(launch: Launch, call: Call) -> Bytes:
+    """Of a launch: passes over maps, channels last or planar, and over dgates of every block of channels."""
+    levels, plane = call.stage.levels, 2 * call.outputs
+    cuts = [line.split() for line in _lines(call)[2:]]
+    block_c = int(next(cut for cut in cuts if cut[0] == ("backward" if call.backward else "forward"))[1])
+    gates = plane // call.stage.channels
+    dgates = 2 * gates * -(-call.stage.channels // block_c)
+    last, planar, others = {
+        "toeplitz_fwd_kernel": (2, levels * call.backward, gates * (levels + 1)),
+        "toeplitz_bwd_kernel": (5, 0, dgates * (levels + 1)),
+        "toeplitz_first_bwd_kernel": (1, 3, 2 * dgates),
+        "toeplitz_level_bwd_kernel": (0, 5, dgates),
+        "gate_sums_kernel": (1, 0, gates),
+        "add_global_kernel": (2, 0, gates),
+        "sum_dgates_kernel": (0, 0, (dgates + gates) * (levels + 1)),
+    }.get(launch.kernel, (0, 0, 0))
+    sectors = max(1, 16 // block_c) if launch.kernel.startswith("toeplitz") else 1
+    return Bytes((last * sectors + planar) * plane + others, (last + planar) * plane + others)
 
 
 @dataclass(frozen=True)
@@ -145,31 +178,104 @@ class _Used:
     threads: int
 
 
+def predict_launch(launch: Launch, call: Call) -> Predicted:
+    found, registers = _kernel(launch, call.processor.device.arch)
+    arguments, last = _arguments(found, launch), launch.grid - 1
+    executed = [
+        found.executed(
+            arguments,
+            (block, 0, 0),
+            (launch.grid, 1, 1),
+            launch.threads,
+            warps=range(-(-launch.threads // 32)),
+            load=load_cycles(in_l2=1),
+        )
+        for block in sorted({round(i * last / (SAMPLE - 1)) for i in range(SAMPLE)})
+    ]
+    used = _Used(launch.name, registers, launch.shared, launch.threads)
+    return predict(call.processor, used, executed, launch.grid, moved(launch, call))
+
+
+def rows_of(call: Call) -> list[dict]:
+    """A row for each launch, and one for all of them."""
+    head = {
+        "case": "predicted",
+        "backend": "cuda",
+        "operator": "gated_aggregation_bwd" if call.backward else "gated_aggregation",
+        "variant": call.stage.variant,
+        "stage": call.stage.index + 1,
+        "x": call.processor.name,
+        "batch": call.batch,
+        "dtype": str(call.dtype).removeprefix("torch."),
+    }
+    found = [predict_launch(launch, call) for launch in launches(call)]
+    rows = [
+        head
+        | {
+            "subject": f"{number} {one.kernel}",
+            "predicted_us": _us(one.seconds),
+            "bound": one.bound,
+            "programs": one.programs,
+            "programs_per_sm": one.programs_per_sm,
+            "waves": one.waves,
+            "registers": one.registers,
+            "shared": one.shared,
+            "instructions_per_output": round(32 * one.instructions / call.outputs, 1),
+            "us_by": {resource: _us(seconds) for resource, seconds in one.by.items()},
+        }
+        for number, one in enumerate(found, 1)
+    ]
+    total = {
+        "subject": "all",
+        "predicted_us": _us(sum(one.seconds + GAP for one in found)),
+        "launches": len(found),
+        "instructions_per_output": round(32 * sum(one.instructions for one in found) / call.outputs, 1),
+        "digest": digest(),
+    }
+    return [head | total, *rows]
+
+
+def _us(seconds: float) -> float:
+    return round(1e6 * seconds, 2)
+
+
+def digest() -> str:
+    """Changes with the sources."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:16]
+
+
 def main(
-    variant: Annotated[str, typer.Option()] = "tiny_lrf",
-    device: Annotated[str, typer.Option()] = "H100",
-    batch: Annotated[int, typer.Option()] = 128,
-    dtype: Annotated[str, typer.Option()] = "bfloat16",
-    stage: Annotated[list[int] | None, typer.Option()] = None,
+    variant: Annotated[list[str], typer.Option(help="Published variants.")] = ["tiny_lrf"],  # noqa: B006
+    device: Annotated[list[str], typer.Option(help="A100, RTX 4090, H100.")] = ["H100"],  # noqa: B006
+    batch: Annotated[list[int], typer.Option(help="Images.")] = [128],  # noqa: B006
+    dtype: Annotated[list[str], typer.Option(help="bfloat16, float16.")] = ["bfloat16"],  # noqa: B006
+    stage: Annotated[list[int], typer.Option(help="Stages, from 1.")] = [1, 2, 3, 4],  # noqa: B006
+    dry: Annotated[bool, typer.Option(help="Print only.")] = False,
 ) -> None:
-    """Print a table."""
-    table = Table("stage", "kernel", *("us bound programs a_SM waves regs shared instr/output floats ptx by".split()))
-    for one in stages(variant):
-        if stage and one.index + 1 not in stage:
-            continue
-        outputs = batch * one.height * one.width * one.channels
-        for backward in (False, True):
-            total = 0.0
-            for launch in launches(one, batch, getattr(torch, dtype), PROCESSORS[device], backward):
-                p, executed = predict_launch(launch, PROCESSORS[device], Bytes(0, 0))
-                total += p.seconds + GAP
-                table.add_row(
-                    str(one.index + 1), launch.name, f"{1e6 * p.seconds:.1f}", p.bound, str(p.programs),
-                    str(p.programs_per_sm), str(p.waves), str(p.registers), str(p.shared),
-                    f"{32 * p.instructions / outputs:.1f}", f"{executed[0].floats:.0f}", f"{executed[0].floats_of_ptx:.0f}",
-                    " ".join(f"{k}={1e6 * v:.0f}" for k, v in p.by.items()),
-                )  # fmt: skip
-            table.add_row(str(one.index + 1), "backward" if backward else "forward", f"{1e6 * total:.1f}", style="bold")
+    """Predict, print a table, and write the rows."""
+    calls = [
+        Call(stages(one)[number - 1], images, getattr(torch, type_name), PROCESSORS[name], backward)
+        for name in device
+        for type_name in dtype
+        for one in variant
+        for images in batch
+        for number in stage
+        for backward in (False, True)
+    ]
+    for call in calls:
+        rows = rows_of(call)
+        show(rows)
+        if not dry:
+            write([row | versions() for row in rows], FILE, NOWHERE)
+
+
+def show(rows: list[dict]) -> None:
+    head = rows[0]
+    columns = ("predicted_us", "bound", "programs", "programs_per_sm", "waves", "registers", "shared")
+    table = Table("launch", *columns, "instructions_per_output")
+    table.title = f"predicted, not measured: {head['variant']} stage {head['stage']}, {head['operator']}, {head['x']}"
+    for row in [*rows[1:], head]:
+        table.add_row(row["subject"], *(str(row.get(name, "")) for name in (*columns, "instructions_per_output")))
     console.print(table)
 
 

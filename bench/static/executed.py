@@ -167,7 +167,9 @@ def _branches(instruction: Instruction) -> bool:
 
 def _entry(text: str, kernel: str | None) -> tuple[str, str]:
     """The parameter list and the body of ``kernel``, or of the only one."""
-    for found in re.finditer(r"\.entry\s+(\w+)\s*\(([^)]*)\)(.*?)\n\{(.*?)\n\}", text, re.DOTALL):
+    # Inline assembly may have a brace at the start of a line, too; behind a kernel comes another one, or nothing.
+    end = r"\n\}\s*(?=//\s*\.globl|\.visible|\.entry|\.weak|\.file|\.section|\Z)"
+    for found in re.finditer(r"\.entry\s+(\w+)\s*\(([^)]*)\)(.*?)\n\{(.*?)" + end, text, re.DOTALL):
         if kernel is None or found[1] == kernel:
             return found[2] + "\n", found[4]
     raise ValueError(f"the PTX has no kernel {kernel!r}")

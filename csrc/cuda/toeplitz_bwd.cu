@@ -1,4 +1,5 @@
-// Gated aggregation, backward, on tensor cores: bfloat16 and float16, maps whose planes fit shared memory.
+// Gated aggregation, backward, on tensor cores: bfloat16 and float16, maps whose planes fit shared memory. Larger ones
+// go through toeplitz_bwd_levels.cu.
 //
 // toeplitz_bwd_kernel: a block owns whole images and block_c channels of them, in planes of one channel: `context`,
 // one plane z_l for every level, and dagg. Everything below is shared out to all warps, with a barrier after each
