@@ -147,7 +147,7 @@ __device__ __forceinline__ void activate(const BackwardBlock<T>& b, int level) {
     for_each_pair(b, [&](int c, int row, int x) {
         const int at = rows.offset(row) + x;
         const float2 z = load_pair(b.z_of(level, c) + at);
-        store_pair(b.context_of(c) + at, {gelu_for_16_bit(z.x), gelu_for_16_bit(z.y)});
+        store_pair(b.context_of(c) + at, gelu_pair<T>(z.x, z.y));
     });
 }
 
@@ -202,7 +202,8 @@ __device__ __forceinline__ void form_agg(const BackwardBlock<T>& b) {
 #pragma unroll
             for (int k = 0; k < N; ++k) {
                 const float2 z = load_pair(b.z_of(l, c + k) + at);
-                agg[k] = {fmaf(g.x, gelu_for_16_bit(z.x), agg[k].x), fmaf(g.y, gelu_for_16_bit(z.y), agg[k].y)};
+                const float2 v = gelu_pair<T>(z.x, z.y);
+                agg[k] = {fmaf(g.x, v.x, agg[k].x), fmaf(g.y, v.y, agg[k].y)};
             }
         }
 #pragma unroll
@@ -230,7 +231,7 @@ __device__ __forceinline__ void form_dgates(const BackwardBlock<T>& b) {
                 float2 v = {global[c], global[c]};
                 if (l < p.L) {
                     const float2 z = load_pair(b.z_of(l, c) + at);
-                    v = {gelu_for_16_bit(z.x), gelu_for_16_bit(z.y)};
+                    v = gelu_pair<T>(z.x, z.y);
                 }
                 sum = {fmaf(d.x, v.x, sum.x), fmaf(d.y, v.y, sum.y)};
             }
@@ -246,8 +247,8 @@ __device__ __forceinline__ void form_dz(const BackwardBlock<T>& b, int level, in
                                         float2 d) {
     T* z_at = b.z_of(level, c) + at;
     const float2 g = b.gate(level, row, x), direct = b.dagg_at(c, row, x), z = load_pair(z_at);
-    const float2 dz = {fmaf(b.p.scale * g.x, direct.x, d.x) * gelu_grad(z.x),
-                       fmaf(b.p.scale * g.y, direct.y, d.y) * gelu_grad(z.y)};
+    const float2 dz = {fmaf(b.p.scale * g.x, direct.x, d.x) * gelu_grad_for_16_bit(z.x),
+                       fmaf(b.p.scale * g.y, direct.y, d.y) * gelu_grad_for_16_bit(z.y)};
     store_pair(z_at, inside_map(dz, x, b.p.W));
 }
 

@@ -117,13 +117,14 @@ __global__ void __launch_bounds__(kToeplitzBackwardThreads) toeplitz_first_bwd_k
         for (int c = 0; c < channels; ++c, out += static_cast<int64_t>(p.H) * p.planar) {
             const float2 d = load_pair(dagg + c * plane + in), z = load_pair(static_cast<const T*>(p.z) + out);
             if (p.dgates) {
-                last = {fmaf(d.x, gelu_for_16_bit(z.x), last.x), fmaf(d.y, gelu_for_16_bit(z.y), last.y)};
+                const float2 v = gelu_pair<T>(z.x, z.y);
+                last = {fmaf(d.x, v.x, last.x), fmaf(d.y, v.y, last.y)};
                 all = {fmaf(d.x, global[c], all.x), fmaf(d.y, global[c], all.y)};
             }
             store_pair(static_cast<T*>(p.dagg) + out, d);
             if (!p.dmean) continue;
-            const float2 dz = {fmaf(p.scale * g.x, d.x, dmean[c]) * gelu_grad(z.x),
-                               fmaf(p.scale * g.y, d.y, dmean[c]) * gelu_grad(z.y)};
+            const float2 dz = {fmaf(p.scale * g.x, d.x, dmean[c]) * gelu_grad_for_16_bit(z.x),
+                               fmaf(p.scale * g.y, d.y, dmean[c]) * gelu_grad_for_16_bit(z.y)};
             store_pair(static_cast<T*>(p.dz) + out, inside_map(dz, x, p.W));
         }
         if (!p.dgates) continue;
@@ -171,7 +172,7 @@ __device__ __forceinline__ void fill_from_planar(const LevelBlock<T>& b, T* plan
         Walk walk(Region{0, rows, 0, chunks}, threadIdx.x, blockDim.x);
 #pragma unroll 2
         for (; walk.more(); walk.next()) {
-            T values[8];
+            alignas(16) T values[8];
             load_raw<8>(from + walk.y * p.planar + 8 * walk.x, values);
             f(values);
             uint2 raw[2];
@@ -258,8 +259,8 @@ __device__ __forceinline__ void form_dinput(const LevelBlock<T>& b) {
             const float2 z = load_pair(static_cast<const T*>(p.z) + at);
             const float2 direct = load_pair(static_cast<const T*>(p.dagg) + at);
             const float2 g = load_pair(b.gate + row * p.tiling.sum_pitch + x);
-            const float2 dz = {fmaf(p.scale * g.x, direct.x, d.x) * gelu_grad(z.x),
-                               fmaf(p.scale * g.y, direct.y, d.y) * gelu_grad(z.y)};
+            const float2 dz = {fmaf(p.scale * g.x, direct.x, d.x) * gelu_grad_for_16_bit(z.x),
+                               fmaf(p.scale * g.y, direct.y, d.y) * gelu_grad_for_16_bit(z.y)};
             store_pair(static_cast<T*>(p.dbelow) + at, inside_map(dz, x, p.W));
         });
     });
@@ -282,7 +283,10 @@ __global__ void __launch_bounds__(kToeplitzBackwardThreads, 2) toeplitz_level_bw
         else
             fill_from_planar(b, b.input, p.z, [](T(&values)[8]) {
 #pragma unroll
-                for (int i = 0; i < 8; ++i) values[i] = from_float<T>(gelu_for_16_bit(to_float(values[i])));
+                for (int i = 0; i < 8; i += 2) {
+                    const float2 v = gelu_pair<T>(to_float(values[i]), to_float(values[i + 1]));
+                    store_pair(values + i, v);
+                }
             });
     }
     __syncthreads();
