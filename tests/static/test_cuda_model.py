@@ -4,7 +4,6 @@ Rows are held to the sources and to the bars of bfloat16, batch 128, tiny_lrf on
 figure that was reached stands here, beside the bar. All figures are predicted.
 """
 
-import pytest
 from cuda_model import FILE, digest
 from executed import Ptx
 
