@@ -39,8 +39,8 @@ def test_an_indexed_field_of_a_struct_decides_a_branch():
 $L__BB0_2:
 \tret;"""
     arguments = {"k_param_1+0.32": 1, "k_param_0+20.32": 7}
-    assert entered(body, arguments) == [1, 0, 1]
-    assert entered(body, arguments | {"k_param_0+20.32": 6}) == [1, 1, 1]
+    assert entered(body, arguments) == [1, 0, 1, 0]
+    assert entered(body, arguments | {"k_param_0+20.32": 6}) == [1, 1, 1, 0]
 
 
 def test_a_brace_of_inline_assembly_does_not_end_a_kernel():
@@ -55,8 +55,8 @@ def test_a_brace_of_inline_assembly_does_not_end_a_kernel():
 \tmov.u32 \t%r4, 1;
 $L__BB0_2:
 \tret;"""
-    assert entered(body, {"k_param_1+0.32": 2}) == [1, 0, 1]
-    assert entered(body, {"k_param_1+0.32": 3}) == [1, 1, 1]
+    assert entered(body, {"k_param_1+0.32": 2}) == [1, 0, 1, 0]
+    assert entered(body, {"k_param_1+0.32": 3}) == [1, 1, 1, 0]
 
 
 def test_rows_are_of_these_sources():
