@@ -37,9 +37,10 @@ def compiled(source: Path, architecture: int, nvcc: str = "nvcc") -> tuple[str, 
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "code.ptx"), Path(folder, "code.cubin")
         target = f"-arch=sm_{architecture}"
-        for kind, path in (("--ptx", ptx), ("--cubin", cubin)):
+        # From PTX to a cubin, not from the source again: nvcc would name what is in no namespace anew.
+        for kind, given, path in (("--ptx", source, ptx), ("--cubin", ptx, cubin)):
             ended = subprocess.run(
-                [nvcc, *FLAGS, target, kind, str(source), "-o", str(path)], capture_output=True, text=True, check=False
+                [nvcc, *FLAGS, target, kind, str(given), "-o", str(path)], capture_output=True, text=True, check=False
             )
             if ended.returncode:
                 raise RuntimeError(f"{source} for sm_{architecture}: {ended.stderr}")

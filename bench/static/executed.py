@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 MAX_STEPS = 20_000_000
+PARAMETER_BITS = 32  # of an address within a parameter; above them is its number
 _SPECIAL = ("%tid", "%ntid", "%ctaid", "%nctaid")
 
 
@@ -38,10 +39,12 @@ class Ptx:
 
     def __init__(self, text: str, kernel: str | None = None) -> None:
         head, body = _entry(text, kernel)
-        found = re.findall(r"\.param\s+\.[a-z]+(\d+)[^\n]*?(\w+)(?:\[\d+\])?\s*[,\n)]", head)
+        found = re.findall(r"\.param\s+(?:\.align\s+\d+\s+)?\.[a-z]+(\d+)[^\n]*?(\w+)(?:\[\d+\])?\s*[,\n)]", head)
         self.parameters = [(name, int(bits)) for bits, name in found]
         self.blocks = _blocks(body)
         self._index = {block.label: number for number, block in enumerate(self.blocks) if block.label}
+        self._places = {name: (index + 1) << PARAMETER_BITS for index, (name, _) in enumerate(self.parameters)}
+        self._names = {place: name for name, place in self._places.items()}
         self._steps = [self._compile(block) for block in self.blocks]
 
     def graph(self) -> list[list[int]]:
@@ -108,6 +111,8 @@ class Ptx:
                     self._needed.add(register)
                     for instruction in defined.get(register, ()):
                         todo += [s for s in instruction.sources if s.startswith("%")]
+                        if instruction.name.startswith("ld.param"):
+                            todo += _registers(list(instruction.sources))
                         todo += [instruction.predicate[0]] if instruction.predicate else []
         return self._needed
 
@@ -118,6 +123,30 @@ class Ptx:
             )
         return self._index[label]
 
+    def _assignment(self, instruction: Instruction) -> Callable[[dict[str, int]], None]:
+        """As `_assignment`; a parameter's address is a number, so that a struct may be indexed."""
+        base, *suffixes = instruction.name.split(".")
+        if base == "mov" and instruction.sources[0] in self._places:
+            (target,), place = instruction.targets, self._places[instruction.sources[0]]
+            return lambda registers: registers.update({target: place})
+        if base == "ld" and "param" in suffixes and "%" in instruction.sources[0]:
+            return self._load_at_address(instruction)
+        return _assignment(instruction)
+
+    def _load_at_address(self, instruction: Instruction) -> Callable[[dict[str, int]], None]:
+        base, offset = re.match(r"\[\s*(%\w+)(?:\+(-?\d+))?\s*\]", instruction.sources[0]).groups()
+        width, signed = _bits(instruction.name)
+
+        def load(registers: dict[str, int]) -> None:
+            address = registers[base] + int(offset or 0)
+            name = self._names[address >> PARAMETER_BITS << PARAMETER_BITS]
+            first = address & ((1 << PARAMETER_BITS) - 1)
+            for index, target in enumerate(instruction.targets):
+                value = registers.get(f"{name}+{first + index * width // 8}.{width}", 0)
+                registers[target] = _wrap(value, width, signed)
+
+        return load
+
     def _step(self, instruction: Instruction) -> Callable[[dict[str, int]], int | None]:
         if instruction.name.startswith("bra"):
             to = self._place(instruction.sources[0])
@@ -125,7 +154,7 @@ class Ptx:
         elif instruction.name in ("ret", "exit"):
             act = lambda registers: -1  # noqa: E731
         else:
-            act = _assignment(instruction)
+            act = self._assignment(instruction)
         if instruction.predicate is None:
             return act
         register, wanted = instruction.predicate
@@ -238,6 +267,8 @@ def _assignment(instruction: Instruction) -> Callable[[dict[str, int]], None]:
     if base == "shfl" and "idx" in suffixes and instruction.sources[1] == "0":
         # Every thread that is run is the first of its warp.
         base, read = "mov", read[:1]
+    if base == "bfi":
+        return _assign(target, _inserted, read, width, signed)
     compute = _ARITHMETIC.get(base)
     if compute is None:
         return _refusal(instruction)
@@ -255,6 +286,11 @@ def _assignment(instruction: Instruction) -> Callable[[dict[str, int]], None]:
     return _assign(target, compute, read, width, signed, width)
 
 
+def _inserted(bits: int, into: int, first: int, count: int) -> int:
+    mask = ((1 << count) - 1) << first
+    return into & ~mask | bits << first & mask
+
+
 def _load_of_parameter(instruction: Instruction, size: int) -> Callable[[dict[str, int]], None]:
     """A field of a struct is named after its parameter: name+offset."""
     found = re.search(r"\[\s*([A-Za-z_][\w$]*)(?:\+(\d+))?\s*\]", instruction.sources[0])
@@ -262,11 +298,11 @@ def _load_of_parameter(instruction: Instruction, size: int) -> Callable[[dict[st
         return _refusal(instruction)
     name, first = found[1], int(found[2] or 0)
     places = [first + index * size for index in range(len(instruction.targets))]
-    keys = [f"{name}+{place}" if place else name for place in places]
+    keys = [(f"{name}+{place}" if place else name, f"{name}+{place}.{8 * size}") for place in places]
 
     def load(registers: dict[str, int]) -> None:
-        for target, key in zip(instruction.targets, keys, strict=True):
-            registers[target] = registers.get(key, 0)
+        for target, (key, typed) in zip(instruction.targets, keys, strict=True):
+            registers[target] = registers.get(typed, registers.get(key, 0))
 
     return load
 

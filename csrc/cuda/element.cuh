@@ -49,6 +49,20 @@ __device__ __forceinline__ void store_pair(__nv_bfloat16* p, float2 v) {
     *reinterpret_cast<__nv_bfloat162*>(p) = __floats2bfloat162_rn(v.x, v.y);
 }
 
+// A pair as it lies in shared memory, and its arithmetic: one instruction, rounded once.
+template <typename T>
+struct PairOf;
+template <>
+struct PairOf<__half> {
+    using type = __half2;
+    static __device__ __forceinline__ type from(float x, float y) { return __floats2half2_rn(x, y); }
+};
+template <>
+struct PairOf<__nv_bfloat16> {
+    using type = __nv_bfloat162;
+    static __device__ __forceinline__ type from(float x, float y) { return __floats2bfloat162_rn(x, y); }
+};
+
 template <int BYTES>
 struct RawOf;
 template <>

@@ -23,7 +23,6 @@ namespace focalnet::cuda {
 namespace {
 
 constexpr int kSumColumns = 64;      // channels of a block of gate_sums_kernel
-constexpr int kSumPositions = 1024;  // positions of it
 constexpr int kPartialColumns = 32;  // channels of a block of sum_partials_kernel
 
 // A block owns kSumPositions of an image and kSumColumns channels: its threads take vectors of N channels of a
@@ -263,6 +262,27 @@ Status sum_partials(const Problem& p, int level, const float* partials, int64_t 
                   static_cast<T*>(dweight), parts, taps, p.C);
 }
 
+template <typename T>
+Status global_gradient(const Problem& p, const Map& dagg, const GlobalTerm& term, bool wants_dmean,
+                       cudaStream_t stream) {
+    Status status;
+    if (wants_dmean)
+        with_width_on_host<T>(widest_vector(p.element, p.C, {dagg}), [&](auto n) {
+            constexpr int N = decltype(n)::value;
+            status =
+                launch("gate_sums_kernel", gate_sums_kernel<T, N>, p.B * term.chunks * blocks_for(p.C, kSumColumns),
+                       kThreads, 0, stream, dagg, p.gates, p.L, term.gate_sums, p.H * p.W, p.W, p.C);
+        });
+    if (status) return status;
+    return launch("global_bwd_kernel", global_bwd_kernel, (p.B * p.C + 255) / 256, 256, 0, stream, term.level_sums,
+                  term.tiles, wants_dmean ? term.gate_sums : nullptr, term.chunks, term.global, term.dmean, p.B * p.C,
+                  p.C, static_cast<float>(p.H) * p.W, p.scale);
+}
+
+template Status global_gradient<float>(const Problem&, const Map&, const GlobalTerm&, bool, cudaStream_t);
+template Status global_gradient<__half>(const Problem&, const Map&, const GlobalTerm&, bool, cudaStream_t);
+template Status global_gradient<__nv_bfloat16>(const Problem&, const Map&, const GlobalTerm&, bool, cudaStream_t);
+
 template Status sum_partials<float>(const Problem&, int, const float*, int64_t, void*, cudaStream_t);
 template Status sum_partials<__half>(const Problem&, int, const float*, int64_t, void*, cudaStream_t);
 template Status sum_partials<__nv_bfloat16>(const Problem&, int, const float*, int64_t, void*, cudaStream_t);
@@ -278,16 +298,14 @@ struct Workspace {
     T* z[kMaxLevels];
     T* between[2];  // levels on the way, where forward takes several launches
     T* dz[2];
-    float *level_sums, *gate_sums, *global, *dmean, *partials;
-    int tiles, chunks;
+    GlobalTerm global;
+    float* partials;
     int64_t bytes;
     bool fits;  // on this device
 
     Workspace(const Problem& p, const Gradients& out, void* memory) : plan(plan_forward(p)) {
         Scratch scratch{memory};
         const int64_t map = p.B * p.H * p.W * p.C;
-        tiles = last_tiles(plan);
-        chunks = blocks_for(static_cast<int64_t>(p.H) * p.W, kSumPositions);
         fits = focalnet::cuda::fits(plan);
         int64_t most = 0;
         for (int l = 0; l < p.L; ++l) {
@@ -298,10 +316,7 @@ struct Workspace {
         }
         for (int i = 0; i < 2; ++i) between[i] = scratch.take<T>(plan.groups > i + 1 ? map : 0);
         for (int i = 0; i < 2; ++i) dz[i] = scratch.take<T>(p.L > i + 1 ? map : 0);
-        level_sums = scratch.take<float>(p.B * tiles * p.C);
-        gate_sums = scratch.take<float>(p.B * chunks * p.C);
-        global = scratch.take<float>(p.B * p.C);
-        dmean = scratch.take<float>(p.B * p.C);
+        global = GlobalTerm(p, last_tiles(plan), scratch);
         partials = scratch.take<float>(out.want_weights ? most : 0);
         bytes = scratch.bytes;
     }
@@ -313,32 +328,15 @@ Status recompute_levels(const Problem& p, const Gradients& out, const Workspace<
     outputs.agg = out.agg.data;
     std::copy_n(w.z, p.L, outputs.z);
     std::copy_n(w.between, 2, outputs.between);
-    outputs.sums = w.level_sums;
+    outputs.sums = w.global.level_sums;
     return run_chain<T>(p, w.plan, outputs, stream);
-}
-
-template <typename T>
-Status global_gradient(const Problem& p, const Map& dagg, const Gradients& out, const Workspace<T>& w,
-                       cudaStream_t stream) {
-    Status status;
-    const bool wanted = out.want_ctx || out.want_weights;
-    if (wanted)
-        with_width_on_host<T>(widest_vector(p.element, p.C, {dagg}), [&](auto n) {
-            constexpr int N = decltype(n)::value;
-            status = launch("gate_sums_kernel", gate_sums_kernel<T, N>, p.B * w.chunks * blocks_for(p.C, kSumColumns),
-                            kThreads, 0, stream, dagg, p.gates, p.L, w.gate_sums, p.H * p.W, p.W, p.C);
-        });
-    if (status) return status;
-    return launch("global_bwd_kernel", global_bwd_kernel, (p.B * p.C + 255) / 256, 256, 0, stream, w.level_sums,
-                  w.tiles, wanted ? w.gate_sums : nullptr, w.chunks, w.global, w.dmean, p.B * p.C, p.C,
-                  static_cast<float>(p.H) * p.W, p.scale);
 }
 
 template <typename T>
 Status gates_gradient(const Problem& p, const Map& dagg, const Gradients& out, const Workspace<T>& w,
                       cudaStream_t stream) {
     Status status;
-    DgatesParams params{dagg, {}, w.global, out.dgates.data, p.B * p.H * p.W, p.H, p.W, p.C, p.L, p.scale};
+    DgatesParams params{dagg, {}, w.global.global, out.dgates.data, p.B * p.H * p.W, p.H, p.W, p.C, p.L, p.scale};
     for (int l = 0; l < p.L; ++l) params.z[l] = w.z[l];
     with_width_on_host<T>(widest_vector(p.element, p.C, {dagg}), [&](auto n) {
         constexpr int N = decltype(n)::value;
@@ -365,7 +363,7 @@ Status level_gradients(const Problem& p, const Map& dagg, const Gradients& out, 
     params.input = below;
     params.dz = is_last ? nullptr : w.dz[level % 2];
     params.z = w.z[level];
-    params.dmean = w.dmean;
+    params.dmean = w.global.dmean;
     params.weight = weight.data;
     params.dinput = level > 0 ? w.dz[(level - 1) % 2] : out.want_ctx ? out.dctx.data : nullptr;
     params.partials = out.want_weights ? w.partials : nullptr;
@@ -386,7 +384,9 @@ Status level_gradients(const Problem& p, const Map& dagg, const Gradients& out, 
     return sum_partials<T>(p, level, w.partials, parts, out.dweights[level], stream);
 }
 
-bool on_tensor_cores(const Problem& p) { return p.tensor_cores && plan_toeplitz_backward(p).cost > 0; }
+bool on_tensor_cores(const Problem& p) {
+    return p.tensor_cores && (whole_maps_backward(p) || plan_toeplitz_bands(p).cost > 0);
+}
 
 // An empty batch: no gradient reaches the weights.
 template <typename T>
@@ -404,9 +404,9 @@ Status backward(const Problem& p, const Map& dagg, const Gradients& out, void* s
     const Workspace<T> w(p, out, scratch);
     if (!w.fits) return {cudaErrorInvalidConfiguration, "focal_level_bwd_kernel"};
     if (Status s = recompute_levels(p, out, w, stream)) return s;
-    if (Status s = global_gradient(p, dagg, out, w, stream)) return s;
+    if (Status s = global_gradient<T>(p, dagg, w.global, out.want_ctx || out.want_weights, stream)) return s;
     if (out.agg.data && !w.plan.whole_map)
-        if (Status s = add_global<T>(p, out.agg, w.global, stream)) return s;
+        if (Status s = add_global<T>(p, out.agg, w.global.global, stream)) return s;
     if (out.want_gates)
         if (Status s = gates_gradient(p, dagg, out, w, stream)) return s;
     if (!out.want_ctx && !out.want_weights) return {};

@@ -7,6 +7,8 @@
 
 namespace focalnet::cuda {
 
+inline constexpr int kSumPositions = 1024;  // of a block of gate_sums_kernel
+
 inline int blocks_for(int64_t n, int64_t size) { return static_cast<int>((n + size - 1) / size); }
 
 // dweight of one level: the sum of partials [parts][taps][C] in a fixed order.
@@ -17,6 +19,35 @@ Status sum_partials(const Problem& p, int level, const float* partials, int64_t 
 // dgates, contiguous: the sum of partials [blocks][B * H * W][L + 1], times the scale.
 template <typename T>
 Status sum_dgates(const Problem& p, const float* partials, int blocks, void* dgates, cudaStream_t stream);
+
+// The global level's share, in scratch.
+struct GlobalTerm {
+    int tiles, chunks;
+    float* level_sums;     // [B][tiles][C], of the last level
+    float* gate_sums;      // [B][chunks][C], of dagg * gate
+    float *global, *dmean;  // [B][C]: GELU(mean), and what every position of the last level receives
+
+    GlobalTerm() = default;
+    GlobalTerm(const Problem& p, int tiles, Scratch& scratch)
+        : tiles(tiles), chunks(blocks_for(static_cast<int64_t>(p.H) * p.W, kSumPositions)) {
+        level_sums = scratch.take<float>(p.B * tiles * p.C);
+        gate_sums = scratch.take<float>(p.B * chunks * p.C);
+        global = scratch.take<float>(p.B * p.C);
+        dmean = scratch.take<float>(p.B * p.C);
+    }
+};
+
+// From level_sums: global, and with `wants_dmean` also dmean.
+template <typename T>
+Status global_gradient(const Problem& p, const Map& dagg, const GlobalTerm& term, bool wants_dmean,
+                       cudaStream_t stream);
+
+// On tensor cores, level by level (toeplitz_bwd_levels.cu).
+template <typename T>
+size_t toeplitz_bands_scratch_bytes(const Problem& p, const Gradients& out);
+template <typename T>
+Status toeplitz_backward_bands(const Problem& p, const Map& dagg, const Gradients& out, void* scratch,
+                               cudaStream_t stream);
 
 template <typename T>
 size_t scratch_bytes_of_planes(const Problem& p, const Gradients& out);

@@ -9,7 +9,8 @@
 //             of T, in the second for even ones.
 //
 // A tile is sixteen rows and BLOCKS blocks of eight columns: neighbouring blocks share fragments, so a row of the
-// kernel takes (BLOCKS + 1) / 2 ldmatrix of four matrices, two loads of taps, BLOCKS mma.
+// kernel takes (BLOCKS + 1) / 2 ldmatrix of four matrices, two loads of taps, and two half mma for a block: a whole
+// one wants its four registers of A in a row, and shared fragments would be copied, four moves for every second block.
 
 #pragma once
 
@@ -82,11 +83,10 @@ __device__ __forceinline__ void convolve_tile(float (&sum)[BLOCKS][4], SharedAdd
         if constexpr (kFragments % 2 == 1)
             ldmatrix_x2<false>(a[kFragments - 1][0], a[kFragments - 1][1], rows + 16 * (kFragments - 1));
 #pragma unroll
-        for (int s = 0; s < STEPS; ++s)
+        for (int half = 0; half < 2 * STEPS; ++half)
 #pragma unroll
             for (int j = 0; j < BLOCKS; ++j)
-                mma<T>(sum[j], a[j + 2 * s][0], a[j + 2 * s][1], a[j + 2 * s + 1][0], a[j + 2 * s + 1][1], b[s][0],
-                       b[s][1]);
+                mma_half<T>(sum[j], a[j + half][0], a[j + half][1], b[half / 2][half % 2]);
         rows += row_bytes;
         taps += 2 * kWidth;
     }

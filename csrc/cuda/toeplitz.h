@@ -58,6 +58,30 @@ struct ToeplitzBackwardTiling {
     __host__ __device__ int sums() const { return sum_rows * sum_pitch; }
 };
 
+// How backward takes one level in bands of an image's rows, a multiple of sixteen or all.
+struct ToeplitzBandTiling {
+    int block_c;
+    int blocks, groups;  // as above
+    int padding, halo;
+    int band, bands;  // rows of the map
+    int rows, pitch;
+    int sum_pitch;
+    int tap_rows, tap_pitch;
+    size_t shared_bytes;
+    double cost;  // 0: nothing fits
+
+    __host__ __device__ int plane() const { return rows * pitch; }
+};
+
+// All levels; the first launch takes bands of kToeplitzFirstBand rows.
+struct ToeplitzBandsPlan {
+    int block_c;
+    size_t first_bytes;  // of shared memory, of the first launch
+    ToeplitzBandTiling level[kMaxLevels];
+    double cost;  // 0: nothing fits
+};
+
+constexpr int kToeplitzFirstBand = 16;
 constexpr int kToeplitzBackwardThreads = 256;
 constexpr int kToeplitzBandPitch = 33;  // floats from row to row of a warp's product for dweights, 16 x 32
 
@@ -67,11 +91,23 @@ constexpr __host__ __device__ int toeplitz_tap_width(int steps) { return 16 * st
 
 ToeplitzTiling plan_toeplitz(const Problem& p);
 ToeplitzBackwardTiling plan_toeplitz_backward(const Problem& p);
+ToeplitzBandsPlan plan_toeplitz_bands(const Problem& p);
+// Whole maps are the cheaper way, or the only one; false: bands, if they fit.
+bool whole_maps_backward(const Problem& p);
+
+// A planar map is [B][C][H][planar_pitch(W)]: rows are 16 bytes wide, and what lies beyond W is zero.
+constexpr __host__ __device__ int planar_pitch(int W) { return (W + 7) / 8 * 8; }
 
 size_t toeplitz_forward_scratch_bytes(const Problem& p);
 Status toeplitz_forward(const Problem& p, const Map& agg, void* scratch, cudaStream_t stream);
 
-// Of what plan_toeplitz_backward takes.
+// What forward's convolutions give, in planar maps z; the sums of the last level over each tile, [B][tiles][C]; agg,
+// still without the global term, if it has data.
+int toeplitz_forward_tiles(const Problem& p);
+template <typename T>
+Status toeplitz_levels(const Problem& p, const Map& agg, T* const* z, float* sums, cudaStream_t stream);
+
+// Of what one of the two plans takes.
 size_t toeplitz_backward_scratch_bytes(const Problem& p, const Gradients& out);
 Status toeplitz_backward(const Problem& p, const Map& dagg, const Gradients& out, void* scratch, cudaStream_t stream);
 

@@ -1,4 +1,5 @@
-// Gated aggregation, backward, on tensor cores: bfloat16 and float16, maps whose planes fit shared memory.
+// Gated aggregation, backward, on tensor cores: bfloat16 and float16, maps whose planes fit shared memory. Larger ones
+// go through toeplitz_bwd_levels.cu.
 //
 // toeplitz_bwd_kernel: a block owns whole images and block_c channels of them, in planes of one channel: `context`,
 // one plane z_l for every level, and dagg. Everything below is shared out to all warps, with a barrier after each
@@ -21,8 +22,8 @@
 
 #include "gated_aggregation_bwd.cuh"
 #include "launch.cuh"
-#include "toeplitz.cuh"
 #include "toeplitz.h"
+#include "toeplitz_bwd.cuh"
 #include "toeplitz_correlate.cuh"
 
 namespace focalnet::cuda {
@@ -31,7 +32,7 @@ namespace {
 struct ToeplitzLevel {
     const void* weight;
     float* dweights;  // [groups of images][taps][C]; null: not wanted
-    int kh, kw, steps;
+    int kh, kw;
 };
 
 struct ToeplitzParams {
@@ -104,12 +105,6 @@ __device__ __forceinline__ void for_each_pair(const BackwardBlock<T>& b, F f) {
     }
 }
 
-// A pair in a plane with halo: the column beyond an odd map stays zero.
-template <typename T>
-__device__ __forceinline__ void store_inside(T* to, float2 value, int x, int W) {
-    store_pair(to, {value.x, x + 1 < W ? value.y : 0.0f});
-}
-
 template <typename T>
 __device__ __forceinline__ void load(const BackwardBlock<T>& b, T* planes, int plane, const Rows& rows, const Map& map,
                                      int width) {
@@ -138,52 +133,12 @@ __device__ __forceinline__ void load_gates(const BackwardBlock<T>& b) {
     }
 }
 
-template <typename T>
-__device__ __forceinline__ void load_taps(const BackwardBlock<T>& b, int level, bool turned) {
-    const ToeplitzLevel& own = b.p.level[level];
-    const ToeplitzBackwardTiling& t = b.p.tiling;
-    for (int c = b.warp; c < t.block_c; c += b.warps)
-        write_taps<T>(b.taps + c * t.tap_rows * t.tap_pitch,
-                      static_cast<const T*>(own.weight) + static_cast<int64_t>(b.first_c + c) * own.kh * own.kw,
-                      own.kh, own.kw, own.steps, b.first_c + c < b.p.C, turned, b.lane);
-}
-
-// The convolution of the planes `from`, whose taps are in place: f(c, row, x, pair) for every pair of outputs. A warp
-// takes a tile of a channel.
-template <int BLOCKS, int STEPS, typename T, typename F>
-__device__ __forceinline__ void convolve(const BackwardBlock<T>& b, T* from, int kh, F f) {
-    const ToeplitzBackwardTiling& t = b.p.tiling;
-    const int tiles = (b.count() + kMmaM - 1) / kMmaM * t.groups;
-    const Rows rows = b.rows();
-    for (int item = b.warp; item < t.block_c * tiles; item += b.warps) {
-        const int c = item / tiles, first = item % tiles / t.groups * kMmaM;
-        const int column = 8 * BLOCKS * (item % t.groups);
-        const int row = min(first + b.lane % 16, b.count() - 1);
-        const T* source =
-            b.inside(from, c) + rows.offset(row) - kh / 2 * t.pitch + column + 8 * (b.lane / 16) + 4 - 8 * STEPS;
-        const T* taps = b.taps + c * t.tap_rows * t.tap_pitch + tap_of_lane(b.lane, 16 * STEPS + 8);
-        float sum[BLOCKS][4] = {};
-        convolve_tile<T, BLOCKS, STEPS>(sum, shared_address(source), t.pitch * static_cast<int>(sizeof(T)), taps, kh);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int y = first + b.lane / 4 + 8 * half;
-            if (y >= b.count()) continue;
-#pragma unroll
-            for (int j = 0; j < BLOCKS; ++j) {
-                const int x = column + 8 * j + 2 * (b.lane % 4);
-                if (x < b.p.W) f(c, y, x, float2{sum[j][2 * half], sum[j][2 * half + 1]});
-            }
-        }
-    }
-}
-
 template <int BLOCKS, typename T, typename F>
 __device__ __forceinline__ void convolve_level(const BackwardBlock<T>& b, T* from, int level, F f) {
     const ToeplitzLevel& own = b.p.level[level];
-    if (own.steps == 1)
-        convolve<BLOCKS, 1>(b, from, own.kh, f);
-    else
-        convolve<BLOCKS, 2>(b, from, own.kh, f);
+    with_steps(own.kw, [&](auto steps) {
+        convolve<BLOCKS, decltype(steps)::value, T>(b, [&](int c) { return b.inside(from, c); }, own.kh, b.p.W, f);
+    });
 }
 
 template <typename T>
@@ -192,7 +147,7 @@ __device__ __forceinline__ void activate(const BackwardBlock<T>& b, int level) {
     for_each_pair(b, [&](int c, int row, int x) {
         const int at = rows.offset(row) + x;
         const float2 z = load_pair(b.z_of(level, c) + at);
-        store_pair(b.context_of(c) + at, {gelu_for_16_bit(z.x), gelu_for_16_bit(z.y)});
+        store_pair(b.context_of(c) + at, gelu_pair<T>(z.x, z.y));
     });
 }
 
@@ -224,20 +179,6 @@ __device__ __forceinline__ void form_global(const BackwardBlock<T>& b) {
     }
 }
 
-template <typename T, int N>
-__device__ __forceinline__ void write_planar(const BackwardBlock<T>& b, T* to, int64_t position, int c, int x,
-                                             const float2 (&values)[N]) {
-    float left[N], right[N];
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-        left[k] = values[k].x;
-        right[k] = values[k].y;
-    }
-    T* at = to + position * b.p.C + b.first_c + c;
-    Vector<T, N>::store(at, left);
-    if (x + 1 < b.p.W) Vector<T, N>::store(at + b.p.C, right);
-}
-
 template <typename T>
 __device__ __forceinline__ int64_t position_of(const BackwardBlock<T>& b, int row, int x) {
     return (b.first_image * b.p.H + row) * b.p.W + x;
@@ -261,12 +202,13 @@ __device__ __forceinline__ void form_agg(const BackwardBlock<T>& b) {
 #pragma unroll
             for (int k = 0; k < N; ++k) {
                 const float2 z = load_pair(b.z_of(l, c + k) + at);
-                agg[k] = {fmaf(g.x, gelu_for_16_bit(z.x), agg[k].x), fmaf(g.y, gelu_for_16_bit(z.y), agg[k].y)};
+                const float2 v = gelu_pair<T>(z.x, z.y);
+                agg[k] = {fmaf(g.x, v.x, agg[k].x), fmaf(g.y, v.y, agg[k].y)};
             }
         }
 #pragma unroll
         for (int k = 0; k < N; ++k) agg[k] = {p.scale * agg[k].x, p.scale * agg[k].y};
-        write_planar<T, N>(b, static_cast<T*>(p.agg), position_of(b, row, x), c, x, agg);
+        write_channels<T, N>(b, p.agg, position_of(b, row, x), c, x, agg);
     });
 }
 
@@ -289,7 +231,7 @@ __device__ __forceinline__ void form_dgates(const BackwardBlock<T>& b) {
                 float2 v = {global[c], global[c]};
                 if (l < p.L) {
                     const float2 z = load_pair(b.z_of(l, c) + at);
-                    v = {gelu_for_16_bit(z.x), gelu_for_16_bit(z.y)};
+                    v = gelu_pair<T>(z.x, z.y);
                 }
                 sum = {fmaf(d.x, v.x, sum.x), fmaf(d.y, v.y, sum.y)};
             }
@@ -305,10 +247,9 @@ __device__ __forceinline__ void form_dz(const BackwardBlock<T>& b, int level, in
                                         float2 d) {
     T* z_at = b.z_of(level, c) + at;
     const float2 g = b.gate(level, row, x), direct = b.dagg_at(c, row, x), z = load_pair(z_at);
-    store_inside(
-        z_at,
-        {fmaf(b.p.scale * g.x, direct.x, d.x) * gelu_grad(z.x), fmaf(b.p.scale * g.y, direct.y, d.y) * gelu_grad(z.y)},
-        x, b.p.W);
+    const float2 dz = {fmaf(b.p.scale * g.x, direct.x, d.x) * gelu_grad_for_16_bit(z.x),
+                       fmaf(b.p.scale * g.y, direct.y, d.y) * gelu_grad_for_16_bit(z.y)};
+    store_pair(z_at, inside_map(dz, x, b.p.W));
 }
 
 template <typename T>
@@ -333,7 +274,7 @@ __device__ __forceinline__ void write_dctx(const BackwardBlock<T>& b) {
         float2 values[N];
 #pragma unroll
         for (int k = 0; k < N; ++k) values[k] = b.dagg_at(c + k, row, x);
-        write_planar<T, N>(b, static_cast<T*>(b.p.dctx), position_of(b, row, x), c, x, values);
+        write_channels<T, N>(b, b.p.dctx, position_of(b, row, x), c, x, values);
     });
 }
 
@@ -349,10 +290,10 @@ __global__ void __launch_bounds__(kToeplitzBackwardThreads, 1) toeplitz_bwd_kern
     load(b, b.dagg, t.sums(), Rows(b.images, p.H, p.H, t.sum_pitch), p.dagg, p.dagg_width);
     load_gates(b);
     for (int l = 0; l < p.L; ++l) {
-        load_taps(b, l, false);
+        load_taps<T>(b, p.level[l].weight, p.level[l].kh, p.level[l].kw, false);
         __syncthreads();
         convolve_level<BLOCKS>(b, b.context, l, [&](int c, int row, int x, float2 z) {
-            store_inside(b.z_of(l, c) + rows.offset(row) + x, z, x, p.W);
+            store_pair(b.z_of(l, c) + rows.offset(row) + x, inside_map(z, x, p.W));
         });
         __syncthreads();
         activate(b, l);
@@ -375,7 +316,7 @@ __global__ void __launch_bounds__(kToeplitzBackwardThreads, 1) toeplitz_bwd_kern
             else
                 load_ctx(b);
         }
-        load_taps(b, l, true);
+        load_taps<T>(b, p.level[l].weight, p.level[l].kh, p.level[l].kw, true);
         __syncthreads();
         if (p.level[l].dweights) correlate_level(b, l);
         if (l == 0 && !p.dctx) return;
@@ -425,7 +366,7 @@ ToeplitzParams params_of(const Problem& p, const ToeplitzBackwardTiling& t, cons
     params.dgates = scratch.dgates;
     for (int l = 0; l < p.L; ++l) {
         const FocalWeight& w = p.weights[l];
-        params.level[l] = {w.data, scratch.dweights[l], w.kh, w.kw, toeplitz_steps(w.kw)};
+        params.level[l] = {w.data, scratch.dweights[l], w.kh, w.kw};
     }
     params.ctx_width = std::min(widest_vector(p.element, p.C, {p.ctx}), t.block_c);
     params.dagg_width = std::min(widest_vector(p.element, p.C, {dagg}), t.block_c);
@@ -455,12 +396,18 @@ Status backward(const Problem& p, const Map& dagg, const Gradients& out, void* m
 }  // namespace
 
 size_t toeplitz_backward_scratch_bytes(const Problem& p, const Gradients& out) {
-    return static_cast<size_t>(BackwardScratch(p, plan_toeplitz_backward(p), out, nullptr).bytes);
+    if (whole_maps_backward(p))
+        return static_cast<size_t>(BackwardScratch(p, plan_toeplitz_backward(p), out, nullptr).bytes);
+    return toeplitz_bands_scratch_bytes<__half>(p, out);  // of any 16-bit type
 }
 
 Status toeplitz_backward(const Problem& p, const Map& dagg, const Gradients& out, void* scratch, cudaStream_t stream) {
-    if (p.element == Element::kBFloat16) return backward<__nv_bfloat16>(p, dagg, out, scratch, stream);
-    return backward<__half>(p, dagg, out, scratch, stream);
+    const bool whole = whole_maps_backward(p);
+    if (p.element == Element::kBFloat16)
+        return whole ? backward<__nv_bfloat16>(p, dagg, out, scratch, stream)
+                     : toeplitz_backward_bands<__nv_bfloat16>(p, dagg, out, scratch, stream);
+    return whole ? backward<__half>(p, dagg, out, scratch, stream)
+                 : toeplitz_backward_bands<__half>(p, dagg, out, scratch, stream);
 }
 
 }  // namespace focalnet::cuda

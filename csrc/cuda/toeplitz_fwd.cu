@@ -42,6 +42,8 @@ struct ToeplitzParams {
     Map ctx, gates;
     void* agg;    // contiguous
     float* sums;  // [B][tiles][C], of the last level over each tile; null: whole maps
+    void* z[kMaxLevels];  // planar, what the levels' convolutions give; null: not wanted
+    int planar_pitch;
     ToeplitzLevel level[kMaxLevels];
     int reach_y, reach_x;
     int ctx_width, agg_width;
@@ -126,39 +128,86 @@ __device__ __forceinline__ void join(int warps) {  // of a channel
         __syncwarp();
 }
 
+// The tile's own part of z, for backward.
+template <typename T, int BLOCKS>
+__device__ __forceinline__ void store_z(const ForwardBlock<T>& b, const WarpPlace& w, const float (&z)[BLOCKS][4],
+                                        T* to, const Rows& rows, int first, int end) {
+    const ToeplitzParams& p = b.p;
+    if (b.first_c + w.c >= p.C) return;
+    const int x0 = b.held.x0 + 8 * BLOCKS * w.warp + 2 * (w.lane % 4);
+    const int beyond = b.tile.x1 < p.W ? b.tile.x1 : p.planar_pitch;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int row = first + w.lane / 4 + 8 * half, image = rows.image(row);
+        const int y = b.held.y0 + row - image * rows.held;
+        if (row >= end || y < b.tile.y0 || y >= b.tile.y1) continue;
+        T* at = to + (((b.first_image + image) * p.C + b.first_c + w.c) * p.H + y) * p.planar_pitch;
+#pragma unroll
+        for (int j = 0; j < BLOCKS; ++j) {
+            const int x = x0 + 8 * j;
+            if (x >= b.tile.x0 && x < beyond) store_pair(at + x, {z[j][2 * half], z[j][2 * half + 1]});
+        }
+    }
+}
+
+// What a lane has of a row of the last level, in the columns of the tile; beyond the map it is zero.
+template <typename T, int BLOCKS>
+__device__ __forceinline__ float sum_of_row(const ForwardBlock<T>& b, const float (&z)[BLOCKS][4], int half,
+                                            int column) {
+    float sum = 0.0f;
+    if (b.p.tiling.whole_map()) {
+#pragma unroll
+        for (int j = 0; j < BLOCKS; ++j) sum += z[j][2 * half] + z[j][2 * half + 1];
+        return sum;
+    }
+#pragma unroll
+    for (int j = 0; j < BLOCKS; ++j) {
+        const unsigned x = column + 8 * j - b.tile_column(), width = b.tile.columns();
+        sum += (x < width ? z[j][2 * half] : 0.0f) + (x + 1 < width ? z[j][2 * half + 1] : 0.0f);
+    }
+    return sum;
+}
+
 // A tile of sixteen rows from `first`, of which those before `end` exist: GELU, agg, sums of rows, the next plane.
 template <typename T, int BLOCKS>
 __device__ __forceinline__ void finish_tile(const ForwardBlock<T>& b, const WarpPlace& w, float (&z)[BLOCKS][4],
-                                            int level, T* next, int first, int end) {
+                                            int level, T* next, const Rows& rows, int first, int end) {
+    using Pair = typename PairOf<T>::type;
     const ToeplitzParams& p = b.p;
     const ToeplitzTiling& t = p.tiling;
     const int column = 8 * BLOCKS * w.warp + 2 * (w.lane % 4), columns = b.held.columns();
     const bool is_last = level + 1 == p.L;
+    // What lies beyond the map's columns is zero, and so is GELU of it. Planes have room for it.
+    if (8 * BLOCKS * (w.warp + 1) > columns)
+#pragma unroll
+        for (int j = 0; j < BLOCKS; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) z[j][i] = column + 8 * j + i % 2 < columns ? z[j][i] : 0.0f;
+    if (p.z[level]) store_z<T, BLOCKS>(b, w, z, static_cast<T*>(p.z[level]), rows, first, end);
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) z[j][i] = gelu_for_16_bit(z[j][i]);
+        for (int i = 0; i < 4; i += 2) {
+            const float2 pair = gelu_pair<T>(z[j][i], z[j][i + 1]);
+            z[j][i] = pair.x;
+            z[j][i + 1] = pair.y;
+        }
+    Pair pairs[2][BLOCKS];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = first + w.lane / 4 + 8 * half, sum_row = row - b.tile_row();
         const bool owned = row < end && static_cast<unsigned>(sum_row) < static_cast<unsigned>(b.tile_rows());
-        if (owned) {
-            const T* gate = b.gates + level * t.sums() + sum_row * t.sum_pitch + column;
-            T* sum = b.sums + w.c * t.sums() + sum_row * t.sum_pitch + column;
 #pragma unroll
-            for (int j = 0; j < BLOCKS; ++j) {
-                const float2 g = load_pair(gate + 8 * j), before = load_pair(sum + 8 * j);
-                store_pair(sum + 8 * j,
-                           {fmaf(g.x, z[j][2 * half], before.x), fmaf(g.y, z[j][2 * half + 1], before.y)});
-            }
+        for (int j = 0; j < BLOCKS; ++j) pairs[half][j] = PairOf<T>::from(z[j][2 * half], z[j][2 * half + 1]);
+        if (owned) {
+            const int at = sum_row * t.sum_pitch + column;
+            const Pair* gate = reinterpret_cast<const Pair*>(b.gates + level * t.sums() + at);
+            Pair* sum = reinterpret_cast<Pair*>(b.sums + w.c * t.sums() + at);
+#pragma unroll
+            for (int j = 0; j < BLOCKS; ++j) sum[4 * j] = __hfma2(gate[4 * j], pairs[half][j], sum[4 * j]);
         }
         if (is_last) {
-            float row_sum = 0.0f;
-#pragma unroll
-            for (int j = 0; j < BLOCKS; ++j) {
-                const unsigned x = column + 8 * j - b.tile_column(), width = b.tile.columns();
-                row_sum += (x < width ? z[j][2 * half] : 0.0f) + (x + 1 < width ? z[j][2 * half + 1] : 0.0f);
-            }
+            float row_sum = sum_of_row<T, BLOCKS>(b, z, half, column);
             row_sum += __shfl_xor_sync(0xffffffffu, row_sum, 1);
             row_sum += __shfl_xor_sync(0xffffffffu, row_sum, 2);
             if (owned && w.lane % 4 == 0) b.row_sums[(w.c * t.warps + w.warp) * t.sum_rows + sum_row] = row_sum;
@@ -166,17 +215,13 @@ __device__ __forceinline__ void finish_tile(const ForwardBlock<T>& b, const Warp
     }
     if (is_last) return;
     join(t.warps);  // nobody reads the rows below any more
-    const Rows rows = b.rows_of_planes();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const int row = first + w.lane / 4 + 8 * half;
         if (row >= end) continue;
-        T* to = next + rows.offset(row) + column;
+        Pair* to = reinterpret_cast<Pair*>(next + rows.offset(row) + column);
 #pragma unroll
-        for (int j = 0; j < BLOCKS; ++j) {
-            const int x = column + 8 * j;
-            if (x < columns) store_pair(to + 8 * j, {z[j][2 * half], x + 1 < columns ? z[j][2 * half + 1] : 0.0f});
-        }
+        for (int j = 0; j < BLOCKS; ++j) to[4 * j] = pairs[half][j];
     }
 }
 
@@ -207,7 +252,7 @@ __device__ __forceinline__ void run_level(const ForwardBlock<T>& b, const WarpPl
         convolve_tile<T, BLOCKS, STEPS>(
             z, source + static_cast<SharedAddress>(rows.offset(row) * static_cast<int>(sizeof(T))),
             t.pitch * static_cast<int>(sizeof(T)), lane_taps, own.kh);
-        finish_tile<T, BLOCKS>(b, w, z, level, next, first, end);
+        finish_tile<T, BLOCKS>(b, w, z, level, next, rows, first, end);
     }
     join(t.warps);
     if (level + 1 == p.L) return;
@@ -290,7 +335,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) toeplitz_fwd_kernel(const Toep
     __syncthreads();
     form_global(b);
     __syncthreads();
-    with_width<T>(p.agg_width, [&](auto width) { write_agg<T, decltype(width)::value>(b); });
+    if (p.agg) with_width<T>(p.agg_width, [&](auto width) { write_agg<T, decltype(width)::value>(b); });
 }
 
 ToeplitzParams params_of(const Problem& p, const ToeplitzTiling& tiling, const Map& agg, float* sums) {
@@ -339,6 +384,25 @@ Status launch_toeplitz(const Problem& p, const ToeplitzParams& params, cudaStrea
             return launch_toeplitz<T, 7>(p, params, stream);
     }
 }
+
+}  // namespace
+
+int toeplitz_forward_tiles(const Problem& p) { return plan_toeplitz(p).tiles(); }
+
+template <typename T>
+Status toeplitz_levels(const Problem& p, const Map& agg, T* const* z, float* sums, cudaStream_t stream) {
+    const ToeplitzTiling t = plan_toeplitz(p);
+    if (t.cost == 0) return {cudaErrorInvalidConfiguration, "toeplitz_fwd_kernel"};
+    ToeplitzParams params = params_of(p, t, agg, sums);
+    std::copy_n(z, p.L, params.z);
+    params.planar_pitch = planar_pitch(p.W);
+    return launch_toeplitz<T>(p, params, stream);
+}
+
+template Status toeplitz_levels<__half>(const Problem&, const Map&, __half* const*, float*, cudaStream_t);
+template Status toeplitz_levels<__nv_bfloat16>(const Problem&, const Map&, __nv_bfloat16* const*, float*, cudaStream_t);
+
+namespace {
 
 template <typename T>
 Status forward(const Problem& p, const Map& agg, Scratch scratch, cudaStream_t stream) {

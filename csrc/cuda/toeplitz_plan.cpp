@@ -23,6 +23,8 @@ constexpr int kTileWidths[] = {16, 24, 32, 40, 48, 56, 64, 80, 96, 112};
 constexpr double kPerTile = 60.0, kPerOutputs = 110.0, kPerKernelRow = 12.0, kPerElements = 16.0;
 // That L2 moves while a scheduler issues an instruction: 5.5e12 bytes a second over 132 * 4 * 1.7e9 (H100 SXM).
 constexpr double kBytesPerInstruction = 6.0;
+// Clocks from the end of a launch to the work of the next, and from memory to the first result.
+constexpr double kPerLaunch = 6000.0;
 
 int round_up(int n, int to) { return (n + to - 1) / to * to; }
 int blocks_for(int n, int size) { return (n + size - 1) / size; }
@@ -201,7 +203,7 @@ double cost_of(const Problem& p, const ToeplitzBackwardTiling& t) {
         instructions += band * blocks_for(kh * t.block_c, kWarps) * kWarps;
         instructions += kPerPair * t.block_c * rows * blocks_for(p.W, 2) / 32;
     }
-    const double bytes = 5.0 * std::max(32, 2 * t.block_c) * rows * p.W;
+    const double bytes = (5.0 * std::max(32, 2 * t.block_c) + 8.0 * (p.L + 1)) * rows * p.W;
     const auto fitting = static_cast<int>(p.limits.shared_per_multiprocessor / (t.shared_bytes + kReservedBytes));
     const int resident = std::max(1, std::min(kResidentWarps / kWarps, fitting));
     const double blocks =
@@ -226,6 +228,89 @@ ToeplitzBackwardTiling make_backward(const Problem& p) {
     return best;
 }
 
+ToeplitzBandTiling cut_band(const Problem& p, int level, int block_c, int blocks, int band) {
+    const FocalWeight& w = p.weights[level];
+    const int steps = toeplitz_steps(w.kw);
+    ToeplitzBandTiling t{};
+    t.block_c = block_c;
+    t.blocks = blocks;
+    t.groups = blocks_for(p.W, 8 * blocks);
+    t.padding = steps == 1 ? kToeplitzPadding : kToeplitzPadding2;
+    t.halo = std::max(1, w.kh / 2);  // a row of zeros at least, below the last row of dz
+    t.band = std::min(band, p.H);
+    t.bands = blocks_for(p.H, t.band);
+    t.rows = t.band + 2 * t.halo;
+    t.pitch = odd_pitch(8 * t.groups * blocks + (steps == 1 ? 8 : 24));
+    t.sum_pitch = odd_pitch(p.W);
+    t.tap_rows = w.kh;
+    t.tap_pitch = 2 * toeplitz_tap_width(steps);
+    const size_t elements = 2 * static_cast<size_t>(block_c) * t.plane() + static_cast<size_t>(t.band) * t.sum_pitch +
+                            static_cast<size_t>(block_c) * t.tap_rows * t.tap_pitch;
+    t.shared_bytes = 2 * elements + 4 * static_cast<size_t>(kToeplitzBackwardThreads / 32) * kRowsOfTile *
+                                        kToeplitzBandPitch;
+    return t;
+}
+
+double cost_of(const Problem& p, int level, const ToeplitzBandTiling& t) {
+    constexpr int kWarps = kToeplitzBackwardThreads / 32;
+    constexpr double kPerPair = 120.0, kPerHeldPair = 40.0, kPerBand = 60.0;  // instructions
+    const int kh = p.weights[level].kh, tiles = blocks_for(t.band, kRowsOfTile) * t.groups * t.block_c;
+    const double tile = kPerTile + kh * (2.0 * t.blocks * toeplitz_steps(p.weights[level].kw) + kPerKernelRow);
+    const double band = kPerBand + 17.0 * blocks_for(t.band, kRowsOfTile) * blocks_for(p.W + 12, 16);
+    double instructions = tile * blocks_for(tiles, kWarps) * kWarps;
+    instructions += band * blocks_for(kh * t.block_c, kWarps) * kWarps;
+    instructions += t.block_c * blocks_for(p.W, 2) * (kPerPair * t.band + kPerHeldPair * t.rows) / 32;
+    // dz and what is below, with halo; z and dagg, and what is written; a float of dgates, written and read. Channels
+    // last, a sector of 32 bytes is the least.
+    const int planar = 2 * t.block_c, turned = level > 0 ? planar : std::max(32, planar);
+    const double bytes = p.W * (t.rows * (planar + turned) + t.band * (2.0 * planar + turned + (level > 0 ? 8 : 0)));
+    const auto fitting = static_cast<int>(p.limits.shared_per_multiprocessor / (t.shared_bytes + kReservedBytes));
+    const int resident = std::max(1, std::min(kResidentWarps / kWarps, fitting));
+    const double blocks = static_cast<double>(p.B) * t.bands * blocks_for(p.C, t.block_c);
+    const double rounds = std::ceil(blocks / (static_cast<double>(p.limits.multiprocessors) * resident));
+    return rounds * resident * (instructions / (4 * (resident > 1 ? 1.0 : 0.6)) + bytes / (4 * kBytesPerInstruction));
+}
+
+ToeplitzBandTiling cheapest_band(const Problem& p, int level, int block_c) {
+    ToeplitzBandTiling best{};
+    for (int blocks : {2, 4})
+        for (int band : {16, 32, 48, 64, 96, 128, p.H}) {
+            if (band > p.H) continue;
+            ToeplitzBandTiling t = cut_band(p, level, block_c, blocks, band);
+            if (t.shared_bytes > static_cast<size_t>(p.limits.shared_per_block)) continue;
+            t.cost = cost_of(p, level, t);
+            if (best.cost == 0 || t.cost < best.cost) best = t;
+        }
+    return best;
+}
+
+ToeplitzBandsPlan make_bands(const Problem& p) {
+    ToeplitzBandsPlan best{};
+    for (int block_c : {2, 4, 8, 16}) {
+        ToeplitzBandsPlan plan{};
+        plan.block_c = block_c;
+        plan.first_bytes = 2 * static_cast<size_t>(block_c + 1) * std::min(p.H, kToeplitzFirstBand) * odd_pitch(p.W);
+        bool fits = plan.first_bytes <= static_cast<size_t>(p.limits.shared_per_block);
+        for (int l = 0; l < p.L && fits; ++l) {
+            plan.level[l] = cheapest_band(p, l, block_c);
+            plan.cost += plan.level[l].cost;
+            fits = plan.level[l].cost > 0;
+        }
+        // What the first launches take: GELU and its derivative once more, passes over dagg, z and dz, two of dgates.
+        const double channels = static_cast<double>(blocks_for(p.C, block_c)) * block_c;
+        const double bytes = 2.0 * 4 * channels + (std::max(32, 2 * block_c) + 16) * channels / block_c;
+        plan.cost += p.B * p.H * p.W * (channels * 70.0 / 32 + bytes / kBytesPerInstruction) /
+                     (4.0 * p.limits.multiprocessors);
+        // Half of a block of channels and more may lie beyond C.
+        if (fits && (block_c == 2 || block_c < 2 * p.C) && (best.cost == 0 || plan.cost < best.cost)) best = plan;
+    }
+    if (best.cost == 0) return best;
+    const ToeplitzTiling forward = plan_toeplitz(p);
+    if (forward.cost == 0) return {};
+    best.cost += 1.1 * forward.cost + (4 + p.L) * kPerLaunch;
+    return best;
+}
+
 }  // namespace
 
 ToeplitzTiling plan_toeplitz(const Problem& p) {
@@ -236,6 +321,16 @@ ToeplitzTiling plan_toeplitz(const Problem& p) {
 ToeplitzBackwardTiling plan_toeplitz_backward(const Problem& p) {
     static Plans<ToeplitzBackwardTiling> plans;
     return plans.get(p, 0, [&] { return make_backward(p); });
+}
+
+ToeplitzBandsPlan plan_toeplitz_bands(const Problem& p) {
+    static Plans<ToeplitzBandsPlan> plans;
+    return plans.get(p, 0, [&] { return make_bands(p); });
+}
+
+bool whole_maps_backward(const Problem& p) {
+    const double whole = plan_toeplitz_backward(p).cost, bands = plan_toeplitz_bands(p).cost;
+    return whole > 0 && (bands == 0 || whole <= bands);
 }
 
 }  // namespace focalnet::cuda

@@ -53,6 +53,12 @@ __device__ inline void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2,
     cuda_on_cpu::mma_m16n8k16<T>(c, a, b);
 }
 
+template <typename T>
+__device__ inline void mma_half(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+    const uint32_t a[] = {a0, a1};
+    cuda_on_cpu::mma_m16n8k8<T>(c, a, b0);
+}
+
 #else
 
 // An address in shared memory, as the instructions take it.
@@ -103,6 +109,19 @@ __device__ __forceinline__ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uin
             "{%0, %1, %2, %3};"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// The first or second half of mma's sum, m16n8k8: a0, a1 and b0, or a2, a3 and b1.
+template <typename T>
+__device__ __forceinline__ void mma_half(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b0) {
+    if constexpr (std::is_same_v<T, __half>)
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a0), "r"(a1), "r"(b0));
+    else
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a0), "r"(a1), "r"(b0));
 }
 
 #endif

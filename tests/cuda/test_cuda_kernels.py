@@ -165,16 +165,21 @@ def test_every_path_of_backward_obeys_the_rule(run, path, device, shape, dtype):
     assert check_backward(run, shape, dtype, device) == path
 
 
-# As for forward; what does not fit as whole maps goes level by level, on multiply-adds.
+# As for forward; what does not fit as whole maps goes level by level in bands of rows: one band and several, kernels
+# of two steps, odd channels and columns, kernels of one row.
 BACKWARD_ON_TENSOR_CORES = [
     ("whole maps", SM_90, Shape(2, 14, 14, 20, (3, 5, 7))),
     ("whole maps", SM_90, Shape(5, 7, 7, 9, (3, 5, 7), normalize=True)),
-    ("whole maps", SM_90, Shape(1, 56, 56, 4, (3, 5, 7))),
+    ("whole maps", SM_90, Shape(1, 28, 28, 4, (3, 5, 7))),
     ("whole maps", SM_90, Shape(1, 17, 9, 36, (3, 5, 7, 9), normalize=True)),
     ("whole maps", SM_80, Shape(1, 19, 22, 7, (11, 13, 15))),
     ("whole maps", SM_86, Shape(3, 5, 41, 8, ((3, 15), (9, 1)))),
     ("whole maps", SM_86, Shape(17, 1, 1, 12, (9,))),
-    ("levels", SMALL, Shape(1, 40, 37, 9, (3, 5, 7), normalize=True)),
+    ("bands", SMALL, Shape(1, 40, 37, 9, (3, 5, 7), normalize=True)),
+    ("bands", SMALL, Shape(2, 50, 24, 6, (5, 7, 9))),
+    ("bands", SMALL, Shape(1, 33, 57, 5, ((1, 15), (13, 3)))),
+    ("bands", SMALL, Shape(1, 60, 43, 4, (3,))),
+    ("bands", SM_86, Shape(1, 56, 56, 8, (3, 5, 7))),
 ]
 
 
@@ -204,9 +209,13 @@ def test_backward_computes_what_is_asked_for(run, path, device, shape, mask):
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
-def test_backward_on_tensor_cores_computes_what_is_asked_for(run, mask):
-    shape = Shape(2, 9, 10, 12, (3, 5, 7))
-    assert check_backward(run, shape, torch.bfloat16, SM_90, mask, tensor_cores=True) == "whole maps"
+@pytest.mark.parametrize(
+    ("path", "device", "shape"),
+    [("whole maps", SM_90, Shape(2, 9, 10, 12, (3, 5, 7))), ("bands", SMALL, Shape(1, 40, 37, 8, (3, 5, 7)))],
+    ids=["whole maps", "bands"],
+)
+def test_backward_on_tensor_cores_computes_what_is_asked_for(run, path, device, shape, mask):
+    assert check_backward(run, shape, torch.bfloat16, device, mask, tensor_cores=True) == path
 
 
 # The stages of the published variants at their image sizes, and detection maps.
@@ -264,8 +273,9 @@ def test_views_with_any_strides(run, dtype, tensor_cores):
 def test_results_do_not_depend_on_the_order_of_threads_and_blocks(run, dtype, tensor_cores):
     _, ctx, gates, focal_weights, *_ = operands(Shape(2, 17, 20, 20, (3, 5)), dtype)
     dagg = gradient_of(ctx, dtype)
-    for options in ({}, {"dagg": dagg}):
-        options |= {"device": SM_90 if tensor_cores else SMALL, "tensor_cores": tensor_cores}
+    devices = [SM_90, Device(32, 48, 4)] if tensor_cores else [SMALL]
+    for options in ({"device": device} | more for device in devices for more in ({}, {"dagg": dagg})):
+        options |= {"tensor_cores": tensor_cores}
         (_, first), (_, second) = (run(ctx, gates, focal_weights, False, seed=seed, **options) for seed in (1, 2))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

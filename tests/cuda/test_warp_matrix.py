@@ -28,10 +28,10 @@ def stored(matrix, pitch, dtype):
     return raw(rows)
 
 
-def product(program, folder, a, b, dtype, transposed=(False, False), pitch=24, offset=0):
+def product(program, folder, a, b, dtype, transposed=(False, False), pitch=24, offset=0, halves=False):
     """(A @ B, matrices that ldmatrix loaded, passes beyond the first)."""
     a_stored, b_stored = a.T if transposed[0] else a, b if transposed[1] else b.T
-    data = case([dtype == torch.float16, *transposed, pitch, offset])
+    data = case([dtype == torch.float16, *transposed, pitch, offset, halves])
     (folder / "case").write_bytes(data + stored(a_stored, pitch, dtype) + stored(b_stored, pitch, dtype))
     counts = run([str(program), str(folder / "case"), str(folder / "result")])
     result = torch.frombuffer(bytearray((folder / "result").read_bytes()), dtype=torch.float32)
@@ -44,9 +44,10 @@ def whole_numbers():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("transposed", [(a, b) for a in (False, True) for b in (False, True)], ids=str)
-def test_product(program, tmp_path, dtype, transposed):
+@pytest.mark.parametrize("halves", [False, True], ids=["m16n8k16", "m16n8k8"])
+def test_product(program, tmp_path, dtype, transposed, halves):
     a, b = whole_numbers()
-    result, matrices, _ = product(program, tmp_path, a, b, dtype, transposed)
+    result, matrices, _ = product(program, tmp_path, a, b, dtype, transposed, halves=halves)
     assert torch.equal(result.double(), a @ b)
     assert matrices == 6
 

@@ -24,6 +24,12 @@ inline __nv_bfloat16 __float2bfloat16_rn(float v) {
     return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {__bfloat162float(v.x), __bfloat162float(v.y)}; }
+inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
+    const auto fma = [](__nv_bfloat16 x, __nv_bfloat16 y, __nv_bfloat16 z) {
+        return __float2bfloat16_rn(std::fma(__bfloat162float(x), __bfloat162float(y), __bfloat162float(z)));
+    };
+    return {fma(a.x, b.x, c.x), fma(a.y, b.y, c.y)};
+}
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
     return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
 }

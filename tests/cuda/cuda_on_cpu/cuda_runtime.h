@@ -71,6 +71,7 @@ inline std::mt19937 generator;
 inline size_t shared_limit = 48 * 1024;  // of a launch; cudaFuncSetAttribute raises it, to the device's at most
 inline size_t device_shared_limit = 99 * 1024;
 inline long launches = 0;
+inline bool records = false;  // launches are printed, not run
 
 [[noreturn]] inline void fail(const char* what) {
     std::fprintf(stderr, "cuda_on_cpu: %s\n", what);
@@ -254,6 +255,15 @@ inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int byte
     return cudaSuccess;
 }
 
+namespace cuda_on_cpu {
+template <typename T>
+void print_bytes(const T& argument) {
+    const auto* bytes = reinterpret_cast<const unsigned char*>(&argument);
+    std::printf(" ");
+    for (size_t i = 0; i < sizeof argument; ++i) std::printf("%02x", bytes[i]);
+}
+}  // namespace cuda_on_cpu
+
 template <typename... Params, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args... args) {
     using namespace cuda_on_cpu;
@@ -264,6 +274,14 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
         return cudaErrorInvalidConfiguration;
     if (bytes > limit) return cudaErrorInvalidValue;
     ++launches;
+    if (records) {
+        // Where the kernel lies, from a symbol that `nm` lists.
+        const auto place = reinterpret_cast<intptr_t>(kernel) - reinterpret_cast<intptr_t>(&cuda_on_cpu_switch);
+        std::printf("%td %u %u %zu", place, config->gridDim.x, config->blockDim.x, bytes);
+        (print_bytes(args), ...);
+        std::printf("\n");
+        return cudaSuccess;
+    }
     gridDim = config->gridDim;
     blockDim = config->blockDim;
     body = [=] { kernel(args...); };

@@ -1,7 +1,7 @@
 // Runs one call of csrc/cuda's launchers: `main CASE RESULT`. CASE is a list of int64 (see main), then the elements of
 // the tensors; RESULT receives the outputs' elements. Every tensor, and the scratch, is a heap block of its exact
 // size. Prints the path that is taken, and how many bank conflicts ldmatrix met. `main CASE` reads the numbers alone
-// and prints how every launch cuts the maps.
+// and prints how every launch cuts the maps; `main CASE - launches` prints the launches themselves.
 
 #include <fstream>
 #include <iostream>
@@ -67,7 +67,8 @@ const char* path_of(const Problem& p) {
 }
 
 const char* backward_path_of(const Problem& p) {
-    if (p.tensor_cores && plan_toeplitz_backward(p).cost > 0) return "whole maps";
+    if (p.tensor_cores && whole_maps_backward(p)) return "whole maps";
+    if (p.tensor_cores && plan_toeplitz_bands(p).cost > 0) return "bands";
     return plan_backward_map(p).cost > 0 ? "whole map" : "levels";
 }
 
@@ -86,13 +87,40 @@ int print_plans(const Problem& p) {
     if (const ToeplitzTiling t = plan_toeplitz(p); p.tensor_cores)
         print("forward", t.block_c, t.tile_h, t.tile_w, t.threads(), t.shared_bytes, t.cost);
     for (int i = 0; i < plan.groups && !p.tensor_cores; ++i) print("forward", plan.group[i].tiling);
-    if (const ToeplitzBackwardTiling t = plan_toeplitz_backward(p); p.tensor_cores && t.cost > 0) {
+    if (const ToeplitzBackwardTiling t = plan_toeplitz_backward(p); p.tensor_cores && whole_maps_backward(p)) {
         print("backward", t.block_c, p.H, p.W, kToeplitzBackwardThreads, t.shared_bytes, t.cost);
+    } else if (const ToeplitzBandsPlan bands = plan_toeplitz_bands(p); p.tensor_cores && bands.cost > 0) {
+        print("backward", bands.block_c, kToeplitzFirstBand, p.W, kToeplitzBackwardThreads, bands.first_bytes, 1);
+        for (int l = 0; l < p.L; ++l)
+            print("backward", bands.block_c, bands.level[l].band, p.W, kToeplitzBackwardThreads,
+                  bands.level[l].shared_bytes, bands.level[l].cost);
     } else if (plan_backward_map(p).cost > 0) {
         print("backward", plan_backward_map(p));
     } else {
         for (int l = 0; l < p.L; ++l) print("backward", plan_backward_level(p, l));
     }
+    return 0;
+}
+
+// The launches of a contiguous problem: a line each, with the kernel's address, grid, threads, shared memory, and the
+// bytes of the arguments. Nothing is computed; pointers are whatever they are, but null where nothing is wanted.
+int print_launches(Problem p, bool backward, Gradients out, bool want_agg) {
+    cuda_on_cpu::records = true;
+    alignas(16) static char somewhere[16];
+    const int64_t packed = (2 * p.C + p.L + 1 + 15) / 16 * 16;
+    p.ctx = {somewhere, p.H * p.W * packed, p.W * packed, packed};
+    p.gates = p.ctx;
+    for (int l = 0; l < p.L; ++l) p.weights[l].data = somewhere;
+    const Map map = contiguous(somewhere, p, p.C);
+    if (!backward) {
+        check(gated_aggregation(p, map, somewhere, nullptr));
+        return 0;
+    }
+    if (out.want_ctx) out.dctx = map;
+    if (out.want_gates) out.dgates = contiguous(somewhere, p, p.L + 1);
+    if (want_agg) out.agg = map;
+    for (int l = 0; l < p.L; ++l) out.dweights[l] = somewhere;
+    check(gated_aggregation_backward(p, map, out, somewhere, nullptr));
     return 0;
 }
 
@@ -131,6 +159,7 @@ int main(int count, char** argv) {
     out.want_weights = input.number();
 
     if (count == 2) return print_plans(p);
+    if (count == 4) return print_launches(p, backward, out, want_agg);
 
     std::ofstream result(argv[2], std::ios::binary);
     void* packed = input.elements(ctx.size * size);

@@ -1,4 +1,4 @@
-// ldmatrix and mma.m16n8k16 on a CPU, from the layouts of fragments in the PTX ISA. They are collective: every lane of
+// ldmatrix, mma.m16n8k16 and m16n8k8 on a CPU, from the layouts of fragments in the PTX ISA. They are collective: every lane of
 // a warp lays down what it brings, waits for the others, takes what it is to hold, and waits until all have. Bank
 // conflicts of ldmatrix are counted: a matrix is read in one pass if its eight rows of 16 bytes lie in eight different
 // quarters of the 32 banks, and every further row in the same quarter costs a pass more.
@@ -57,12 +57,13 @@ inline float cut_off(double value) {
     return std::fabs(static_cast<double>(nearest)) > std::fabs(value) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
-template <typename T>
-void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+// K elements of the inner axis, 16 or 8: K / 4 registers of A, K / 8 of B.
+template <typename T, int K>
+void mma_m16n8(float (&c)[4], const uint32_t* a, const uint32_t* b) {
     const int lane = threadIdxOf % kWarp, g = lane / 4, t = lane % 4;
     Fiber& mine = *fibers[threadIdxOf];
-    std::copy_n(a, 4, mine.registers);
-    std::copy_n(b, 2, mine.registers + 4);
+    std::copy_n(a, K / 4, mine.registers);
+    std::copy_n(b, K / 8, mine.registers + 4);
     wait(Fiber::kAtShuffle);
     const auto half_of = [](uint32_t word, int k) { return static_cast<uint16_t>(word >> k % 2 * 16); };
     const auto of_a = [&](int row, int k) {
@@ -76,10 +77,20 @@ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
     for (int i = 0; i < 4; ++i) {
         const int row = g + i / 2 * 8, column = 2 * t + i % 2;
         double sum = 0;
-        for (int k = 0; k < 16; ++k) sum += of_a(row, k) * of_b(k, column);
+        for (int k = 0; k < K; ++k) sum += of_a(row, k) * of_b(k, column);
         c[i] = cut_off(sum + c[i]);
     }
     wait(Fiber::kAtShuffle);
+}
+
+template <typename T>
+void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    mma_m16n8<T, 16>(c, a, b);
+}
+
+template <typename T>
+void mma_m16n8k8(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
+    mma_m16n8<T, 8>(c, a, &b);
 }
 
 }  // namespace cuda_on_cpu

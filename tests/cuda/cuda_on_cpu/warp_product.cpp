@@ -16,6 +16,7 @@ struct Operands {
     const uint16_t *a, *b;
     int pitch;
     bool a_transposed, b_transposed;  // A as [k][m] instead of [m][k]; B as [k][n] instead of [n][k]
+    bool halves;                      // two mma of half the sum
     float* c;
 };
 
@@ -36,7 +37,12 @@ void product_kernel(const Operands p) {
         ldmatrix_x2<true>(fb[0], fb[1], b);
     else
         ldmatrix_x2<false>(fb[0], fb[1], b);
-    mma<T>(c, fa[0], fa[1], fa[2], fa[3], fb[0], fb[1]);
+    if (p.halves) {
+        mma_half<T>(c, fa[0], fa[1], fb[0]);
+        mma_half<T>(c, fa[2], fa[3], fb[1]);
+    } else {
+        mma<T>(c, fa[0], fa[1], fa[2], fa[3], fb[0], fb[1]);
+    }
     for (int j = 0; j < 4; ++j) p.c[(lane / 4 + 8 * (j / 2)) * 8 + 2 * (lane % 4) + j % 2] = c[j];
 }
 
@@ -44,7 +50,7 @@ void product_kernel(const Operands p) {
 
 int main(int, char** argv) {
     std::ifstream file(argv[1], std::ios::binary);
-    int64_t numbers[5];  // element, A transposed, B transposed, pitch, offset of A in bytes
+    int64_t numbers[6];  // element, A transposed, B transposed, pitch, offset of A in bytes, halves
     file.read(reinterpret_cast<char*>(numbers), sizeof numbers);
     const std::vector<char> elements{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
     const int pitch = static_cast<int>(numbers[3]);
@@ -58,6 +64,7 @@ int main(int, char** argv) {
                      pitch,
                      numbers[1] != 0,
                      numbers[2] != 0,
+                     numbers[5] != 0,
                      c};
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(1);

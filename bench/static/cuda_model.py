@@ -1,0 +1,283 @@
+"""Predicts the time of csrc/cuda's launches in 16 bit, as performance_model.py predicts that of Triton's.
+
+    python bench/static/cuda_model.py [--variant tiny_lrf] [--device H100] [--batch 128] [--dtype bfloat16]
+
+The program of the tests (tests/cuda/cuda_on_cpu) prints the launches of a call with their arguments; nvcc compiles the
+kernels for the device; `instruction_counts` runs the PTX's integer arithmetic on the arguments, for every warp of some
+blocks, and counts machine code. Bytes are those that the kernels' headers name; channels last, a sector of 32 bytes is
+the least. It needs nvcc and g++, and no GPU. Rows: bench/results/without-gpu/predicted_cuda.json; the operators are
+the aggregation and its gradients, with agg once more. No figure is measured: every one is a prediction.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from cuda_code import compiled, kernel, names
+from instruction_counts import Kernel
+from launch_bytes import Bytes
+from machine_code import load_cycles
+from performance_model import GAP, SAMPLE, Predicted, predict
+from processors import PROCESSORS, Processor
+from ptxas import kernel_name
+from rich.console import Console
+from rich.table import Table
+
+from focalnet.benchmark.environment import ROOT, versions
+from focalnet.benchmark.floors import Stage, stages
+from focalnet.benchmark.rows import NOWHERE, write
+
+sys.path.append(str(ROOT / "tests" / "helpers"))
+import cuda_program
+
+FILE = "predicted_cuda"
+SOURCES = [path for ending in ("cu", "cuh", "h", "cpp") for path in sorted(ROOT.glob(f"csrc/cuda/*.{ending}"))]
+# KiB of shared memory that a block may have, and a multiprocessor has (CUDA C++ Programming Guide).
+SHARED = {"A100": (163, 164), "RTX 4090": (99, 100), "H100": (227, 228), "B200": (227, 228)}
+console = Console(width=150)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """``name`` as in ptxas.py's table; ``arguments``: the bytes of each parameter."""
+
+    name: str
+    grid: int
+    threads: int
+    shared: int
+    arguments: tuple[bytes, ...]
+
+    @property
+    def kernel(self) -> str:
+        return self.name.split("<")[0]
+
+
+@dataclass(frozen=True)
+class Call:
+    """An aggregation, or its gradients."""
+
+    stage: Stage
+    batch: int
+    dtype: torch.dtype
+    processor: Processor
+    backward: bool
+
+    @property
+    def outputs(self) -> int:
+        return self.batch * self.stage.height * self.stage.width * self.stage.channels
+
+    def case(self) -> bytes:
+        """As tests/cuda/cuda_on_cpu/main.cpp reads it, without tensors."""
+        one = self.stage
+        numbers = [int(self.backward), 0, cuda_program.ELEMENTS[self.dtype], self.batch]
+        numbers += [one.height, one.width, one.channels, one.levels, 0, int(self.dtype != torch.float32)]
+        numbers += [1024 * size for size in SHARED[self.processor.name]] + [self.processor.device.sm_count] + [0] * 15
+        numbers += [size for kernel in one.kernels for size in (kernel, kernel)] + [1, 1, 1, 1]
+        return cuda_program.case(numbers)
+
+
+@functools.cache
+def program() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="focalnet-cuda-model-"))
+    return cuda_program.compile_sources(folder)
+
+
+def _lines(call: Call, *more: str) -> list[str]:
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(call.case())
+        return cuda_program.run([str(program()), file.name, *more]).splitlines()
+
+
+@functools.cache
+def _symbols() -> dict[int, str]:
+    """Kernels of the program by their distance from cuda_on_cpu_switch."""
+    listed = subprocess.run(["nm", str(program())], capture_output=True, text=True, check=True).stdout
+    found = {line.split()[-1]: int(line.split()[0], 16) for line in listed.splitlines() if len(line.split()) == 3}
+    anchor = found["cuda_on_cpu_switch"]
+    return {
+        place - anchor: kernel_name(symbol)
+        for symbol, place in found.items()
+        if re.search(r"^_ZN8focalnet4cuda\w*\d[a-z_]+_kernel(I|E)", symbol)
+    }
+
+
+def launches(call: Call) -> list[Launch]:
+    """In order, for contiguous maps and the padded projection."""
+    found = []
+    for line in _lines(call, "-", "launches"):
+        place, grid, threads, shared, *arguments = line.split()
+        name = _symbols()[int(place)]
+        found.append(Launch(name, int(grid), int(threads), int(shared), tuple(map(bytes.fromhex, arguments))))
+    return found
+
+
+@functools.cache
+def _kernels(source: Path, arch: int) -> dict[str, tuple[Kernel, int]]:
+    """(kernel, registers) of a source, by name."""
+    ptx, shown = compiled(source, arch)
+    return {kernel_name(name): (kernel(ptx, shown, name), _registers(shown, name)) for name in names(ptx)}
+
+
+def _kernel(launch: Launch, arch: int) -> tuple[Kernel, int]:
+    defines = re.compile(rf"__global__[^;{{]*\b{launch.kernel}\(")
+    source = next(path for path in SOURCES if path.suffix == ".cu" and defines.search(path.read_text()))
+    return _kernels(source, arch)[launch.name]
+
+
+def _registers(disassembly: str, name: str) -> int:
+    """One more than the highest register that a kernel names."""
+    section = re.search(rf"^//-+ \.text\.{name}\s+-+$(.*?)(?=^//-+ \.|\Z)", disassembly, re.MULTILINE | re.DOTALL)[1]
+    return 1 + max(map(int, re.findall(r"\bR(\d+)\b", section)))
+
+
+def _arguments(found: Kernel, launch: Launch) -> dict[str, int]:
+    """Every number of every parameter, by place and width."""
+    return {
+        f"{name}+{place}.{8 * size}": int.from_bytes(data[place : place + size], "little")
+        for (name, _), data in zip(found.ptx.parameters, launch.arguments, strict=True)
+        for size in (1, 2, 4, 8)
+        for place in range(0, len(data) - size + 1, size)
+    }
+
+
+def moved(launch: Launch, call: Call) -> Bytes:
+    """Of a launch: passes over maps, channels last or planar, and over dgates of every block of channels."""
+    levels, plane = call.stage.levels, 2 * call.outputs
+    cuts = [line.split() for line in _lines(call)[2:]]
+    block_c = int(next(cut for cut in cuts if cut[0] == ("backward" if call.backward else "forward"))[1])
+    gates = plane // call.stage.channels
+    dgates = 2 * gates * -(-call.stage.channels // block_c)
+    last, planar, others = {
+        "toeplitz_fwd_kernel": (2, levels * call.backward, gates * (levels + 1)),
+        "toeplitz_bwd_kernel": (5, 0, dgates * (levels + 1)),
+        "toeplitz_first_bwd_kernel": (1, 3, 2 * dgates),
+        "toeplitz_level_bwd_kernel": (0, 5, dgates),
+        "gate_sums_kernel": (1, 0, gates),
+        "add_global_kernel": (2, 0, gates),
+        "sum_dgates_kernel": (0, 0, (dgates + gates) * (levels + 1)),
+    }.get(launch.kernel, (0, 0, 0))
+    sectors = max(1, 16 // block_c) if launch.kernel.startswith("toeplitz") else 1
+    return Bytes((last * sectors + planar) * plane + others, (last + planar) * plane + others)
+
+
+@dataclass(frozen=True)
+class _Used:
+    kernel: str
+    registers: int
+    shared: int
+    threads: int
+
+
+def predict_launch(launch: Launch, call: Call) -> Predicted:
+    found, registers = _kernel(launch, call.processor.device.arch)
+    arguments, last = _arguments(found, launch), launch.grid - 1
+    executed = [
+        found.executed(
+            arguments,
+            (block, 0, 0),
+            (launch.grid, 1, 1),
+            launch.threads,
+            warps=range(-(-launch.threads // 32)),
+            load=load_cycles(in_l2=1),
+        )
+        for block in sorted({round(i * last / (SAMPLE - 1)) for i in range(SAMPLE)})
+    ]
+    used = _Used(launch.name, registers, launch.shared, launch.threads)
+    return predict(call.processor, used, executed, launch.grid, moved(launch, call))
+
+
+def rows_of(call: Call) -> list[dict]:
+    """A row for each launch, and one for all of them."""
+    head = {
+        "case": "predicted",
+        "backend": "cuda",
+        "operator": "gated_aggregation_bwd" if call.backward else "gated_aggregation",
+        "variant": call.stage.variant,
+        "stage": call.stage.index + 1,
+        "x": call.processor.name,
+        "batch": call.batch,
+        "dtype": str(call.dtype).removeprefix("torch."),
+    }
+    found = [predict_launch(launch, call) for launch in launches(call)]
+    rows = [
+        head
+        | {
+            "subject": f"{number} {one.kernel}",
+            "predicted_us": _us(one.seconds),
+            "bound": one.bound,
+            "programs": one.programs,
+            "programs_per_sm": one.programs_per_sm,
+            "waves": one.waves,
+            "registers": one.registers,
+            "shared": one.shared,
+            "instructions_per_output": round(32 * one.instructions / call.outputs, 1),
+            "us_by": {resource: _us(seconds) for resource, seconds in one.by.items()},
+        }
+        for number, one in enumerate(found, 1)
+    ]
+    total = {
+        "subject": "all",
+        "predicted_us": _us(sum(one.seconds + GAP for one in found)),
+        "launches": len(found),
+        "instructions_per_output": round(32 * sum(one.instructions for one in found) / call.outputs, 1),
+        "digest": digest(),
+    }
+    return [head | total, *rows]
+
+
+def _us(seconds: float) -> float:
+    return round(1e6 * seconds, 2)
+
+
+def digest() -> str:
+    """Changes with the sources."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:16]
+
+
+def main(
+    variant: Annotated[list[str], typer.Option(help="Published variants.")] = ["tiny_lrf"],  # noqa: B006
+    device: Annotated[list[str], typer.Option(help="A100, RTX 4090, H100.")] = ["H100"],  # noqa: B006
+    batch: Annotated[list[int], typer.Option(help="Images.")] = [128],  # noqa: B006
+    dtype: Annotated[list[str], typer.Option(help="bfloat16, float16.")] = ["bfloat16"],  # noqa: B006
+    stage: Annotated[list[int], typer.Option(help="Stages, from 1.")] = [1, 2, 3, 4],  # noqa: B006
+    dry: Annotated[bool, typer.Option(help="Print only.")] = False,
+) -> None:
+    """Predict, print a table, and write the rows."""
+    calls = [
+        Call(stages(one)[number - 1], images, getattr(torch, type_name), PROCESSORS[name], backward)
+        for name in device
+        for type_name in dtype
+        for one in variant
+        for images in batch
+        for number in stage
+        for backward in (False, True)
+    ]
+    for call in calls:
+        rows = rows_of(call)
+        show(rows)
+        if not dry:
+            write([row | versions() for row in rows], FILE, NOWHERE)
+
+
+def show(rows: list[dict]) -> None:
+    head = rows[0]
+    columns = ("predicted_us", "bound", "programs", "programs_per_sm", "waves", "registers", "shared")
+    table = Table("launch", *columns, "instructions_per_output")
+    table.title = f"predicted, not measured: {head['variant']} stage {head['stage']}, {head['operator']}, {head['x']}"
+    for row in [*rows[1:], head]:
+        table.add_row(row["subject"], *(str(row.get(name, "")) for name in (*columns, "instructions_per_output")))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
