@@ -98,6 +98,7 @@ def _machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} ({platform.machine()})",
         "cpu": _cpu_name(),
         "instruction sets": _instruction_sets(),
+        "CPU kernels": _cpu_kernels(),
         "threads": f"{torch.get_num_threads()} used by torch, {os.cpu_count()} on the machine",
         "gpu": _gpus(),
     }
@@ -130,6 +131,19 @@ def _instruction_sets() -> str:
     present = [name for name, there in cpu_capabilities().items() if there]
     used_by_torch = f"torch uses {torch.backends.cpu.get_cpu_capability()}"
     return f"{', '.join(present)} ({used_by_torch})" if present else used_by_torch
+
+
+def _cpu_kernels() -> str:
+    """The instruction set that the CPU kernels use, and why it is not AMX."""
+    import torch
+
+    from ..backends import extension
+
+    if extension.missing() is not None:
+        return ""
+    operators = torch.ops.focalnet
+    why_not_amx = operators.cpu_why_not_amx()
+    return f"{operators.cpu_isa()}; amx: {why_not_amx or 'can run'}"
 
 
 def _gpus() -> list[str]:
