@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import composed, extension
+from . import composed, extension, quota
 from .problem import Problem
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -82,3 +82,6 @@ _COMPILED = {
     "gelu_bwd": "cpu_gelu_backward_",
 }
 OPTIONAL = {operator: getattr(torch.ops.focalnet, name, None) for operator, name in _COMPILED.items()}
+
+if extension.missing() is None:
+    torch.ops.focalnet.cpu_limit_threads(quota.most_threads(quota.processors()) or 0)
