@@ -140,9 +140,10 @@ def gpu() -> str:
 def _runtime_table(
     chosen: list[dict], names: dict[str, str] = NAMES, facts: Callable[[dict], dict[str, str]] = lambda row: {}
 ) -> str:
-    """A line for each runtime; time, ratio and memory for each batch."""
+    """A line for each runtime; time, ratio and memory for each batch, and the model's share where a row has it."""
     batches = sorted({row["batch"] for row in chosen})
-    per_batch = [f for batch in batches for f in (f"batch {batch}, ms", "time over focalnet's", "memory, MB")]
+    memory = ["memory, MB", *(["of it the model's, MB"] if _have_model_memory(chosen) else [])]
+    per_batch = [f for batch in batches for f in (f"batch {batch}, ms", "time over focalnet's", *memory)]
     head = ["runtime" if names is NAMES else "network", *facts(chosen[0]), *per_batch]
     lines = []
     for name, title in names.items():
@@ -153,12 +154,18 @@ def _runtime_table(
     return _markdown(head, lines)
 
 
+def _have_model_memory(chosen: list[dict]) -> bool:
+    return any(row.get("model_memory_bytes") is not None for row in chosen)
+
+
 def _cells(chosen: list[dict], batch: int, row: dict | None) -> list[str]:
+    memory = ["peak_memory_bytes", *(["model_memory_bytes"] if _have_model_memory(chosen) else [])]
     if row is None:
-        return ["", "", ""]
+        return ["", "", *("" for _ in memory)]
     ours = _find(chosen, runtime=OURS, batch=batch)
     times = f"{row['median_s'] * 1e3:.0f} / {row['fastest_s'] * 1e3:.0f}"
-    return [times, f"{ratio_of(row, ours):.2f}", f"{row['peak_memory_bytes'] / 1e6:.0f}"]
+    megabytes = [f"{row[name] / 1e6:.0f}" if row.get(name) is not None else "" for name in memory]
+    return [times, f"{ratio_of(row, ours):.2f}", *megabytes]
 
 
 def ratios(device: str) -> str:

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <string>
 
+#include "cpu/amx.h"
 #include "structure.h"
 
 #if defined(__aarch64__) && defined(__linux__)
@@ -97,6 +98,7 @@ py::dict cpu_capabilities() {
     bool avx = false, avx2 = false, fma = false, f16c = false;
     bool avx512f = false, avx512bw = false, avx512dq = false, avx512vl = false;
     bool avx512_vnni = false, avx512_bf16 = false;
+    const bool amx_bf16 = focalnet::cpu::why_not_amx() == nullptr;
     bool neon = false, sve = false;
 
 #if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
@@ -130,6 +132,7 @@ py::dict cpu_capabilities() {
     found["avx512vl"] = avx512vl;
     found["avx512_vnni"] = avx512_vnni;
     found["avx512_bf16"] = avx512_bf16;
+    found["amx_bf16"] = amx_bf16;
     found["neon"] = neon;
     found["sve"] = sve;
     return found;

@@ -52,7 +52,7 @@ namespace {
 
 // Scratch of one thread. It shares a 512 KB L2 with the weights and the streamed maps.
 constexpr int64_t kScratchBytes = 352 * 1024;
-// Size of a group's projection and agg, per thread: a thread's share of the L3.
+// Size of a group's projection and agg in float32, per thread: a thread's share of the L3.
 constexpr int64_t kGroupBytes = 8 * 1024 * 1024;
 
 thread_local Memory shared_memory, own_memory, packed_memory, focal_memory;
@@ -296,11 +296,11 @@ const float* packed_focal_weights(const Block& b) {
 }  // namespace
 
 void block(const Block& block) {
-    const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
     const int64_t tokens = block.H * block.W;
+    // In bfloat16 a group has as many images as in float32, in half of the memory.
     const int64_t bytes =
-        tokens * (pitch_bytes(block.projection_in.N, block.element) + pitch_bytes(block.C, block.element));
-    int64_t most = threads * kGroupBytes / bytes;
+        tokens * (pitch_bytes(block.projection_in.N, Element::kFloat32) + pitch_bytes(block.C, Element::kFloat32));
+    int64_t most = thread_count(block.threads) * kGroupBytes / bytes;
     if (is_wide(block)) most = std::min(most, kMostTogether / tokens);
     const int64_t groups = ceil_div(block.B, std::max<int64_t>(1, most));
     if (groups == 0) return;
@@ -311,8 +311,9 @@ void block(const Block& block) {
             (Group(b, focal_weights, first, last - first).*run)();
         }
     };
-    by_columns(block.B / groups * tokens, rows_in_scratch(block)) ? each(block, &Group::run_by_columns)
-                                                                  : each(packed(block), &Group::run_by_blocks);
+    by_columns(block.threads, block.B / groups * tokens, rows_in_scratch(block))
+        ? each(block, &Group::run_by_columns)
+        : each(packed(block), &Group::run_by_blocks);
 }
 
 }  // namespace focalnet::cpu

@@ -87,7 +87,7 @@ struct Products {
     void (*weight_gradient)(const WeightGradientTask&);
 };
 
-extern const Products kDotProducts, kEmulatedDotProducts;
+extern const Products kDotProducts, kAmxProducts, kEmulatedDotProducts, kEmulatedAmxProducts;
 
 // out = norm(in) * weight + bias + residual, row by row. Only `in` and `out` are required. Nothing beyond `channels`
 // is read or written in any row. `out` may be `in` or `residual`.

@@ -96,7 +96,7 @@ int64_t largest_kh(const std::vector<LevelLayout>& levels) {
 // The smallest number of bands with which the threads are busy for 80 % of the time, as far as the map allows. A band
 // has at least 8 rows, and at least as many rows as the halos that it recomputes.
 int64_t bands_for(const Problem& p, const std::vector<LevelLayout>& levels) {
-    const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+    const int64_t threads = thread_count(p.threads);
     const int64_t planes = p.B * blocks_of(p);
     const int64_t most = std::max<int64_t>(1, p.H / std::max<int64_t>(8, 2 * levels[0].halo));
     int64_t bands = 1;

@@ -93,9 +93,8 @@ void pack(Threads who, const Products& products, Linear* const (&layers)[N], Mem
 
 // Whether the threads share every product by columns, each streaming its part of the weights, instead of each taking
 // blocks of tokens that fit into its scratch. True if there would be too few blocks, or blocks of too few rows.
-inline bool by_columns(int64_t tokens, int64_t rows_in_scratch) {
-    const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-    return tokens < kLeastRows * threads || (rows_in_scratch < kWideRows && tokens <= kMostTogether);
+inline bool by_columns(Threads who, int64_t tokens, int64_t rows_in_scratch) {
+    return tokens < kLeastRows * thread_count(who) || (rows_in_scratch < kWideRows && tokens <= kMostTogether);
 }
 
 // The most rows of a block of tokens: as many as fit into a thread's scratch, and at least enough to be worth
@@ -129,9 +128,8 @@ struct Together {
     Threads who;
 
     void gemm(const GemmTask& task) const {
-        const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
         const int64_t panels = (task.column_end - task.column_begin) / kPanel;
-        const int64_t parts = std::min(task.rows, ceil_div(threads, panels));
+        const int64_t parts = std::min(task.rows, ceil_div(thread_count(who), panels));
         // If rows are split, there are more threads than panels. Each range is then a single panel, so no range
         // extends over two parts of the rows.
         share_ranges(who, parts * panels, 1, panels, [&](auto next) {

@@ -13,25 +13,33 @@
 #include <cstdlib>
 #include <string>
 
+#include "amx.h"
+
 namespace focalnet::cpu {
 namespace {
 
-// Every 64-bit Arm processor has NEON, so "plain" and "neon" are the same code there. "emulated" is "plain" with a
-// slow emulation of the dot products of "avx512_bf16", for tests.
-enum class Isa : int { kEmulated, kPlain, kNeon, kAvx2, kAvx512, kAvx512Bf16 };
+// Every 64-bit Arm processor has NEON, so "plain" and "neon" are the same code there. "emulated" and "amx_emulated"
+// are "plain" with slow emulations of the products of "avx512_bf16" and "amx", for tests.
+enum class Isa : int { kEmulated, kAmxEmulated, kPlain, kNeon, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
 struct Choice {
     Isa isa;
     const char* name;
 };
 
-constexpr Choice kChoices[] = {{Isa::kEmulated, "emulated"}, {Isa::kPlain, "plain"},
-                               {Isa::kNeon, "neon"},         {Isa::kAvx2, "avx2"},
-                               {Isa::kAvx512, "avx512"},     {Isa::kAvx512Bf16, "avx512_bf16"}};
+constexpr Choice kChoices[] = {{Isa::kEmulated, "emulated"},
+                               {Isa::kAmxEmulated, "amx_emulated"},
+                               {Isa::kPlain, "plain"},
+                               {Isa::kNeon, "neon"},
+                               {Isa::kAvx2, "avx2"},
+                               {Isa::kAvx512, "avx512"},
+                               {Isa::kAvx512Bf16, "avx512_bf16"},
+                               {Isa::kAmx, "amx"}};
 
 bool runs_here(Isa isa) {
     switch (isa) {
         case Isa::kEmulated:
+        case Isa::kAmxEmulated:
         case Isa::kPlain:
             return true;
         case Isa::kNeon:
@@ -59,6 +67,8 @@ bool runs_here(Isa isa) {
 #else
             return false;
 #endif
+        case Isa::kAmx:
+            return runs_here(Isa::kAvx512Bf16) && why_not_amx() == nullptr;
     }
     return false;
 }
@@ -120,6 +130,12 @@ std::string name_of(Isa isa) {
 
 std::string cpu_isa() { return name_of(state().load(std::memory_order_relaxed)); }
 
+// Why AMX does not run here; empty if it does.
+std::string cpu_why_not_amx() {
+    if (runs_here(Isa::kAmx)) return "";
+    return why_not_amx() != nullptr ? why_not_amx() : "the processor has no avx512_bf16";
+}
+
 std::string cpu_set_isa(std::string isa) { return name_of(state().exchange(parse(isa, "cpu_set_isa"))); }
 
 }  // namespace
@@ -127,7 +143,7 @@ std::string cpu_set_isa(std::string isa) { return name_of(state().exchange(parse
 const Kernels& current_kernels() {
 #if defined(__x86_64__)
     const Isa isa = state().load(std::memory_order_relaxed);
-    if (isa == Isa::kAvx512 || isa == Isa::kAvx512Bf16) return kAvx512Kernels;
+    if (isa == Isa::kAvx512 || isa == Isa::kAvx512Bf16 || isa == Isa::kAmx) return kAvx512Kernels;
     if (isa == Isa::kAvx2) return kAvx2Kernels;
 #endif
     return kPlainKernels;
@@ -137,6 +153,10 @@ Products products_of(Element weights) {
     const Isa isa = state().load(std::memory_order_relaxed);
     const bool is_float = weights == Element::kFloat32;
     if (!is_float && isa == Isa::kEmulated) return kEmulatedDotProducts;
+    if (!is_float && isa == Isa::kAmxEmulated) return kEmulatedAmxProducts;
+#if FOCALNET_HAS_AMX
+    if (!is_float && isa == Isa::kAmx) return kAmxProducts;
+#endif
     const Kernels* kernels = &current_kernels();
 #if defined(__x86_64__)
     if (!is_float && isa == Isa::kAvx512Bf16) return kDotProducts;
@@ -155,10 +175,12 @@ Products products_of(Element weights) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(focalnet, m) {
     m.def("cpu_isa() -> str");
+    m.def("cpu_why_not_amx() -> str");
     m.def("cpu_set_isa(str isa) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(focalnet, CompositeExplicitAutograd, m) {
     m.impl("cpu_isa", TORCH_BOX(&focalnet::cpu::cpu_isa));
+    m.impl("cpu_why_not_amx", TORCH_BOX(&focalnet::cpu::cpu_why_not_amx));
     m.impl("cpu_set_isa", TORCH_BOX(&focalnet::cpu::cpu_set_isa));
 }

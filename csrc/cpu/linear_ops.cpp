@@ -37,7 +37,7 @@ void multiply(Linear w, Matrix a, int64_t rows, Matrix c, Matrix factor = {}) {
         made.factor = rows_from(factor, first);
         return made;
     };
-    if (padded == w.N && by_columns(rows, kRowBytes / bytes))
+    if (padded == w.N && by_columns(Threads::kTorch, rows, kRowBytes / bytes))
         return Together{products, Threads::kTorch}.gemm(task(0, rows, c));
     Linear* const layers[] = {&w};
     pack(Threads::kTorch, products, layers, packed_memory);
@@ -100,7 +100,7 @@ std::vector<Tensor> cpu_linear_bwd(const Tensor& dy, const Tensor& x, const Tens
     if (need_weight) {
         const GradientGrid grid({dys, kept(x), layer.N, layer.K, layer.N, layer.K, layer.rows, made.weight(), layer.K,
                                  made.bias(), false, nullptr},
-                                layer.element, torch::stable::get_num_threads());
+                                layer.element, thread_count(Threads::kTorch));
         const Products products = products_of(layer.element);
         share_out(Threads::kTorch, grid.tasks(), [&](auto next) {
             for (int64_t i = next(); i < grid.tasks(); i = next()) grid.run(products, i, gradient_memory);

@@ -87,7 +87,7 @@ std::vector<Tensor> cpu_mlp_fwd(const Tensor& x, const Tensor& weight1, std::opt
     const auto gelu = [&](int64_t row, int64_t rows, const Matrix& act) {
         current_kernels().gelu({s.element, rows_from(hidden, row).data, act.data, nullptr, rows, s.hidden, act.pitch});
     };
-    if (by_columns(s.tokens, kRowBytes / bytes)) {
+    if (by_columns(kThreads, s.tokens, kRowBytes / bytes)) {
         const Together together{products, kThreads};
         const Matrix act = units.at(chunk_memory.get(units.floats(s.tokens)));
         together.gemm(product(products, first, in, s.tokens, hidden));
@@ -167,7 +167,7 @@ class Backward {
                       ParameterGradients& to) const {
         return {{dy.data, x.data, dy.pitch, x.pitch, N, K, tokens, to.weight(), K, to.bias(), first > 0, nullptr},
                 s_.element,
-                torch::stable::get_num_threads()};
+                thread_count(kThreads)};
     }
 
     const Sizes s_;

@@ -151,7 +151,7 @@ void embed_by_blocks(const Embedding& e) {
 }
 
 void patch_embed(Embedding e) {
-    if (by_columns(e.tokens(), e.rows_in_scratch())) return embed_together(e);
+    if (by_columns(e.threads, e.tokens(), e.rows_in_scratch())) return embed_together(e);
     pack(e.threads, e.products, {&e.projection}, packed_memory);
     embed_by_blocks(e);
 }

@@ -8,6 +8,10 @@
 
 #include "threads.h"
 
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <mutex>
@@ -123,7 +127,25 @@ std::atomic<Pool*>& pool() {
 [[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { pool().store(new Pool); });
 #endif
 
+// The most threads of the extension (0: any number), and PyTorch's number when that was set.
+std::atomic<int64_t> limit{0}, torch_threads_then{0};
+
+void cpu_limit_threads(int64_t most) {
+    STD_TORCH_CHECK(most >= 0, "most is ", most, "; expected a number of threads, or 0 for no limit");
+    torch_threads_then = static_cast<int64_t>(torch::stable::get_num_threads());
+    limit = most;
+}
+
+int64_t cpu_threads() { return thread_count(Threads::kOwn); }
+
 }  // namespace
+
+int64_t thread_count(Threads who) {
+    const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
+    const int64_t most = limit.load(std::memory_order_relaxed);
+    const bool limited = who == Threads::kOwn && most > 0 && threads == torch_threads_then;
+    return limited ? std::min(threads, most) : threads;
+}
 
 void run_with_helpers(int64_t helpers, void (*work)(void*), void* argument) {
     if (helpers <= 0) return work(argument);
@@ -132,3 +154,13 @@ void run_with_helpers(int64_t helpers, void (*work)(void*), void* argument) {
 }
 
 }  // namespace focalnet::cpu
+
+STABLE_TORCH_LIBRARY_FRAGMENT(focalnet, m) {
+    m.def("cpu_limit_threads(int most) -> ()");
+    m.def("cpu_threads() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(focalnet, CompositeExplicitAutograd, m) {
+    m.impl("cpu_limit_threads", TORCH_BOX(&focalnet::cpu::cpu_limit_threads));
+    m.impl("cpu_threads", TORCH_BOX(&focalnet::cpu::cpu_threads));
+}

@@ -16,6 +16,10 @@
 
 namespace focalnet::cpu {
 
+// The number of threads that work on a call, this one included: torch.get_num_threads(). The extension's own are at
+// most as many as cpu_limit_threads allows, until torch.set_num_threads changes the number.
+int64_t thread_count(Threads who);
+
 // Calls work(argument) in this thread, and in up to `helpers` others that become free before that call returns. Waits
 // only for helpers that have begun. Several threads may call this at the same time.
 void run_with_helpers(int64_t helpers, void (*work)(void*), void* argument);

@@ -25,7 +25,7 @@ struct Range {
 // thread that works on it, nor on the other units of its range.
 template <typename Run>
 void share_ranges(Threads who, int64_t units, int64_t least, int64_t most, const Run& run) {
-    const int64_t threads = std::min<int64_t>((units + least - 1) / least, torch::stable::get_num_threads());
+    const int64_t threads = std::min((units + least - 1) / least, thread_count(who));
     std::atomic<int64_t> taken{0};
     const auto next = [&taken, units, least, most, threads] {
         int64_t begin = taken.load(std::memory_order_relaxed), end;

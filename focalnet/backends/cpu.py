@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import composed, extension
+from . import composed, extension, quota
 from .problem import Problem
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -25,8 +25,8 @@ def missing() -> str | None:
 
 
 def has_dot_products() -> bool:
-    """Whether products of bfloat16 run on dot products of the processor, or on their emulation."""
-    return torch.ops.focalnet.cpu_isa() in ("avx512_bf16", "emulated")
+    """Whether products of bfloat16 run on instructions of the processor for them, or on their emulation."""
+    return torch.ops.focalnet.cpu_isa() in ("avx512_bf16", "emulated", "amx", "amx_emulated")
 
 
 def why_not(problem: Problem) -> str | None:
@@ -36,7 +36,7 @@ def why_not(problem: Problem) -> str | None:
     if problem.dtype not in DTYPES:
         return f"{problem.dtype} is not one of {', '.join(map(str, DTYPES))}"
     if problem.operator in TRAINED and problem.dtype == torch.bfloat16 and not has_dot_products():
-        return "the processor has no dot products of bfloat16 (AVX512_BF16)"
+        return "the processor has no dot products of bfloat16 (AVX512_BF16 or AMX)"
     if problem.operator in TRAINED and problem.height < MIN_ROWS:
         return f"{problem.height} rows are fewer than {MIN_ROWS}"
     widths = (problem.channels, *problem.widths)
@@ -139,3 +139,6 @@ OPTIONAL = {operator: getattr(torch.ops.focalnet, name, None) for operator, name
     "linear_bwd": linear_bwd,
     "mlp_bwd": mlp_bwd,
 }
+
+if extension.missing() is None:
+    torch.ops.focalnet.cpu_limit_threads(quota.most_threads(quota.processors()) or 0)

@@ -34,7 +34,9 @@ def vit_small(case: Case) -> torch.nn.Module:
 
 def _built(model_class: type, config: object, case: Case) -> torch.nn.Module:
     torch.manual_seed(0)
-    return case.placed(model_class(config).train(case.training))
+    with case.building():
+        model = model_class(config)
+    return case.placed(model.train(case.training))
 
 
 MODELS: dict[str, MakeModel] = {"Swin-T": swin_tiny, "ConvNeXt-T": convnext_tiny, "ViT-S": vit_small}

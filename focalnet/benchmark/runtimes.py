@@ -6,9 +6,11 @@ All runtimes get weights from the same seed, initialised as in transformers. `wo
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +41,16 @@ class Case:
         """Move a tensor or a model to the device and the dtype of the case."""
         return what.to(self.device, getattr(torch, self.dtype))
 
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """Models built in this context have weights of the case's dtype from the start, never float32 ones beside."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(getattr(torch, self.dtype))
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
 
 MakeModel = Callable[[Case], torch.nn.Module]
 Start = Callable[[Case], Callable[..., Any]]  # returns a callable that takes images
@@ -54,7 +66,8 @@ def theirs(case: Case) -> torch.nn.Module:
     import transformers
 
     torch.manual_seed(0)
-    model = transformers.FocalNetForImageClassification(transformers.FocalNetConfig(**config_fields(case)))
+    with case.building():
+        model = transformers.FocalNetForImageClassification(transformers.FocalNetConfig(**config_fields(case)))
     return case.placed(model.train(case.training))
 
 
@@ -62,7 +75,8 @@ def ours(case: Case) -> torch.nn.Module:
     import focalnet
 
     torch.manual_seed(0)
-    model = focalnet.FocalNetForImageClassification(focalnet.FocalNetConfig(**config_fields(case)))
+    with case.building():
+        model = focalnet.FocalNetForImageClassification(focalnet.FocalNetConfig(**config_fields(case)))
     return case.placed(model.train(case.training))
 
 
@@ -88,7 +102,9 @@ def timm_model(case: Case) -> torch.nn.Module:
         import timm
 
     torch.manual_seed(0)
-    return case.placed(timm.create_model(f"focalnet_{case.variant}").train(case.training))
+    with case.building():
+        model = timm.create_model(f"focalnet_{case.variant}")
+    return case.placed(model.train(case.training))
 
 
 def _patched(make: MakeModel) -> MakeModel:
@@ -208,6 +224,15 @@ RUNTIMES: dict[str, Start] = {
 }
 # Runtimes of float32 ONNX files on a CPU. OpenVINO in its default precision is compared with bfloat16 models too.
 INFERENCE_ON_A_CPU = ("onnxruntime", "onnxruntime, int8", "openvino", "openvino, default", "openvino, int8")
+
+
+def load_libraries(name: str, start: Start, case: Case) -> None:
+    """Import what a runtime needs, so that its memory is not taken for the model's, by building a model on meta."""
+    if name in INFERENCE_ON_A_CPU:
+        importlib.import_module(name.partition(",")[0])
+        return
+    with torch.device("meta"):
+        start(replace(case, device="meta"))
 
 
 def able(case: Case) -> list[str]:

@@ -15,7 +15,9 @@ def of_runtimes(case: Case, rows: list[dict[str, Any]]) -> Table:
     what = f"{case.variant}, {case.size} x {case.size}, batch {case.batch}, {case.dtype}, {rows[0]['case']}"
     table = Table(title=what, title_justify="left", title_style="bold")
     table.add_column("runtime", no_wrap=True)
+    has_model = rows[0].get("model_memory_bytes") is not None
     columns = ["ms", "fastest", f"over {rows[0]['ratio_to']}", "images/s", "memory MB"]
+    columns += ["of it the model's"] if has_model else []
     has_peak = "fma_peak" in rows[0]
     for name in [*columns, *(["of FMA peak"] if has_peak else [])]:
         table.add_column(name, justify="right")
@@ -27,6 +29,7 @@ def of_runtimes(case: Case, rows: list[dict[str, Any]]) -> Table:
             f"{row['ratio']:.2f} ± {row['ratio'] * row['ratio_error']:.2f}",
             f"{row['batch'] / row['median_s']:.1f}",
             f"{row['peak_memory_bytes'] / 1e6:.0f}",
+            *([f"{row['model_memory_bytes'] / 1e6:.0f}"] if has_model else []),
             *([f"{row['flops'] / row['median_s'] / row['fma_peak']:.0%}"] if has_peak else []),
         )
     return table

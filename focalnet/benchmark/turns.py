@@ -44,6 +44,7 @@ class Runtime:
         self.runs: list[float] = []
         self.turns: list[float] = []
         self.peak_bytes: int | None = None
+        self.model_bytes: int | None = None
         self._runs_a_turn = 1
         log = subprocess.DEVNULL if "FOCALNET_DEBUG" not in os.environ else None
         self.process = subprocess.Popen(
@@ -69,7 +70,7 @@ class Runtime:
     def end(self) -> None:
         if self.absent is None:
             self._write("end")
-            self.peak_bytes = int(self._read()[1])
+            self.peak_bytes, self.model_bytes = self._read()[1]
         self.process.wait()
 
     def run(self) -> float:
@@ -161,6 +162,7 @@ def _row(case: Case, runtime: Runtime, base: Runtime) -> dict[str, Any]:
         "ratio_to": base.name,
         **ratio(runtime.turns, base.turns),
         "peak_memory_bytes": runtime.peak_bytes,
+        "model_memory_bytes": runtime.model_bytes,
     }
 
 

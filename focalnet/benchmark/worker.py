@@ -3,13 +3,14 @@
     python -m focalnet.benchmark.worker RUNTIME CASE        (CASE: the fields of `Case` as JSON)
 
 The first line of output is "ready", or "absent" and the reason (a missing library, or the runtime's exception). After
-"end" the worker writes the peak memory in bytes: that of the process on a CPU, that of torch's tensors on a GPU.
+"end" the worker writes the peak memory in bytes: that of the process on a CPU, that of torch's tensors on a GPU. On a
+CPU it also writes how much of it came after libraries and images were loaded: the model's weights, and what building
+and running them took.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 import traceback
@@ -20,7 +21,8 @@ from typing import IO, Any
 import torch
 
 from .architectures import ARCHITECTURES
-from .runtimes import RUNTIMES, Case
+from .memory import Peak
+from .runtimes import RUNTIMES, Case, load_libraries
 
 # The inputs take turns, so that no run finds its images in the cache.
 INPUTS = 4
@@ -33,8 +35,11 @@ def main(out: IO[str]) -> None:
     warnings.simplefilter("ignore")
     case = Case(**json.loads(fields))
     images = [case.images(seed) for seed in range(INPUTS)]
+    start = (RUNTIMES | ARCHITECTURES)[name]
     try:
-        run = (RUNTIMES | ARCHITECTURES)[name](case)
+        load_libraries(name, start, case)
+        peak = Peak()
+        run = start(case)
         warm_up(run, images)
     except ModuleNotFoundError as error:
         say(out, "absent", f"{error.name} is not installed")
@@ -49,7 +54,7 @@ def main(out: IO[str]) -> None:
         if line.strip() != "run":
             break
         say(out, "seconds", seconds_of(run, images[count % INPUTS]))
-    say(out, "peak", peak_bytes(case))
+    say(out, "peak", [peak.of_process(), peak.since()] if case.device == "cpu" else [gpu_peak(), None])
 
 
 def warm_up(run: Callable[..., Any], images: list[torch.Tensor]) -> None:
@@ -74,10 +79,8 @@ def synchronize(image: torch.Tensor) -> None:
         torch.cuda.synchronize()
 
 
-def peak_bytes(case: Case) -> int:
-    if case.device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def gpu_peak() -> int:
+    return torch.cuda.max_memory_allocated()
 
 
 def say(out: IO[str], what: str, value: object) -> None:

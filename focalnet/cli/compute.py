@@ -72,7 +72,7 @@ def _has_bfloat16(device: torch.device) -> bool:
 
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return extension.missing() is None and torch.ops.focalnet.cpu_isa() == "avx512_bf16"
+    return extension.missing() is None and torch.ops.focalnet.cpu_isa() in ("avx512_bf16", "amx")
 
 
 def backend_for(name: str | None) -> AbstractContextManager[Any]:

@@ -92,13 +92,12 @@ def _triton() -> str:
 
 
 def _machine() -> dict[str, Any]:
-    import torch
-
     return {
         "system": f"{platform.system()} {platform.release()} ({platform.machine()})",
         "cpu": _cpu_name(),
         "instruction sets": _instruction_sets(),
-        "threads": f"{torch.get_num_threads()} used by torch, {os.cpu_count()} on the machine",
+        "CPU kernels": _cpu_kernels(),
+        "threads": _threads(),
         "gpu": _gpus(),
     }
 
@@ -130,6 +129,32 @@ def _instruction_sets() -> str:
     present = [name for name, there in cpu_capabilities().items() if there]
     used_by_torch = f"torch uses {torch.backends.cpu.get_cpu_capability()}"
     return f"{', '.join(present)} ({used_by_torch})" if present else used_by_torch
+
+
+def _threads() -> str:
+    """Threads of torch and of the CPU kernels in inference, beside what the process may use."""
+    import torch
+
+    from ..backends import extension, quota
+
+    processors = quota.processors()
+    allowed = "no quota" if processors is None else f"a quota of {processors:g}"
+    own = [] if extension.missing() else [f"{torch.ops.focalnet.cpu_threads()} by CPU kernels in inference"]
+    used = ", ".join([f"{torch.get_num_threads()} used by torch", *own])
+    return f"{used}; {os.cpu_count()} processors on the machine, {allowed}"
+
+
+def _cpu_kernels() -> str:
+    """The instruction set that the CPU kernels use, and why it is not AMX."""
+    import torch
+
+    from ..backends import extension
+
+    if extension.missing() is not None:
+        return ""
+    operators = torch.ops.focalnet
+    why_not_amx = operators.cpu_why_not_amx()
+    return f"{operators.cpu_isa()}; amx: {why_not_amx or 'can run'}"
 
 
 def _gpus() -> list[str]:

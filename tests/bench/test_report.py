@@ -118,6 +118,15 @@ def test_tables_have_times_ratios_and_gaps(measured):
     ]
 
 
+def test_the_models_memory_has_a_column_as_soon_as_a_row_has_it(measured):
+    row = next(row for row in rows.read("models", DEVICE) if row["runtime"] == "focalnet" and row["batch"] == 1)
+    rows.write([row | {"model_memory_bytes": 1.29e8}], "models", DEVICE)
+    head, _, ours, theirs = report.headline(DEVICE).splitlines()
+    assert head.count("| memory, MB | of it the model's, MB |") == 2
+    assert ours == "| focalnet | 100 / 50 | 1.00 | 500 | 129 | 500 / 250 | 1.00 | 500 |  |"
+    assert theirs == "| timm | 250 / 125 | 2.50 | 500 |  | 1000 / 500 | 2.40 | 500 |  |"
+
+
 def test_rows_of_a_gpu_have_tables_of_their_own(measured):
     of_gpu = [
         {

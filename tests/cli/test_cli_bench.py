@@ -30,7 +30,8 @@ def test_every_runtime_asked_for_has_a_row_with_times_and_memory(document):
         assert row["runs"] >= row["rounds"] >= 2
         assert row["ratio_to"] == "focalnet"
         assert 0 < row["fastest_s"] <= row["median_s"]
-        assert row["peak_memory_bytes"] > 1e8
+        # The weights of FocalNet-T are 114 MB.
+        assert row["peak_memory_bytes"] > row["model_memory_bytes"] > 1e8
     assert document["absent"] == {}
 
 

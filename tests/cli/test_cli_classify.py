@@ -189,7 +189,7 @@ def test_low_precision_runs_and_stays_close(model_folder, photos, dtype):
 
 
 def test_automatic_dtype_is_bfloat16_where_the_processor_computes_in_it_and_is_said(model_folder, photos):
-    if extension.missing() is None and torch.ops.focalnet.cpu_isa() == "avx512_bf16":
+    if extension.missing() is None and torch.ops.focalnet.cpu_isa() in ("avx512_bf16", "amx"):
         expected = "bfloat16"
     else:
         expected = "float32"

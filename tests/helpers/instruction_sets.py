@@ -31,8 +31,9 @@ def require(operator):
 
 
 ISAS = ("plain", "avx2", "avx512", "neon")
-# The instruction sets for products of bfloat16. In float32, avx512_bf16 equals avx512, and emulated equals plain.
-PRODUCT_ISAS = (*ISAS, "avx512_bf16", "emulated")
+# The instruction sets for products of bfloat16. In float32, avx512_bf16 and amx equal avx512, the emulated ones plain.
+EMULATED_ISAS = ("emulated", "amx_emulated")
+PRODUCT_ISAS = (*ISAS, "avx512_bf16", "amx", *EMULATED_ISAS)
 
 
 def available_isas(names=ISAS):

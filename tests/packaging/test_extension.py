@@ -16,7 +16,7 @@ from focalnet.backends import extension
 
 SUFFIX = importlib.machinery.EXTENSION_SUFFIXES[0]
 KEYS = {"avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16"}
-KEYS |= {"neon", "sve"}
+KEYS |= {"amx_bf16", "neon", "sve"}
 
 needs_extension = pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
 
