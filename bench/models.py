@@ -5,6 +5,7 @@
     python bench/models.py --standard            the table of docs/performance.md, on a CPU: 12 to 15 minutes
     python bench/models.py --standard --dtype bfloat16
     python bench/models.py --standard --train    its table of training steps: 3 to 4 minutes
+    python bench/models.py --standard --train --dtype bfloat16          the same under autocast
 
 Each runtime has its own process, and the processes take turns (`focalnet.benchmark.turns`). Runtimes that take minutes
 to start (max-autotune) are measured only if --runtime names them. The rows, one for each case and runtime, go to
@@ -53,7 +54,7 @@ STANDARD_BFLOAT16 = (
     ("tiny_lrf", 640, 1, 11, [*TORCH, "openvino, default"]),
     ("base_lrf", 224, 1, 20, HALVES),
 )
-STANDARD_TRAINING = (("tiny_lrf", 224, 8, 20, TORCH),)
+STANDARD_TRAINING = (("tiny_lrf", 224, 8, 20, [*TORCH, "transformers, patched"]),)
 
 
 def main(

@@ -110,8 +110,10 @@ def shared_cores(device: str) -> str:
 
 
 def training(device: str) -> str:
-    """A training step, runtime by runtime."""
-    return _runtime_table(rows.read("training", device))
+    """A training step, runtime by runtime, in float32 and under autocast to bfloat16."""
+    kinds = {"float32": "training", "bfloat16 by autocast": "training-bfloat16"}
+    found = {name: rows.read(kind, device) for name, kind in kinds.items()}
+    return "\n\n".join(f"{name}:\n\n{_runtime_table(made)}" for name, made in found.items() if made)
 
 
 def architectures(device: str) -> str:
@@ -169,11 +171,21 @@ def _cells(chosen: list[dict], batch: int, row: dict | None) -> list[str]:
 
 
 def ratios(device: str) -> str:
-    """Every measured case: each runtime's time over focalnet's, and focalnet's share of the FMA peak."""
-    measured = rows.read("models", device)
+    """Every measured case: each runtime's time over focalnet's, and focalnet's share of the peak."""
+    title = f"Bars: the time of other runtimes over focalnet's, {device}"
+    return _ratios("models", device) + _image(title, "inference", device)
+
+
+def bfloat16_ratios(device: str) -> str:
+    """The same in bfloat16."""
+    return _ratios("models-bfloat16", device)
+
+
+def _ratios(kind: str, device: str) -> str:
+    measured = rows.read(kind, device)
     cases = sorted({_of(row, "variant", "size", "batch") for row in measured}, key=order)
     present = [name for name in NAMES if name != OURS and any(row["runtime"] == name for row in measured)]
-    head = ["variant", "image", "batch", "focalnet, ms", "of FMA peak", *[NAMES[name] for name in present]]
+    head = ["variant", "image", "batch", "focalnet, ms", "of peak", *[NAMES[name] for name in present]]
     # The best of all runs is the machine's: a run in a noisy moment measures less.
     peak = max(row["fma_peak"] for row in measured)
     lines = []
@@ -186,8 +198,7 @@ def ratios(device: str) -> str:
             [variant, str(size), str(batch), f"{ours['median_s'] * 1e3:.0f}", share]
             + [f"{ratio_of(row, ours):.2f}" if row else "" for row in found]
         )
-    title = f"Bars: the time of other runtimes over focalnet's, {device}"
-    return _markdown(head, lines) + _image(title, "inference", device)
+    return _markdown(head, lines)
 
 
 # ---- the operator, growth, counters ---------------------------------------------------------------------------------
@@ -302,6 +313,7 @@ def _on_each(kind: str, part: Callable[[str], str]) -> Callable[[], str]:
 PARTS: dict[str, Callable[[], str]] = {
     "headline": _on_each("models", headline),
     "ratios": _on_each("models", ratios),
+    "bfloat16-ratios": _on_each("models-bfloat16", bfloat16_ratios),
     "bfloat16": _on_each("models-bfloat16", bfloat16),
     "shared-cores": _on_each("shared_cores", shared_cores),
     "training": _on_each("training", training),

@@ -24,7 +24,10 @@ Placed = TypeVar("Placed", torch.Tensor, torch.nn.Module)
 
 @dataclass(frozen=True)
 class Case:
-    """A published variant with image and batch size; ``device`` is "cpu" or "cuda", ``dtype`` "float32", ..."""
+    """A published variant with image and batch size; ``device`` is "cpu" or "cuda", ``dtype`` "float32", ...
+
+    Inference has weights and images of the dtype. Training has float32 ones, and autocast to the dtype.
+    """
 
     variant: str
     size: int
@@ -38,14 +41,22 @@ class Case:
         return self.placed(torch.randn(self.batch, 3, self.size, self.size, generator=generator))
 
     def placed(self, what: Placed) -> Placed:
-        """Move a tensor or a model to the device and the dtype of the case."""
-        return what.to(self.device, getattr(torch, self.dtype))
+        """Move a tensor or a model to the device and the dtype of the case's weights."""
+        return what.to(self.device, self.weights_dtype)
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        return torch.float32 if self.training else getattr(torch, self.dtype)
+
+    def autocast(self) -> torch.autocast:
+        """The context of a training step's forward pass."""
+        return torch.autocast(self.device, getattr(torch, self.dtype), enabled=self.dtype != "float32")
 
     @contextmanager
     def building(self) -> Iterator[None]:
-        """Models built in this context have weights of the case's dtype from the start, never float32 ones beside."""
+        """Models built in this context have the case's weights from the start, never float32 ones beside."""
         before = torch.get_default_dtype()
-        torch.set_default_dtype(getattr(torch, self.dtype))
+        torch.set_default_dtype(self.weights_dtype)
         try:
             yield
         finally:
@@ -80,7 +91,7 @@ def ours(case: Case) -> torch.nn.Module:
     return case.placed(model.train(case.training))
 
 
-def stepping(model: torch.nn.Module) -> Callable[..., Any]:
+def stepping(model: torch.nn.Module, case: Case) -> Callable[..., Any]:
     """A callable from images to logits. For a model in training mode it also takes a step of SGD."""
     if not model.training:
         return torch.inference_mode()(lambda images: model(images))
@@ -88,9 +99,10 @@ def stepping(model: torch.nn.Module) -> Callable[..., Any]:
 
     def step(images: torch.Tensor) -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
-        output = model(images)
+        with case.autocast():
+            output = model(images)
         logits = output if isinstance(output, torch.Tensor) else output.logits
-        logits.square().mean().backward()
+        logits.float().square().mean().backward()
         optimizer.step()
         return logits
 
@@ -124,11 +136,11 @@ def _reference(case: Case) -> torch.nn.Module:
 
 
 def eager(make: MakeModel) -> Start:
-    return lambda case: stepping(make(case))
+    return lambda case: stepping(make(case), case)
 
 
 def compiled(make: MakeModel, mode: str = "default") -> Start:
-    return lambda case: stepping(torch.compile(make(case), mode=mode))
+    return lambda case: stepping(torch.compile(make(case), mode=mode), case)
 
 
 def channels_last(how: Callable[[MakeModel], Start], make: MakeModel) -> Start:
