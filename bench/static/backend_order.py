@@ -2,11 +2,11 @@
 
     python bench/static/backend_order.py
 
-Rows of bench/results/without-gpu/predicted.json name their backend; without a name it is triton. Where a variant's
-stage was predicted for both backends, the sums of each class decide: a class is a GPU, a dtype, an operator, the side
-of the map and the batch. `cuda` leaves the products to PyTorch: where only its aggregation was predicted,
-torch_launches.py adds those. A batch that was not predicted takes the answer of the next larger one, or of the next
-smaller one; a side that was not predicted at all is a dot, and the default order holds.
+Rows come from predicted.json and predicted_cuda.json in bench/results/without-gpu. They name their backend; without a
+name it is triton. Where a variant's stage was predicted for both backends, the sums of each class decide: a class is a
+GPU, a dtype, an operator, the side of the map and the batch. `cuda` leaves the products to PyTorch: where only its
+aggregation was predicted, torch_launches.py adds those. A class that was not predicted for both backends is a dot, and
+the default order holds.
 """
 
 from __future__ import annotations
@@ -27,8 +27,14 @@ from focalnet.backends.gpu_order import BACKENDS, LARGEST_BATCHES, LARGEST_SIDES
 from focalnet.benchmark.floors import OPERATORS, stages
 from focalnet.benchmark.rows import NOWHERE, read
 
+FILES = ("predicted", "predicted_cuda")
 MARKED = re.compile(r"(# -- written by bench/static/backend_order.py\n).*?(# -- end\n)", re.DOTALL)
 Kind = tuple[str, str, str]  # GPU, dtype, operator
+
+
+def committed() -> list[dict]:
+    """The predicted rows of both backends."""
+    return [row for file in FILES for row in read(file, NOWHERE)]
 
 
 def microseconds(rows: list[dict]) -> dict[tuple, dict[str, float]]:
@@ -69,19 +75,10 @@ def table(rows: list[dict]) -> dict[Kind, str]:
 
 def _grid(sums: dict[tuple[int, int], dict[str, float]]) -> str:
     letters = {name: letter for letter, name in BACKENDS.items() if letter != "."}
-    columns = []
-    for side in range(len(LARGEST_SIDES) + 1):
-        known = {
-            batch: letters[min(times, key=lambda name: times[name])] for (s, batch), times in sums.items() if s == side
-        }
-        columns.append("".join(_nearest(known, batch) for batch in range(len(LARGEST_BATCHES) + 1)))
-    return " ".join(columns)
-
-
-def _nearest(known: dict[int, str], batch: int) -> str:
-    """The answer of a class of batches, or of the next larger one, or of the next smaller one."""
-    larger = [known[one] for one in sorted(known) if one >= batch]
-    return (larger or [known[one] for one in sorted(known, reverse=True)] or ["."])[0]
+    best = {place: letters[min(times, key=lambda name: times[name])] for place, times in sums.items()}
+    batches = range(len(LARGEST_BATCHES) + 1)
+    columns = range(len(LARGEST_SIDES) + 1)
+    return " ".join("".join(best.get((side, batch), ".") for batch in batches) for side in columns)
 
 
 def written(text: str, rows: dict[Kind, str]) -> str:
@@ -96,7 +93,7 @@ def main(
 ) -> None:
     """Write the table, or check it."""
     path = Path(gpu_order.__file__)
-    text, rows = path.read_text(), table(read("predicted", NOWHERE))
+    text, rows = path.read_text(), table(committed())
     new = written(text, rows)
     if not check:
         path.write_text(new)

@@ -1,7 +1,7 @@
 """The order of the backends on a GPU where none was asked for: what was measured here, else what is predicted.
 
 `focalnet tune` measures (see `tuned`). `FIRST` is predicted, not measured: bench/static/backend_order.py writes it
-from the rows of bench/static/performance_model.py.
+from the rows of bench/static/performance_model.py and cuda_model.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,12 @@ DEVICES = (
 LARGEST_SIDES, LARGEST_BATCHES = (8, 16, 32), (4, 32)
 BACKENDS = {"T": "triton", "C": "cuda", ".": DEFAULT[0]}
 # -- written by bench/static/backend_order.py
-FIRST: dict[tuple[str | None, str, str], str] = {}
+FIRST: dict[tuple[str | None, str, str], str] = {
+    ("H100", "bfloat16", "gated_aggregation"): "..T ..C ..C ..C",
+    ("H100", "bfloat16", "gated_aggregation_bwd"): "..T ..T ..C ..C",
+    ("H100", "bfloat16", "focal_modulation"): "..T ..T ..C ..C",
+    ("H100", "bfloat16", "focal_modulation_bwd"): "..T ..T ..C ..C",
+}
 # -- end
 
 

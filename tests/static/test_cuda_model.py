@@ -8,6 +8,7 @@ import pytest
 from cuda_model import FILE, digest
 from executed import Ptx
 
+from focalnet.benchmark.environment import ROOT
 from focalnet.benchmark.rows import NOWHERE, read
 
 ROWS = {
@@ -62,6 +63,13 @@ $L__BB0_2:
 def test_rows_are_of_these_sources():
     assert ROWS
     assert {row["digest"] for row in ROWS.values() if row["subject"] == "all"} == {digest()}
+
+
+@pytest.mark.parametrize("stage", range(1, 5))
+def test_the_documentation_states_the_rows(stage):
+    both = [ROWS[operator, stage, "all"] for operator in ("gated_aggregation", "gated_aggregation_bwd")]
+    cells = [f"{row[name]:.0f}" for row in both for name in ("predicted_us", "instructions_per_output")]
+    assert f"| {' | '.join([str(stage), *cells])} |" in (ROOT / "docs" / "performance.md").read_text()
 
 
 # Microseconds of the aggregation by stage: (bar, what was reached). Every bar is missed so far.
