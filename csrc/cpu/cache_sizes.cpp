@@ -1,10 +1,12 @@
-// The size of a core's L2, as the system reports it, and the operator that shows it.
+// The size of a core's L2, as the system reports it, and the operators that query and change it.
 
 #include "cache_sizes.h"
 
 #include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <atomic>
 #include <fstream>
 
 #if !defined(_WIN32)
@@ -40,12 +42,20 @@ int64_t read_l2() {
     return kUsualL2;
 }
 
-}  // namespace
-
-int64_t l2_bytes() {
-    static const int64_t bytes = read_l2();
+std::atomic<int64_t>& state() {
+    static std::atomic<int64_t> bytes{read_l2()};
     return bytes;
 }
+
+// Returns the size before.
+int64_t cpu_set_l2_bytes(int64_t bytes) {
+    STD_TORCH_CHECK(bytes > 0, "bytes is ", bytes, "; expected the size of an L2");
+    return state().exchange(bytes);
+}
+
+}  // namespace
+
+int64_t l2_bytes() { return state().load(std::memory_order_relaxed); }
 
 // A larger L2 gets no more: on Zen 4, whose L2 has 1 MB, blocks of twice the size were slower, most so in bfloat16.
 int64_t l2_share(int64_t bytes) {
@@ -54,8 +64,12 @@ int64_t l2_share(int64_t bytes) {
 
 }  // namespace focalnet::cpu
 
-STABLE_TORCH_LIBRARY_FRAGMENT(focalnet, m) { m.def("cpu_l2_bytes() -> int"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(focalnet, m) {
+    m.def("cpu_l2_bytes() -> int");
+    m.def("cpu_set_l2_bytes(int bytes) -> int");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(focalnet, CompositeExplicitAutograd, m) {
     m.impl("cpu_l2_bytes", TORCH_BOX(&focalnet::cpu::l2_bytes));
+    m.impl("cpu_set_l2_bytes", TORCH_BOX(&focalnet::cpu::cpu_set_l2_bytes));
 }

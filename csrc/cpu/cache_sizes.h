@@ -6,7 +6,8 @@
 
 namespace focalnet::cpu {
 
-// Bytes of the L2 of a core: 512 KB if the system does not tell. Read once, at first use.
+// Bytes of the L2 of a core: 512 KB if the system does not tell. Read once, at first use; the operator
+// focalnet::cpu_set_l2_bytes changes it, for tests.
 int64_t l2_bytes();
 
 // The budget of a thread's scratch, whose best value for an L2 of 512 KB is `bytes`. A smaller L2 gets its share of
