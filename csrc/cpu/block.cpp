@@ -41,6 +41,7 @@
 
 #include <algorithm>
 
+#include "cache_sizes.h"
 #include "gated_aggregation.h"
 #include "gemm_driver.h"
 #include "isa.h"
@@ -50,7 +51,7 @@
 namespace focalnet::cpu {
 namespace {
 
-// Scratch of one thread. It shares a 512 KB L2 with the weights and the streamed maps.
+// Scratch of one thread, for l2_share. It shares the L2 with the weights and the streamed maps.
 constexpr int64_t kScratchBytes = 352 * 1024;
 // Size of a group's projection and agg in float32, per thread: a thread's share of the L3.
 constexpr int64_t kGroupBytes = 8 * 1024 * 1024;
@@ -103,7 +104,7 @@ ScratchLayout layout_by_blocks(const Block& b) {
 }
 
 // The number of tokens that fit into a thread's scratch.
-int64_t rows_in_scratch(const Block& b) { return kScratchBytes / layout_by_blocks(b).row(); }
+int64_t rows_in_scratch(const Block& b) { return l2_share(kScratchBytes) / layout_by_blocks(b).row(); }
 
 // Whether a thread's scratch holds too few tokens to be worth streaming the weights for. Groups of images are then
 // kept small enough to run by columns, if an image is.

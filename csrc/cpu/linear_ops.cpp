@@ -37,7 +37,7 @@ void multiply(Linear w, Matrix a, int64_t rows, Matrix c, Matrix factor = {}) {
         made.factor = rows_from(factor, first);
         return made;
     };
-    if (padded == w.N && by_columns(Threads::kTorch, rows, kRowBytes / bytes))
+    if (padded == w.N && by_columns(Threads::kTorch, rows, rows_in_l2(bytes)))
         return Together{products, Threads::kTorch}.gemm(task(0, rows, c));
     Linear* const layers[] = {&w};
     pack(Threads::kTorch, products, layers, packed_memory);
@@ -55,7 +55,8 @@ struct Layer {
     int64_t rows, K, N;
 
     Layer(const Tensor& x, const Tensor& weight) {
-        STD_TORCH_CHECK(weight.dim() == 2, "weight has ", weight.dim(), " dimensions; expected 2, (N, K)");
+        STD_TORCH_CHECK(weight.dim() == 2 && weight.numel() > 0, "weight has shape ", text(shape_of(weight)),
+                        "; expected (N, K), of at least 1 each");
         STD_TORCH_CHECK(x.dim() == 2, "x has ", x.dim(), " dimensions; expected 2, (rows, K)");
         element = trained_element("x", x);
         rows = x.size(0), K = weight.size(1), N = weight.size(0);

@@ -53,8 +53,8 @@ struct Sizes {
         check_matrix("weight1", weight1, element, {hidden, C});
         check_matrix("weight2", weight2, element, {N, hidden});
         for (const int64_t size : {C, hidden, N})
-            STD_TORCH_CHECK(size % kPanel == 0, "the MLP is ", C, " -> ", hidden, " -> ", N,
-                            " units wide; expected multiples of ", kPanel);
+            STD_TORCH_CHECK(size > 0 && size % kPanel == 0, "the MLP is ", C, " -> ", hidden, " -> ", N,
+                            " units wide; expected positive multiples of ", kPanel);
     }
 };
 
@@ -87,7 +87,7 @@ std::vector<Tensor> cpu_mlp_fwd(const Tensor& x, const Tensor& weight1, std::opt
     const auto gelu = [&](int64_t row, int64_t rows, const Matrix& act) {
         current_kernels().gelu({s.element, rows_from(hidden, row).data, act.data, nullptr, rows, s.hidden, act.pitch});
     };
-    if (by_columns(kThreads, s.tokens, kRowBytes / bytes)) {
+    if (by_columns(kThreads, s.tokens, rows_in_l2(bytes))) {
         const Together together{products, kThreads};
         const Matrix act = units.at(chunk_memory.get(units.floats(s.tokens)));
         together.gemm(product(products, first, in, s.tokens, hidden));

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "block.h"
+#include "cache_sizes.h"
 #include "checks.h"
 #include "gated_aggregation.h"
 #include "gemm_driver.h"
@@ -32,7 +33,7 @@
 namespace focalnet::cpu {
 namespace {
 
-// Scratch of one thread: half of a 512 KB L2.
+// Scratch of one thread, for l2_share: half of the L2.
 constexpr int64_t kScratchBytes = 256 * 1024;
 
 thread_local Memory shared_memory, own_memory, packed_memory;
@@ -95,7 +96,7 @@ struct Embedding {
     // A row of scratch holds a patch and the result of its product.
     int64_t patch_bytes() const { return pitch_bytes(projection.K, products.a); }
     int64_t row_bytes() const { return patch_bytes() + pitch_bytes(projection.N, Element::kFloat32); }
-    int64_t rows_in_scratch() const { return kScratchBytes / row_bytes(); }
+    int64_t rows_in_scratch() const { return l2_share(kScratchBytes) / row_bytes(); }
 
     Matrix patches(float* memory) const { return {memory, patch_bytes() / size_of(products.a), products.a}; }
     Matrix embedded(float* memory, int64_t rows) const {

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "block.h"
+#include "cache_sizes.h"
 #include "checks.h"
 #include "gemm_driver.h"
 #include "isa.h"
@@ -19,11 +20,15 @@
 
 namespace focalnet::cpu {
 
-// Bytes of the rows that a thread reads and writes before it moves on: they share its L2 with the weights.
+// Bytes of the rows that a thread reads and writes before it moves on: they share its L2 with the weights. For
+// l2_share.
 constexpr int64_t kRowBytes = 352 * 1024;
 
+// The number of rows of `bytes` each that fit.
+inline int64_t rows_in_l2(int64_t bytes) { return l2_share(kRowBytes) / bytes; }
+
 // The most rows of a block whose rows take `bytes` each.
-inline int64_t rows_of_block_of(int64_t bytes) { return rows_of_block(kRowBytes / bytes); }
+inline int64_t rows_of_block_of(int64_t bytes) { return rows_of_block(rows_in_l2(bytes)); }
 
 // A tensor (rows, columns) on huge pages where it is large: fresh memory otherwise costs a fault for every 4 KB.
 inline Tensor new_rows(const Tensor& like, int64_t rows, int64_t columns) {

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <exception>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -58,6 +59,7 @@ struct Job {
     void* argument;
     int64_t places;               // free places for helpers, guarded by the pool's mutex
     std::atomic<int> helping{0};  // helpers in the job; grows only while the job is listed, under the mutex
+    std::exception_ptr failure;   // of any thread, guarded by the mutex until no helper is in the job
 };
 
 class Pool {
@@ -70,12 +72,13 @@ class Pool {
         }
         arrivals_.fetch_add(1, std::memory_order_release);
         arrivals_.notify_all();
-        job.work(job.argument);
+        work(job);
         {
             const std::lock_guard lock(mutex_);
             std::erase(listed_, &job);
         }
         wait(departures_, [&] { return job.helping.load(std::memory_order_acquire) == 0; });
+        if (job.failure != nullptr) std::rethrow_exception(job.failure);
     }
 
   private:
@@ -84,6 +87,16 @@ class Pool {
         try {
             for (; helpers_ < wanted; ++helpers_) std::thread([this] { help(); }).detach();
         } catch (const std::system_error&) {
+        }
+    }
+
+    // Memory for scratch may run out in any thread. The caller fails with that, once no helper uses what it owns.
+    void work(Job& job) {
+        try {
+            job.work(job.argument);
+        } catch (...) {
+            const std::lock_guard lock(mutex_);
+            job.failure = std::current_exception();
         }
     }
 
@@ -102,7 +115,7 @@ class Pool {
         for (;;) {
             Job* job = nullptr;
             wait(arrivals_, [&] { return (job = take_place()) != nullptr; });
-            job->work(job->argument);
+            work(*job);
             // The caller may destroy the job as soon as no helper is in it.
             job->helping.fetch_sub(1, std::memory_order_release);
             departures_.fetch_add(1, std::memory_order_release);

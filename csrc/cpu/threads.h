@@ -21,7 +21,7 @@ namespace focalnet::cpu {
 int64_t thread_count(Threads who);
 
 // Calls work(argument) in this thread, and in up to `helpers` others that become free before that call returns. Waits
-// only for helpers that have begun. Several threads may call this at the same time.
+// only for helpers that have begun. Throws what any of them threw. Several threads may call this at the same time.
 void run_with_helpers(int64_t helpers, void (*work)(void*), void* argument);
 
 // Calls `work()` concurrently in up to `threads` threads, including this one.

@@ -68,7 +68,8 @@ def focal_modulation_bwd(
     dmodulator = (dout * q).flatten(0, 2)
     if need_ctx or need_gates or need_focal:
         mask = [need_ctx, need_gates, need_agg, need_focal]
-        dagg = linear_bwd(dmodulator, dmodulator, weight, (True, False, False))[0].view(ctx.shape)
+        dagg: Any = linear_bwd(dmodulator, dmodulator, weight, (True, False, False))[0]  # a tensor: it is asked for
+        dagg = dagg.view(ctx.shape)
         dctx, dgates, agg, *dfocal_weights = aggregate_bwd(dagg, ctx, gates, focal_weights, normalize_modulator, mask)
     elif need_agg:
         agg = aggregate(ctx, gates, focal_weights, normalize_modulator)

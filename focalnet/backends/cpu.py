@@ -88,8 +88,10 @@ def linear_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """[drows, dweight, dbias] of a linear layer; ``mask`` selects among them."""
     need_rows, need_weight, need_bias = mask
-    made = torch.ops.focalnet.cpu_linear_bwd(dout, rows, weight, need_rows, need_weight or need_bias)
-    return tuple(gradient if need else None for gradient, need in zip(made, mask, strict=True))
+    drows, dweight, dbias = torch.ops.focalnet.cpu_linear_bwd(
+        dout, rows, weight, need_rows, need_weight or need_bias
+    )
+    return drows if need_rows else None, dweight if need_weight else None, dbias if need_bias else None
 
 
 def mlp_bwd(

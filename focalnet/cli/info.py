@@ -97,6 +97,7 @@ def _machine() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "instruction sets": _instruction_sets(),
         "CPU kernels": _cpu_kernels(),
+        "L2 cache": _l2_cache(),
         "threads": _threads(),
         "gpu": _gpus(),
     }
@@ -155,6 +156,15 @@ def _cpu_kernels() -> str:
     operators = torch.ops.focalnet
     why_not_amx = operators.cpu_why_not_amx()
     return f"{operators.cpu_isa()}; amx: {why_not_amx or 'can run'}"
+
+
+def _l2_cache() -> str:
+    """The size that bounds the scratch of the CPU kernels."""
+    import torch
+
+    from ..backends import extension
+
+    return "" if extension.missing() else f"{torch.ops.focalnet.cpu_l2_bytes() // 1024} KB a core"
 
 
 def _gpus() -> list[str]:

@@ -32,6 +32,7 @@ def test_info_names_every_backend_with_a_reason():
     assert facts["versions"]["focalnet"] == focalnet.__version__
     assert facts["extension"]["loaded"] == (facts["extension"]["reason"] is None)
     assert facts["backends"][facts["automatic"]["cpu"]] is None
+    assert facts["extension"]["loaded"] == facts["machine"]["L2 cache"].endswith(" KB a core")
 
 
 def test_info_is_readable():

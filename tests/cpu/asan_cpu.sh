@@ -21,4 +21,6 @@ FOCALNET_CPU_LIBRARY="$build/kernels.so" \
     LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libubsan.so)" \
     ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0 UBSAN_OPTIONS=print_stacktrace=1 \
     pytest -q -p no:cacheprovider tests/cpu/test_cpu_kernels.py tests/cpu/test_cpu_block.py tests/cpu/test_cpu_patch_embed.py \
-    tests/cpu/test_cpu_block_bfloat16.py tests/cpu/test_own_threads.py tests/cpu/test_autocast.py "$@"
+    tests/cpu/test_cpu_block_bfloat16.py tests/cpu/test_own_threads.py tests/cpu/test_autocast.py \
+    tests/cpu/test_trained_layers.py tests/cpu/test_amx.py tests/cpu/test_cache_sizes.py \
+    --deselect tests/cpu/test_amx.py::test_the_compiled_loop_is_of_tile_instructions "$@"

@@ -1,13 +1,18 @@
 """The extension's own threads, and the operators of the head, which use them: norm_mean and linear."""
 
 import os
+import shlex
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from block_layers import make_layer, weights
 from instruction_sets import OPS, product_isa, require, threads  # noqa: F401
 from torch import nn
+from torch.utils.cpp_extension import include_paths, library_paths
 
 from focalnet import FocalNetConfig, FocalNetForImageClassification
 
@@ -134,3 +139,17 @@ def test_linear(product_isa, size, bias, dtype):
 def test_bad_arguments_are_named(operator, arguments, message):
     with pytest.raises(RuntimeError, match=message):
         getattr(OPS, operator)(*arguments)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the program is linked as on Linux")
+def test_the_caller_learns_that_memory_ran_out_in_any_thread(tmp_path):
+    program, kernels = tmp_path / "threads", Path(__file__).parents[2] / "csrc" / "cpu"
+    flags = ["-std=c++20", "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{kernels}", f"-I{kernels.parent}"]
+    flags += [flag for path in include_paths() for flag in ("-isystem", path)]
+    sources = [str(Path(__file__).with_name("threads_program.cpp")), str(kernels / "threads.cpp")]
+    libraries = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    libraries += ["-ltorch", "-ltorch_cpu", "-lc10", "-pthread"]
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    subprocess.run([*compiler, *flags, *sources, "-o", str(program), *libraries], check=True)
+    run = subprocess.run([program], capture_output=True, text=True, check=True, timeout=120)
+    assert run.stdout.split() == ["50", "50"]

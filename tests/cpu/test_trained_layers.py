@@ -153,10 +153,19 @@ def test_bad_arguments_are_named(change, message):
 
 
 def test_widths_that_are_no_whole_panels_are_refused():
-    with pytest.raises(RuntimeError, match="the MLP is 16 -> 30 -> 16 units wide; expected multiples of 16"):
+    with pytest.raises(RuntimeError, match="the MLP is 16 -> 30 -> 16 units wide; expected positive multiples of 16"):
         OPS.cpu_mlp_fwd(torch.zeros(2, 16), torch.zeros(30, 16), None, torch.zeros(16, 30), None)
     reason = optional("mlp_fwd", torch.zeros(64, 16), None, widths=(30, 16))
     assert "the layers are 16 x 30 x 16 wide, not all multiples of 16" in reason
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (16, 0)], ids=str)
+def test_layers_without_columns_are_refused(shape):
+    weight = torch.zeros(shape)
+    with pytest.raises(RuntimeError, match=rf"weight has shape \({shape[0]}, {shape[1]}\); expected \(N, K\), of at"):
+        OPS.cpu_linear_fwd(torch.zeros(200, shape[1]), weight, None)
+    with pytest.raises(RuntimeError, match="units wide; expected positive multiples of 16"):
+        OPS.cpu_mlp_fwd(torch.zeros(200, shape[1]), weight, None, weight.T.contiguous(), None)
 
 
 def test_few_rows_go_to_pytorch():
