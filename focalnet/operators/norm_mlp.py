@@ -24,7 +24,7 @@ from torch import Tensor
 from ..backends.registry import optional, requested
 from .define import operator
 from .gradients import composed_gradients, pack, unpack
-from .layer_norm import norm, norm_bwd
+from .norm_linear import norm, norm_bwd
 
 
 def composed(
