@@ -51,7 +51,7 @@ HALVES = [*TORCH, "transformers, compile", "openvino, default"]
 STANDARD_BFLOAT16 = (
     ("tiny_lrf", 224, 1, 40, [*HALVES, "transformers, patched"]),
     ("tiny_lrf", 224, 8, 11, HALVES),
-    ("tiny_lrf", 640, 1, 11, [*TORCH, "openvino, default"]),
+    ("tiny_lrf", 640, 1, 11, HALVES),
     ("base_lrf", 224, 1, 20, HALVES),
 )
 STANDARD_TRAINING = (("tiny_lrf", 224, 8, 20, [*TORCH, "transformers, patched"]),)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -67,6 +69,14 @@ class DropPath(nn.Module):
         if self.drop_prob == 0.0 or not self.training:
             return None
         return draw(hidden_state, self.keep_prob, dtype)
+
+    def divisor(self, hidden_state: Tensor) -> Tensor:
+        """(B, 1, ...), float32: ``hidden_state / divisor`` is ``forward(hidden_state)`` in training, for float32 maps.
+
+        It is keep_prob for samples that are kept, else infinity.
+        """
+        kept = draw(hidden_state, self.keep_prob, hidden_state.dtype)
+        return kept.mul(self.keep_prob).masked_fill(kept == 0, math.inf)
 
     def extra_repr(self) -> str:
         return f"p={self.drop_prob}"
