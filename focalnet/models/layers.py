@@ -193,7 +193,7 @@ class FocalNetLayer(GradientCheckpointingLayer):
             update = gamma * update
         drop_path: Any = self.drop_path
         is_random = type(drop_path) is DropPath and 0 < drop_path.drop_prob < 1 and drop_path.training
-        is_single = hidden_state.dtype == update.dtype == torch.float32
+        is_single = isinstance(update, Tensor) and hidden_state.dtype == update.dtype == torch.float32
         if not (is_random and is_single) or is_changed(drop_path):
             return hidden_state + drop_path(update)
         return torch.addcdiv(hidden_state, update, drop_path.divisor(update))  # one pass instead of three
