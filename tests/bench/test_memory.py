@@ -41,9 +41,14 @@ def test_what_came_before_counts_for_the_process_alone():
 
 
 def of_model(dtype):
-    runtime = Runtime("focalnet", Case("tiny_lrf", 224, 8, dtype=dtype))
-    runtime.end()
-    return runtime.model_bytes
+    """The least of three processes. A busy machine only adds: pages that come early, and larger ones."""
+    found = []
+    for _ in range(3):
+        runtime = Runtime("focalnet", Case("tiny_lrf", 224, 8, dtype=dtype))
+        runtime.end()
+        found.append(runtime.model_bytes)
+    print(dtype, [f"{count / 1e6:.0f} MB" for count in found])
+    return min(found)
 
 
 @needs_record
