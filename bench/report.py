@@ -65,9 +65,7 @@ ARCHITECTURES = {
 
 def main() -> None:
     PAGE.write_text(filled(PAGE.read_text()))
-    devices = {
-        device for kind in ("models", "operators", "kernels", "scaling", "learning") for device in rows.devices(kind)
-    }
+    devices = {device for kind in DRAWN for device in rows.devices(kind)}
     drawn = [path for device in sorted(devices) for path in plots.all_of(device)]
     for path in drawn:
         print(path.relative_to(ROOT))
@@ -89,13 +87,16 @@ def filled(text: str) -> str:
 
 def headline(device: str) -> str:
     """The runtimes at the headline's image size, batch by batch."""
-    return _runtime_table([row for row in rows.read("models", device) if (row["variant"], row["size"]) == HEADLINE])
+    return _headline("models", device)
 
 
 def bfloat16(device: str) -> str:
     """The same in bfloat16, beside OpenVINO in its default precision."""
-    measured = rows.read("models-bfloat16", device)
-    return _runtime_table([row for row in measured if (row["variant"], row["size"]) == HEADLINE])
+    return _headline("models-bfloat16", device)
+
+
+def _headline(kind: str, device: str) -> str:
+    return _runtime_table([row for row in rows.read(kind, device) if (row["variant"], row["size"]) == HEADLINE])
 
 
 def shared_cores(device: str) -> str:

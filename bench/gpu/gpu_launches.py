@@ -55,7 +55,8 @@ def predicted() -> dict[tuple, float]:
     kind = device_class(torch.cuda.get_device_capability())
     return {
         _key(row, row.get("backend") or "triton", row["subject"]): row["predicted_us"]
-        for row in read("predicted", NOWHERE)
+        for file in ("predicted", "predicted_cuda")
+        for row in read(file, NOWHERE)
         if row["x"] == kind
     }
 

@@ -40,7 +40,7 @@ def leave_launches_out() -> None:
 
 
 def calls(device: str) -> dict[str, Callable[[int], object]]:
-    """By what each is; all on the same arguments, views of one projection as a module makes them."""
+    """By what each is, on the same arguments: views of one projection, padded to 16 bytes as no model does it."""
     *image, channels = SHAPE
     features = -(-(2 * channels + len(KERNELS) + 1) // 8) * 8
     packed = torch.randn(*image, features, dtype=torch.bfloat16, device=device)

@@ -59,7 +59,7 @@ class Moved:
 
 
 def case_of(operator: str, stage: Stage, batch: int, dtype: torch.dtype) -> Case:
-    """As the module calls it: views of one padded projection, bias, every gradient asked for."""
+    """Views of one padded projection, bias, every gradient asked for. (A model does not pad its projection.)"""
     mask = {"gated_aggregation_bwd": 3, "focal_modulation_bwd": 6}.get(operator, 0) * (True,)
     has_bias = operator.startswith("focal_modulation")
     return Case.packed(

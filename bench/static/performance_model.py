@@ -340,8 +340,8 @@ def main(
     defaults = (("tiny_lrf",), PREDICTED, ("bfloat16",), BATCHES)
     cases = [*itertools.product(*(given or default for given, default in zip(chosen, defaults, strict=True)))]
     everything = not any(chosen)
-    of_triton = (row for row in read(FILE, NOWHERE) if row["subject"] == "all" and not row.get("backend"))
-    have = {} if anew or dry else {call_of(row): row for row in of_triton}
+    whole = (row for row in read(FILE, NOWHERE) if row["subject"] == "all")
+    have = {} if anew or dry else {call_of(row): row for row in whole}
     for name, gpu, type_name, images in COVERED if everything else cases:
         rows = []
         for number, op in itertools.product(stage, operator):

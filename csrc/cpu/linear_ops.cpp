@@ -4,7 +4,7 @@
 //     dx = dy W,   dW = dy^T x,   db = sum of dy over the rows
 //
 // Packed weights are scratch; a block of rows passes through L2 once for all columns. dW is computed in ranges of its
-// rows and columns (products.h), and db while dy is packed for dW.
+// rows and columns (products.h), and db with it, while the rows of dy are in L2.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

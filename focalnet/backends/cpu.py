@@ -1,4 +1,4 @@
-"""The backend `cpu`: the C++ kernels of csrc/cpu. PyTorch computes the modulator's product if it is not in float32."""
+"""The backend `cpu`: the C++ kernels of csrc/cpu. PyTorch computes the modulator's product where these have none."""
 
 from __future__ import annotations
 
@@ -88,9 +88,7 @@ def linear_bwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """[drows, dweight, dbias] of a linear layer; ``mask`` selects among them."""
     need_rows, need_weight, need_bias = mask
-    drows, dweight, dbias = torch.ops.focalnet.cpu_linear_bwd(
-        dout, rows, weight, need_rows, need_weight or need_bias
-    )
+    drows, dweight, dbias = torch.ops.focalnet.cpu_linear_bwd(dout, rows, weight, need_rows, need_weight or need_bias)
     return drows if need_rows else None, dweight if need_weight else None, dbias if need_bias else None
 
 
@@ -103,22 +101,22 @@ def mlp_bwd(
     return [gradient if need else None for gradient, need in zip(made, mask, strict=True)]
 
 
-def _is_worth_it(rows: Tensor) -> bool:
-    is_large = rows.numel() >= MIN_ROWS * rows.shape[-1]
-    return is_large and (rows.dtype == torch.float32 or has_dot_products())
+def _has_product(rows: Tensor) -> bool:
+    positions, channels = rows.numel() // rows.shape[-1], rows.shape[-1]
+    return why_not(Problem("linear_fwd", rows.device, rows.dtype, 1, positions, 1, channels)) is None
 
 
 def _times_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor) -> Tensor:
     strides = factor.stride()
     is_matrix = strides[0] == strides[1] * factor.shape[1] and strides[1] == strides[2] * factor.shape[2]
-    if not (_is_worth_it(rows) and is_matrix and strides[3] == 1 and weight.shape[0] % PANEL == 0):
+    if not (_has_product(rows) and is_matrix and strides[3] == 1 and weight.shape[0] % PANEL == 0):
         return composed.times_linear(rows, weight, bias, factor)
     factor = factor.flatten(0, 2)
     return torch.ops.focalnet.cpu_linear_fwd(rows.flatten(0, 2), weight, bias, factor).view(rows.shape)
 
 
 def _linear_bwd(dout: Tensor, rows: Tensor, weight: Tensor, mask: Sequence[bool]) -> Sequence[Tensor | None]:
-    run = linear_bwd if _is_worth_it(rows) else composed.linear_bwd
+    run = linear_bwd if _has_product(rows) else composed.linear_bwd
     return run(dout, rows, weight, mask)
 
 

@@ -1,7 +1,7 @@
 """Measures which backend, and which plan of Triton, is the fastest for the operator's calls in a model.
 
 Forward and backward of `focal_modulation` at the sizes of each stage. `focalnet tune` keeps the result (see
-`focalnet.backends.tuned`), bench/gpu/sweep.py writes every time that was measured.
+`focalnet.backends.tuned`), bench/gpu/gpu_sweep.py writes every time that was measured.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def evaluate(
             batches = classify_files(classifier, processor, [image.path for image in todo], TOP, batch_size, among)
             skipped = _collect(batches, todo, results, bar)
         seconds = max(processes.gathered(time.perf_counter() - start))
-    ranks = _merged(known | results.ranks)
+    ranks = known | _merged(results.ranks)
     skipped = _of_all(skipped)
     done = sum(processes.gathered(len(todo))) - len(skipped)
     processes.leave()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import training as options
-from .compute import Device
+from .compute import Device, OnDevice
 from .models import UseEma
 
 
@@ -36,7 +36,7 @@ def finetune(
     ] = False,
     strict: options.Strict = False,
     check: options.Check = True,
-    device: options.DeviceOption = Device.auto,
+    device: OnDevice = Device.auto,
     dry_run: options.DryRun = False,
     images: options.Images = None,
     as_json: options.AsJson = False,

@@ -13,7 +13,6 @@ import typer
 
 from ..pretrained import shipped
 from ..training import processes
-from .compute import Device
 from .errors import SOME_SKIPPED, UserError, complain
 from .models import parse_fields, silence_transformers, stay_offline_unless_reachable
 from .output import Bar
@@ -74,7 +73,6 @@ DryRun = Annotated[
 Images = Annotated[
     int | None, typer.Option(help="With --dry-run: number of training images; DATA need not exist.")
 ]
-DeviceOption = Annotated[Device, typer.Option(help="auto uses a GPU if there is one.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document at the end instead of lines.")]
 
 

@@ -191,12 +191,9 @@ class FocalNetLayer(GradientCheckpointingLayer):
         """``hidden_state + drop_path(gamma * update)``; without layer scale ``gamma`` is None."""
         if gamma is not None:
             update = gamma * update
-        drop_path: Any = self.drop_path
-        is_random = type(drop_path) is DropPath and 0 < drop_path.drop_prob < 1 and drop_path.training
-        is_single = isinstance(update, Tensor) and hidden_state.dtype == update.dtype == torch.float32
-        if not (is_random and is_single) or is_changed(drop_path):
-            return hidden_state + drop_path(update)
-        return torch.addcdiv(hidden_state, update, drop_path.divisor(update))  # one pass instead of three
+        if type(self.drop_path) is DropPath and not is_changed(self.drop_path):
+            return self.drop_path.add(hidden_state, update)
+        return hidden_state + self.drop_path(update)
 
 
 class FocalNetStage(nn.Module):

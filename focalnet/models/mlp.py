@@ -70,13 +70,13 @@ class DropPath(nn.Module):
             return None
         return draw(hidden_state, self.keep_prob, dtype)
 
-    def divisor(self, hidden_state: Tensor) -> Tensor:
-        """(B, 1, ...), float32: ``hidden_state / divisor`` is ``forward(hidden_state)`` in training, for float32 maps.
-
-        It is keep_prob for samples that are kept, else infinity.
-        """
-        kept = draw(hidden_state, self.keep_prob, hidden_state.dtype)
-        return kept.mul(self.keep_prob).masked_fill(kept == 0, math.inf)
+    def add(self, hidden_state: Tensor, update: Tensor) -> Tensor:
+        """``hidden_state + forward(update)``, to the bit. In float32 training that takes one pass instead of three."""
+        is_single = isinstance(update, Tensor) and hidden_state.dtype == update.dtype == torch.float32
+        if not (is_single and self.training and 0 < self.drop_prob < 1):
+            return hidden_state + self(update)
+        kept = draw(update, self.keep_prob, update.dtype)
+        return torch.addcdiv(hidden_state, update, kept.mul(self.keep_prob).masked_fill(kept == 0, math.inf))
 
     def extra_repr(self) -> str:
         return f"p={self.drop_prob}"

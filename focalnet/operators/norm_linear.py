@@ -5,7 +5,7 @@
 With two modules, autograd saves x for the norm and LayerNorm(x) for the gradient of the linear weight. This operator
 saves only x and recomputes LayerNorm(x) in backward. That saves K elements per token and costs two passes over K. On a
 GPU the kernel of the norm's gradient also writes LayerNorm(x) (kernels/layer_norm.py), in four passes where PyTorch's
-operators need seven. On a CPU in float32 csrc/cpu/linear_ops.cpp computes the products.
+operators need seven. On a CPU csrc/cpu/linear_ops.cpp computes the products.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def norm_linear_bwd(
     *need_norm, need_weight, need_bias = output_mask
     rows, x = dout.flatten(0, -2), hidden_state.flatten(0, -2)
     kernel = optional("layer_norm_bwd", x, backend, norm=(norm_weight, norm_bias, eps))
-    if eps is not None and any(need_norm) and not isinstance(kernel, str):
+    if any(need_norm) and not isinstance(kernel, str):
         dtype = weight.dtype if need_weight else None
         normed, *from_norm = kernel(rows @ weight, x, norm_weight, norm_bias, eps, need_norm, dtype)
         dweight = rows.T @ normed if need_weight else None

@@ -8,8 +8,8 @@ operator saves x and fc1's output, C + hidden elements, and recomputes the other
 If LayerNorm(x) has been computed already, by the same pass as x (`residual_norm`), the caller gives it as ``normed``.
 The gradient then flows to ``normed`` and not to x. ``normed`` is still not saved, but recomputed from x.
 
-On a CPU in float32 csrc/cpu/mlp_ops.cpp computes both products and the GELU together. The activations between them
-stay in the caches: forward writes fc1's output and the result, backward the gradients alone.
+On a CPU csrc/cpu/mlp_ops.cpp computes both products and the GELU together. The activations between them stay in the
+caches: forward writes fc1's output and the result, backward the gradients alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from ..backends.registry import optional, requested
 from .define import operator
 from .gradients import composed_gradients, pack, unpack
-from .norm_linear import norm, norm_bwd
+from .norm_linear import linear_bwd, norm, norm_bwd
 
 
 def composed(
@@ -102,72 +102,55 @@ def norm_mlp_bwd(
     With ``of_normed`` the first is the gradient of ``normed`` instead of that of ``hidden_state``.
     """
     *need_norm, need_weight1, need_bias1, need_weight2, need_bias2 = output_mask
-    dweight1 = dbias1 = dweight2 = None
-    from_norm: Sequence[Tensor | None] = (None, None, None)
     x, dout, fc1 = (tensor.flatten(0, -2) for tensor in (hidden_state, dout, fc1))
-    mlp_bwd = optional("mlp_bwd", dout, backend, widths=_widths(weight1, weight2))
-    if not isinstance(mlp_bwd, str):
-        normed, *statistics = norm(x, norm_weight, norm_bias, eps)
+    affine = (norm_weight, norm_bias, eps)
+    kernel = "normed is given" if of_normed else optional("layer_norm_bwd", x, backend, norm=affine)
+    from_norm: Sequence[Tensor | None]
+    if any(need_norm) and not isinstance(kernel, str):
+        # The kernel makes normed anew, so it comes before the gradient of fc1's weight.
+        dfc1, dweight2, dbias2 = _fc2_bwd(dout, fc1, weight2, [True, need_weight2, need_bias2])
+        normed, *from_norm = kernel(dfc1 @ weight1, x, *affine, need_norm, dfc1.dtype if need_weight1 else None)
+        dweight1 = dfc1.T @ normed if need_weight1 else None
+        dweights = [dweight1, dfc1.sum(0) if need_bias1 else None, dweight2, dbias2]
+    else:
+        is_used = need_weight1 or (any(need_norm) and not of_normed)
+        normed, *statistics = norm(x, *affine) if is_used else (x, None, None)
         mask = [any(need_norm), need_weight1, need_bias1, need_weight2, need_bias2]
-        dnormed, *dweights = mlp_bwd(dout, normed.to(dout.dtype), fc1, weight1, weight2, mask)
-        if of_normed:
-            from_norm = (dnormed, None, None)
-        elif dnormed is not None:
+        dnormed, *dweights = _mlp_bwd(dout, normed.to(dout.dtype), fc1, weight1, weight2, mask, backend)
+        from_norm = (dnormed, None, None)
+        if dnormed is not None and not of_normed:
             from_norm = norm_bwd(dnormed, x, statistics, norm_weight, norm_bias, need_norm)
-        dx, *dnorm = from_norm
-        return pack([None if dx is None else dx.view_as(hidden_state), *dnorm, *dweights], hidden_state)
-    dbias2 = dout.sum(0) if need_bias2 else None
-    if any((*need_norm, need_weight1, need_bias1, need_weight2)):
-        dfc1 = torch.ops.aten.gelu_backward(dout @ weight2, fc1)
-        dweight2 = dout.T @ F.gelu(fc1) if need_weight2 else None
-        dbias1 = dfc1.sum(0) if need_bias1 else None
-    if need_weight1 or any(need_norm):
-        run = _fc1_bwd_of_normed if of_normed else _fc1_bwd
-        dweight1, dx, *dnorm = run(dfc1, x, norm_weight, norm_bias, eps, weight1, need_norm, need_weight1, backend)
-        from_norm = (None if dx is None else dx.view_as(hidden_state), *dnorm)
-    return pack([*from_norm, dweight1, dbias1, dweight2, dbias2], hidden_state)
+    dx, *dnorm = from_norm
+    return pack([None if dx is None else dx.view_as(hidden_state), *dnorm, *dweights], hidden_state)
 
 
-def _fc1_bwd(
-    dfc1: Tensor,
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float | None,
+def _mlp_bwd(
+    dout: Tensor,
+    rows: Tensor,
+    fc1: Tensor,
     weight1: Tensor,
-    need_norm: list[bool],
-    need_weight1: bool,
+    weight2: Tensor,
+    mask: list[bool],
     backend: str | None,
 ) -> list[Tensor | None]:
-    """[dweight1, dx, dnorm_weight, dnorm_bias]"""
-    run = optional("layer_norm_bwd", x, backend, norm=(norm_weight, norm_bias, eps))
-    if any(need_norm) and not isinstance(run, str):
-        normed_dtype = dfc1.dtype if need_weight1 else None
-        normed, *from_norm = run(dfc1 @ weight1, x, norm_weight, norm_bias, eps, need_norm, normed_dtype)
-        return [dfc1.T @ normed if need_weight1 else None, *from_norm]
-    normed, *statistics = norm(x, norm_weight, norm_bias, eps)
-    dweight1 = dfc1.T @ normed.to(dfc1.dtype) if need_weight1 else None
-    if not any(need_norm):
-        return [dweight1, None, None, None]
-    return [dweight1, *norm_bwd(dfc1 @ weight1, x, statistics, norm_weight, norm_bias, need_norm)]
+    """[drows, dweight1, dbias1, dweight2, dbias2] of ``rows`` (n, C); ``mask`` selects among them."""
+    run = optional("mlp_bwd", dout, backend, widths=_widths(weight1, weight2))
+    if not isinstance(run, str):
+        return run(dout, rows, fc1, weight1, weight2, mask)
+    need_first, need_second = mask[:3], mask[3:]
+    dfc1, *second = _fc2_bwd(dout, fc1, weight2, [any(need_first), *need_second])
+    first = [None] * 3 if dfc1 is None else linear_bwd(dfc1, rows, weight1, need_first, backend)
+    return [*first, *second]
 
 
-def _fc1_bwd_of_normed(
-    dfc1: Tensor,
-    x: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    eps: float | None,
-    weight1: Tensor,
-    need_norm: list[bool],
-    need_weight1: bool,
-    backend: str | None,
-) -> list[Tensor | None]:
-    """[dweight1, dnormed, None, None]"""
-    dweight1 = None
-    if need_weight1:
-        dweight1 = dfc1.T @ norm(x, norm_weight, norm_bias, eps)[0].to(dfc1.dtype)
-    return [dweight1, dfc1 @ weight1 if need_norm[0] else None, None, None]
+def _fc2_bwd(dout: Tensor, fc1: Tensor, weight: Tensor, mask: list[bool]) -> list[Any]:
+    """[dfc1, dweight2, dbias2] of the GELU and the second layer; ``mask`` selects among them."""
+    need_fc1, need_weight, need_bias = mask
+    return [
+        torch.ops.aten.gelu_backward(dout @ weight, fc1) if need_fc1 else None,
+        dout.T @ F.gelu(fc1) if need_weight else None,
+        dout.sum(0) if need_bias else None,
+    ]
 
 
 # ---- shapes without data --------------------------------------------------------------------------------------------

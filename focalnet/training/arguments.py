@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import torch
 from transformers import TrainingArguments
+
+from . import processes
 
 if TYPE_CHECKING:
     from .runs import Run
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 def trainer_arguments(run: Run, images: int, has_held_out: bool, task: str) -> TrainingArguments:
     """The Trainer's arguments for ``images`` training images and the processes that torchrun or accelerate started."""
     s = run.settings
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = processes.count()
     global_batch = s.batch_size * s.accumulate * world
     peak, least, first = s.rates(global_batch)
     each_epoch = max(1, images // (s.batch_size * world) // s.accumulate)

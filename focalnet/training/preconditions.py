@@ -29,7 +29,7 @@ def refuse_taken_output(run: Run) -> None:
     """Raise ValueError if the output folder is not empty and the run does not resume it."""
     is_taken = run.output.exists() and (not run.output.is_dir() or any(run.output.iterdir()))
     # Asked together, since the first process writes there soon.
-    if any(processes.gathered(is_taken and not run.resume)):
+    if processes.any_of_all(is_taken and not run.resume):
         raise ValueError(
             f"output {run.output}: there is something already; --resume goes on, else choose another folder"
         )
@@ -100,8 +100,8 @@ def checkpoint_to_resume(
     }
     record = json.loads(json.dumps(record))
     path = run.output / RUN_FILE
-    _refuse_separate_disks(run)
     found = checkpoints(run.output / "checkpoints")
+    _refuse_separate_disks(run, found)
     if run.resume and path.exists():
         _refuse_differences(record, json.loads(path.read_text(encoding="utf-8")), run.output)
     if arguments.process_index == 0:
@@ -111,9 +111,9 @@ def checkpoint_to_resume(
     return found[-1] if run.resume and found else None
 
 
-def _refuse_separate_disks(run: Run) -> None:
+def _refuse_separate_disks(run: Run, found: list[Path]) -> None:
     """Raise ValueError if a run on several machines is resumed and not all of them see its checkpoints."""
-    names = [path.name for path in checkpoints(run.output / "checkpoints")] if run.resume else []
+    names = [path.name for path in found] if run.resume else []
     seen = processes.gathered(names)
     if any(others != seen[0] for others in seen):
         raise ValueError(

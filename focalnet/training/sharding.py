@@ -15,6 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 
+from . import processes
+
 VERSION = 2
 
 
@@ -63,6 +65,8 @@ def set_up(accelerator: Accelerator) -> bool:
 
 def reshard(model: nn.Module) -> None:
     """Make the parameters of a sharded model shards again. After an evaluation some are whole."""
+    if not is_wanted():
+        return
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()
@@ -74,8 +78,11 @@ def part_here(tensor: Tensor) -> Tensor:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The gathered tensor in main memory. All processes must call it."""
-    return tensor.full_tensor().cpu() if hasattr(tensor, "full_tensor") else tensor
+    """The gathered tensor, in main memory on the first process; the others keep their shard. All must call it."""
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    gathered = tensor.full_tensor()
+    return gathered.cpu() if processes.rank() == 0 else tensor
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:

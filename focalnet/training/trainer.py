@@ -115,10 +115,9 @@ class FocalNetTrainer(Trainer):
 
     def whole_weights(self) -> dict[str, Tensor]:
         """The model's weights by name, gathered on the first process. All processes must call it."""
-        if not self.is_fsdp_enabled:
-            return self.accelerator.get_state_dict(self.model)
-        sharding.reshard(self.model)
-        return {name: sharding.whole(tensor) for name, tensor in self.model.state_dict().items()}
+        model = self.accelerator.unwrap_model(self.model)
+        sharding.reshard(model)
+        return {name: sharding.whole(tensor) for name, tensor in model.state_dict().items()}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.is_fsdp_enabled:

@@ -28,7 +28,7 @@ from focalnet.benchmark.rows import NOWHERE, read
 from focalnet.variants import VARIANTS
 
 ROWS = read(FILE, NOWHERE)
-WHOLE = [row for row in ROWS if row["subject"] == "all" and not row.get("backend")]  # of Triton
+WHOLE = [row for row in ROWS if row["subject"] == "all"]
 
 
 # ---- how often a loop runs ------------------------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_rows_cover_what_the_command_lists_and_nothing_else():
         for operator in OPERATORS
         for stage in (1, 2, 3, 4)
     }
-    assert _calls(row for row in WHOLE if not row.get("backend")) == listed
+    assert _calls(WHOLE) == listed
 
 
 def test_what_is_covered_and_what_is_left_out_are_every_published_size():
