@@ -5,26 +5,13 @@ one unit in the last place of the largest output magnitude. Weights are rounded 
 error is that of the arithmetic.
 """
 
-import math
-
 import pytest
 import torch
 from block_layers import FLAGS, argument_names, make_layer, weights
 from instruction_sets import EMULATED_ISAS, OPS, product_isa, require, threads  # noqa: F401
+from rule import assert_within_rule
 
 require("cpu_block")
-
-EPS = torch.finfo(torch.bfloat16).eps
-
-
-def ulp(exact):
-    return EPS * 2.0 ** math.floor(math.log2(exact.abs().max().item()))
-
-
-def assert_within_rule(ours, modules, exact):
-    allowed = 2 * (modules.double() - exact).abs().max().item() + ulp(exact)
-    error = (ours.double() - exact).abs().max().item()
-    assert error <= allowed, f"error {error:.3e}, allowed {allowed:.3e}"
 
 
 def check(shape, **options):
@@ -35,7 +22,7 @@ def check(shape, **options):
     assert ours.shape == hidden_state.shape and ours.dtype == torch.bfloat16
     assert ours.is_contiguous()
     if hidden_state.numel():
-        assert_within_rule(ours, layer(hidden_state), double(hidden_state.double()))
+        assert_within_rule("block", ours, layer(hidden_state), double(hidden_state.double()))
 
 
 @pytest.mark.parametrize("dim", [17, 96])
@@ -122,7 +109,7 @@ def test_what_autocast_computes(product_isa, options, dtype):
     with torch.autocast("cpu", torch.bfloat16):
         modules = layer(hidden_state)
     assert ours.dtype == modules.dtype
-    assert_within_rule(ours, modules, double(hidden_state.double()))
+    assert_within_rule("block", ours, modules, double(hidden_state.double()))
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")], ids=str)
