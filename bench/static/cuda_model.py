@@ -27,8 +27,8 @@ from cuda_code import compiled, kernel, names
 from instruction_counts import Kernel
 from launch_bytes import Bytes
 from machine_code import load_cycles
-from performance_model import GAP, SAMPLE, Predicted, predict
-from processors import PROCESSORS, Processor
+from performance_model import SAMPLE, Predicted, microseconds, predict, sample_of
+from processors import GAP, PROCESSORS, Processor
 from ptxas import kernel_name
 from rich.console import Console
 from rich.table import Table
@@ -42,8 +42,6 @@ import cuda_program
 
 FILE = "predicted_cuda"
 SOURCES = [path for ending in ("cu", "cuh", "h", "cpp") for path in sorted(ROOT.glob(f"csrc/cuda/*.{ending}"))]
-# KiB of shared memory that a block may have, and a multiprocessor has (CUDA C++ Programming Guide).
-SHARED = {"A100": (163, 164), "RTX 4090": (99, 100), "H100": (227, 228), "B200": (227, 228)}
 console = Console(width=150)
 
 
@@ -78,10 +76,11 @@ class Call:
 
     def case(self) -> bytes:
         """As tests/cuda/cuda_on_cpu/main.cpp reads it, without tensors."""
-        one = self.stage
+        one, gpu = self.stage, self.processor
         numbers = [int(self.backward), 0, cuda_program.ELEMENTS[self.dtype], self.batch]
         numbers += [one.height, one.width, one.channels, one.levels, 0, int(self.dtype != torch.float32)]
-        numbers += [1024 * size for size in SHARED[self.processor.name]] + [self.processor.device.sm_count] + [0] * 15
+        # Shared memory that a block may have, and that a multiprocessor has.
+        numbers += [gpu.device.shared_bytes, gpu.shared_bytes, gpu.device.sm_count] + [0] * 15
         numbers += [size for kernel in one.kernels for size in (kernel, kernel)] + [1, 1, 1, 1]
         return cuda_program.case(numbers)
 
@@ -180,17 +179,17 @@ class _Used:
 
 def predict_launch(launch: Launch, call: Call) -> Predicted:
     found, registers = _kernel(launch, call.processor.device.arch)
-    arguments, last = _arguments(found, launch), launch.grid - 1
+    arguments = _arguments(found, launch)
     executed = [
         found.executed(
             arguments,
-            (block, 0, 0),
+            program,
             (launch.grid, 1, 1),
             launch.threads,
             warps=range(-(-launch.threads // 32)),
             load=load_cycles(in_l2=1),
         )
-        for block in sorted({round(i * last / (SAMPLE - 1)) for i in range(SAMPLE)})
+        for program in sample_of((launch.grid, 1, 1), SAMPLE)
     ]
     used = _Used(launch.name, registers, launch.shared, launch.threads)
     return predict(call.processor, used, executed, launch.grid, moved(launch, call))
@@ -213,7 +212,7 @@ def rows_of(call: Call) -> list[dict]:
         head
         | {
             "subject": f"{number} {one.kernel}",
-            "predicted_us": _us(one.seconds),
+            "predicted_us": microseconds(one.seconds),
             "bound": one.bound,
             "programs": one.programs,
             "programs_per_sm": one.programs_per_sm,
@@ -221,22 +220,18 @@ def rows_of(call: Call) -> list[dict]:
             "registers": one.registers,
             "shared": one.shared,
             "instructions_per_output": round(32 * one.instructions / call.outputs, 1),
-            "us_by": {resource: _us(seconds) for resource, seconds in one.by.items()},
+            "us_by": {resource: microseconds(seconds) for resource, seconds in one.by.items()},
         }
         for number, one in enumerate(found, 1)
     ]
     total = {
         "subject": "all",
-        "predicted_us": _us(sum(one.seconds + GAP for one in found)),
+        "predicted_us": microseconds(sum(one.seconds + GAP for one in found)),
         "launches": len(found),
         "instructions_per_output": round(32 * sum(one.instructions for one in found) / call.outputs, 1),
         "digest": digest(),
     }
     return [head | total, *rows]
-
-
-def _us(seconds: float) -> float:
-    return round(1e6 * seconds, 2)
 
 
 def digest() -> str:

@@ -128,7 +128,7 @@ def predict_launch(launch: Launch, plan: Plan, case: Case, processor: Processor)
     load = load_cycles(min(1.0, processor.device.on_chip_bytes / max(1, ring_bytes(launch, plan))))
     found = [
         kernel.executed(arguments, program, launch.grid, used.threads, load=load)
-        for program in _sample(launch.grid, SAMPLE)
+        for program in sample_of(launch.grid, SAMPLE)
     ]
     _check(launch, found)
     programs = math.prod(launch.grid)
@@ -161,7 +161,7 @@ def _multiply_adds(launch: Launch, case: Case) -> float:
     return float(launch.arguments["row_count"]) * case.channels**2
 
 
-def _sample(grid: tuple[int, ...], count: int) -> list[tuple[int, int, int]]:
+def sample_of(grid: tuple[int, ...], count: int) -> list[tuple[int, int, int]]:
     programs = math.prod(grid)
     chosen = sorted({round(i * (programs - 1) / max(1, count - 1)) for i in range(count)})
     return [(one % grid[0], one // grid[0] % grid[1], one // (grid[0] * grid[1])) for one in chosen]
@@ -274,8 +274,8 @@ def rows_of(operator: str, stage: Stage, batch: int, dtype: torch.dtype, process
         head
         | {
             "subject": "all",
-            "predicted_us": _us(total.seconds),
-            "floor_us": _us(floor),
+            "predicted_us": microseconds(total.seconds),
+            "floor_us": microseconds(floor),
             "inductor_least_us": inductor_least_us(operator, stage, batch, dtype, processor),
             "launches": len(total.launches),
             "fewest_programs": total.fewest_programs,
@@ -290,7 +290,7 @@ def rows_of(operator: str, stage: Stage, batch: int, dtype: torch.dtype, process
             head
             | {
                 "subject": name,
-                "predicted_us": _us(total.of_kernel(name)),
+                "predicted_us": microseconds(total.of_kernel(name)),
                 "launches": len(mine),
                 "bound": slowest.bound,
                 "programs": slowest.programs,
@@ -299,7 +299,7 @@ def rows_of(operator: str, stage: Stage, batch: int, dtype: torch.dtype, process
                 "registers": slowest.registers,
                 "shared": slowest.shared,
                 "instructions_per_output": round(total.instructions_per_output(name), 1),
-                "us_by": {resource: _us(sum(one.by[resource] for one in mine)) for resource in slowest.by},
+                "us_by": {resource: microseconds(sum(one.by[resource] for one in mine)) for resource in slowest.by},
             }
         )
     return rows
@@ -308,10 +308,10 @@ def rows_of(operator: str, stage: Stage, batch: int, dtype: torch.dtype, process
 def inductor_least_us(operator: str, stage: Stage, batch: int, dtype: torch.dtype, processor: Processor) -> float:
     """The least that the reference takes under torch.compile (torch_launches.py)."""
     launches = torch_launches.compiled_reference(operator, stage)
-    return _us(torch_launches.seconds(launches, stage, batch, dtype, processor))
+    return microseconds(torch_launches.seconds(launches, stage, batch, dtype, processor))
 
 
-def _us(seconds: float) -> float:
+def microseconds(seconds: float) -> float:
     return round(1e6 * seconds, 2)
 
 
