@@ -60,28 +60,35 @@ def focal_modulation(
     if (run := eager.known(key)) is not None:
         matrix = weight if weight.ndim == 2 else weight.flatten(1)
         return run(q, ctx, gates, focal_weights, matrix, bias, normalize_modulator)
-    tensors = {"q": q, "ctx": ctx, "gates": gates, **_named_weights(focal_weights), "weight": weight}
-    if bias is not None:
-        tensors["bias"] = bias
-    q, ctx, gates, focal_weights, (weight, *rest) = _prepare(tensors, len(focal_weights), images=("q", "ctx", "gates"))
-    bias = rest[0] if rest else None
-    _check_aggregation(ctx, gates, focal_weights)
-    _check_shape("q", q, ctx.shape, "the shape of ctx")
-    channels = ctx.shape[-1]
-    if tuple(weight.shape) not in ((channels, channels), (channels, channels, 1, 1)):
-        raise ValueError(
-            f"weight: expected shape ({channels}, {channels}) or ({channels}, {channels}, 1, 1) for the {channels} "
-            f"channels of ctx, got {tuple(weight.shape)}"
-        )
-    if bias is not None:
-        _check_shape("bias", bias, (channels,), f"one value for each of the {channels} channels of ctx")
-    weight = weight.view(channels, channels)
+    q, ctx, gates, focal_weights, weight, bias = _checked(q, ctx, gates, focal_weights, weight, bias)
     if _must_be_plain(backend):
         return reference.focal_modulation(q, ctx, gates, focal_weights, weight, bias, normalize_modulator)
     if key is not None:
         eager.remember(key, "focal_modulation", ctx, focal_weights, backend)
     return torch.ops.focalnet.focal_modulation(
         q, ctx, gates, focal_weights, weight, bias, normalize_modulator, backend
+    )
+
+
+def packed_focal_modulation(
+    projected: Tensor,
+    focal_weights: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    normalize_modulator: bool,
+    backend: str | None,
+) -> Tensor:
+    """`focal_modulation` of the parts of ``projected`` (B, H, W, 2C + L + 1), whose gradient is one tensor.
+
+    For modules, which know that nothing but a compiler observes the call (`fusion.norm_branches.may_pad`).
+    """
+    channels = weight.shape[0]
+    q, ctx, gates = projected.split([channels, channels, len(focal_weights) + 1], dim=-1)
+    _, ctx, _, focal_weights, weight, bias = _checked(q, ctx, gates, focal_weights, weight, bias)
+    projected = projected.to(ctx.dtype)
+    return torch.ops.focalnet.packed_focal_modulation(
+        projected, focal_weights, weight, bias, normalize_modulator, backend
     )
 
 
@@ -147,6 +154,28 @@ def _named_weights(focal_weights: Sequence[Tensor]) -> dict[str, Tensor]:
     if not focal_weights:
         raise ValueError("focal_weights: expected at least one level, got an empty list")
     return {f"focal_weights[{level}]": weight for level, weight in enumerate(focal_weights)}
+
+
+def _checked(
+    q: Tensor, ctx: Tensor, gates: Tensor, focal_weights: Sequence[Tensor], weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor | None]:
+    """The arguments of `focal_modulation`, cast under autocast and checked; ``weight`` as a matrix."""
+    tensors = {"q": q, "ctx": ctx, "gates": gates, **_named_weights(focal_weights), "weight": weight}
+    if bias is not None:
+        tensors["bias"] = bias
+    q, ctx, gates, levels, (weight, *rest) = _prepare(tensors, len(focal_weights), images=("q", "ctx", "gates"))
+    bias = rest[0] if rest else None
+    _check_aggregation(ctx, gates, levels)
+    _check_shape("q", q, ctx.shape, "the shape of ctx")
+    channels = ctx.shape[-1]
+    if tuple(weight.shape) not in ((channels, channels), (channels, channels, 1, 1)):
+        raise ValueError(
+            f"weight: expected shape ({channels}, {channels}) or ({channels}, {channels}, 1, 1) for the {channels} "
+            f"channels of ctx, got {tuple(weight.shape)}"
+        )
+    if bias is not None:
+        _check_shape("bias", bias, (channels,), f"one value for each of the {channels} channels of ctx")
+    return q, ctx, gates, levels, weight.view(channels, channels), bias
 
 
 def _prepare(tensors: dict[str, Tensor], levels: int, images: tuple[str, ...]) -> list[Any]:

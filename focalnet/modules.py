@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.fx
 from torch import Tensor, nn
 
 from .backends.registry import requested
-from .functional import focal_modulation
+from .functional import focal_modulation, packed_focal_modulation
 from .fusion.context_parts import convolutions, parameter, unusual_context, weight_of, widest_kernel
 from .fusion.module_checks import is_proxy
-from .fusion.norm_branches import linear, norm_linear
+from .fusion.norm_branches import linear, may_pad, norm_linear
 from .onednn import guarded
 
 # torch.fx cannot trace through the function, so it becomes one node of the graph.
@@ -95,6 +96,9 @@ class FocalModulation(nn.Module):
         """``hidden_state`` (B, H, W, C) -> (B, H, W, C)."""
         if not is_proxy(hidden_state):
             self._check(hidden_state)
+        padded = may_pad(self.projection_in, hidden_state, self.backend)
+        if padded:
+            return self._modulate(linear(self.projection_in, hidden_state, self.backend, padded), padded)
         return self._modulate(self.projection_in(hidden_state))
 
     def _check(self, hidden_state: object) -> None:
@@ -112,28 +116,30 @@ class FocalModulation(nn.Module):
 
         In training the output of ``norm`` is not saved for backward.
         """
-        return self._modulate(norm_linear(norm, self.projection_in, hidden_state, backend or self.backend))
+        backend = backend or self.backend
+        padded = may_pad(self.projection_in, hidden_state, backend)
+        return self._modulate(norm_linear(norm, self.projection_in, hidden_state, backend, padded), padded)
 
-    def _modulate(self, projected: Tensor) -> Tensor:
+    def _modulate(self, projected: Tensor, padded: bool = False) -> Tensor:
         q, ctx, gates = projected.split([self.dim, self.dim, self.focal_level + 1], dim=-1)
         # The operator reads weights and calls no module, so replaced or hooked modules need the other path.
         changed = unusual_context(self, "projection_context", "activation")
-        out = self._fused(q, ctx, gates) if changed is None else self._module_by_module(q, ctx, gates, changed)
+        if changed is not None:
+            out = self._module_by_module(q, ctx, gates, changed)
+        elif padded and torch.is_grad_enabled():
+            out = packed_focal_modulation(projected, *self._operands(), **self._settings())
+        else:
+            out = focal_modulation(q, ctx, gates, *self._operands(), **self._settings())
         if self.use_post_layernorm_in_modulation:
             return self.projection_dropout(norm_linear(self.layernorm, self.projection_out, out, self.backend))
         return self.projection_dropout(linear(self.projection_out, out, self.backend))
 
-    def _fused(self, q: Tensor, ctx: Tensor, gates: Tensor) -> Tensor:
-        return focal_modulation(
-            q,
-            ctx,
-            gates,
-            [weight_of(convolution) for convolution in convolutions(self.focal_layers)],
-            weight_of(self.projection_context),
-            parameter(self.projection_context, "bias"),
-            normalize_modulator=self.normalize_modulator,
-            backend=self.backend,
-        )
+    def _operands(self) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        focal_weights = [weight_of(convolution) for convolution in convolutions(self.focal_layers)]
+        return focal_weights, weight_of(self.projection_context), parameter(self.projection_context, "bias")
+
+    def _settings(self) -> dict[str, Any]:
+        return {"normalize_modulator": self.normalize_modulator, "backend": self.backend}
 
     def _module_by_module(self, q: Tensor, ctx: Tensor, gates: Tensor, changed: str) -> Tensor:
         backend = requested(self.backend)

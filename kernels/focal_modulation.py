@@ -40,7 +40,8 @@ def forward_plan(case: Case, device: Device, config: LevelConfig | None = None, 
 def backward_plan(case: Case, device: Device, config: LevelConfig | None = None, precision: str = "ieee") -> Plan:
     """The launches of the backward: operands dout and those of forward; mask (q, ctx, gates, weight, bias, focal).
 
-    Outputs are dq, dctx, dgates, dweight, dbias and dw0.., as the mask asks for.
+    Outputs are dq, dctx, dgates, dweight, dbias and dw0.., as the mask asks for. With a ``gradient_pitch`` the first
+    three are operands, which the kernels write.
     """
     need_q, need_ctx, need_gates, need_weight, need_bias, need_focal = case.mask
     aggregation_mask = (need_ctx, need_gates, need_focal)
@@ -71,7 +72,7 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None,
     buffers: dict[str, Buffer] = {"agg": Buffer((chunk, *image), case.dtype)}
     if need_m:
         buffers["dm"] = Buffer((chunk, *image), case.dtype)
-    if need_q:
+    if need_q and not case.gradient_pitch:
         buffers["dq"] = Buffer((case.batch, *image), case.dtype, is_output=True)
     if need_weight:
         buffers["dweight_parts"] = Buffer((splits, case.channels, case.channels), torch.float32, zeroed=True)
@@ -98,7 +99,8 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None,
         buffers["dbias_parts"] = Buffer((groups, case.channels), torch.float32)
         buffers["dbias"] = Buffer((case.channels,), case.dtype, is_output=True)
         launches.append(sum_partials_launch("dbias_parts", "dbias", groups, case.channels))
-    return Plan(launches, buffers, operands(case) | {"dout": case.dtype}, alive(chunk))
+    written = dict.fromkeys(("dq", "dctx", "dgates") if case.gradient_pitch else (), case.dtype)
+    return Plan(launches, buffers, operands(case) | {"dout": case.dtype} | written, alive(chunk))
 
 
 def operands(case: Case) -> dict[str, torch.dtype]:

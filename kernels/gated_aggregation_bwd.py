@@ -28,6 +28,7 @@ from .gated_aggregation import forward_launches
 from .launch_table import LevelConfig, level_config
 from .level_launch import (
     aligned_pitches,
+    alignment,
     alignments,
     bands_of,
     first_rows,
@@ -46,6 +47,7 @@ from .tiles import Size, gelu_and_grad, ring_of
 @triton.jit(
     do_not_specialize=[
         "first_image", "first_dagg", "images", "bands", "height", "width", "channel_units", "ctx_pitch", "gates_pitch",
+        "dctx_pitch",
     ]
 )  # fmt: skip
 def gated_aggregation_bwd_kernel(
@@ -71,6 +73,7 @@ def gated_aggregation_bwd_kernel(
     channel_units,
     ctx_pitch,
     gates_pitch,
+    dctx_pitch,
     KH: tl.constexpr,
     KW: tl.constexpr,
     TAP0: tl.constexpr,
@@ -88,6 +91,7 @@ def gated_aggregation_bwd_kernel(
     CHANNELS_ALIGN: tl.constexpr,
     CTX_ALIGN: tl.constexpr,
     GATES_ALIGN: tl.constexpr,
+    DCTX_ALIGN: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_W: tl.constexpr,
     ROWS: tl.constexpr,
@@ -110,6 +114,7 @@ def gated_aggregation_bwd_kernel(
 
     ctx_pixel = ctx_pitch * CTX_ALIGN
     gates_pixel = gates_pitch * GATES_ALIGN
+    dctx_pixel = dctx_pitch * DCTX_ALIGN
     for trip in range(tl.cdiv(images - share.worker, share.workers)):
         number = share.worker + trip * share.workers
         whole = tl.zeros((BLOCK_C,), tl.float32)
@@ -119,7 +124,7 @@ def gated_aggregation_bwd_kernel(
         plane = (first_image + number).to(tl.int64) * height * width
         ctx_plane = ctx + plane * ctx_pixel + share.channel0
         gates_plane = gates + plane * gates_pixel
-        dctx_plane = dctx + plane * C + share.channel0
+        dctx_plane = dctx + plane * dctx_pixel + share.channel0
         dagg_plane = dagg + (first_dagg + number).to(tl.int64) * height * width * C + share.channel0
         dgates_plane = dgates + (share.block.to(tl.int64) * images + number) * height * width * (LEVELS + 1)
         image = Image(ctx_plane, ctx_pixel, gates_plane, gates_pixel, C, share.in_channels)
@@ -128,7 +133,7 @@ def gated_aggregation_bwd_kernel(
             image, dagg_plane, dgates_plane, global_context, size, own, LEVELS, SCALE, NEED_GATES, BLOCK_P, BLOCK_C
         )
         dmean = total * global_grad * (SCALE / (height * width))
-        gradients = Gradients(dagg_plane, dctx_plane, dgates_plane, dmean)
+        gradients = Gradients(dagg_plane, dctx_plane, dctx_pixel, dgates_plane, dmean)
 
         steps = tl.cdiv(height + DOWN_LAG[0], STEP)
         tiles = tl.cdiv(STEP, ROWS)
@@ -232,9 +237,9 @@ class Backward:
             "dgates_parts": self.dgates_parts(self.chunk),
         }
         image = (case.batch, case.height, case.width)
-        if need_ctx:
+        if need_ctx and not case.gradient_pitch:
             made["dctx"] = Buffer((*image, case.channels), case.dtype, is_output=True)
-        if need_gates:
+        if need_gates and not case.gradient_pitch:
             made["dgates"] = Buffer((*image, case.levels + 1), case.dtype, is_output=True)
         if need_focal:
             for level, size in enumerate(case.kernel_sizes):
@@ -246,10 +251,10 @@ class Backward:
         case = self.case
         launches = [self.down(first_image, images, dagg, first_dagg)]
         if self.mask[1]:
-            unit = case.positions * (case.levels + 1)
-            launches.append(
-                sum_partials_launch("dgates_parts", "dgates", self.blocks, images * unit, first_image, unit)
-            )
+            elements = images * case.positions * (case.levels + 1)
+            first_row = first_image * case.positions
+            rows = {"columns": case.levels + 1, "pitch": case.dgates_pitch}
+            launches.append(sum_partials_launch("dgates_parts", "dgates", self.blocks, elements, first_row, **rows))
         return launches
 
     def down(self, first_image: int, images: int, dagg: str, first_dagg: int) -> Launch:
@@ -277,6 +282,7 @@ class Backward:
                 "height": case.height,
                 "width": case.width,
                 **aligned_pitches(case),
+                "dctx_pitch": case.dctx_pitch // alignment(case.dctx_pitch, case.dtype),
             },
             {
                 **level_constexprs(case, config),
@@ -293,6 +299,7 @@ class Backward:
                 "NEED_GATES": need_gates,
                 "NEED_FOCAL": need_focal,
                 **alignments(case),
+                "DCTX_ALIGN": alignment(case.dctx_pitch, case.dtype),
             },
             config.num_warps,
             maxnreg=config.registers(config.back_rows),

@@ -35,11 +35,12 @@ MAX_GATED_ROWS = tl.constexpr(4)
 
 
 class Gradients(NamedTuple):
-    """Where the gradients of one image start, at the program's channels. ``dmean``: what the gradient of the mean adds
-    at every position of ctx_L."""
+    """Where the gradients of one image start, at the program's channels. ``dctx_pixel``: elements of dctx from pixel to
+    pixel. ``dmean``: what the gradient of the mean adds at every position of ctx_L."""
 
     dagg: tl.tensor
     dctx: tl.tensor
+    dctx_pixel: tl.tensor
     dgates: tl.tensor
     dmean: tl.tensor
 
@@ -267,7 +268,8 @@ def send_rows_down(
     here, pixels = inside & image.in_channels, columns * image.channels + channels
     gradient_of_context = rows_of(sent, PART, ROWS)
     if LEVEL == 0:
-        target = row_pointer(gradients.dctx, rows, size.width * image.channels, 0) + pixels
+        target = row_pointer(gradients.dctx, rows, size.width * gradients.dctx_pixel, 0)
+        target += columns * gradients.dctx_pixel + channels
         tl.store(target, rounded(gradient_of_context, gradients.dctx.dtype.element_ty), mask=here)
     else:
         gate = load_gates(image.gates + (LEVEL - 1), rows, columns, size.width, image.gates_pixel, inside)

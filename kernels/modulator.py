@@ -112,7 +112,7 @@ def modulator_fwd_kernel(
         tl.store(out + at * C + columns[None, :], rounded(query * acc, out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_row", "row_count", "q_pitch"])
+@triton.jit(do_not_specialize=["first_row", "row_count", "q_pitch", "dq_pitch"])
 def modulator_bwd_kernel(
     agg,
     weight,
@@ -125,12 +125,14 @@ def modulator_bwd_kernel(
     first_row,
     row_count,
     q_pitch,
+    dq_pitch,
     C: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     NEED_Q: tl.constexpr,
     NEED_M: tl.constexpr,
     NEED_BIAS: tl.constexpr,
     Q_ALIGN: tl.constexpr,
+    DQ_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -155,7 +157,8 @@ def modulator_bwd_kernel(
             acc = add_bias(acc, bias, columns, C, HAS_BIAS)
         gradient = tl.load(dout + at * C + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         if NEED_Q:
-            tl.store(dq + at * C + columns[None, :], rounded(gradient * acc, dq.dtype.element_ty), mask=inside)
+            target = dq + at * (dq_pitch * DQ_ALIGN) + columns[None, :]
+            tl.store(target, rounded(gradient * acc, dq.dtype.element_ty), mask=inside)
         if NEED_M or NEED_BIAS:
             query = tl.load(q + at * (q_pitch * Q_ALIGN) + columns[None, :], mask=inside, other=0.0).to(tl.float32)
             product = gradient * query
@@ -274,6 +277,7 @@ def modulator_bwd_launch(
             "first_row": first_image * case.positions,
             "row_count": images * case.positions,
             **q_pitch(case),
+            "dq_pitch": case.dctx_pitch // alignment(case.dctx_pitch, case.dtype),
         },
         {
             **product_constexprs(case, config, precision),
@@ -282,6 +286,7 @@ def modulator_bwd_launch(
             "NEED_M": need_m,
             "NEED_BIAS": need_bias,
             **q_alignment(case),
+            "DQ_ALIGN": alignment(case.dctx_pitch, case.dtype),
         },
         config.num_warps,
         config.num_stages,

@@ -30,6 +30,11 @@ _TRITON_TYPES = {
 SHARED_BYTES = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 
 
+# Rows of a model's projection begin at multiples of so many elements. The models cannot read it here: they pad without
+# Triton too (focalnet/operators/norm_linear.py).
+ROW_ELEMENTS = 16
+
+
 # Planes that a program walks over within one chunk, at most: this bounds the scratch of a large batch.
 MAX_ITEMS = 16
 
@@ -79,7 +84,8 @@ class Case:
     """One kind of call: all that decides what is launched.
 
     A pitch counts elements from pixel to pixel (channels are contiguous, pixels of all images evenly spaced).
-    ``mask`` says which gradients are asked for, in the order of the operator's output_mask.
+    ``mask`` says which gradients are asked for, in the order of the operator's output_mask. ``gradient_pitch`` is that
+    of dq, dctx and dgates if the caller gives them, as parts of one packed gradient; 0 if the plan makes them.
     """
 
     batch: int
@@ -94,6 +100,16 @@ class Case:
     q_pitch: int = 0
     has_bias: bool = False
     mask: tuple[bool, ...] = ()
+    gradient_pitch: int = 0
+
+    @property
+    def dctx_pitch(self) -> int:
+        """Also that of dq."""
+        return self.gradient_pitch or self.channels
+
+    @property
+    def dgates_pitch(self) -> int:
+        return self.gradient_pitch or self.levels + 1
 
     @property
     def levels(self) -> int:
@@ -119,8 +135,8 @@ class Case:
     def packed(
         cls, batch: int, height: int, width: int, channels: int, kernels: tuple, dtype: torch.dtype, **rest: object
     ) -> Case:
-        """q, ctx and gates as views of one projection of 2 C + L + 1 features, padded to a multiple of 8."""
-        pitch = -(-(2 * channels + len(kernels) + 1) // 8) * 8
+        """q, ctx and gates as views of one projection of 2 C + L + 1 features, its rows padded as a model pads them."""
+        pitch = math.ceil((2 * channels + len(kernels) + 1) / ROW_ELEMENTS) * ROW_ELEMENTS
         kernel_sizes = tuple((k, k) if isinstance(k, int) else tuple(k) for k in kernels)
         pitches = {"ctx_pitch": pitch, "gates_pitch": pitch, "q_pitch": pitch}
         return cls(batch, height, width, channels, kernel_sizes, dtype, **(pitches | rest))

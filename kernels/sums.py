@@ -18,9 +18,14 @@ from .tiles import rounded
 SUM_BLOCK = 256
 
 
-@triton.jit(do_not_specialize=["parts", "elements", "first_unit", "unit"])
-def sum_partials_kernel(partial, out, parts, elements, first_unit, unit, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """out, from unit first_unit on, = the sum over parts of partial [parts, elements], PARTS of them at a time."""
+@triton.jit(do_not_specialize=["parts", "elements", "first_row", "pitch"])
+def sum_partials_kernel(
+    partial, out, parts, elements, first_row, pitch, COLUMNS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out, from row first_row on, = the sum over parts of partial [parts, elements], PARTS of them at a time.
+
+    A row of out has COLUMNS elements, and the next one begins ``pitch`` elements further on; COLUMNS 0: one row.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < elements
     acc = tl.zeros((PARTS, BLOCK), tl.float32)
@@ -28,12 +33,15 @@ def sum_partials_kernel(partial, out, parts, elements, first_unit, unit, PARTS: 
         part = first + tl.arange(0, PARTS)
         source = partial + part.to(tl.int64)[:, None] * elements + at[None, :]
         acc += tl.load(source, mask=(part < parts)[:, None] & inside[None, :], other=0.0)
-    target = out + first_unit.to(tl.int64) * unit + at
+    if COLUMNS == 0:
+        target = out + at
+    else:
+        target = out + (first_row + at // COLUMNS) * pitch + at % COLUMNS
     tl.store(target, rounded(tl.sum(acc, axis=0), out.dtype.element_ty), mask=inside)
 
 
 def sum_partials_launch(
-    partial: str, out: str, parts: int, elements: int, first_unit: int = 0, unit: int = 0
+    partial: str, out: str, parts: int, elements: int, first_row: int = 0, columns: int = 0, pitch: int = 0
 ) -> Launch:
     # db has many parts of few elements, dgates few parts of many: both shapes keep 4096 loads in flight.
     together, block = (128, 32) if parts > 64 else (8, 512)
@@ -45,9 +53,9 @@ def sum_partials_launch(
             "out": out,
             "parts": parts,
             "elements": elements,
-            "first_unit": first_unit,
-            "unit": unit,
+            "first_row": first_row,
+            "pitch": pitch,
         },
-        {"PARTS": together, "BLOCK": block},
+        {"COLUMNS": columns, "PARTS": together, "BLOCK": block},
         num_warps=4,
     )

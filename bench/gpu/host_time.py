@@ -40,11 +40,12 @@ def leave_launches_out() -> None:
 
 
 def calls(device: str) -> dict[str, Callable[[int], object]]:
-    """By what each is, on the same arguments: views of one projection, padded to 16 bytes as no model does it."""
+    """By what each is, on the same arguments: views of one projection, padded as a model pads it."""
     *image, channels = SHAPE
-    features = -(-(2 * channels + len(KERNELS) + 1) // 8) * 8
-    packed = torch.randn(*image, features, dtype=torch.bfloat16, device=device)
-    q, ctx, gates = packed[..., : 2 * channels + len(KERNELS) + 1].split([channels, channels, len(KERNELS) + 1], -1)
+    packed = padded_empty(
+        torch.empty(0, dtype=torch.bfloat16, device=device), (*image, 2 * channels + len(KERNELS) + 1)
+    )
+    q, ctx, gates = packed.normal_().split([channels, channels, len(KERNELS) + 1], -1)
     focal_weights = [torch.randn(channels, 1, k, k, dtype=torch.bfloat16, device=device) for k in KERNELS]
     weight = torch.randn(channels, channels, dtype=torch.bfloat16, device=device)
     bias = torch.randn(channels, dtype=torch.bfloat16, device=device)

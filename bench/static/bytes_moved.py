@@ -59,12 +59,13 @@ class Moved:
 
 
 def case_of(operator: str, stage: Stage, batch: int, dtype: torch.dtype) -> Case:
-    """Views of one padded projection, bias, every gradient asked for. (A model does not pad its projection.)"""
+    """As a model calls it: views of one padded projection, bias, every gradient asked for, the first three packed."""
     mask = {"gated_aggregation_bwd": 3, "focal_modulation_bwd": 6}.get(operator, 0) * (True,)
     has_bias = operator.startswith("focal_modulation")
-    return Case.packed(
+    case = Case.packed(
         batch, stage.height, stage.width, stage.channels, stage.kernels, dtype, has_bias=has_bias, mask=mask
     )
+    return replace(case, gradient_pitch=case.q_pitch) if operator == "focal_modulation_bwd" else case
 
 
 def plan_of(operator: str, case: Case, device: Device = H100) -> Plan:
@@ -165,7 +166,8 @@ def small_plan(operator: str, case: Case, device: Device) -> tuple[Case, Plan]:
 
 
 # Neither changes which addresses of its channels a program of the levels touches: so one count serves many stages.
-_IMMATERIAL = {"C", "SCALE", "ACCUMULATE", "CHANNELS_ALIGN", "CTX_ALIGN", "GATES_ALIGN", "Q_ALIGN"}
+_IMMATERIAL = {"C", "SCALE", "ACCUMULATE"}
+_IMMATERIAL |= {"CHANNELS_ALIGN", "CTX_ALIGN", "GATES_ALIGN", "Q_ALIGN", "DCTX_ALIGN", "DQ_ALIGN"}
 # Numbers that do change it.
 _MATERIAL = ("channels", "taps", "tap0", "all_taps", "block_c")
 
@@ -218,6 +220,7 @@ def tensors_of(plan: Plan, launch: Launch, case: Case) -> dict[str, torch.Tensor
         "gates": positions * case.gates_pitch,
         "q": positions * case.q_pitch,
     }
+    elements |= dict.fromkeys(("dq", "dctx", "dgates"), positions * case.gradient_pitch)
     elements |= {"weight": channels**2, "bias": channels, "dagg": positions * channels, "dout": positions * channels}
     elements |= {f"w{level}": channels * kh * kw for level, (kh, kw) in enumerate(case.kernel_sizes)}
     elements |= {name: math.prod(buffer.shape) for name, buffer in plan.buffers.items()}

@@ -11,13 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def times_linear(rows: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor) -> Tensor:
-    """``(rows @ weight.T + bias) * factor``, (..., K) -> (..., N)."""
-    return F.linear(rows, weight, bias).mul_(factor)
+def times_linear(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor, out: Tensor | None = None
+) -> Tensor:
+    """``(rows @ weight.T + bias) * factor``, (..., K) -> (..., N), in ``out`` if given."""
+    made = F.linear(rows, weight, bias)
+    return torch.mul(made, factor, out=made if out is None else out)
 
 
 def linear_bwd(dout: Tensor, rows: Tensor, weight: Tensor, mask: Sequence[bool]) -> list[Tensor | None]:
@@ -59,7 +63,9 @@ def focal_modulation_bwd(
     bias: Tensor | None,
     normalize_modulator: bool,
     output_mask: Sequence[bool],
+    out: Sequence[Tensor] | None = None,
 ) -> list[Tensor | None]:
+    """``out``: see `registry.Backend`. Only dq is written there, for which ``product`` must take ``out``."""
     need_q, need_ctx, need_gates, need_weight, need_bias, need_focal = output_mask
     need_agg = need_q or need_weight
     dq = dctx = dgates = None
@@ -74,7 +80,7 @@ def focal_modulation_bwd(
     elif need_agg:
         agg = aggregate(ctx, gates, focal_weights, normalize_modulator)
     if need_q:
-        dq = product(agg, weight, bias, dout)
+        dq = product(agg, weight, bias, dout) if out is None else product(agg, weight, bias, dout, out=out[0])
     rows = dmodulator if agg is None else agg.flatten(0, 2)
     _, dweight, dbias = linear_bwd(dmodulator, rows, weight, (False, need_weight, need_bias))
     return [dq, dctx, dgates, dweight, dbias, *dfocal_weights]

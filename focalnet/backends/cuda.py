@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import composed, extension
@@ -15,6 +16,7 @@ from .problem import Problem
 logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TAKES_OUT = True
 MIN_CAPABILITY = (8, 0)
 # As in csrc/cuda/gated_aggregation.h.
 MAX_LEVELS = 8
@@ -120,6 +122,7 @@ def _bwd_with_agg(
     )
 
 
+OPTIONAL = {"padded_linear": F.linear}
 focal_modulation = functools.partial(composed.focal_modulation, gated_aggregation, composed.times_linear)
 focal_modulation_bwd = functools.partial(
     composed.focal_modulation_bwd, gated_aggregation, _bwd_with_agg, composed.times_linear, composed.linear_bwd

@@ -38,13 +38,16 @@ class Backend:
     """A set of implementations: ``operators`` maps an operator's name to the function that runs it.
 
     Functions for focal modulation and gated aggregation have the signatures of `focalnet.reference`. Every other
-    function has the signature of the operator with the same name, without ``backend``.
+    function has the signature of the operator with the same name, without ``backend``. With ``takes_out`` the function
+    focal_modulation_bwd has one more argument, ``out``: where it writes dq, dctx and dgates if it can. It returns the
+    tensors of ``out`` that it wrote, and others in the place of those that it did not.
     """
 
     name: str
     operators: dict[str, Callable[..., Any]]
     missing: Callable[[], str | None]
     accepts: Callable[[Problem], str | None]
+    takes_out: bool = False
 
     def why_not(self, problem: Problem) -> str | None:
         """Why this backend cannot run ``problem`` here, or None if it can."""
@@ -62,7 +65,8 @@ def _nothing(_: object = None) -> None:
 def _backend(name: str, module: ModuleType) -> Backend:
     names = ("gated_aggregation", "gated_aggregation_bwd", "focal_modulation", "focal_modulation_bwd")
     operators = {name: getattr(module, name) for name in names} | getattr(module, "OPTIONAL", {})
-    return Backend(name, operators, getattr(module, "missing", _nothing), getattr(module, "why_not", _nothing))
+    missing, why_not = getattr(module, "missing", _nothing), getattr(module, "why_not", _nothing)
+    return Backend(name, operators, missing, why_not, getattr(module, "TAKES_OUT", False))
 
 
 _REGISTRY = {
@@ -127,10 +131,17 @@ def _requested_around() -> str | None:
 _requested_around._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def choose(operator: str, ctx: Tensor, focal_weights: Sequence[Tensor], backend: str | None) -> Callable[..., Any]:
+def choose(
+    operator: str,
+    ctx: Tensor,
+    focal_weights: Sequence[Tensor],
+    backend: str | None,
+    out: Sequence[Tensor] | None = None,
+) -> Callable[..., Any]:
     """The function that runs ``operator`` on a map ``ctx`` (B, H, W, C).
 
-    It is that of the requested backend, or else of the first backend that can run the call.
+    It is that of the requested backend, or else of the first backend that can run the call. ``out`` is given to
+    backends that take it (see `Backend`).
 
     Raises:
         ValueError: no backend has the given name.
@@ -147,26 +158,31 @@ def choose(operator: str, ctx: Tensor, focal_weights: Sequence[Tensor], backend:
                 f"backend {name!r} cannot run {problem.operator} here: {reason}. "
                 f"Omit the backend to let focalnet choose, or run `focalnet info` for the state of every backend."
             )
-        return _REGISTRY[name].operators[problem.operator]
+        return _function(name, operator, out)
     name = automatic(problem)
     if name == "reference" and problem.device.type == "cpu" and cpu.why_not(problem) is None:
         extension.warn_if_missing()
     if name == "triton":
-        return functools.partial(_triton_or_next, problem)
-    return _REGISTRY[name].operators[problem.operator]
+        return functools.partial(_triton_or_next, problem, out)
+    return _function(name, operator, out)
 
 
-def _triton_or_next(problem: Problem, *arguments: Any) -> Any:
+def _function(name: str, operator: str, out: Sequence[Tensor] | None) -> Callable[..., Any]:
+    run = _REGISTRY[name].operators[operator]
+    return run if out is None or not _REGISTRY[name].takes_out else functools.partial(run, out=out)
+
+
+def _triton_or_next(problem: Problem, out: Sequence[Tensor] | None, *arguments: Any) -> Any:
     """Run ``problem`` on Triton, or on the next backend if a kernel needs more than the device has."""
     if triton_backend.too_large(problem) is None:
         try:
-            return _REGISTRY["triton"].operators[problem.operator](*arguments)
+            return _function("triton", problem.operator, out)(*arguments)
         except Exception as error:
             reason = triton_backend.out_of_resources(error, problem)
             if reason is None:
                 raise
             logger.warning("%s: not on backend triton: %s", problem.operator, reason)
-    return _REGISTRY[automatic(problem)].operators[problem.operator](*arguments)
+    return _function(automatic(problem), problem.operator, out)(*arguments)
 
 
 def optional(
@@ -203,6 +219,15 @@ def optional_kernel(problem: Problem, backend: str | None) -> Callable[..., Any]
     reason = "; ".join(reasons) or f"backend {name!r} was asked for, which has no kernel of its own"
     logger.debug("%s: %s", problem.operator, reason)
     return reason
+
+
+def pads(device: torch.device, dtype: torch.dtype, backend: str | None) -> bool:
+    """Whether a backend that may run focal modulation of ``dtype`` wants rows of the projection padded."""
+    return not isinstance(optional_kernel(Problem("padded_linear", device, dtype), backend), str)
+
+
+# Dynamo cannot trace the predicates. See `_requested_around`.
+pads._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def automatic(problem: Problem) -> str:

@@ -15,6 +15,7 @@ from operator import or_
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import triton_plans
@@ -29,6 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_LEVELS, MAX_KERNEL = triton_plans.MAX_LEVELS, 15
 MAX_CHANNELS, MAX_ROWS = 4096, 2**30
 MIN_TRITON, MIN_CAPABILITY = (3, 6), (8, 0)
+TAKES_OUT = True
 
 
 @functools.cache
@@ -143,13 +145,16 @@ def focal_modulation_bwd(
     bias: Tensor | None,
     normalize_modulator: bool,
     output_mask: Sequence[bool],
+    out: Sequence[Tensor] | None = None,
 ) -> list[Tensor | None]:
+    """``out``: dq, dctx and dgates to write to, parts of one tensor whose rows are evenly spaced."""
     *needs, need_focal = output_mask
     if not ctx.shape[0] or not any(output_mask):
         like_bias = weight[0] if bias is None else bias
         return _zeros([q, ctx, gates, weight, like_bias, *focal_weights], [*needs, *[need_focal] * len(focal_weights)])
     operands = _named(ctx, gates, focal_weights, q, weight, bias) | {"dout": dout}
-    made = _run("focal_modulation_bwd", operands, normalize_modulator, tuple(output_mask))
+    written = {} if out is None else dict(zip(WRITTEN, out, strict=True))
+    made = _run("focal_modulation_bwd", operands | written, normalize_modulator, tuple(output_mask)) | written
     return [made.get(n) for n in ("dq", "dctx", "dgates", "dweight", "dbias", *_gradients_of(focal_weights))]
 
 
@@ -165,7 +170,8 @@ def _zeros(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | N
 # ---- operands -------------------------------------------------------------------------------------------------------
 
 
-_IMAGES = ("ctx", "gates", "q")
+WRITTEN = ("dq", "dctx", "dgates")
+_IMAGES = ("ctx", "gates", "q", *WRITTEN)
 
 
 def _named(
@@ -462,6 +468,7 @@ def _row_plan(
 
 
 OPTIONAL = {
+    "padded_linear": F.linear,
     "residual": residual,
     "residual_bwd": residual_bwd,
     "residual_norm": residual_norm,

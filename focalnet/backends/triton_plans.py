@@ -70,6 +70,7 @@ def _case(tensors: dict[str, Tensor], normalize: bool, mask: tuple[bool, ...]) -
         pitch(tensors["q"]) if "q" in tensors else 0,
         "bias" in tensors,
         mask,
+        pitch(tensors["dctx"]) if "dctx" in tensors else 0,
     )
 
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ..backends.registry import optional, requested
 from ..functional import focal_modulation
-from ..operators import norm_linear as _norm_linear  # noqa: F401  (registers the operators)
-from ..operators import norm_mlp as _norm_mlp  # noqa: F401
+from ..operators import norm_mlp as _norm_mlp  # noqa: F401  (registers the operators)
 from ..operators import residual as _residual  # noqa: F401
+from ..operators.norm_linear import padded_linear
 from .block_parts import BlockParts
 from .gate import while_unchanged, why_not_fused
 from .module_checks import is_changed, part
@@ -137,10 +137,10 @@ def draw(hidden_state: Tensor, keep: float, dtype: torch.dtype) -> Tensor:
 
 def _run(block: _Block, hidden_state: Tensor) -> Tensor:
     if block.post_norm:
-        update = _modulate(block, F.linear(hidden_state, *block.projection_in))
+        update = _modulate(block, _project(block, None, hidden_state))
         hidden_state = _add(block, hidden_state, update, block.gamma_1, block.norm1)
         return _add(block, hidden_state, _mlp(block, hidden_state), block.gamma_2, block.norm2)
-    update = _modulate(block, _norm_and_linear(block, block.norm1, block.projection_in, hidden_state))
+    update = _modulate(block, _project(block, block.norm1, hidden_state))
     kept = _kept(block, hidden_state, update, block.gamma_1)
     hidden_state, normed = OPS.residual_norm(
         hidden_state,
@@ -155,27 +155,35 @@ def _run(block: _Block, hidden_state: Tensor) -> Tensor:
     return _add(block, hidden_state, _mlp(block, hidden_state, block.norm2, normed), block.gamma_2)
 
 
+def _project(block: _Block, norm: Norm | None, x: Tensor) -> Tensor:
+    """projection_in of ``norm(x)``, or of ``x``. Rows are padded: where residuals have kernels, levels have some too."""
+    if not torch.is_grad_enabled():
+        return padded_linear(x if norm is None else F.layer_norm(x, x.shape[-1:], *norm), *block.projection_in)
+    if block.cast is not None:
+        x = x.to(block.cast if norm is None else torch.float32)
+    weight, bias = (_cast(block, p) for p in block.projection_in)
+    return OPS.norm_linear(x, *(norm or (None, None, None)), weight, bias, block.backend, True)
+
+
 def _modulate(block: _Block, projected: Tensor) -> Tensor:
-    channels = block.projection_context[0].shape[0]
-    q, ctx, gates = projected.split([channels, channels, len(block.focal_weights) + 1], dim=-1)
-    weight, bias = block.projection_context
-    out = _focal_modulation(block, q, ctx, gates, weight.flatten(1), bias)
+    out = _focal_modulation(block, projected)
     if block.inner_norm is not None:
         return _norm_and_linear(block, block.inner_norm, block.projection_out, out)
     return F.linear(out, *block.projection_out)
 
 
-def _focal_modulation(
-    block: _Block, q: Tensor, ctx: Tensor, gates: Tensor, weight: Tensor, bias: Tensor | None
-) -> Tensor:
+def _focal_modulation(block: _Block, projected: Tensor) -> Tensor:
+    weight, bias = block.projection_context
+    normalize = block.normalize_modulator
     if not torch.is_grad_enabled():  # then the function may skip the dispatcher
-        normalize = block.normalize_modulator
+        channels = weight.shape[0]
+        parts = projected.split([channels, channels, len(block.focal_weights) + 1], dim=-1)
         return focal_modulation(
-            q, ctx, gates, block.focal_weights, weight, bias, normalize_modulator=normalize, backend=block.backend
+            *parts, block.focal_weights, weight, bias, normalize_modulator=normalize, backend=block.backend
         )
     focal_weights = [_cast(block, w) for w in block.focal_weights]
-    weight, bias = _cast(block, weight), _cast(block, bias)
-    return OPS.focal_modulation(q, ctx, gates, focal_weights, weight, bias, block.normalize_modulator, block.backend)
+    weight, bias = _cast(block, weight.flatten(1)), _cast(block, bias)
+    return OPS.packed_focal_modulation(projected, focal_weights, weight, bias, normalize, block.backend)
 
 
 def _norm_and_linear(block: _Block, norm: Norm, linear: Linear, x: Tensor) -> Tensor:

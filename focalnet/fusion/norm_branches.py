@@ -12,26 +12,36 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ..backends.registry import requested
-from ..operators import norm_linear as _norm_linear  # noqa: F401  (registers the operators)
-from ..operators import norm_mlp as _norm_mlp  # noqa: F401
+from ..backends.registry import pads, requested
+from ..operators import norm_mlp as _norm_mlp  # noqa: F401  (registers the operators)
+from ..operators.norm_linear import padded_linear
 from .gate import why_not_fused
 from .module_checks import is_changed, is_exact_gelu, is_plain, is_proxy
 
 
-def norm_linear(norm: nn.Module, linear: nn.Module, hidden_state: Tensor, backend: str | None = None) -> Tensor:
-    """``linear(norm(hidden_state))``, (..., K) -> (..., N). The output of ``norm`` is not saved for backward."""
+def norm_linear(
+    norm: nn.Module, layer: nn.Module, hidden_state: Tensor, backend: str | None = None, padded: bool = False
+) -> Tensor:
+    """``layer(norm(hidden_state))``, (..., K) -> (..., N). The output of ``norm`` is not saved for backward.
+
+    ``padded`` is the answer of `may_pad`.
+    """
     operands = None
-    if _is_norm(norm, hidden_state) and is_plain(linear, nn.Linear):
-        operands = _operands(norm, (linear,), hidden_state, backend)
+    if _is_norm(norm, hidden_state) and is_plain(layer, nn.Linear):
+        operands = _operands(norm, (layer,), hidden_state, backend)
     if operands is None:
-        return linear(norm(hidden_state))
+        return linear(layer, norm(hidden_state), backend, padded) if padded else layer(norm(hidden_state))
     hidden_state, norm_weight, norm_bias, weights = operands
-    return torch.ops.focalnet.norm_linear(hidden_state, norm_weight, norm_bias, norm.eps, *weights, backend)
+    return torch.ops.focalnet.norm_linear(hidden_state, norm_weight, norm_bias, norm.eps, *weights, backend, padded)
 
 
-def linear(layer: nn.Module, hidden_state: Tensor, backend: str | None = None) -> Tensor:
-    """``layer(hidden_state)``, (..., K) -> (..., N), by an operator if the device has a product of its own for it."""
+def linear(layer: nn.Module, hidden_state: Tensor, backend: str | None = None, padded: bool = False) -> Tensor:
+    """``layer(hidden_state)``, (..., K) -> (..., N), by an operator if the device has a product of its own for it.
+
+    ``padded`` is the answer of `may_pad`.
+    """
+    if padded:
+        return _padded(layer, hidden_state, backend)
     operands = None
     if not is_proxy(hidden_state) and hidden_state.device.type == "cpu" and is_plain(layer, nn.Linear):
         operands = _operands(None, (layer,), hidden_state, backend)
@@ -39,6 +49,36 @@ def linear(layer: nn.Module, hidden_state: Tensor, backend: str | None = None) -
         return layer(hidden_state)
     hidden_state, _, _, weights = operands
     return torch.ops.focalnet.norm_linear(hidden_state, None, None, None, *weights, backend)
+
+
+def may_pad(layer: nn.Module, hidden_state: Tensor, backend: str | None = None) -> bool:
+    """Whether rows of ``layer(hidden_state)`` should begin at multiples of 16 elements, and ``layer`` allows it.
+
+    That is where a backend that reads 16 bytes at a time may run focal modulation, and nothing but a compiler observes
+    the call.
+    """
+    if is_proxy(hidden_state) or not is_plain(layer, nn.Linear):
+        return False
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting() or type(hidden_state) not in (Tensor, nn.Parameter):
+            return False
+    elif why_not_fused(hidden_state) is not None:
+        return False
+    dtype = _autocast_dtype(hidden_state)
+    given = hidden_state.dtype if dtype is None else torch.float32
+    parameters = [p for p in _weight_and_bias(layer) if p is not None]
+    if any(p.dtype != given or p.device != hidden_state.device for p in parameters):
+        return False
+    return hidden_state.dtype != torch.float64 and pads(hidden_state.device, dtype or given, backend)
+
+
+def _padded(layer: Any, hidden_state: Tensor, backend: str | None) -> Tensor:
+    weight, bias = _weight_and_bias(layer)
+    if not torch.is_grad_enabled():
+        return padded_linear(hidden_state, weight, bias)
+    if (dtype := _autocast_dtype(hidden_state)) is not None:
+        hidden_state, weight, bias = (t if t is None else t.to(dtype) for t in (hidden_state, weight, bias))
+    return torch.ops.focalnet.norm_linear(hidden_state, None, None, None, weight, bias, backend, True)
 
 
 def norm_mlp(
@@ -91,18 +131,24 @@ def _operands(
     norm_weight, norm_bias = (None, None) if norm is None else _weight_and_bias(norm)
     weights = [parameter for linear in linears for parameter in _weight_and_bias(linear)]
     parameters = [p for p in (norm_weight, norm_bias, *weights) if p is not None]
-    device_type = hidden_state.device.type
-    if any(p.device.type != device_type for p in parameters):
+    if any(p.device.type != hidden_state.device.type for p in parameters):
         return None
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if (dtype := _autocast_dtype(hidden_state)) is not None:
         if any(p.dtype != torch.float32 for p in parameters) or hidden_state.dtype == torch.float64:
             return None
-        dtype = torch.get_autocast_dtype(device_type)
         hidden_state = hidden_state.to(dtype if norm is None else torch.float32)
         return hidden_state, norm_weight, norm_bias, [None if w is None else w.to(dtype) for w in weights]
     if any(p.dtype != hidden_state.dtype for p in parameters):
         return None
     return hidden_state, norm_weight, norm_bias, weights
+
+
+def _autocast_dtype(hidden_state: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives products on the device of ``hidden_state``; None if it is off."""
+    device_type = hidden_state.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return None
 
 
 def _weight_and_bias(module: Any) -> tuple[Tensor | None, Tensor | None]:

@@ -4,6 +4,9 @@ The file holds schemas, fake tensors and autograd. Each function of `focalnet.fu
 and one for backward. An operator chooses its backend in its body, so a compiled graph contains one node for any
 backend. Backward recomputes the focal levels: only the inputs are saved, which are usually views of one packed
 projection.
+
+`packed_focal_modulation` takes that projection itself. Then its gradient is one tensor, and kernels write dq, dctx and
+dgates into it. Autograd would have to concatenate three.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from .. import reference
 from ..backends.registry import choose, requested
 from .define import operator
 from .gradients import pack, unpack
+from .norm_linear import padded_empty
 
 # ---- implementations ------------------------------------------------------------------------------------------------
 
@@ -77,6 +81,51 @@ def focal_modulation_bwd(
     return pack(run(dout, q, ctx, gates, focal_weights, weight, bias, normalize_modulator, output_mask), ctx)
 
 
+@operator
+def packed_focal_modulation(
+    projected: Tensor,
+    focal_weights: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    normalize_modulator: bool,
+    backend: str | None,
+) -> Tensor:
+    """`focal_modulation` of the three parts of ``projected`` (B, H, W, 2C + L + 1): q, ctx and gates."""
+    q, ctx, gates = _parts(projected, weight)
+    run = choose("focal_modulation", ctx, focal_weights, backend)
+    return run(q, ctx, gates, focal_weights, weight, bias, normalize_modulator)
+
+
+@operator
+def packed_focal_modulation_bwd(
+    dout: Tensor,
+    projected: Tensor,
+    focal_weights: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    normalize_modulator: bool,
+    output_mask: list[bool],
+    backend: str | None,
+) -> list[Tensor]:
+    """[dprojected, dweight, dbias, *dfocal_weights]; the rows of dprojected are padded (see `padded_empty`)."""
+    need_projected, *needs = output_mask
+    q, ctx, gates = _parts(projected, weight)
+    dprojected = padded_empty(projected, projected.shape) if need_projected else projected.new_empty(0)
+    out = _parts(dprojected, weight) if need_projected else None
+    run = choose("focal_modulation_bwd", ctx, focal_weights, backend, out)
+    mask = [need_projected] * 3 + needs
+    gradients = run(dout, q, ctx, gates, focal_weights, weight, bias, normalize_modulator, mask)
+    for part, gradient in zip(out or (), gradients, strict=False):
+        if gradient is not part:
+            part.copy_(gradient)
+    return [dprojected, *pack(gradients[3:], projected)]
+
+
+def _parts(projected: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    channels = weight.shape[0]
+    return projected.split([channels, channels, projected.shape[-1] - 2 * channels], dim=-1)
+
+
 # ---- shapes without data --------------------------------------------------------------------------------------------
 
 
@@ -118,6 +167,29 @@ def _focal_modulation_bwd_fake(
     bias_like = weight[0] if bias is None else bias
     wanted = [*needs, *[need_focal] * len(focal_weights)]
     return _fake_gradients([q, ctx, gates, weight, bias_like, *focal_weights], wanted, ctx)
+
+
+@torch.library.register_fake("focalnet::packed_focal_modulation")
+def _packed_fake(projected: Tensor, focal_weights: list[Tensor], weight: Tensor, *_: object) -> Tensor:
+    return projected.new_empty((*projected.shape[:-1], weight.shape[0]))
+
+
+@torch.library.register_fake("focalnet::packed_focal_modulation_bwd")
+def _packed_bwd_fake(
+    dout: Tensor,
+    projected: Tensor,
+    focal_weights: list[Tensor],
+    weight: Tensor,
+    bias: Tensor | None,
+    normalize_modulator: bool,
+    output_mask: list[bool],
+    *rest: object,
+) -> list[Tensor]:
+    need_projected, need_weight, need_bias, need_focal = output_mask
+    bias_like = weight[0] if bias is None else bias
+    wanted = [need_weight, need_bias, *[need_focal] * len(focal_weights)]
+    dprojected = padded_empty(projected, projected.shape) if need_projected else projected.new_empty(0)
+    return [dprojected, *_fake_gradients([weight, bias_like, *focal_weights], wanted, projected)]
 
 
 def _fake_gradients(inputs: list[Tensor], wanted: list[bool], like: Tensor) -> list[Tensor]:
@@ -175,7 +247,31 @@ def _focal_modulation_autograd(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
     return dq, dctx, dgates, dfocal_weights, dweight, dbias, None, None
 
 
+def _packed_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    projected, focal_weights, weight, bias, normalize_modulator, backend = inputs
+    _save(ctx, (projected, weight, bias, *focal_weights), normalize_modulator, backend)
+
+
+def _packed_autograd(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    projected, weight, bias, *focal_weights = ctx.saved_tensors
+    need_projected, need_focal, need_weight, need_bias, *_ = ctx.needs_input_grad
+    wanted = [need_projected, need_weight, need_bias]
+    mask = [*wanted, any(need_focal)]
+    rest = (focal_weights, weight, bias, ctx.normalize_modulator)
+    if torch.is_grad_enabled():  # gradients of gradients: those of the operator on three tensors have some
+        mask = [need_projected] * 2 + mask
+        parts = _parts(projected, weight)
+        gradients = torch.ops.focalnet.focal_modulation_bwd(dout, *parts, *rest, mask, ctx.backend)
+        packed = torch.cat(gradients[:3], -1) if need_projected else None
+        gradients = [packed, *gradients[3:]]
+    else:
+        gradients = torch.ops.focalnet.packed_focal_modulation_bwd(dout, projected, *rest, mask, ctx.backend)
+    dprojected, dweight, dbias, *dfocal_weights = unpack(gradients, [*wanted, *need_focal])
+    return dprojected, dfocal_weights, dweight, dbias, None, None
+
+
 for _name, _backward, _setup in (
+    ("packed_focal_modulation", _packed_autograd, _packed_setup),
     ("gated_aggregation", _gated_aggregation_autograd, _gated_aggregation_setup),
     ("focal_modulation", _focal_modulation_autograd, _focal_modulation_setup),
 ):

@@ -6,10 +6,14 @@ With two modules, autograd saves x for the norm and LayerNorm(x) for the gradien
 saves only x and recomputes LayerNorm(x) in backward. That saves K elements per token and costs two passes over K. On a
 GPU the kernel of the norm's gradient also writes LayerNorm(x) (kernels/layer_norm.py), in four passes where PyTorch's
 operators need seven. On a CPU csrc/cpu/linear_ops.cpp computes the products.
+
+projection_in has 2C + L + 1 output features, so its rows would begin at odd multiples of 2, 4 or 8 bytes. With
+``padded`` they begin at multiples of `ROW_ELEMENTS` elements, and kernels on a GPU read 16 bytes at a time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +24,35 @@ from torch import Tensor
 from ..backends.registry import optional, requested
 from .define import operator
 from .gradients import composed_gradients, pack, unpack
+
+ROW_ELEMENTS = 16
+
+
+def padded_empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """An uninitialised tensor (..., N) whose rows begin at multiples of `ROW_ELEMENTS` elements."""
+    *leading, features = shape
+    return like.new_empty((*leading, _padded(features)))[..., :features]
+
+
+def padded_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear(x, weight, bias)``, (..., K) -> (..., N), whose rows begin at multiples of `ROW_ELEMENTS` elements.
+
+    The product has as many output features as a row has elements: the last row of ``weight`` is repeated, and nobody
+    reads what is made of it. A product that writes into a tensor with gaps (``out=``) needs no such copy, but cuBLAS
+    then adds no bias: PyTorch first copies the bias to every row, and the product reads all of it back.
+    """
+    features = weight.shape[0]
+    missing = _padded(features) - features
+    if not missing:
+        return F.linear(x, weight, bias)
+    weight = torch.cat([weight, weight[-1:].expand(missing, -1)])
+    if bias is not None:
+        bias = torch.cat([bias, bias[-1:].expand(missing)])
+    return F.linear(x, weight, bias)[..., :features]
+
+
+def _padded(features: int) -> int:
+    return math.ceil(features / ROW_ELEMENTS) * ROW_ELEMENTS
 
 
 def norm(
@@ -67,8 +100,11 @@ def norm_linear(
     weight: Tensor,
     bias: Tensor | None,
     backend: str | None = None,
+    padded: bool = False,
 ) -> Tensor:
     normed = norm(hidden_state, norm_weight, norm_bias, eps)[0].to(weight.dtype)
+    if padded:
+        return padded_linear(normed, weight, bias)
     run = optional("linear_fwd", normed, backend)
     if isinstance(run, str):
         return F.linear(normed, weight, bias)
@@ -112,7 +148,7 @@ def linear_bwd(
     """[drows, dweight, dbias] of ``rows`` (n, K) -> (n, N); ``mask`` selects among them."""
     run = optional("linear_bwd", dout, backend)
     if not isinstance(run, str):
-        return run(dout, rows, weight, mask)
+        return run(dout.contiguous(), rows, weight, mask)
     need_rows, need_weight, need_bias = mask
     return [
         dout @ weight if need_rows else None,
@@ -128,9 +164,12 @@ def _fake(
     norm_bias: Tensor | None,
     eps: float | None,
     weight: Tensor,
-    *_: object,
+    bias: Tensor | None,
+    backend: str | None = None,
+    padded: bool = False,
 ) -> Tensor:
-    return weight.new_empty((*hidden_state.shape[:-1], weight.shape[0]))
+    shape = (*hidden_state.shape[:-1], weight.shape[0])
+    return padded_empty(weight, shape) if padded else weight.new_empty(shape)
 
 
 @torch.library.register_fake("focalnet::norm_linear_bwd")
@@ -151,7 +190,7 @@ def _bwd_fake(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    hidden_state, norm_weight, norm_bias, ctx.eps, weight, bias, backend = inputs
+    hidden_state, norm_weight, norm_bias, ctx.eps, weight, bias, backend, _ = inputs
     ctx.backend = requested(backend)
     ctx.save_for_backward(hidden_state, norm_weight, norm_bias, weight, bias)
 
@@ -165,11 +204,11 @@ def _autograd(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         mask = [need[0], need[1], need[2], need[4], need[5]]
         gradients = unpack(
             torch.ops.focalnet.norm_linear_bwd(
-                dout.contiguous(), hidden_state, norm_weight, norm_bias, ctx.eps, weight, bias, mask, ctx.backend
+                dout, hidden_state, norm_weight, norm_bias, ctx.eps, weight, bias, mask, ctx.backend
             ),
             mask,
         )
-    return (*gradients[:3], None, *gradients[3:], None)
+    return (*gradients[:3], None, *gradients[3:], None, None)
 
 
 torch.library.register_autograd("focalnet::norm_linear", _autograd, setup_context=_setup)
