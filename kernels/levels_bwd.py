@@ -35,8 +35,8 @@ MAX_GATED_ROWS = tl.constexpr(4)
 
 
 class Gradients(NamedTuple):
-    """Where the gradients of one image start, at the program's channels. ``dctx_pixel``: elements of dctx from pixel to
-    pixel. ``dmean``: what the gradient of the mean adds at every position of ctx_L."""
+    """Where the gradients of one image start, at the program's channels. ``dctx_pixel``: elements from pixel to pixel
+    of dctx. ``dmean``: what the gradient of the mean adds at every position of ctx_L."""
 
     dagg: tl.tensor
     dctx: tl.tensor

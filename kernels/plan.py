@@ -135,7 +135,7 @@ class Case:
     def packed(
         cls, batch: int, height: int, width: int, channels: int, kernels: tuple, dtype: torch.dtype, **rest: object
     ) -> Case:
-        """q, ctx and gates as views of one projection of 2 C + L + 1 features, its rows padded as a model pads them."""
+        """q, ctx and gates as views of one projection of 2 C + L + 1 features, padded as a model pads its rows."""
         pitch = math.ceil((2 * channels + len(kernels) + 1) / ROW_ELEMENTS) * ROW_ELEMENTS
         kernel_sizes = tuple((k, k) if isinstance(k, int) else tuple(k) for k in kernels)
         pitches = {"ctx_pitch": pitch, "gates_pitch": pitch, "q_pitch": pitch}

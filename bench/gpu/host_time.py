@@ -23,6 +23,7 @@ from focalnet.backends import triton as triton_backend
 from focalnet.benchmark.environment import facts
 from focalnet.benchmark.rows import write
 from focalnet.benchmark.timing import measure
+from focalnet.operators.norm_linear import padded_empty
 
 SHAPE = (4, 14, 14, 384)  # batch 4 at stage 3 of tiny
 KERNELS = (3, 5, 7)
@@ -42,10 +43,9 @@ def leave_launches_out() -> None:
 def calls(device: str) -> dict[str, Callable[[int], object]]:
     """By what each is, on the same arguments: views of one projection, padded as a model pads it."""
     *image, channels = SHAPE
-    packed = padded_empty(
-        torch.empty(0, dtype=torch.bfloat16, device=device), (*image, 2 * channels + len(KERNELS) + 1)
-    )
-    q, ctx, gates = packed.normal_().split([channels, channels, len(KERNELS) + 1], -1)
+    like = torch.empty(0, dtype=torch.bfloat16, device=device)
+    packed = padded_empty(like, (*image, 2 * channels + len(KERNELS) + 1)).normal_()
+    q, ctx, gates = packed.split([channels, channels, len(KERNELS) + 1], -1)
     focal_weights = [torch.randn(channels, 1, k, k, dtype=torch.bfloat16, device=device) for k in KERNELS]
     weight = torch.randn(channels, channels, dtype=torch.bfloat16, device=device)
     bias = torch.randn(channels, dtype=torch.bfloat16, device=device)

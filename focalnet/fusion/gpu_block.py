@@ -156,7 +156,7 @@ def _run(block: _Block, hidden_state: Tensor) -> Tensor:
 
 
 def _project(block: _Block, norm: Norm | None, x: Tensor) -> Tensor:
-    """projection_in of ``norm(x)``, or of ``x``. Rows are padded: where residuals have kernels, levels have some too."""
+    """projection_in of ``norm(x)``, or of ``x``, its rows padded: a device with kernels for residuals has some for it."""
     if not torch.is_grad_enabled():
         return padded_linear(x if norm is None else F.layer_norm(x, x.shape[-1:], *norm), *block.projection_in)
     if block.cast is not None:

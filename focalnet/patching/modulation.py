@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.fx
 from torch import Tensor, nn
 
 from ..backends.registry import requested
-from ..functional import focal_modulation, gated_aggregation
+from ..functional import focal_modulation, gated_aggregation, packed_focal_modulation
 from ..fusion.context_parts import convolutions, parameter, unusual_context, weight_of, widest_kernel
 from ..fusion.module_checks import is_exact_gelu, part
+from ..fusion.norm_branches import linear, may_pad
 from ..fusion.part_names import MODULATION
 from ..onednn import guarded
 
@@ -97,7 +99,9 @@ def forward(
     changed = unusual_context(module, names.projection_context, names.activation)
     if changed is not None:
         return _own_forward(module, x, backend, changed)
-    projected = part(module, names.projection_in)(x)
+    projection_in = part(module, names.projection_in)
+    padded = may_pad(projection_in, x, backend)
+    projected = linear(projection_in, x, backend, padded) if padded else projection_in(x)
     if names.channels_first:
         projected = projected.permute(0, 2, 3, 1)
     focal_weights = [weight_of(convolution) for convolution in convolutions(part(module, "focal_layers"))]
@@ -110,16 +114,12 @@ def forward(
         module.modulator = modulator = context(agg.permute(0, 3, 1, 2))
         out = q * modulator.permute(0, 2, 3, 1)
     else:
-        out = focal_modulation(
-            q,
-            ctx,
-            gates,
-            focal_weights,
-            weight_of(context),
-            parameter(context, "bias"),
-            normalize_modulator=normalize,
-            backend=backend,
-        )
+        settings = {"normalize_modulator": normalize, "backend": backend}
+        weights = (focal_weights, weight_of(context), parameter(context, "bias"))
+        if padded and torch.is_grad_enabled():
+            out = packed_focal_modulation(projected, *weights, **settings)
+        else:
+            out = focal_modulation(q, ctx, gates, *weights, **settings)
     if names.channels_first:
         out = out.permute(0, 3, 1, 2)
     for name in (names.layernorm, names.projection_out, names.projection_dropout):
