@@ -156,7 +156,7 @@ def _run(block: _Block, hidden_state: Tensor) -> Tensor:
 
 
 def _project(block: _Block, norm: Norm | None, x: Tensor) -> Tensor:
-    """projection_in of ``norm(x)``, or of ``x``, its rows padded: a device with kernels for residuals has some for it."""
+    """projection_in of ``norm(x)``, or of ``x``. Rows are padded: a backend with residuals has levels too."""
     if not torch.is_grad_enabled():
         return padded_linear(x if norm is None else F.layer_norm(x, x.shape[-1:], *norm), *block.projection_in)
     if block.cast is not None:
@@ -177,9 +177,9 @@ def _focal_modulation(block: _Block, projected: Tensor) -> Tensor:
     normalize = block.normalize_modulator
     if not torch.is_grad_enabled():  # then the function may skip the dispatcher
         channels = weight.shape[0]
-        parts = projected.split([channels, channels, len(block.focal_weights) + 1], dim=-1)
+        q, ctx, gates = projected.split([channels, channels, len(block.focal_weights) + 1], dim=-1)
         return focal_modulation(
-            *parts, block.focal_weights, weight, bias, normalize_modulator=normalize, backend=block.backend
+            q, ctx, gates, block.focal_weights, weight, bias, normalize_modulator=normalize, backend=block.backend
         )
     focal_weights = [_cast(block, w) for w in block.focal_weights]
     weight, bias = _cast(block, weight.flatten(1)), _cast(block, bias)

@@ -114,7 +114,7 @@ def forward(
         module.modulator = modulator = context(agg.permute(0, 3, 1, 2))
         out = q * modulator.permute(0, 2, 3, 1)
     else:
-        settings = {"normalize_modulator": normalize, "backend": backend}
+        settings: Any = {"normalize_modulator": normalize, "backend": backend}
         weights = (focal_weights, weight_of(context), parameter(context, "bias"))
         if padded and torch.is_grad_enabled():
             out = packed_focal_modulation(projected, *weights, **settings)
