@@ -73,11 +73,11 @@ def may_pad(layer: nn.Module, hidden_state: Tensor, backend: str | None = None) 
 
 
 def _padded(layer: Any, hidden_state: Tensor, backend: str | None) -> Tensor:
-    weight, bias = _weight_and_bias(layer)
+    weight, bias = layer.weight, layer.bias
     if not torch.is_grad_enabled():
         return padded_linear(hidden_state, weight, bias)
     if (dtype := _autocast_dtype(hidden_state)) is not None:
-        hidden_state, weight, bias = (t if t is None else t.to(dtype) for t in (hidden_state, weight, bias))
+        hidden_state, weight, bias = hidden_state.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return torch.ops.focalnet.norm_linear(hidden_state, None, None, None, weight, bias, backend, True)
 
 
