@@ -29,6 +29,7 @@ from focalnet.benchmark.operators import able_backends
 from focalnet.benchmark.rows import write
 from focalnet.benchmark.timing import copies_past_cache, measure
 from focalnet.benchmark.torchvision_stub import stubbed_torchvision
+from focalnet.operators.norm_linear import padded_empty
 
 console = Console()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,15 +56,14 @@ class Case:
 
 
 def operands(case: Case) -> dict[str, object]:
-    """Arguments of `focalnet.focal_modulation`, made as the module makes them: views of one packed projection."""
+    """Arguments of `focalnet.focal_modulation`, made as the module makes them: views of one padded projection."""
     stage, channels = case.stage, case.stage.channels
 
     def normal(*size: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(size, device=case.device) * scale).to(case.dtype)
 
-    packed = normal(case.batch, stage.height, stage.width, 2 * channels + stage.levels + 1).requires_grad_(
-        case.backward
-    )
+    shape = (case.batch, stage.height, stage.width, 2 * channels + stage.levels + 1)
+    packed = padded_empty(normal(0), shape).normal_().requires_grad_(case.backward)
     q, ctx, gates = packed.split([channels, channels, stage.levels + 1], dim=-1)
     weights = [normal(channels, 1, k, k, scale=1 / k) for k in stage.kernels]
     weight, bias = normal(channels, channels, scale=channels**-0.5), normal(channels)

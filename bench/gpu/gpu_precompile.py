@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -19,7 +20,7 @@ from typing import Annotated
 import torch
 import typer
 from focalnet.kernels import focal_modulation, gated_aggregation, gated_aggregation_bwd, launch_table
-from focalnet.kernels.plan import Case, Device, Launch, Plan
+from focalnet.kernels.plan import ROW_ELEMENTS, Case, Device, Launch, Plan
 from gpu_numbers import DTYPES, SHAPES
 
 from focalnet.benchmark.floors import OPERATORS, stages
@@ -40,12 +41,16 @@ def cases() -> Iterator[tuple[str, Case]]:
         for stage in stages(variant):
             yield operator, _case(operator, (batch, stage.height, stage.width, stage.channels), stage.kernels)
     for operator, shape, dtype in itertools.product(("focal_modulation", "focal_modulation_bwd"), SHAPES, DTYPES):
-        yield operator, _case(operator, (shape.batch, shape.height, shape.width, shape.channels), shape.kernels, dtype)
+        size = (shape.batch, shape.height, shape.width, shape.channels)
+        yield operator, _case(operator, size, shape.kernels, dtype, padded=False)
 
 
-def _case(operator: str, size: tuple[int, ...], kernels: tuple, dtype: torch.dtype = torch.bfloat16) -> Case:
-    """As a model and the tests make it: views of one projection that is not padded."""
-    pitch = 2 * size[3] + len(kernels) + 1
+def _case(
+    operator: str, size: tuple[int, ...], kernels: tuple, dtype: torch.dtype = torch.bfloat16, padded: bool = True
+) -> Case:
+    """As a model makes it: views of one projection with padded rows, or, ``padded`` false, as gpu_numbers makes it."""
+    features = 2 * size[3] + len(kernels) + 1
+    pitch = math.ceil(features / ROW_ELEMENTS) * ROW_ELEMENTS if padded else features
     has_product = operator.startswith("focal_modulation")
     return Case(
         *size, tuple((k, k) for k in kernels), dtype, False, pitch, pitch, pitch if has_product else 0, has_product,

@@ -12,6 +12,7 @@ import torch
 
 from ..backends.registry import backends
 from ..functional import focal_modulation
+from ..operators.norm_linear import padded_empty
 from ..variants import VARIANTS
 from .runtimes import Case
 from .timing import measure, ratio
@@ -77,7 +78,10 @@ def steps(case: Case, rounds: int) -> int:
 
 
 def operands(stage: Stage, case: Case) -> tuple[Any, ...]:
-    """The packed projection, the sizes that it is split into, the focal weights, and the weight of the product."""
+    """The packed projection, the sizes that it is split into, the focal weights, and the weight of the product.
+
+    On a GPU the rows of the projection are padded, as those of a model are.
+    """
     generator = torch.Generator().manual_seed(0)
     channels, gates = stage.channels, len(stage.kernels) + 1
 
@@ -85,6 +89,8 @@ def operands(stage: Stage, case: Case) -> tuple[Any, ...]:
         return case.placed(torch.randn(*shape, generator=generator))
 
     projected = normal(stage.batch, stage.height, stage.width, 2 * channels + gates)
+    if projected.is_cuda:
+        projected = padded_empty(projected, projected.shape).copy_(projected)
     focal_weights = [normal(channels, 1, k, k) / k for k in stage.kernels]
     return projected, (channels, channels, gates), focal_weights, normal(channels, channels) / math.sqrt(channels)
 

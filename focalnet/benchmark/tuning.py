@@ -18,6 +18,7 @@ from torch import Tensor
 from ..backends import tuned
 from ..backends.problem import Problem
 from ..backends.registry import backends, choose
+from ..operators.norm_linear import padded_empty
 from .operators import Stage, operands, stages
 from .runtimes import Case
 from .timing import measure
@@ -114,19 +115,22 @@ def _numbered(run: Callable[[], object]) -> Call:
 
 
 class _Arguments:
-    """Of one kind of call, as a model makes them: views of one projection, every gradient asked for."""
+    """Of one kind of call, as a model makes them: views of one projection, every gradient asked for, three of them as
+    views of one gradient."""
 
     def __init__(self, operator: str, stage: Stage, case: Case) -> None:
         self.operator = operator
         projected, sizes, self.focal_weights, self.weight = operands(stage, case)
         self.q, self.ctx, self.gates = projected.split(sizes, -1)
+        self.gradients = padded_empty(projected, projected.shape).split(sizes, -1)
         self.bias = torch.zeros_like(self.weight[0])
         self.dout = torch.ones_like(self.q, memory_format=torch.contiguous_format)
         kernel_sizes = tuple(tuple(weight.shape[2:]) for weight in self.focal_weights)
         self.problem = Problem(operator, self.ctx.device, self.ctx.dtype, *self.ctx.shape, kernel_sizes)
 
     def call(self, backend: str) -> Call:
-        function = choose(self.operator, self.ctx, self.focal_weights, backend)
+        out = self.gradients if self._is_backward else None
+        function = choose(self.operator, self.ctx, self.focal_weights, backend, out)
         forward = (self.q, self.ctx, self.gates, self.focal_weights, self.weight, self.bias, False)
         arguments = (self.dout, *forward, [True] * 6) if self._is_backward else forward
         return lambda number: function(*arguments)
@@ -138,12 +142,15 @@ class _Arguments:
         return triton_plans.candidates(self.operator, self._by_name(), (True,) * 6 if self._is_backward else ())
 
     def _by_name(self) -> dict[str, Tensor]:
+        from ..backends.triton import WRITTEN
         from ..backends.triton_plans import FOCAL_WEIGHTS
 
         operands = {"ctx": self.ctx, "gates": self.gates}
         operands |= dict(zip(FOCAL_WEIGHTS, self.focal_weights, strict=False))
         operands |= {"q": self.q, "weight": self.weight, "bias": self.bias}
-        return operands | ({"dout": self.dout} if self._is_backward else {})
+        if not self._is_backward:
+            return operands
+        return operands | {"dout": self.dout} | dict(zip(WRITTEN, self.gradients, strict=True))
 
     @property
     def _is_backward(self) -> bool:
