@@ -108,6 +108,36 @@ def _focal_modulation_bwd(
     return products * _product(ctx, weight) + _convolutions_bwd(ctx, focal_weights, need_ctx, need_focal)
 
 
+def _ctx(projected: Shape, weight: Shape) -> Shape:
+    return [*projected[:-1], weight[0]]
+
+
+@_formula_of("packed_focal_modulation")
+def _packed_focal_modulation(
+    projected: Shape, focal_weights: Sequence[Shape], weight: Shape, *args: object, **kwargs: object
+) -> int:
+    ctx = _ctx(projected, weight)
+    return _convolutions(ctx, focal_weights) + _product(ctx, weight)
+
+
+@_formula_of("packed_focal_modulation_bwd")
+def _packed_focal_modulation_bwd(
+    dout: Shape,
+    projected: Shape,
+    focal_weights: Sequence[Shape],
+    weight: Shape,
+    bias: Shape | None,
+    normalize_modulator: bool,
+    output_mask: Sequence[bool],
+    *args: object,
+    **kwargs: object,
+) -> int:
+    need_projected, need_weight, _, need_focal = output_mask
+    ctx = _ctx(projected, weight)
+    products = (need_projected or need_focal) + need_weight
+    return products * _product(ctx, weight) + _convolutions_bwd(ctx, focal_weights, need_projected, need_focal)
+
+
 @_formula_of("norm_linear")
 def _norm_linear(
     hidden_state: Shape,
