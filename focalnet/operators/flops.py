@@ -161,6 +161,7 @@ def _norm_linear_bwd(
     weight: Shape,
     bias: Shape | None,
     output_mask: Sequence[bool],
+    *args: object,
     **kwargs: object,
 ) -> int:
     *need_norm, need_weight, _ = output_mask

@@ -91,6 +91,11 @@ def test_the_operators_of_a_norm_and_what_is_behind_it_count_the_products_that_e
             (x, norm, norm, w1, b1),
         ),
         (
+            lambda x, g, s, w, b: torch.ops.focalnet.norm_linear(x, g, s, 1e-5, w, b, "reference", True),
+            lambda x, g, s, w, b: norm_linear.composed(x, g, s, 1e-5, w, b),
+            (x, norm, norm, w1, b1),
+        ),
+        (
             lambda x, g, s, *w: torch.ops.focalnet.norm_mlp(x, g, s, 1e-5, *w, None)[0],
             lambda x, g, s, *w: norm_mlp.composed(x, g, s, 1e-5, *w),
             (x, norm, norm, w1, b1, w2, b2),
@@ -101,7 +106,7 @@ def test_the_operators_of_a_norm_and_what_is_behind_it_count_the_products_that_e
             assert gradients_of(operator, tensors, mask) == gradients_of(composed, tensors, mask), mask
 
 
-@pytest.mark.parametrize("name", ["gated_aggregation", "focal_modulation"])
+@pytest.mark.parametrize("name", ["gated_aggregation", "focal_modulation", "packed_focal_modulation"])
 def test_the_modulations_operators_count_the_products_that_each_gradient_needs(name):
     q, ctx, gates = torch.randn(2, 5, 6, 8), torch.randn(2, 5, 6, 8), torch.randn(2, 5, 6, 3)
     kernels = [torch.randn(8, 1, 3, 3), torch.randn(8, 1, 5, 5)]
@@ -110,12 +115,18 @@ def test_the_modulations_operators_count_the_products_that_each_gradient_needs(n
     def run(library, ctx, gates, first, second, q, weight, bias):
         if name == "gated_aggregation":
             return library.gated_aggregation(ctx, gates, [first, second]) * q.detach()
+        if name == "packed_focal_modulation" and library is focalnet:
+            projected = torch.cat([q, ctx, gates], -1)
+            return torch.ops.focalnet.packed_focal_modulation(projected, [first, second], weight, bias, False, None)
         return library.focal_modulation(q, ctx, gates, [first, second], weight, bias)
 
     used = 4 if name == "gated_aggregation" else 7
     for mask in itertools.product([False, True], repeat=used):
         # The levels' kernels are asked for together.
         if mask[2] != mask[3] or not any(mask):
+            continue
+        # And so are the parts of a projection.
+        if name == "packed_focal_modulation" and not mask[0] == mask[1] == mask[4]:
             continue
         mask = (*mask, *[False] * (7 - used))
         counts = [
