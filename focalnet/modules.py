@@ -129,10 +129,13 @@ class FocalModulation(nn.Module):
         elif padded and torch.is_grad_enabled():
             out = packed_focal_modulation(projected, *self._operands(), **self._settings())
         else:
-            out = focal_modulation(q, ctx, gates, *self._operands(), **self._settings())
+            out = self._fused(q, ctx, gates)
         if self.use_post_layernorm_in_modulation:
             return self.projection_dropout(norm_linear(self.layernorm, self.projection_out, out, self.backend))
         return self.projection_dropout(linear(self.projection_out, out, self.backend))
+
+    def _fused(self, q: Tensor, ctx: Tensor, gates: Tensor) -> Tensor:
+        return focal_modulation(q, ctx, gates, *self._operands(), **self._settings())
 
     def _operands(self) -> tuple[list[Tensor], Tensor, Tensor | None]:
         focal_weights = [weight_of(convolution) for convolution in convolutions(self.focal_layers)]
