@@ -18,6 +18,7 @@ from triton.runtime import interpreter
 # The last images of 4.3 million maps of 4 x 4 x 32: elements 2.2e9 and on.
 LAST = 4_300_000
 CASE = Case.packed(LAST + 2, 4, 4, 32, (3,), torch.bfloat16, has_bias=True, mask=(True,) * 6)
+PACKED = replace(CASE, gradient_pitch=CASE.q_pitch)
 LEVELS = LevelConfig(8, 32, rows=4, back_rows=4, whole_plane=True)
 
 
@@ -50,29 +51,35 @@ def elements_of_the_last_images(tensor, images, pitch, channels):
     return np.uint64(tensor.data_ptr()) + elements * np.uint64(tensor.itemsize)
 
 
-def launches():
+def launches(case):
     """One of each kernel that takes tensors of all images, on two images or one."""
     groups = 1
-    down = Backward(CASE, H100, LEVELS, (True, True, True), 1).down(LAST, 1, "agg", 0)
+    down, sums = Backward(case, H100, LEVELS, (True, True, True), 1).launches(LAST, 1, "agg", 0)
     return {
-        "modulator_fwd_kernel": modulator.modulator_launch(CASE, H100, LAST, 2, "ieee"),
-        "modulator_bwd_kernel": modulator.modulator_bwd_launch(CASE, H100, groups, LAST, 2, True, "ieee"),
-        "gated_aggregation_fwd_kernel": gated_aggregation.forward_launches(CASE, H100, LEVELS, LAST, 1)[0][0],
+        "modulator_fwd_kernel": modulator.modulator_launch(case, H100, LAST, 2, "ieee"),
+        "modulator_bwd_kernel": modulator.modulator_bwd_launch(case, H100, groups, LAST, 2, True, "ieee"),
+        "gated_aggregation_fwd_kernel": gated_aggregation.forward_launches(case, H100, LEVELS, LAST, 1)[0][0],
         "gated_aggregation_bwd_kernel": down,
+        "sum_partials_kernel": sums,
     }
 
 
+TOUCHED = [
+    ("modulator_fwd_kernel", 2, {"q": "q_pitch"}, {"out": "channels"}),
+    ("modulator_bwd_kernel", 2, {"q": "q_pitch", "dout": "channels"}, {"dq": "dctx_pitch"}),
+    ("gated_aggregation_fwd_kernel", 1, {"ctx": "ctx_pitch"}, {}),
+    ("gated_aggregation_bwd_kernel", 1, {"ctx": "ctx_pitch"}, {"dctx": "dctx_pitch"}),
+    ("sum_partials_kernel", 1, {}, {"dgates": "dgates_pitch"}),
+]
+
+
 @pytest.mark.parametrize(
-    "kernel, images, loaded, stored",
-    [
-        ("modulator_fwd_kernel", 2, {"q": CASE.q_pitch}, {"out": CASE.channels}),
-        ("modulator_bwd_kernel", 2, {"q": CASE.q_pitch, "dout": CASE.channels}, {"dq": CASE.channels}),
-        ("gated_aggregation_fwd_kernel", 1, {"ctx": CASE.ctx_pitch}, {}),
-        ("gated_aggregation_bwd_kernel", 1, {"ctx": CASE.ctx_pitch}, {"dctx": CASE.channels}),
-    ],
+    "case, kernel, images, loaded, stored",
+    # dgates alone are fewer than 2^31.
+    [(CASE, *touched) for touched in TOUCHED[:-1]] + [(PACKED, *touched) for touched in TOUCHED],
 )
-def test_no_offset_wraps_around(kernel, images, loaded, stored, monkeypatch):
-    launch = launches()[kernel]
+def test_no_offset_wraps_around(case, kernel, images, loaded, stored, monkeypatch):
+    launch = launches(case)[kernel]
     floats = ("mean", "packed", "back_packed", "dfocal", "dgates_parts", "dbias_parts")
     tensors = {
         value: torch.empty(1, dtype=torch.float32 if value in floats else torch.bfloat16)
@@ -80,9 +87,10 @@ def test_no_offset_wraps_around(kernel, images, loaded, stored, monkeypatch):
         if isinstance(value, str)
     }
     if kernel.startswith("modulator"):
-        launch = replace(launch, grid=(-(-CASE.channels // launch.constexprs["BLOCK_N"]), 1, 1))
+        launch = replace(launch, grid=(-(-case.channels // launch.constexprs["BLOCK_N"]), 1, 1))
     touched = addresses_of(launch, tensors, monkeypatch)
     for found, wanted in zip(touched, (loaded, stored), strict=True):
         for name, pitch in wanted.items():
-            expected = elements_of_the_last_images(tensors[name], images, pitch, CASE.channels)
+            columns = case.levels + 1 if name == "dgates" else case.channels
+            expected = elements_of_the_last_images(tensors[name], images, getattr(case, pitch), columns)
             assert np.isin(expected, found).all(), f"{kernel} does not reach all of {name}"
