@@ -223,7 +223,12 @@ def optional_kernel(problem: Problem, backend: str | None) -> Callable[..., Any]
 
 def pads(device: torch.device, dtype: torch.dtype, backend: str | None) -> bool:
     """Whether a backend that may run focal modulation of ``dtype`` wants rows of the projection padded."""
-    return not isinstance(optional_kernel(Problem("padded_linear", device, dtype), backend), str)
+    return _pads(device, dtype, requested(backend))
+
+
+@functools.lru_cache(256)
+def _pads(device: torch.device, dtype: torch.dtype, requested: str | None) -> bool:
+    return not isinstance(optional_kernel(Problem("padded_linear", device, dtype), requested), str)
 
 
 # Dynamo cannot trace the predicates. See `_requested_around`.

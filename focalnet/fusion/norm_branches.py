@@ -57,19 +57,19 @@ def may_pad(layer: nn.Module, hidden_state: Tensor, backend: str | None = None) 
     That is where a backend that reads 16 bytes at a time may run focal modulation, and nothing but a compiler observes
     the call.
     """
-    if is_proxy(hidden_state) or not is_plain(layer, nn.Linear):
+    if is_proxy(hidden_state) or hidden_state.dtype == torch.float64:
+        return False
+    dtype = _autocast_dtype(hidden_state)
+    if not pads(hidden_state.device, dtype or hidden_state.dtype, backend) or not is_plain(layer, nn.Linear):
         return False
     if torch.compiler.is_compiling():
         if torch.compiler.is_exporting() or type(hidden_state) not in (Tensor, nn.Parameter):
             return False
     elif why_not_fused(hidden_state) is not None:
         return False
-    dtype = _autocast_dtype(hidden_state)
     given = hidden_state.dtype if dtype is None else torch.float32
     parameters = [p for p in _weight_and_bias(layer) if p is not None]
-    if any(p.dtype != given or p.device != hidden_state.device for p in parameters):
-        return False
-    return hidden_state.dtype != torch.float64 and pads(hidden_state.device, dtype or given, backend)
+    return all(p.dtype == given and p.device == hidden_state.device for p in parameters)
 
 
 def _padded(layer: Any, hidden_state: Tensor, backend: str | None) -> Tensor:
