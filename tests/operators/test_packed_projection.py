@@ -176,13 +176,16 @@ def test_a_backend_with_kernels_for_the_aggregation_alone_writes_dq_into_the_gra
 
 @pytest.mark.parametrize("able", ["triton", "cuda"])
 def test_rows_are_padded_where_a_backend_with_kernels_for_them_may_run(able, monkeypatch):
-    pytest.importorskip("triton")
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
     monkeypatch.setattr(registry, "_pads", registry._pads.__wrapped__)  # without its cache
-    assert not registry.pads(cuda, torch.bfloat16, None)  # no kernel can run here
-    ready = replace(registry._REGISTRY[able], missing=lambda: None)
-    if able == "cuda":
-        ready = replace(ready, accepts=lambda problem: None if problem.device.type == "cuda" else "no GPU")
+    for name in ("triton", "cuda"):
+        monkeypatch.setitem(registry._REGISTRY, name, replace(registry._REGISTRY[name], missing=lambda: "not here"))
+    assert not registry.pads(cuda, torch.bfloat16, None)
+
+    def accepts(problem):
+        return None if problem.device.type == "cuda" else "no GPU"
+
+    ready = replace(registry._REGISTRY[able], missing=lambda: None, accepts=accepts)
     monkeypatch.setitem(registry._REGISTRY, able, ready)
     assert registry.pads(cuda, torch.bfloat16, None)
     assert registry.pads(cuda, torch.bfloat16, able)
