@@ -123,7 +123,7 @@ def gated_aggregation_fwd_kernel(
         tl.store(mean + item * C + share.own, mean_share, mask=share.own < C)
         if store_agg & (bands == 1):
             add_global(
-                agg_plane, gates_plane + LEVELS, gelu(mean_share) * SCALE, size, C, gates_pixel, share.own < C,
+                agg_plane, gates_plane + LEVELS, gelu(mean_share, tl.float32) * SCALE, size, C, gates_pixel, share.own < C,
                 BLOCK_C, gated_rows(ROWS, BLOCK_C, MAX_GATED_ROWS) * BLOCK_W,
             )  # fmt: skip
 
@@ -208,7 +208,7 @@ def keep_context(
     inside = (rows >= first) & (rows < end) & (columns < size.width)
     ring = ring_of(rings, RING0[LEVEL], size, WHOLE_PLANE, BLOCK_C)
     target = row_pointer(ring.start, rows, ring.row_pitch, RING[LEVEL]) + (columns * BLOCK_C + channels_of(BLOCK_C))
-    context = gelu(rows_of(z, 0, ROWS))
+    context = gelu(rows_of(z, 0, ROWS), ring.start.dtype.element_ty)
     tl.store(target, rounded(context, ring.start.dtype.element_ty), mask=inside)
 
 
@@ -241,7 +241,7 @@ def gate_rows(
     for part in tl.static_range(0, ROWS, GATED_ROWS):
         rows, columns = rows_from(row0 + part, GATED_ROWS, BLOCK_W), columns_from(column0, GATED_ROWS, BLOCK_W)
         inside = (rows >= first) & (rows < end) & (columns < size.width)
-        context = gelu(rows_of(z, part, GATED_ROWS))
+        context = gelu(rows_of(z, part, GATED_ROWS), agg_plane.dtype.element_ty)
         counted = tl.where(inside, context, 0.0)
         total += tl.sum(tl.reshape(counted, (GATED_ROWS, BLOCK_W, BLOCK_C)), axis=0)
         if store_agg:
@@ -320,7 +320,7 @@ def add_global_kernel(
     target = agg + (image.to(tl.int64) * positions + pixels)[:, None] * C + channels[None, :]
     here = inside[:, None] & in_channels[None, :]
     local = tl.load(target, mask=here, other=0.0).to(tl.float32)
-    tl.store(target, rounded(local + gate[:, None] * (gelu(whole) * SCALE)[None, :], agg.dtype.element_ty), mask=here)
+    tl.store(target, rounded(local + gate[:, None] * (gelu(whole, tl.float32) * SCALE)[None, :], agg.dtype.element_ty), mask=here)
 
 
 # ---- plans ----------------------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def gated_aggregation_bwd_kernel(
         whole = tl.zeros((BLOCK_C,), tl.float32)
         for band in range(bands):
             whole += tl.load(mean + (number * bands + band) * C + own, mask=own < C, other=0.0)
-        global_context, global_grad = gelu_and_grad(whole)
+        global_context, global_grad = gelu_and_grad(whole, tl.float32)
         plane = (first_image + number).to(tl.int64) * height * width
         ctx_plane = ctx + plane * ctx_pixel + share.channel0
         gates_plane = gates + plane * gates_pixel

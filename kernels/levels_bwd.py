@@ -144,7 +144,7 @@ def gate_rows_up(
     rows, columns = rows_from(row0, ROWS, BLOCK_W), columns_from(column0, ROWS, BLOCK_W)
     offsets = columns * BLOCK_C + channels
     inside = (rows >= 0) & (rows < size.height) & (columns < size.width)
-    context, grad = gelu_and_grad(rows_of(z, PART, ROWS))
+    context, grad = gelu_and_grad(rows_of(z, PART, ROWS), rings.start.dtype.element_ty)
     if NEED_GATES or LEVEL == LEVELS - 1:
         source = row_pointer(gradients.dagg, rows, size.width * image.channels, 0)
         source += columns * image.channels + channels

@@ -51,50 +51,46 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def gelu_tail(a):
-    """2 Phi(-2a) for 0 <= a <= 3, as the fourth power of a polynomial: erfc falls off too fast for one of its own."""
-    p = tl.full(a.shape, 6.64604377e-05, tl.float32)
-    p = tl.fma(p, a, -0.000595438119)
-    p = tl.fma(p, a, 0.00115083903)
-    p = tl.fma(p, a, 0.00463459641)
-    p = tl.fma(p, a, -0.0186437592)
-    p = tl.fma(p, a, -0.00440399908)
-    p = tl.fma(p, a, 0.0733016878)
-    p = tl.fma(p, a, 0.0440580286)
-    p = tl.fma(p, a, -0.238775462)
-    p = tl.fma(p, a, -0.398940265)
-    p = tl.fma(p, a, 1.0)
-    p = p * p
-    return p * p
+def normal_tail(a, dtype: tl.constexpr):
+    """Phi(-a) for 0 <= a <= 6 as 2 to a polynomial: exponentials have a unit of their own, which nothing else uses.
+
+    Fitted to the smallest largest error of the tail and of a times the tail, which are GELU' and GELU: 1.6e-7 for
+    float32. Results of 16 bits take 1.2e-5, a twentieth of float16's rounding just below 1.
+    """
+    if dtype == tl.float32:
+        p = tl.full(a.shape, 2.50320779e-05, tl.float32)
+        p = tl.fma(p, a, -0.000699150174)
+        p = tl.fma(p, a, 0.0078537686)
+        p = tl.fma(p, a, -0.0530702831)
+        p = tl.fma(p, a, -0.459014073)
+        p = tl.fma(p, a, -1.15112884)
+        p = tl.fma(p, a, -0.999999548)
+    else:
+        p = tl.full(a.shape, 0.00439388133, tl.float32)
+        p = tl.fma(p, a, -0.0468233766)
+        p = tl.fma(p, a, -0.463438708)
+        p = tl.fma(p, a, -1.15010924)
+        p = tl.fma(p, a, -1.00003378)
+    return tl.exp2(p)
 
 
 @triton.jit
-def gelu(z):
-    """Exact (erf) GELU to 2.6e-7: ``max(z, 0) - |z| Phi(-|z|)``, ten multiply-adds, no division, no exponential."""
-    half = 0.5 * z
-    a = tl.minimum(tl.abs(half), 3.0)
-    return tl.fma(-a, gelu_tail(a), half + tl.abs(half))
+def gelu(z, dtype: tl.constexpr):
+    """Exact (erf) GELU for a result of ``dtype``: ``max(z, 0) - |z| Phi(-|z|)``, without a division."""
+    a = tl.minimum(tl.abs(z), 6.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.fma(-a, normal_tail(a, dtype), tl.maximum(z, 0.0))
 
 
 @triton.jit
-def gelu_and_grad(z):
-    """GELU(z) and its derivative ``1/2 +- (1/2 - Phi(-|z|) + |z| phi(|z|))``, to 2.6e-7 and 2.0e-7."""
-    half = 0.5 * z
-    a = tl.minimum(tl.abs(half), 3.0)
-    tail = gelu_tail(a)
-    s = a * a
-    p = tl.full(a.shape, 1.8670379e-08, tl.float32)
-    p = tl.fma(p, s, -7.53876293e-07)
-    p = tl.fma(p, s, 1.49196094e-05)
-    p = tl.fma(p, s, -0.000200233611)
-    p = tl.fma(p, s, 0.00205828808)
-    p = tl.fma(p, s, -0.0165465102)
-    p = tl.fma(p, s, 0.0993379876)
-    p = tl.fma(p, s, -0.397371233)
-    p = tl.fma(p, s, 0.794744432)
-    p = p * p
-    rise = tl.fma(a + a, p * p, tl.fma(tail, -0.5, 0.5))
-    return tl.fma(-a, tail, half + tl.abs(half)), 0.5 + tl.where(half < 0, -rise, rise)
+def gelu_and_grad(z, dtype: tl.constexpr):
+    """GELU(z) and its derivative ``1/2 +- (1/2 - Phi(-|z|) + |z| phi(|z|))``, for results of ``dtype``."""
+    a = tl.minimum(tl.abs(z), 6.0, propagate_nan=tl.PropagateNan.ALL)
+    tail = normal_tail(a, dtype)
+    density = tl.exp2(tl.fma(a * a, -0.72134752, -1.32574806))
+    rise = tl.fma(a, density, 0.5 - tail)
+    sign = z.to(tl.uint32, bitcast=True) & 0x80000000
+    signed = (rise.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+    return tl.fma(-a, tail, tl.maximum(z, 0.0)), 0.5 + signed
 
 
 @triton.jit
