@@ -77,4 +77,4 @@ def test_what_is_not_finite_stays_so_and_large_values_pass(dtype):
     assert value[0].isnan() and slope[0].isnan()
     assert value[1:3].tolist() == [float("inf"), 300.0]
     assert value[3:].abs().max() < 1e-7
-    assert slope[1:4].tolist() == pytest.approx([1, 1, 0], abs=1e-6)
+    assert slope[2:4].tolist() == pytest.approx([1, 0], abs=1e-6)
