@@ -43,6 +43,7 @@ from .tiles import (
     row_pointer,
     rows_from,
     rows_of,
+    widened,
 )
 
 MAX_GATED_ROWS = tl.constexpr(2)  # of four levels no more fit into registers
@@ -122,9 +123,10 @@ def gated_aggregation_fwd_kernel(
         mean_share = tl.sum(total, axis=0) / (height * width)
         tl.store(mean + item * C + share.own, mean_share, mask=share.own < C)
         if store_agg & (bands == 1):
+            context = gelu(mean_share, tl.float32) * SCALE
             add_global(
-                agg_plane, gates_plane + LEVELS, gelu(mean_share, tl.float32) * SCALE, size, C, gates_pixel, share.own < C,
-                BLOCK_C, gated_rows(ROWS, BLOCK_C, MAX_GATED_ROWS) * BLOCK_W,
+                agg_plane, gates_plane + LEVELS, context, size, C, gates_pixel, share.own < C, BLOCK_C,
+                gated_rows(ROWS, BLOCK_C, MAX_GATED_ROWS) * BLOCK_W,
             )  # fmt: skip
 
 
@@ -251,7 +253,7 @@ def gate_rows(
                 ring = ring_of(rings, RING0[level], size, WHOLE_PLANE, BLOCK_C)
                 source = row_pointer(ring.start, rows, ring.row_pitch, RING[level])
                 source += columns * BLOCK_C + channels
-                kept = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+                kept = widened(tl.load(source, mask=inside, other=0.0))
                 gate = load_gates(image.gates + level, rows, columns, size.width, image.gates_pixel, inside)
                 sum += gate * kept
             target = row_pointer(agg_plane, rows, size.width * image.channels, 0)
@@ -282,7 +284,7 @@ def add_global(
             here = inside[:, None] & in_channels[None, :]
             target = agg_plane + pixels[:, None] * C + channels[None, :]
             gate = tl.load(gates_plane + pixels * gates_pixel, mask=inside, other=0.0).to(tl.float32)
-            local = tl.load(target, mask=here, other=0.0).to(tl.float32)
+            local = widened(tl.load(target, mask=here, other=0.0))
             sum = local + gate[:, None] * context[None, :]
             tl.store(target, rounded(sum, agg_plane.dtype.element_ty), mask=here)
 
@@ -319,8 +321,9 @@ def add_global_kernel(
     gate = tl.load(gates + gate_at * (gates_pitch * GATES_ALIGN) + LEVELS, mask=inside, other=0.0).to(tl.float32)
     target = agg + (image.to(tl.int64) * positions + pixels)[:, None] * C + channels[None, :]
     here = inside[:, None] & in_channels[None, :]
-    local = tl.load(target, mask=here, other=0.0).to(tl.float32)
-    tl.store(target, rounded(local + gate[:, None] * (gelu(whole, tl.float32) * SCALE)[None, :], agg.dtype.element_ty), mask=here)
+    local = widened(tl.load(target, mask=here, other=0.0))
+    context = gelu(whole, tl.float32) * SCALE
+    tl.store(target, rounded(local + gate[:, None] * context[None, :], agg.dtype.element_ty), mask=here)
 
 
 # ---- plans ----------------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ class RowConfig:
         return 65536 // (32 * self.num_warps * self.programs_per_sm)
 
 
-# (largest width, configuration); a map of at most 16 rows is worked level by level.
+# (largest width, configuration); a map of at most 32 rows is worked level by level.
 LEVELS = (
     (8, LevelConfig(8, 64)),
     (16, LevelConfig(16, 32)),
@@ -98,7 +98,7 @@ LEVELS = (
     (48, LevelConfig(16, 32)),
     (1 << 30, LevelConfig(32, 16)),
 )
-WHOLE_PLANE_ROWS = 16
+WHOLE_PLANE_ROWS = 32
 
 ANY = 1 << 30
 FLOAT16, FLOAT32 = (torch.float16,), (torch.float32,)
