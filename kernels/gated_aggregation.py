@@ -19,12 +19,13 @@ import triton
 import triton.language as tl
 
 from . import schedule
-from .launch_table import LevelConfig, level_config
+from .launch_table import LevelConfig
 from .level_launch import (
     aligned_pitches,
     alignments,
     bands_of,
     first_rows,
+    level_config_of,
     level_constexprs,
     operands,
     weight_arguments,
@@ -334,7 +335,7 @@ def forward_plan(case: Case, device: Device, config: LevelConfig | None = None) 
 
     ``Plan.launches`` lists them in order; `Launch.ast` gives what a compiler needs, `Plan.run` runs them.
     """
-    config = config or level_config(case.height, case.width, case.channels, case.kernel_heights, case.dtype)
+    config = config or level_config_of(case, device)
     agg = Buffer((case.batch, case.height, case.width, case.channels), case.dtype, is_output=True)
     launches, buffers, alive = forward_launches(case, device, config, 0, case.batch, agg_is_counted=False)
     return Plan(launches, {"agg": agg, **buffers}, operands(case), alive)

@@ -25,12 +25,13 @@ import triton.language as tl
 from . import schedule
 from .focal_weights import sum_focal_weights_launches
 from .gated_aggregation import forward_launches
-from .launch_table import LevelConfig, level_config
+from .launch_table import LevelConfig
 from .level_launch import (
     aligned_pitches,
     alignments,
     bands_of,
     first_rows,
+    level_config_of,
     level_constexprs,
     operands,
     weight_arguments,
@@ -167,7 +168,7 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None)
 
     Outputs are dctx, dgates and dw0.., as the mask asks for.
     """
-    config = config or level_config(case.height, case.width, case.channels, case.kernel_heights, case.dtype)
+    config = config or level_config_of(case, device)
 
     def alive(images: int) -> int:
         mean = forward_launches(case, device, config, 0, images, store_agg=False)[2]
