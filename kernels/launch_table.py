@@ -98,10 +98,11 @@ LEVELS = (
     (48, LevelConfig(16, 32)),
     (1 << 30, LevelConfig(32, 16)),
 )
-# Maps of at most so many rows are worked level by level; the lower ones even where planes are too few for the device,
-# since bands would not help them.
+# Maps of at most so many rows are worked level by level. Processors before Hopper would spill in higher ones. Where
+# planes are too few for the device only low maps are, since bands would not help those.
 WHOLE_PLANE_ROWS = 64
-FEW_ROWS = 16
+OLDER_WHOLE_PLANE_ROWS = 32
+FEW_PLANES_ROWS = 16
 
 ANY = 1 << 30
 FLOAT16, FLOAT32, BFLOAT16 = (torch.float16,), (torch.float32,), (torch.bfloat16,)
@@ -120,9 +121,8 @@ ROWS = (
     (15, HALVES, 16, 8, 4),
     (15, FLOAT32, 16, 4, 4),
 )
-# (largest kernel, dtypes, oldest architecture, back_rows) where whole planes are worked: without rings there are
-# registers for more rows.
-WHOLE_PLANE_BACK_ROWS = ((7, BFLOAT16, 90, 8),)
+# (largest kernel, dtypes, oldest architecture, whole planes alone, back_rows) where registers suffice for more rows.
+MORE_BACK_ROWS = ((5, BFLOAT16, 90, False, 8), (7, BFLOAT16, 90, True, 8))
 
 FORWARD, BACKWARD = "forward", "backward"
 # (bytes of an element, largest number of channels, configuration): the first row that fits the device. Every group of
@@ -166,14 +166,12 @@ def level_config(
     )
     processors, arch = (device.sm_count, device.arch) if device else (1, 90)
     block_c = min(config.block_c, max(8, _power_of_two(channels)))
-    fills = 2 * batch * -(-channels // block_c) > processors
-    whole_plane = height <= (WHOLE_PLANE_ROWS if fills else min(FEW_ROWS, WHOLE_PLANE_ROWS))
+    whole_plane = height <= _whole_plane_rows(arch, 2 * batch * -(-channels // block_c) > processors)
     while block_c > 16 and config.block_w * block_c > 128 and batch * -(-channels // block_c) < processors:
         block_c //= 2
-    if whole_plane:
-        for tallest, dtypes, oldest, more in WHOLE_PLANE_BACK_ROWS:
-            if max(kernel_heights) <= tallest and dtype in dtypes and arch >= oldest:
-                back_rows = more
+    for tallest, dtypes, oldest, whole_planes_alone, more in MORE_BACK_ROWS:
+        if max(kernel_heights) <= tallest and dtype in dtypes and arch >= oldest and whole_plane >= whole_planes_alone:
+            back_rows = more
     return replace(
         config,
         block_c=block_c,
@@ -181,6 +179,11 @@ def level_config(
         back_rows=min(back_rows, config.back_rows),
         whole_plane=whole_plane,
     )
+
+
+def _whole_plane_rows(arch: int, planes_fill_the_device: bool) -> int:
+    rows = WHOLE_PLANE_ROWS if arch >= 90 else min(OLDER_WHOLE_PLANE_ROWS, WHOLE_PLANE_ROWS)
+    return rows if planes_fill_the_device else min(FEW_PLANES_ROWS, rows)
 
 
 def level_candidates(
