@@ -1,7 +1,8 @@
 """Which tile a kernel takes for which sizes: tables for the levels, the matrix products and the kernels on rows.
 
 A thread of a level's tile holds four channels, so ``num_warps = block_w * block_c / 128``. Wide maps get few channels
-a program, since the rings of all resident programs must stay in L2. Narrow maps get many, which fills the warps.
+a program, since the rings of all resident programs should stay in L2. Narrow maps get many, which fills the warps, as
+long as there are images enough to give every processor a program.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def level_launch(operator, stage, batch):
 
 @pytest.mark.parametrize("operator", ["gated_aggregation", "gated_aggregation_bwd"])
 def test_at_batch_128_two_programs_are_resident_on_every_processor(operator):
-    """Where the blocks of channels do not divide their number, those of one more image would wait for a second wave."""
+    """Where the blocks of channels do not divide their number, those of one more image would take a second wave."""
     for stage in PUBLISHED:
         launch, blocks = level_launch(operator, stage, 128)
         assert 2 * H100.sm_count - blocks < math.prod(launch.grid) <= 2 * H100.sm_count, stage
