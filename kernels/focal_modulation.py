@@ -10,7 +10,8 @@ import torch
 
 from . import gated_aggregation, level_launch
 from .gated_aggregation_bwd import Backward
-from .launch_table import BACKWARD, LevelConfig, level_config, product_config
+from .launch_table import BACKWARD, LevelConfig, product_config
+from .level_launch import level_config_of
 from .modulator import dagg_launch, dweight_launch, groups_of, modulator_bwd_launch, modulator_launch, splits_of
 from .plan import Buffer, Case, Device, Launch, Plan, chunks, largest_chunk, with_scratch
 from .sums import sum_partials_launch
@@ -18,7 +19,7 @@ from .sums import sum_partials_launch
 
 def forward_plan(case: Case, device: Device, config: LevelConfig | None = None, precision: str = "ieee") -> Plan:
     """The launches of ``focal_modulation``: operands q, ctx, gates, w0.., weight, bias; output out."""
-    levels = config or level_config(case.height, case.width, case.channels, case.kernel_heights, case.dtype)
+    levels = config or level_config_of(case, device)
     agg_bytes = case.positions * case.channels * case.dtype.itemsize
 
     def alive(images: int) -> int:
@@ -47,7 +48,7 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None,
     aggregation_mask = (need_ctx, need_gates, need_focal)
     need_agg, need_dagg = need_q or need_weight, any(aggregation_mask)
     need_m = need_weight or need_dagg
-    levels = config or level_config(case.height, case.width, case.channels, case.kernel_heights, case.dtype)
+    levels = config or level_config_of(case, device)
     image = (case.height, case.width, case.channels)
     image_bytes = case.positions * case.channels * case.dtype.itemsize
 

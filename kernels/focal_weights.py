@@ -71,20 +71,21 @@ def dweight_column(
     """TAPS taps below one another, of which the first looks ``down`` rows below and ``right`` columns to the right."""
     sums = zero_tiles(TAPS, BLOCK_W, BLOCK_C)
     for tile in range(tiles):
-        for column0 in range(0, size.width, BLOCK_W):
-            first_row = row0 + tile * ROWS
-            gradients = load_rows(
-                Plane(dz.start, dz.row_pitch, dz.pixel_pitch, below.in_channels), first_row, column0, size,
-                DZ_RING, ROWS, BLOCK_W, BLOCK_C,
-            )  # fmt: skip
-            values = ()
-            for i in tl.static_range(ROWS + TAPS - 1):
-                if starts_part(i, ROWS + TAPS - 1):
-                    values = values + load_rows(
-                        below, first_row + down + i, column0 + right, size,
-                        RING, part_size(i, ROWS + TAPS - 1), BLOCK_W, BLOCK_C,
-                    )  # fmt: skip
-                sums = add_products(sums, gradients, values[i], i, TAPS, ROWS)
+        first_row = row0 + tile * ROWS
+        if (first_row < size.height) & (first_row + ROWS > 0):
+            for column0 in range(0, size.width, BLOCK_W):
+                gradients = load_rows(
+                    Plane(dz.start, dz.row_pitch, dz.pixel_pitch, below.in_channels), first_row, column0, size,
+                    DZ_RING, ROWS, BLOCK_W, BLOCK_C,
+                )  # fmt: skip
+                values = ()
+                for i in tl.static_range(ROWS + TAPS - 1):
+                    if starts_part(i, ROWS + TAPS - 1):
+                        values = values + load_rows(
+                            below, first_row + down + i, column0 + right, size,
+                            RING, part_size(i, ROWS + TAPS - 1), BLOCK_W, BLOCK_C,
+                        )  # fmt: skip
+                    sums = add_products(sums, gradients, values[i], i, TAPS, ROWS)
     for tap in tl.static_range(TAPS):
         if starts_part(tap, TAPS):
             found = rows_of(sums, tap, part_size(tap, TAPS))

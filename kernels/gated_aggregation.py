@@ -19,12 +19,13 @@ import triton
 import triton.language as tl
 
 from . import schedule
-from .launch_table import LevelConfig, level_config
+from .launch_table import LevelConfig
 from .level_launch import (
     aligned_pitches,
     alignments,
     bands_of,
     first_rows,
+    level_config_of,
     level_constexprs,
     operands,
     weight_arguments,
@@ -43,6 +44,7 @@ from .tiles import (
     row_pointer,
     rows_from,
     rows_of,
+    widened,
 )
 
 MAX_GATED_ROWS = tl.constexpr(2)  # of four levels no more fit into registers
@@ -122,9 +124,10 @@ def gated_aggregation_fwd_kernel(
         mean_share = tl.sum(total, axis=0) / (height * width)
         tl.store(mean + item * C + share.own, mean_share, mask=share.own < C)
         if store_agg & (bands == 1):
+            context = gelu(mean_share, tl.float32) * SCALE
             add_global(
-                agg_plane, gates_plane + LEVELS, gelu(mean_share) * SCALE, size, C, gates_pixel, share.own < C,
-                BLOCK_C, gated_rows(ROWS, BLOCK_C, MAX_GATED_ROWS) * BLOCK_W,
+                agg_plane, gates_plane + LEVELS, context, size, C, gates_pixel, share.own < C, BLOCK_C,
+                gated_rows(ROWS, BLOCK_C, MAX_GATED_ROWS) * BLOCK_W,
             )  # fmt: skip
 
 
@@ -208,7 +211,7 @@ def keep_context(
     inside = (rows >= first) & (rows < end) & (columns < size.width)
     ring = ring_of(rings, RING0[LEVEL], size, WHOLE_PLANE, BLOCK_C)
     target = row_pointer(ring.start, rows, ring.row_pitch, RING[LEVEL]) + (columns * BLOCK_C + channels_of(BLOCK_C))
-    context = gelu(rows_of(z, 0, ROWS))
+    context = gelu(rows_of(z, 0, ROWS), ring.start.dtype.element_ty)
     tl.store(target, rounded(context, ring.start.dtype.element_ty), mask=inside)
 
 
@@ -241,7 +244,7 @@ def gate_rows(
     for part in tl.static_range(0, ROWS, GATED_ROWS):
         rows, columns = rows_from(row0 + part, GATED_ROWS, BLOCK_W), columns_from(column0, GATED_ROWS, BLOCK_W)
         inside = (rows >= first) & (rows < end) & (columns < size.width)
-        context = gelu(rows_of(z, part, GATED_ROWS))
+        context = gelu(rows_of(z, part, GATED_ROWS), agg_plane.dtype.element_ty)
         counted = tl.where(inside, context, 0.0)
         total += tl.sum(tl.reshape(counted, (GATED_ROWS, BLOCK_W, BLOCK_C)), axis=0)
         if store_agg:
@@ -251,7 +254,7 @@ def gate_rows(
                 ring = ring_of(rings, RING0[level], size, WHOLE_PLANE, BLOCK_C)
                 source = row_pointer(ring.start, rows, ring.row_pitch, RING[level])
                 source += columns * BLOCK_C + channels
-                kept = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+                kept = widened(tl.load(source, mask=inside, other=0.0))
                 gate = load_gates(image.gates + level, rows, columns, size.width, image.gates_pixel, inside)
                 sum += gate * kept
             target = row_pointer(agg_plane, rows, size.width * image.channels, 0)
@@ -282,7 +285,7 @@ def add_global(
             here = inside[:, None] & in_channels[None, :]
             target = agg_plane + pixels[:, None] * C + channels[None, :]
             gate = tl.load(gates_plane + pixels * gates_pixel, mask=inside, other=0.0).to(tl.float32)
-            local = tl.load(target, mask=here, other=0.0).to(tl.float32)
+            local = widened(tl.load(target, mask=here, other=0.0))
             sum = local + gate[:, None] * context[None, :]
             tl.store(target, rounded(sum, agg_plane.dtype.element_ty), mask=here)
 
@@ -319,8 +322,9 @@ def add_global_kernel(
     gate = tl.load(gates + gate_at * (gates_pitch * GATES_ALIGN) + LEVELS, mask=inside, other=0.0).to(tl.float32)
     target = agg + (image.to(tl.int64) * positions + pixels)[:, None] * C + channels[None, :]
     here = inside[:, None] & in_channels[None, :]
-    local = tl.load(target, mask=here, other=0.0).to(tl.float32)
-    tl.store(target, rounded(local + gate[:, None] * (gelu(whole) * SCALE)[None, :], agg.dtype.element_ty), mask=here)
+    local = widened(tl.load(target, mask=here, other=0.0))
+    context = gelu(whole, tl.float32) * SCALE
+    tl.store(target, rounded(local + gate[:, None] * context[None, :], agg.dtype.element_ty), mask=here)
 
 
 # ---- plans ----------------------------------------------------------------------------------------------------------
@@ -331,7 +335,7 @@ def forward_plan(case: Case, device: Device, config: LevelConfig | None = None) 
 
     ``Plan.launches`` lists them in order; `Launch.ast` gives what a compiler needs, `Plan.run` runs them.
     """
-    config = config or level_config(case.height, case.width, case.channels, case.kernel_heights, case.dtype)
+    config = config or level_config_of(case, device)
     agg = Buffer((case.batch, case.height, case.width, case.channels), case.dtype, is_output=True)
     launches, buffers, alive = forward_launches(case, device, config, 0, case.batch, agg_is_counted=False)
     return Plan(launches, {"agg": agg, **buffers}, operands(case), alive)

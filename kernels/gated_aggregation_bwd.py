@@ -25,13 +25,14 @@ import triton.language as tl
 from . import schedule
 from .focal_weights import sum_focal_weights_launches
 from .gated_aggregation import forward_launches
-from .launch_table import LevelConfig, level_config
+from .launch_table import LevelConfig
 from .level_launch import (
     aligned_pitches,
     alignment,
     alignments,
     bands_of,
     first_rows,
+    level_config_of,
     level_constexprs,
     operands,
     weight_arguments,
@@ -120,7 +121,7 @@ def gated_aggregation_bwd_kernel(
         whole = tl.zeros((BLOCK_C,), tl.float32)
         for band in range(bands):
             whole += tl.load(mean + (number * bands + band) * C + own, mask=own < C, other=0.0)
-        global_context, global_grad = gelu_and_grad(whole)
+        global_context, global_grad = gelu_and_grad(whole, tl.float32)
         plane = (first_image + number).to(tl.int64) * height * width
         ctx_plane = ctx + plane * ctx_pixel + share.channel0
         gates_plane = gates + plane * gates_pixel
@@ -172,7 +173,7 @@ def backward_plan(case: Case, device: Device, config: LevelConfig | None = None)
 
     Outputs are dctx, dgates and dw0.., as the mask asks for.
     """
-    config = config or level_config(case.height, case.width, case.channels, case.kernel_heights, case.dtype)
+    config = config or level_config_of(case, device)
 
     def alive(images: int) -> int:
         mean = forward_launches(case, device, config, 0, images, store_agg=False)[2]

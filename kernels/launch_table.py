@@ -1,7 +1,8 @@
 """Which tile a kernel takes for which sizes: tables for the levels, the matrix products and the kernels on rows.
 
 A thread of a level's tile holds four channels, so ``num_warps = block_w * block_c / 128``. Wide maps get few channels
-a program, since the rings of all resident programs must stay in L2. Narrow maps get many, which fills the warps.
+a program, since the rings of all resident programs should stay in L2. Narrow maps get many, which fills the warps, as
+long as there are images enough to give every processor a program.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class LevelConfig:
     block_w: int
     block_c: int
     rows: int = 8
-    back_rows: int = 4
+    back_rows: int = 8
     step: int = 8
     whole_plane: bool = False
     programs_per_sm: int = 2
@@ -90,7 +91,7 @@ class RowConfig:
         return 65536 // (32 * self.num_warps * self.programs_per_sm)
 
 
-# (largest width, configuration); a map of at most 16 rows is worked level by level.
+# (largest width, configuration)
 LEVELS = (
     (8, LevelConfig(8, 64)),
     (16, LevelConfig(16, 32)),
@@ -98,10 +99,14 @@ LEVELS = (
     (48, LevelConfig(16, 32)),
     (1 << 30, LevelConfig(32, 16)),
 )
-WHOLE_PLANE_ROWS = 16
+# Maps of at most so many rows are worked level by level. Processors before Hopper would spill in higher ones. Where
+# planes are too few for the device only low maps are, since bands would not help those.
+WHOLE_PLANE_ROWS = 64
+OLDER_WHOLE_PLANE_ROWS = 32
+FEW_PLANES_ROWS = 16
 
 ANY = 1 << 30
-FLOAT16, FLOAT32 = (torch.float16,), (torch.float32,)
+FLOAT16, FLOAT32, BFLOAT16 = (torch.float16,), (torch.float32,), (torch.bfloat16,)
 HALVES = (torch.bfloat16, torch.float16)
 # (largest kernel of any level, dtypes, most channels of a tile, rows, back_rows). A thread must hold in registers a
 # column of taps, the rows that it is multiplied with and what else lives through a level: larger kernels leave room
@@ -117,6 +122,8 @@ ROWS = (
     (15, HALVES, 16, 8, 4),
     (15, FLOAT32, 16, 4, 4),
 )
+# (largest kernel, dtypes, oldest architecture, whole planes alone, back_rows) where registers suffice for more rows.
+MORE_BACK_ROWS = ((5, BFLOAT16, 90, False, 8), (7, BFLOAT16, 90, True, 8))
 
 FORWARD, BACKWARD = "forward", "backward"
 # (bytes of an element, largest number of channels, configuration): the first row that fits the device. Every group of
@@ -139,22 +146,45 @@ PRODUCTS = {
 
 
 def level_config(
-    height: int, width: int, channels: int, kernel_heights: tuple[int, ...], dtype: torch.dtype
+    height: int,
+    width: int,
+    channels: int,
+    kernel_heights: tuple[int, ...],
+    dtype: torch.dtype,
+    batch: int = ANY,
+    device: Device | None = None,
 ) -> LevelConfig:
-    """The rows of the tables for such a map and such kernels; few channels make a narrower tile."""
+    """The rows of the tables for such a map and such kernels; few channels make a narrower tile.
+
+    So do few images: tiles become narrower until every processor of the ``device`` has one, or a tile is one warp.
+    Without a device the choice is that of an H100 with work enough.
+    """
     config, rows, back_rows = next(
         (config, *found)
         for widest, config in LEVELS
         for tallest, dtypes, most, *found in ROWS
         if width <= widest and max(kernel_heights) <= tallest and dtype in dtypes and config.block_c <= most
     )
+    processors, arch = (device.sm_count, device.arch) if device else (1, 90)
+    block_c = min(config.block_c, max(8, _power_of_two(channels)))
+    whole_plane = height <= _whole_plane_rows(arch, 2 * batch * -(-channels // block_c) > processors)
+    while block_c > 16 and config.block_w * block_c > 128 and batch * -(-channels // block_c) < processors:
+        block_c //= 2
+    for tallest, dtypes, oldest, whole_planes_alone, more in MORE_BACK_ROWS:
+        if max(kernel_heights) <= tallest and dtype in dtypes and arch >= oldest and whole_plane >= whole_planes_alone:
+            back_rows = more
     return replace(
         config,
-        block_c=min(config.block_c, max(8, _power_of_two(channels))),
+        block_c=block_c,
         rows=min(rows, config.rows),
         back_rows=min(back_rows, config.back_rows),
-        whole_plane=height <= WHOLE_PLANE_ROWS,
+        whole_plane=whole_plane,
     )
+
+
+def _whole_plane_rows(arch: int, planes_fill_the_device: bool) -> int:
+    rows = WHOLE_PLANE_ROWS if arch >= 90 else min(OLDER_WHOLE_PLANE_ROWS, WHOLE_PLANE_ROWS)
+    return rows if planes_fill_the_device else min(FEW_PLANES_ROWS, rows)
 
 
 def level_candidates(

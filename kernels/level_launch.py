@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from .launch_table import LevelConfig
+from .launch_table import LevelConfig, level_config
 from .plan import Case, Device
 
 
@@ -45,6 +45,11 @@ def alignments(case: Case) -> dict[str, int]:
         "CTX_ALIGN": alignment(case.ctx_pitch, case.dtype),
         "GATES_ALIGN": alignment(case.gates_pitch, case.dtype),
     }
+
+
+def level_config_of(case: Case, device: Device) -> LevelConfig:
+    """The tables' choice for a call."""
+    return level_config(case.height, case.width, case.channels, case.kernel_heights, case.dtype, case.batch, device)
 
 
 def level_constexprs(case: Case, config: LevelConfig) -> dict[str, object]:

@@ -29,6 +29,7 @@ from .tiles import (
     row_pointer,
     rows_from,
     rows_of,
+    widened,
 )
 
 MAX_GATED_ROWS = tl.constexpr(4)
@@ -65,7 +66,7 @@ def global_level_bwd(
         pixels = (first + tl.arange(0, BLOCK_P)).to(tl.int64)
         inside = pixels < size.height * size.width
         source = dagg + pixels[:, None] * image.channels + tl.max_contiguous(tl.arange(0, BLOCK_C), 4)[None, :]
-        gradient = tl.load(source, mask=inside[:, None] & (own < image.channels)[None, :], other=0.0).to(tl.float32)
+        gradient = widened(tl.load(source, mask=inside[:, None] & (own < image.channels)[None, :], other=0.0))
         gate = tl.load(image.gates + pixels * image.gates_pixel + LEVELS, mask=inside, other=0.0).to(tl.float32)
         total += gradient * gate[:, None]
         if NEED_GATES:
@@ -145,11 +146,11 @@ def gate_rows_up(
     rows, columns = rows_from(row0, ROWS, BLOCK_W), columns_from(column0, ROWS, BLOCK_W)
     offsets = columns * BLOCK_C + channels
     inside = (rows >= 0) & (rows < size.height) & (columns < size.width)
-    context, grad = gelu_and_grad(rows_of(z, PART, ROWS))
+    context, grad = gelu_and_grad(rows_of(z, PART, ROWS), rings.start.dtype.element_ty)
     if NEED_GATES or LEVEL == LEVELS - 1:
         source = row_pointer(gradients.dagg, rows, size.width * image.channels, 0)
         source += columns * image.channels + channels
-        gradient = tl.load(source, mask=inside & image.in_channels, other=0.0).to(tl.float32)
+        gradient = widened(tl.load(source, mask=inside & image.in_channels, other=0.0))
     if NEED_GATES:
         target = row_pointer(gradients.dgates, rows, size.width * (LEVELS + 1), 0)
         target += columns * (LEVELS + 1) + LEVEL
@@ -274,10 +275,10 @@ def send_rows_down(
     else:
         gate = load_gates(image.gates + (LEVEL - 1), rows, columns, size.width, image.gates_pixel, inside)
         source = row_pointer(gradients.dagg, rows, size.width * image.channels, 0) + pixels
-        gradient = tl.load(source, mask=here, other=0.0).to(tl.float32)
+        gradient = widened(tl.load(source, mask=here, other=0.0))
         slopes = ring_of(rings, RING0[len(DZ_RING) - 2 + LEVEL], size, WHOLE_PLANE, BLOCK_C)
         slope_at = row_pointer(slopes.start, rows, slopes.row_pitch, DZ_RING[LEVEL - 1])
         slope_at += columns * BLOCK_C + channels
-        grad = tl.load(slope_at, mask=inside, other=0.0).to(tl.float32)
+        grad = widened(tl.load(slope_at, mask=inside, other=0.0))
         dz = (gradient_of_context + gradient * (gate * SCALE)) * grad
         tl.store(slope_at, rounded(dz, slopes.start.dtype.element_ty), mask=inside)

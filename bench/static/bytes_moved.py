@@ -25,7 +25,7 @@ from unittest.mock import patch
 import torch
 import typer
 from focalnet.kernels import focal_modulation, gated_aggregation, gated_aggregation_bwd
-from focalnet.kernels.launch_table import level_config
+from focalnet.kernels.level_launch import level_config_of
 from focalnet.kernels.plan import H100, Case, Device, Launch, Plan
 from rich.console import Console
 from rich.table import Table
@@ -157,10 +157,10 @@ class Touched:
 
 def small_plan(operator: str, case: Case, device: Device) -> tuple[Case, Plan]:
     """The plan of one image of a small map, in the tiles of the large one."""
-    config = level_config(case.height, case.width, case.channels, case.kernel_heights, case.dtype)
+    config = level_config_of(case, device)
     with contextlib.ExitStack() as patches:
         for module in (gated_aggregation, gated_aggregation_bwd, focal_modulation):
-            patches.enter_context(patch.object(module, "level_config", lambda *_: config))
+            patches.enter_context(patch.object(module, "level_config_of", lambda *_: config))
         small = replace(case, batch=1, height=SMALL[0], width=SMALL[1])
         return small, plan_of(operator, small, device)
 

@@ -7,6 +7,7 @@ import bytes_moved
 import pytest
 import torch
 from bytes_moved import NOWHERE, VARIANTS, case_of, count, kind_of, moved, plan_of, repeats, small_plan
+from focalnet.kernels.launch_table import level_config
 from focalnet.kernels.plan import H100, MAX_ITEMS
 
 from focalnet.benchmark.floors import OPERATORS, Stage, stages, work
@@ -62,7 +63,7 @@ def test_what_a_program_touches_grows_as_the_scaling_says():
     once = count(launch, small, small_case)
     taller_case = replace(small_case, height=2 * small_case.height)
     taller = bytes_moved.gated_aggregation.forward_plan(
-        taller_case, H100, bytes_moved.level_config(7, 7, stage.channels, stage.kernels, torch.bfloat16)
+        taller_case, H100, level_config(7, 7, stage.channels, stage.kernels, torch.bfloat16, 128, H100)
     ).launches[0]
     images_case = replace(small_case, batch=2)
     images = replace(launch, arguments=launch.arguments | {"images": 2})
