@@ -17,7 +17,7 @@ from sass import Block, Sass
 # First letters of an instruction's name -> pipe; the longest that fits.
 PIPES = {
     "FFMA": "fma", "FMUL": "fma", "FADD": "fma", "IMAD": "fma", "FSWZADD": "fma", "HFMA2": "fma", "HADD2": "fma",
-    "HMUL2": "fma", "UIMAD": "uniform", "MUFU": "special", "I2F": "special", "F2I": "special", "F2F": "special",
+    "HMUL2": "fma", "FHFMA": "fma", "FHADD": "fma", "UIMAD": "uniform", "MUFU": "special", "I2F": "special", "F2I": "special", "F2F": "special",
     "I2FP": "alu", "F2FP": "alu", "POPC": "special", "FLO": "special", "LD": "memory", "ST": "memory",
     "ATOM": "memory", "RED": "memory", "SHFL": "memory", "MATCH": "memory", "HMMA": "tensor", "HGMMA": "tensor",
     "IMMA": "tensor", "UTCHMMA": "tensor", "UTC": "tensor", "BAR": "control", "BRA": "control", "EXIT": "control",

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 # Where each kind of register begins in a set.
 FIRST = {"R": 0, "UR": 256, "P": 512, "UP": 520}
 _ENDS = ("BRA", "EXIT", "RET", "BRX", "JMP", "JMX", "CALL", "BSSY", "BSYNC", "BREAK", "KILL", "WARPSYNC")
-_ALL_PREDICATES = {"PR": 0x7F << FIRST["P"], "UPR": 0x7F << FIRST["UP"]}
 _REGISTER = re.compile(r"(?<![\w.])(UR|R|UP|P)(\d+)\b")
 
 
@@ -49,12 +48,12 @@ class Sass:
 
     @functools.cached_property
     def writes(self) -> int:
-        return sum(bits(operand, width) for operand, width in self.targets)
+        return _predicates_at_once(self, "R2P") + sum(bits(operand, width) for operand, width in self.targets)
 
     @functools.cached_property
     def reads(self) -> int:
         """Registers of its sources, two of each where a pair may be meant; without the guard."""
-        found = 0
+        found = _predicates_at_once(self, "P2R")
         for source in self.sources:
             found |= bits(source, _source_width(self, source))
         return found
@@ -101,7 +100,7 @@ class Code:
 
 def bits(operand: str, width: int) -> int:
     """The set of the registers that an operand names, and of those behind them up to ``width``."""
-    found = _ALL_PREDICATES.get(operand, 0)
+    found = 0
     for kind, number in _REGISTER.findall(operand):
         first = FIRST[kind] + int(number)
         found |= ((1 << (1 if kind.endswith("P") else width)) - 1) << first
@@ -191,6 +190,11 @@ def _split(operands: str) -> list[str]:
     return [one.strip() for one in re.split(r",(?![^\[]*\])", operands)] if operands else []
 
 
+def _predicates_at_once(one: Sass, opcode: str) -> int:
+    """The predicates that P2R and R2P name by a mask."""
+    return int(one.operands[-1], 16) << FIRST["P"] if one.opcode == opcode else 0
+
+
 # ---- which operands are written -------------------------------------------------------------------------------------
 
 _NO_TARGETS = (
@@ -203,7 +207,7 @@ _TWO_PREDICATES = ("ISETP", "FSETP", "HSETP2", "DSETP", "PLOP3", "FCHK", "PSETP"
 
 
 def _is_register(operand: str) -> bool:
-    return re.fullmatch(r"U?[RP](\d+|R)", operand) is not None and operand not in ("RR", "URR")
+    return re.fullmatch(r"U?[RP]\d+", operand) is not None
 
 
 def _is_place(operand: str) -> bool:
@@ -254,8 +258,9 @@ def _width(one: Sass, operand: str) -> int:
         return int((re.search(r"\.(\d)$", one.name) or "11")[1])
     if "128" in suffixes:
         return 4
-    wide = "64" in suffixes or "WIDE" in suffixes or opcode.startswith("D") and opcode not in ("DEPBAR", "DSETP")
-    wide = wide or "S64" in suffixes or "U64" in suffixes and opcode != "SHF" or opcode in ("FFMA2", "FADD2", "FMUL2")
+    wide = "64" in suffixes or "WIDE" in suffixes or opcode in ("FFMA2", "FADD2", "FMUL2", "DADD", "DMUL", "DFMA")
+    # A funnel shift names both halves of what it shifts, and gives one of the result.
+    wide = wide or (opcode != "SHF" and bool({"S64", "U64"} & set(suffixes)))
     if opcode in ("CS2R", "CS2UR"):
         return 1 if "32" in suffixes else 2
     if opcode == "I2F":
@@ -273,7 +278,9 @@ def _source_width(one: Sass, source: str) -> int:
         return (4, 2, 4)[one.sources.index(source)] if "16816" in suffixes else (2, 1, 4)[one.sources.index(source)]
     if opcode.startswith("ST") and "[" not in source and "128" in suffixes:
         return 4
-    if suffixes & {"64", "S64", "U64"} and "[" not in source or opcode in ("FFMA2", "FADD2", "FMUL2"):
+    if opcode != "SHF" and suffixes & {"64", "S64", "U64"} and "[" not in source:
+        return 2
+    if opcode in ("FFMA2", "FADD2", "FMUL2", "DADD", "DMUL", "DFMA"):
         return 2
     if opcode == "IMAD" and suffixes & {"WIDE", "HI"} and source == one.sources[2]:
         return 2

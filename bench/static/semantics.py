@@ -358,13 +358,16 @@ def _special(one: Sass) -> Assignments:
     return [(place(one.operands[0]), f"reciprocal({value(one.operands[1])})")]
 
 
+_NUMBER = r"-?[\d.]+(e[+-]?\d+)?"
+
+
 def _float(source: str) -> str:
     """A source as float32 numbers."""
     if source.startswith("-"):
         return f"(-{_float(source[1:])})"
     if source.startswith("|"):
         return f"abs({_float(source.strip('|'))})"
-    if re.fullmatch(r"[\d.]+(e[+-]?\d+)?", source):
+    if re.fullmatch(_NUMBER, source):
         return f"float32({source})"
     return f"{value(source)}.view(float32)"
 
@@ -391,7 +394,7 @@ def _half_constant(one: Sass) -> Assignments:
     if len(both) != 2:
         raise Unknown(one.name)
     high, low = both
-    if {a, b} - {"RZ", "-RZ"} or re.search("[a-zA-Z]", high + low):
+    if {a, b} - {"RZ", "-RZ"} or not all(re.fullmatch(_NUMBER, half) for half in both):
         raise Unknown(one.name)
     halves = np.array([float(low), float(high)], np.float16)
     return [(place(target), f"n({int(halves.view(U32)[0])})")]
@@ -454,9 +457,24 @@ def _shuffle(one: Sass) -> Assignments:
 
 
 def _vote(one: Sass) -> Assignments:
-    if one.suffixes[1:] not in (("ANY",), ("ALL",), ()) or len(one.operands) != 3:
+    mode = (*one.suffixes[1:], "")[0]
+    if mode not in ("ANY", "ALL", ""):
         raise Unknown(one.name)
-    return [(place(one.operands[0]), f"ballot({predicate(one.operands[2])}, m)")]
+    votes = predicate(one.operands[-1])
+    if "R" in one.operands[0]:
+        return [(place(one.operands[0]), f"ballot({votes}, m)")]
+    against = f"(ballot(~{votes}, m) == 0)"
+    return [(place(one.operands[0]), against if mode == "ALL" else f"(ballot({votes}, m) != 0)")]
+
+
+def _elected(one: Sass) -> Assignments:
+    """One thread of a warp."""
+    return [(place(one.operands[0]), "elected(m)")]
+
+
+def _arrived(one: Sass) -> Assignments:
+    """Whether all have come to a barrier in shared memory: a wait is taken to end at once."""
+    return [(place(one.operands[0]), "true")] if "TRYWAIT" in one.name else _refuse(one)
 
 
 def _all_predicates(one: Sass) -> Assignments:
@@ -484,11 +502,11 @@ _BUILD: dict[str, Callable[[Sass], Assignments]] = {
     "I2F": _to_float, "I2FP": _nearest_float, "FADD": _float_arithmetic, "FMUL": _float_arithmetic, "FFMA": _float_arithmetic,
     "F2I": _to_integer, "MUFU": _special, "HFMA2": _half_constant, "LDC": _constant,
     "LDCU": _constant, "S2R": _special_register, "S2UR": _special_register, "CS2R": _special_register,
-    "CS2UR": _special_register, "R2UR": _to_uniform, "SHFL": _shuffle, "VOTE": _vote, "P2R": _all_predicates,
+    "CS2UR": _special_register, "R2UR": _to_uniform, "SHFL": _shuffle, "VOTE": _vote, "ELECT": _elected, "SYNCS": _arrived, "P2R": _all_predicates,
     "R2P": _into_predicates, "FCHK": _division_is_ordinary,
 }  # fmt: skip
 # What does not depend on its operands here.
-CONSTANT = ("FCHK",)
+CONSTANT = ("FCHK", "SYNCS", "ELECT")
 
 
 # ---- what the expressions name --------------------------------------------------------------------------------------
@@ -544,6 +562,11 @@ def _first(x: Array, active: Array | None) -> Array:
     return np.repeat(lanes[np.arange(len(lanes)), chosen], 32)
 
 
+def _elect(active: Array) -> Array:
+    lanes = active.reshape(-1, 32)
+    return (lanes & (lanes.cumsum(1) == 1)).reshape(-1)
+
+
 def _ballot(x: Array, active: Array | None) -> Array:
     lanes = (x if active is None else x & active).reshape(-1, 32)
     return np.repeat(np.packbits(lanes, axis=1, bitorder="little").view(U32)[:, 0], 32)
@@ -560,6 +583,7 @@ def _shuffled(x: Array, by: Array, mode: str) -> Array:
 NAMES = {
     "up": _up, "sext": _sext, "low": _low, "high": _high, "join": _join, "float_up": _float_up,
     "truncated": _truncated, "reciprocal": _reciprocal, "popcount": _popcount, "first": _first, "ballot": _ballot,
+    "elected": _elect,
     "shuffled": _shuffled, "where": np.where, "least": np.minimum, "most": np.maximum, "abs": np.abs,
     "cast": lambda x: x.astype(U32), "one": U64(1), "n64": U64, "int32": I32, "int64": I64, "uint32": U32, "float32": np.float32,
     "uint64": U64,
