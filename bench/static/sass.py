@@ -79,11 +79,19 @@ class Block:
 
 @dataclass(frozen=True)
 class Code:
-    """``blocks`` in the order of the text; ``at``: the block at an address, where one begins; labels as addresses."""
+    """``blocks`` in the order of the text; ``at``: the block at an address, where one begins; labels as addresses.
+
+    ``traps``: blocks that end in a trap, which no run enters: the checks of tensor memory on Blackwell.
+    """
 
     blocks: Sequence[Block]
     at: dict[int, int]
     labels: dict[str, int]
+    traps: set[int] = field(default_factory=set)
+
+    def is_followed(self, branch: Sass) -> bool:
+        """Whether a branch is more than a check that traps."""
+        return branch.opcode != "BRA" or self.target(branch) not in self.traps
 
     def target(self, instruction: Sass) -> int:
         """The block that a branch leads to.
@@ -128,6 +136,10 @@ def code_of(disassembly: str, kernel: str | None = None) -> Code:
     returns = [number + 1 for number, block in enumerate(blocks) if block.instructions[-1].opcode == "CALL"]
     for number, block in enumerate(blocks):
         block.next = [one for one in _following(code, number, returns) if one < len(blocks)]
+    code.traps.update(n for n, block in enumerate(blocks) if any(one.opcode == "BPT" for one in block.instructions))
+    code.traps.update(n for n, block in enumerate(blocks) if block.next and set(block.next) <= code.traps)
+    for block in blocks:
+        block.next = [one for one in block.next if one not in code.traps]
     return code
 
 
@@ -201,7 +213,7 @@ _NO_TARGETS = (
     "ST", "STG", "STS", "STL", "STSM", "STTM", "BAR", "BRA", "BRX", "EXIT", "RED", "REDG", "REDAS", "NOP", "DEPBAR",
     "LDGDEPBAR", "MEMBAR", "FENCE", "LDGSTS", "CALL", "RET", "BSSY", "BSYNC", "BREAK", "WARPSYNC", "ENDCOLLECTIVE",
     "CCTL", "CCTLL", "ERRBAR", "YIELD", "NANOSLEEP", "KILL", "WARPGROUP", "ARRIVES", "UTMALDG", "UTMASTG", "UCGABAR_WAIT",
-    "UCGABAR_ARV", "ACQBULK", "PREEXIT", "BPT", "UTMACMDFLUSH", "UBLKCP", "UTCBAR", "UTCHMMA", "UTCATOMSWS", "LDTM",
+    "UCGABAR_ARV", "ACQBULK", "PREEXIT", "BPT", "UTMACMDFLUSH", "UBLKCP", "UTCBAR", "UTCHMMA",
 )  # fmt: skip
 _TWO_PREDICATES = ("ISETP", "FSETP", "HSETP2", "DSETP", "PLOP3", "FCHK", "PSETP")
 
@@ -223,8 +235,10 @@ def plain(opcode: str) -> str:
 def _target_count(one: Sass) -> int:
     """How many of the first operands are written."""
     opcode = plain(one.opcode)
-    if opcode in _NO_TARGETS or opcode == "SYNCS" and "ARRIVE" in one.name:
+    if opcode in _NO_TARGETS or ("SYNCS" in one.name and "TRYWAIT" not in one.name):
         return 0
+    if opcode == "UTCATOMSWS":
+        return 2 if "FIND_AND_SET" in one.name else 0
     if opcode in _TWO_PREDICATES:
         return 1 if opcode == "FCHK" else 2
     if opcode == "R2P":

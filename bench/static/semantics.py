@@ -472,9 +472,9 @@ def _elected(one: Sass) -> Assignments:
     return [(place(one.operands[0]), "elected(m)")]
 
 
-def _arrived(one: Sass) -> Assignments:
-    """Whether all have come to a barrier in shared memory: a wait is taken to end at once."""
-    return [(place(one.operands[0]), "true")] if "TRYWAIT" in one.name else _refuse(one)
+def _at_once(one: Sass) -> Assignments:
+    """A wait at a barrier in shared memory, or for tensor memory, is taken to end at once."""
+    return [(place(one.operands[0]), "true")] if "TRYWAIT" in one.name or "FIND_AND_SET" in one.name else _refuse(one)
 
 
 def _all_predicates(one: Sass) -> Assignments:
@@ -502,11 +502,11 @@ _BUILD: dict[str, Callable[[Sass], Assignments]] = {
     "I2F": _to_float, "I2FP": _nearest_float, "FADD": _float_arithmetic, "FMUL": _float_arithmetic, "FFMA": _float_arithmetic,
     "F2I": _to_integer, "MUFU": _special, "HFMA2": _half_constant, "LDC": _constant,
     "LDCU": _constant, "S2R": _special_register, "S2UR": _special_register, "CS2R": _special_register,
-    "CS2UR": _special_register, "R2UR": _to_uniform, "SHFL": _shuffle, "VOTE": _vote, "ELECT": _elected, "SYNCS": _arrived, "P2R": _all_predicates,
+    "CS2UR": _special_register, "R2UR": _to_uniform, "SHFL": _shuffle, "VOTE": _vote, "VOTEU": _vote, "ELECT": _elected, "SYNCS": _at_once, "UTCATOMSWS": _at_once, "P2R": _all_predicates,
     "R2P": _into_predicates, "FCHK": _division_is_ordinary,
 }  # fmt: skip
 # What does not depend on its operands here.
-CONSTANT = ("FCHK", "SYNCS", "ELECT")
+CONSTANT = ("FCHK", "SYNCS", "UTCATOMSWS", "ELECT")
 
 
 # ---- what the expressions name --------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def is_request(one: Sass) -> bool:
 
 def steps_of(code: Code) -> list[list[Step]]:
     """The slice of every block, in order."""
-    facts = [[_Fact.of(one) for one in block.instructions] for block in code.blocks]
+    facts = [[_Fact.of(one, code) for one in block.instructions] for block in code.blocks]
     seen = [_seen(its_facts, at) for its_facts, at in zip(facts, _forward(code, facts), strict=True)]
     needed = _backward(code, seen)
     first, found = 0, []
@@ -53,9 +53,9 @@ class _Fact:
     masked: tuple[int, int] | None
 
     @staticmethod
-    def of(one: Sass) -> _Fact:
+    def of(one: Sass, code: Code) -> _Fact:
         needs = 0
-        if one.opcode in BRANCHES:
+        if one.opcode in BRANCHES and code.is_followed(one):
             needs = one.guards | sum(bits(source.split("`")[0], 1) for source in one.operands)
         elif is_request(one):
             needs = one.guards

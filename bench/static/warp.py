@@ -212,8 +212,10 @@ class _Program:
             leave(last, block, mask, condition)
 
     def _leave_bra(self, last: Sass, block: int, mask: np.ndarray, condition: np.ndarray | None) -> None:
-        taken = mask if condition is None else mask & condition
-        self._go(self.code.target(last), taken)
+        if not self.code.is_followed(last):
+            self._go(block + 1, mask)
+            return
+        self._go(self.code.target(last), mask if condition is None else mask & condition)
         if condition is not None:
             self._go(block + 1, mask & ~condition)
 
