@@ -3,9 +3,8 @@
     python bench/static/cuda_model.py [--variant tiny_lrf] [--device H100] [--batch 128] [--dtype bfloat16]
 
 The program of the tests (tests/cuda/cuda_on_cpu) prints the launches of a call with their arguments; nvcc compiles the
-kernels for the device; `instruction_counts` runs the machine code on the arguments, for every warp of some programs, and
-counts it. Bytes are those that the kernels' headers name; channels last, a sector of 32 bytes is
-the least. It needs nvcc and g++, and no GPU. Rows: bench/results/without-gpu/predicted_cuda.json; the operators are
+kernels for the device; `instruction_counts` runs the machine code on the arguments, for every warp of some programs.
+Bytes of the L2 are the sectors that a program asks for, bytes of memory those that the kernels' headers name. It needs nvcc and g++, and no GPU. Rows: bench/results/without-gpu/predicted_cuda.json; the operators are
 the aggregation and its gradients, with agg once more. No figure is measured: every one is a prediction.
 """
 
@@ -153,8 +152,13 @@ def _registers(disassembly: str, name: str) -> int:
     return 1 + max(map(int, re.findall(r"\bR(\d+)\b", section)))
 
 
-def moved(launch: Launch, call: Call) -> Bytes:
-    """Of a launch: passes over maps, channels last or planar, and over dgates of every block of channels."""
+def moved(launch: Launch, call: Call, sectors: float) -> Bytes:
+    """Of a launch whose programs ask for so many ``sectors`` each, on average.
+
+    Memory is asked once for what several programs share: passes over maps, channels last or planar, and over dgates of
+    every block of channels. A kernel that is not listed shares nothing.
+    """
+    asked = 32 * sectors * launch.grid
     levels, plane = call.stage.levels, 2 * call.outputs
     cuts = [line.split() for line in _lines(call)[2:]]
     block_c = int(next(cut for cut in cuts if cut[0] == ("backward" if call.backward else "forward"))[1])
@@ -168,9 +172,8 @@ def moved(launch: Launch, call: Call) -> Bytes:
         "gate_sums_kernel": (1, 0, gates),
         "add_global_kernel": (2, 0, gates),
         "sum_dgates_kernel": (0, 0, (dgates + gates) * (levels + 1)),
-    }.get(launch.kernel, (0, 0, 0))
-    sectors = max(1, 16 // block_c) if launch.kernel.startswith("toeplitz") else 1
-    return Bytes((last * sectors + planar) * plane + others, (last + planar) * plane + others)
+    }.get(launch.kernel, (None, 0, 0))
+    return Bytes(asked, asked if last is None else min(asked, (last + planar) * plane + others))
 
 
 @dataclass(frozen=True)
@@ -184,14 +187,25 @@ class _Used:
 def executed(launch: Launch, arch: int, programs: int = SAMPLE) -> list[Executed]:
     """What some programs of a launch execute."""
     made, grid = _compiled(launch.name, arch), (launch.grid, 1, 1)
-    given = warp.Launch(packed(made.parameters, launch.arguments), grid, launch.threads)
+    given = warp.Launch(_apart(packed(made.parameters, launch.arguments)), grid, launch.threads)
     return [made.kernel.executed(given, one, load_cycles(in_l2=1)) for one in sample_of(grid, programs)]
+
+
+def _apart(parameters: bytes) -> bytes:
+    """The parameters with every address in a stretch of its own: the program gives all tensors the same one."""
+    words = [parameters[first : first + 8] for first in range(0, len(parameters), 8)]
+    for number, word in enumerate(words):
+        if 1 << 40 <= int.from_bytes(word, "little") < 1 << 48:
+            words[number] = (number + 1 << 40).to_bytes(8, "little")
+    return b"".join(words)
 
 
 def predict_launch(launch: Launch, call: Call) -> Predicted:
     arch = call.processor.device.arch
     used = _Used(launch.name, _compiled(launch.name, arch).registers, launch.shared, launch.threads)
-    return predict(call.processor, used, executed(launch, arch), launch.grid, moved(launch, call))
+    found = executed(launch, arch)
+    sectors = sum(one.sectors for one in found) / len(found)
+    return predict(call.processor, used, found, launch.grid, moved(launch, call, sectors))
 
 
 def rows_of(call: Call) -> list[dict]:
@@ -265,7 +279,8 @@ def main(
 
 def show(rows: list[dict]) -> None:
     head = rows[0]
-    columns = ("predicted_us", "programs", "programs_per_sm", "waves", "registers", "shared", "instructions_per_output")
+    columns = ["predicted_us", "programs", "programs_per_sm", "waves", "registers", "shared"]
+    columns += ["instructions_per_output"]
     table = Table("launch", *columns, "us by resource")
     table.title = f"predicted, not measured: {head['variant']} stage {head['stage']}, {head['operator']}, {head['x']}"
     for row in [*rows[1:], head]:

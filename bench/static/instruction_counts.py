@@ -16,17 +16,19 @@ from warp import Launch, Machine, Run
 
 @dataclass(frozen=True)
 class Executed:
-    """Of one program. ``pipes``: instructions of warps; ``tensor``: multiply-adds; ``wavefronts``: of the L1.
+    """Of one program. ``pipes``: instructions of warps; ``wavefronts``: of the L1; multiply-adds of tensor cores:
+    ``mma`` by instructions of one warp, ``tensor`` by those of a group of warps.
 
     ``chain``: cycles that its warps need with nobody else on the processor, the slowest between any two barriers.
     ``opcodes``: instructions of warps by opcode; ``floats``: float32 multiply-adds, products and sums of a warp on
-    average; ``conflicts``: wavefronts beyond the least; ``sectors``: of device memory that are asked for.
+    average; ``conflicts``: wavefronts beyond the least; ``sectors``: different ones of device memory.
     """
 
     pipes: Mapping[str, float]
     tensor: float
     wavefronts: float
     chain: float
+    mma: float = 0.0
     floats: float = 0.0
     conflicts: float = 0.0
     sectors: float = 0.0
@@ -46,6 +48,7 @@ class Kernel:
         self._pipes = [pipe(one) for one in instructions]
         self._alone = np.array([wavefronts_alone(one) for one in instructions])
         self._tensor = np.array([multiply_adds(one) for one in instructions])
+        self._of_groups = np.array([one.opcode != "HMMA" for one in instructions])
         self._floats = np.array([floats(one) for one in instructions])
         self._sizes = [len(block.instructions) for block in self.machine.code.blocks]
 
@@ -61,14 +64,15 @@ class Kernel:
             opcodes[one.opcode] += count
         wavefronts, conflicts = self._wavefronts(run, times)
         return Executed(
-            {name: float(count) for name, count in pipes.items() if count},
-            float(times @ self._tensor),
-            float(wavefronts),
-            self._chain(run, load_cycles(in_l2=1) if load is None else load),
-            float(times @ self._floats) / warps,
-            float(conflicts),
-            float(sum(run.sectors.values())),
-            {name: count for name, count in opcodes.items() if count},
+            pipes={name: float(count) for name, count in pipes.items() if count},
+            tensor=float(times @ (self._tensor * self._of_groups)),
+            wavefronts=float(wavefronts),
+            chain=self._chain(run, load_cycles(in_l2=1) if load is None else load),
+            mma=float(times @ (self._tensor * ~self._of_groups)),
+            floats=float(times @ self._floats) / warps,
+            conflicts=float(conflicts),
+            sectors=float(run.different_sectors()),
+            opcodes={name: count for name, count in opcodes.items() if count},
         )
 
     def _wavefronts(self, run: Run, times: np.ndarray) -> tuple[int, int]:

@@ -1,10 +1,10 @@
 """What a warp's requests cost the L1: wavefronts with their bank conflicts, and sectors of device memory.
 
-Shared memory has 32 banks of 4 bytes; a wavefront serves each bank once, whichever threads want the same word. Requests
-of 8 and 16 bytes a thread are served half a warp and a quarter of one at a time, a matrix of LDSM and STSM eight rows of
-16 bytes at a time. A request for device memory takes a wavefront for every four sectors of 32 bytes: the tags of four
-lines are looked up in a cycle, and 128 bytes returned (NVIDIA's forum, "How does the LSU execute load/store
-instructions in the Ampere architecture", 273699).
+Shared memory has 32 banks of 4 bytes; a wavefront serves each bank once, whichever threads want the same word.
+Requests of 8 and 16 bytes a thread are served half a warp and a quarter of one at a time, a matrix of LDSM and STSM
+eight rows of 16 bytes at a time. A request for device memory takes a wavefront for every four sectors of 32 bytes: the
+tags of four lines are looked up in a cycle, and 128 bytes returned (NVIDIA's forum, "How does the LSU execute
+load/store instructions in the Ampere architecture", 273699).
 """
 
 from __future__ import annotations

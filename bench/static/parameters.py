@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.[a-z]+(\d+)\s+(?:\.ptr[^,)]*?\s)?([\w$]+)(?:\[(\d+)\])?\s*(?=[,)])")
+_PARAMETER = re.compile(
+    r"\.param\s+(?:\.align\s+(\d+)\s+)?\.[a-z]+(\d+)\s+(?:\.ptr[^,)]*?\s)?([\w$]+)(?:\[(\d+)\])?\s*(?=[,)])"
+)
 
 
 def layout(ptx: str, kernel: str | None = None) -> list[tuple[int, int]]:
@@ -32,8 +34,9 @@ def packed(places: Sequence[tuple[int, int]], values: Sequence[bytes]) -> bytes:
     Raises:
         ValueError: there are other parameters than values, or of other sizes.
     """
-    if [size for _, size in places] != [len(value) for value in values]:
-        raise ValueError(f"values: sizes {[len(one) for one in values]}, the kernel takes {[size for _, size in places]}")
+    sizes, wanted = [len(value) for value in values], [size for _, size in places]
+    if sizes != wanted:
+        raise ValueError(f"values: their sizes are {sizes}, the kernel takes {wanted}")
     data = bytearray(places[-1][0] + places[-1][1] if places else 0)
     for (first, size), value in zip(places, values, strict=True):
         data[first : first + size] = value

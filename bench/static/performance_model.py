@@ -3,7 +3,7 @@
     python bench/static/performance_model.py                           what is covered; rows of this source stay
     python bench/static/performance_model.py --variant base_lrf --device H100 --batch 128 --dtype bfloat16
 
-A launch is compiled for the device; `instruction_counts` multiplies its machine code by the trips of its loops. Then
+A launch is compiled for the device; `instruction_counts` runs its machine code (warp.py) for some programs. Then
 
     busy      programs on the busiest multiprocessor: whole waves, and what is left of the last one
     issue     their instructions over four a clock                pipe     those of one pipe over its rate
@@ -26,7 +26,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import torch
@@ -40,9 +40,9 @@ from compile_report import source
 from compiled import Resources, compile_launch, resources, tool
 from focalnet.kernels.plan import Case, Launch, Plan
 from instruction_counts import Executed, Kernel
-from parameters import layout, packed
 from launch_bytes import Bytes, bytes_of, ring_bytes
 from machine_code import load_cycles
+from parameters import layout, packed
 from processors import GAP, PROCESSORS, SCHEDULERS, Processor
 from rich.console import Console
 from rich.table import Table
@@ -109,7 +109,8 @@ def predict(
     }
     for pipe in ("fma", "alu", "special"):
         cycles[pipe] = busy * choose([one.pipes.get(pipe, 0) for one in executed]) / processor.rate(pipe)
-    cycles["tensor"] = busy * choose([one.tensor for one in executed]) / processor.tensor
+    matrix = [one.tensor + one.mma / processor.mma for one in executed]
+    cycles["tensor"] = busy * choose(matrix) / processor.tensor
     by = {name: value / processor.clock for name, value in cycles.items()}
     by |= {"l2": moved.l2 / processor.l2_bandwidth, "dram": moved.memory / processor.bandwidth}
     total = programs * _mean([one.instructions for one in executed])
@@ -128,7 +129,8 @@ def predict_launch(launch: Launch, plan: Plan, case: Case, processor: Processor)
     given = warp.Launch(_parameters(launch, made.parameters), launch.grid, made.used.threads)
     found = [made.kernel.executed(given, program, load) for program in sample_of(launch.grid, SAMPLE)]
     programs = math.prod(launch.grid)
-    if "PRECISION" in launch.constexprs and not any(one.tensor for one in found) and case.dtype.itemsize == 2:
+    on_tensor_cores = "PRECISION" in launch.constexprs and case.dtype.itemsize == 2
+    if on_tensor_cores and not any(one.tensor or one.mma for one in found):
         # Tensor cores of data center Blackwell: the shape of a product is not in the instruction.
         share = _multiply_adds(launch, case) / programs
         found = [_with_tensor(one, share) for one in found]
@@ -140,11 +142,12 @@ def _parameters(launch: Launch, places: list[tuple[int, int]]) -> bytes:
     values = [0 if value is None else value for value in launch.arguments.values()]
     numbers = [(index + 1) << 32 if isinstance(value, str) else int(value) for index, value in enumerate(values)]
     numbers += [0] * (len(places) - len(numbers))
-    return packed(places, [number.to_bytes(size, "little", signed=number < 0) for number, (_, size) in zip(numbers, places)])
+    sizes = (size for _, size in places)
+    return packed(places, [n.to_bytes(size, "little", signed=n < 0) for n, size in zip(numbers, sizes, strict=True)])
 
 
 def _with_tensor(one: Executed, multiply_adds: float) -> Executed:
-    return Executed(**{**asdict(one), "tensor": multiply_adds})
+    return replace(one, tensor=multiply_adds)
 
 
 def _multiply_adds(launch: Launch, case: Case) -> float:

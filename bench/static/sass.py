@@ -159,7 +159,8 @@ def _following(code: Code, number: int, returns: list[int]) -> list[int]:
 
 def _skips_the_slow_division(block: Block) -> bool:
     """FCHK asks whether a float division needs the slow way: numbers of usual size never do."""
-    return any(f"!{one.operands[0]}" == block.instructions[-1].guard for one in block.instructions if one.opcode == "FCHK")
+    guard = block.instructions[-1].guard
+    return any(one.opcode == "FCHK" and f"!{one.operands[0]}" == guard for one in block.instructions)
 
 
 def is_conditional(branch: Sass) -> bool:
@@ -212,8 +213,8 @@ def _predicates_at_once(one: Sass, opcode: str) -> int:
 _NO_TARGETS = (
     "ST", "STG", "STS", "STL", "STSM", "STTM", "BAR", "BRA", "BRX", "EXIT", "RED", "REDG", "REDAS", "NOP", "DEPBAR",
     "LDGDEPBAR", "MEMBAR", "FENCE", "LDGSTS", "CALL", "RET", "BSSY", "BSYNC", "BREAK", "WARPSYNC", "ENDCOLLECTIVE",
-    "CCTL", "CCTLL", "ERRBAR", "YIELD", "NANOSLEEP", "KILL", "WARPGROUP", "ARRIVES", "UTMALDG", "UTMASTG", "UCGABAR_WAIT",
-    "UCGABAR_ARV", "ACQBULK", "PREEXIT", "BPT", "UTMACMDFLUSH", "UBLKCP", "UTCBAR", "UTCHMMA",
+    "CCTL", "CCTLL", "ERRBAR", "YIELD", "NANOSLEEP", "KILL", "WARPGROUP", "ARRIVES", "UTMALDG", "UTMASTG",
+    "UCGABAR_WAIT", "UCGABAR_ARV", "ACQBULK", "PREEXIT", "BPT", "UTMACMDFLUSH", "UBLKCP", "UTCBAR", "UTCHMMA",
 )  # fmt: skip
 _TWO_PREDICATES = ("ISETP", "FSETP", "HSETP2", "DSETP", "PLOP3", "FCHK", "PSETP")
 

@@ -2,8 +2,8 @@
 
 A register is an array of 32 bits for every thread, a predicate one of truth values. Here stand integer arithmetic,
 comparisons, moves, and the float steps that integer divisions take: what branches and addresses are made of. An
-instruction that is not here is only counted; `computed` gives None for it. Sources: "PTX ISA" for what the operations
-mean; that nvcc's integer divisions, carries and funnel shifts come out right is tested against Python's.
+instruction that is not here is only counted; `computed` gives None for it. Sources: "CUDA Binary Utilities" for the
+names, "PTX ISA" for what the operations mean.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from collections.abc import Callable
 import numpy as np
 from sass import Sass, plain
 
-Array = np.ndarray
 Assignments = list[tuple[str, str]]
-U32, U64, I32, I64 = np.uint32, np.uint64, np.int32, np.int64
 MASK = (1 << 32) - 1
 
 
@@ -27,7 +25,7 @@ class Unknown(Exception):
 def computed(one: Sass) -> Assignments | None:
     """(register, expression) of what an instruction writes, or None.
 
-    Registers are R[i], U[i], P[i] and Q[i] (uniform predicates). The names in an expression are those of `NAMES`; k(o)
+    Registers are R[i], U[i], P[i] and Q[i] (uniform predicates). The names in an expression are those of lanes.NAMES; k(o)
     is a word of the constant bank at o, n(i) a number, s(name) a special register.
     """
     build = _BUILD.get(plain(one.opcode))
@@ -217,7 +215,8 @@ def _logic(one: Sass) -> Assignments:
 
 _LOGIC = {
     0xC0: "({0} & {1})", 0x30: "({0} & ~{1})", 0xFC: "({0} | {1})", 0x3C: "({0} ^ {1})", 0x33: "(~{1})",
-    0x0F: "(~{0})", 0xF8: "({0} | {1} & {2})", 0xEA: "({0} & {1} | {2})", 0xFE: "({0} | {1} | {2})", 0x80: "({0} & {1} & {2})",
+    0x0F: "(~{0})", 0xF8: "({0} | {1} & {2})", 0xEA: "({0} & {1} | {2})", 0xFE: "({0} | {1} | {2})",
+    0x80: "({0} & {1} & {2})",
     0x96: "({0} ^ {1} ^ {2})", 0xF0: "({0})", 0xCC: "({1})", 0xAA: "({2})", 0xE2: "({1} & {0} | ~{1} & {2})",
 }  # fmt: skip
 
@@ -397,7 +396,7 @@ def _half_constant(one: Sass) -> Assignments:
     if {a, b} - {"RZ", "-RZ"} or not all(re.fullmatch(_NUMBER, half) for half in both):
         raise Unknown(one.name)
     halves = np.array([float(low), float(high)], np.float16)
-    return [(place(target), f"n({int(halves.view(U32)[0])})")]
+    return [(place(target), f"n({int(halves.view(np.uint32)[0])})")]
 
 
 def _refuse(one: Sass) -> Assignments:
@@ -434,9 +433,11 @@ _SPECIAL = ("SR_TID.X", "SR_TID.Y", "SR_TID.Z", "SR_CTAID.X", "SR_CTAID.Y", "SR_
 def _special_register(one: Sass) -> Assignments:
     target, source = one.operands
     if source in ("SRZ", "URZ"):
-        return _pair(target, "z64") if plain(one.opcode) in ("CS2R", "CS2UR") and "32" not in one.suffixes else [
-            (place(target), "z")
-        ]
+        return (
+            _pair(target, "z64")
+            if plain(one.opcode) in ("CS2R", "CS2UR") and "32" not in one.suffixes
+            else [(place(target), "z")]
+        )
     if source not in _SPECIAL:
         raise Unknown(source)
     return [(place(target), f"s({source!r})")]
@@ -499,92 +500,12 @@ _BUILD: dict[str, Callable[[Sass], Assignments]] = {
     "MOV": _move, "IADD3": _add, "IADD": _add, "VIADD": _add, "IMAD": _multiply_add, "LEA": _lea, "SHF": _shift,
     "LOP3": _logic, "PLOP3": _predicates, "ISETP": _compare, "SEL": _select, "IMNMX": _extreme, "VIMNMX": _extreme,
     "VIADDMNMX": _extreme, "PRMT": _permute, "IABS": _absolute, "SGXT": _sign_extend, "POPC": _count_ones,
-    "I2F": _to_float, "I2FP": _nearest_float, "FADD": _float_arithmetic, "FMUL": _float_arithmetic, "FFMA": _float_arithmetic,
-    "F2I": _to_integer, "MUFU": _special, "HFMA2": _half_constant, "LDC": _constant,
+    "I2F": _to_float, "I2FP": _nearest_float, "FADD": _float_arithmetic, "FMUL": _float_arithmetic,
+    "FFMA": _float_arithmetic, "F2I": _to_integer, "MUFU": _special, "HFMA2": _half_constant, "LDC": _constant,
     "LDCU": _constant, "S2R": _special_register, "S2UR": _special_register, "CS2R": _special_register,
-    "CS2UR": _special_register, "R2UR": _to_uniform, "SHFL": _shuffle, "VOTE": _vote, "VOTEU": _vote, "ELECT": _elected, "SYNCS": _at_once, "UTCATOMSWS": _at_once, "P2R": _all_predicates,
-    "R2P": _into_predicates, "FCHK": _division_is_ordinary,
+    "CS2UR": _special_register, "R2UR": _to_uniform, "SHFL": _shuffle, "VOTE": _vote, "VOTEU": _vote,
+    "ELECT": _elected, "SYNCS": _at_once, "UTCATOMSWS": _at_once, "P2R": _all_predicates, "R2P": _into_predicates,
+    "FCHK": _division_is_ordinary,
 }  # fmt: skip
 # What does not depend on its operands here.
 CONSTANT = ("FCHK", "SYNCS", "UTCATOMSWS", "ELECT")
-
-
-# ---- what the expressions name --------------------------------------------------------------------------------------
-
-
-def _up(x: Array) -> Array:
-    return x.astype(U64)
-
-
-def _sext(x: Array) -> Array:
-    return x.view(I32).astype(I64).view(U64)
-
-
-def _low(x: Array) -> Array:
-    return x.astype(U32)
-
-
-def _high(x: Array) -> Array:
-    return (x >> _THIRTY_TWO).astype(U32)
-
-
-def _join(low: Array, high: Array) -> Array:
-    return low.astype(U64) | high.astype(U64) << _THIRTY_TWO
-
-
-_THIRTY_TWO = U64(32)
-
-
-def _float_up(number: Array) -> Array:
-    exact = number.astype(np.longdouble)
-    found = exact.astype(np.float32)
-    return np.where(found < exact, np.nextafter(found, np.float32(np.inf)), found).view(U32)
-
-
-def _truncated(number: Array, width: int) -> Array:
-    exact = np.nan_to_num(number.view(np.float32).astype(np.longdouble), nan=0.0, posinf=2.0**width)
-    return np.clip(np.trunc(exact), 0, np.longdouble(2) ** width - 1).astype(U64).astype(U32 if width == 32 else U64)
-
-
-def _reciprocal(number: Array) -> Array:
-    with np.errstate(divide="ignore", over="ignore"):
-        return (1.0 / number.view(np.float32).astype(np.float64)).astype(np.float32).view(U32)
-
-
-def _popcount(x: Array) -> Array:
-    return np.unpackbits(x.view(np.uint8).reshape(-1, 4), axis=1).sum(1).astype(U32)
-
-
-def _first(x: Array, active: Array | None) -> Array:
-    """Of every warp, what its first active thread holds."""
-    lanes = x.reshape(-1, 32)
-    chosen = 0 if active is None else active.reshape(-1, 32).argmax(1)
-    return np.repeat(lanes[np.arange(len(lanes)), chosen], 32)
-
-
-def _elect(active: Array) -> Array:
-    lanes = active.reshape(-1, 32)
-    return (lanes & (lanes.cumsum(1) == 1)).reshape(-1)
-
-
-def _ballot(x: Array, active: Array | None) -> Array:
-    lanes = (x if active is None else x & active).reshape(-1, 32)
-    return np.repeat(np.packbits(lanes, axis=1, bitorder="little").view(U32)[:, 0], 32)
-
-
-def _shuffled(x: Array, by: Array, mode: str) -> Array:
-    lane = np.arange(len(x)) % 32
-    other = by.astype(np.int64)
-    to = {"IDX": other, "BFLY": lane ^ other, "DOWN": lane + other, "UP": lane - other}[mode]
-    to = np.where((to < 0) | (to > 31), lane, to)
-    return x[np.arange(len(x)) - lane + to]
-
-
-NAMES = {
-    "up": _up, "sext": _sext, "low": _low, "high": _high, "join": _join, "float_up": _float_up,
-    "truncated": _truncated, "reciprocal": _reciprocal, "popcount": _popcount, "first": _first, "ballot": _ballot,
-    "elected": _elect,
-    "shuffled": _shuffled, "where": np.where, "least": np.minimum, "most": np.maximum, "abs": np.abs,
-    "cast": lambda x: x.astype(U32), "one": U64(1), "n64": U64, "int32": I32, "int64": I64, "uint32": U32, "float32": np.float32,
-    "uint64": U64,
-}  # fmt: skip

@@ -3,8 +3,8 @@
 Threads that stand at the same block run it together, as numpy arrays; the block that comes first in the text goes
 first. Within a warp they part where they branch differently and wait for each other as the code says (BSSY, BSYNC,
 BREAK), so a block counts once for a warp each time that any of its threads enters it. Only the slice of slices.py is
-computed; a branch that depends on anything else is refused. What a thread asks of memory is costed by memory_requests.py from
-the addresses of its warp; where these depend on memory, it is taken to have no conflicts.
+computed; a branch that depends on anything else is refused. memory_requests.py says what a request costs, from the
+addresses of its warp; where these depend on memory, it is taken to have no conflicts.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import memory_requests as requests
+import numpy as np
+from lanes import NAMES
 from sass import Code, Sass
-from semantics import NAMES, predicate, value
+from semantics import predicate, value
 from slices import Step, is_request, steps_of
 
 WARP = 32
@@ -41,7 +42,7 @@ class Launch:
 class Run:
     """Of one program. ``entered``: by block and warp; ``trace``: (block, its warps), in the order of time.
 
-    ``requests``, ``wavefronts``, ``sectors``: by instruction, all warps together.
+    ``requests``, ``wavefronts``, ``sectors``: by instruction, all warps together. ``asked``: numbers of sectors.
     """
 
     entered: np.ndarray
@@ -49,6 +50,11 @@ class Run:
     requests: Counter[int] = field(default_factory=Counter)
     wavefronts: Counter[int] = field(default_factory=Counter)
     sectors: Counter[int] = field(default_factory=Counter)
+    asked: list[np.ndarray] = field(default_factory=list)
+
+    def different_sectors(self) -> int:
+        """Of device memory, that the program reads or writes."""
+        return len(np.unique(np.concatenate(self.asked))) if self.asked else 0
 
 
 class Machine:
@@ -288,6 +294,8 @@ class _Program:
         if not asking:
             return
         size, device = requests.bytes_of_thread(one), addresses.dtype == np.uint64
+        if device:
+            self.result.asked.append(np.unique(addresses[active] >> np.uint64(5)))
         base = addresses[int(active.argmax())] & ~addresses.dtype.type(requests.LINE - 1)
         key = size, device, np.where(active, addresses - base, 0).tobytes(), active.tobytes()
         if key not in self._costs:
