@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import re
 import subprocess
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from assembly import Code, code_of
+from compile_cache import made_once
 from compiled import tool
 from loops import Loop, loops
 from machine_code import pipe
 from ptxas import FLAGS, kernel_name
 from rich.console import Console
 from rich.table import Table
-from sass import Code, code_of
 
 PIPES = ("fma", "alu", "memory", "special", "tensor", "control", "constant", "uniform")
 console = Console(width=150)
@@ -34,8 +34,11 @@ def compiled(source: Path, architecture: int, nvcc: str = "nvcc") -> tuple[str, 
     Raises:
         RuntimeError: nvcc does not compile it; the message is nvcc's.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        ptx, cubin = Path(folder, "code.ptx"), Path(folder, "code.cubin")
+    texts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.*h")))]
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+
+    def make(folder: Path) -> None:
+        ptx, cubin = folder / "code.ptx", folder / "code.cubin"
         target = f"-arch=sm_{architecture}"
         # From PTX to a cubin, not from the source again: nvcc would name what is in no namespace anew.
         for kind, given, path in (("--ptx", source, ptx), ("--cubin", ptx, cubin)):
@@ -45,7 +48,10 @@ def compiled(source: Path, architecture: int, nvcc: str = "nvcc") -> tuple[str, 
             if ended.returncode:
                 raise RuntimeError(f"{source} for sm_{architecture}: {ended.stderr}")
         shown = subprocess.run([tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True)
-        return ptx.read_text(), shown.stdout
+        (folder / "code.sass").write_text(shown.stdout)
+
+    folder = made_once([version, *FLAGS, str(architecture), *texts], make)
+    return (folder / "code.ptx").read_text(), (folder / "code.sass").read_text()
 
 
 def names(ptx: str) -> list[str]:

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from machine_code import Chain, floats, load_cycles, multiply_adds, pipe, wavefronts_alone
-from sass import code_of
+from assembly import code_of
+from machine_code import Chain, float_operations, load_cycles, multiply_adds, pipe, wavefronts_alone
 from warp import Launch, Machine, Run
 
 
@@ -20,8 +20,8 @@ class Executed:
     ``mma`` by instructions of one warp, ``tensor`` by those of a group of warps.
 
     ``chain``: cycles that its warps need with nobody else on the processor, the slowest between any two barriers.
-    ``opcodes``: instructions of warps by opcode; ``floats``: float32 multiply-adds, products and sums of a warp on
-    average; ``conflicts``: wavefronts beyond the least; ``sectors``: different ones of device memory.
+    ``opcodes``: instructions of warps by opcode; ``operations``: float32 ones of a warp on average, two for a
+    multiply-add; ``conflicts``: wavefronts beyond the least; ``sectors``: different ones of device memory.
     """
 
     pipes: Mapping[str, float]
@@ -29,7 +29,7 @@ class Executed:
     wavefronts: float
     chain: float
     mma: float = 0.0
-    floats: float = 0.0
+    operations: float = 0.0
     conflicts: float = 0.0
     sectors: float = 0.0
     opcodes: Mapping[str, int] | None = None
@@ -49,7 +49,7 @@ class Kernel:
         self._alone = np.array([wavefronts_alone(one) for one in instructions])
         self._tensor = np.array([multiply_adds(one) for one in instructions])
         self._of_groups = np.array([one.opcode != "HMMA" for one in instructions])
-        self._floats = np.array([floats(one) for one in instructions])
+        self._floats = np.array([float_operations(one) for one in instructions])
         self._sizes = [len(block.instructions) for block in self.machine.code.blocks]
 
     def executed(self, launch: Launch, program: Sequence[int], load: int | None = None) -> Executed:
@@ -69,7 +69,7 @@ class Kernel:
             wavefronts=float(wavefronts),
             chain=self._chain(run, load_cycles(in_l2=1) if load is None else load),
             mma=float(times @ (self._tensor * ~self._of_groups)),
-            floats=float(times @ self._floats) / warps,
+            operations=float(times @ self._floats) / warps,
             conflicts=float(conflicts),
             sectors=float(run.different_sectors()),
             opcodes={name: count for name, count in opcodes.items() if count},

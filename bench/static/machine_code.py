@@ -11,8 +11,8 @@ import functools
 import re
 from collections.abc import Iterable
 
+from assembly import Block, Sass
 from memory_requests import asking_lanes, bytes_of_thread
-from sass import Block, Sass
 
 # First letters of an instruction's name -> pipe; the longest that fits.
 PIPES = {
@@ -43,7 +43,7 @@ LATENCY = {"fma": 4, "alu": 5, "uniform": 8, "special": 20, "tensor": 33, "const
 SHARED, SHUFFLE, BARRIER = 26, 24, 30
 # Of a load from global memory that the L1 answers, or the L2, or memory.
 LOADS = (33, 270, 700)
-_FLOATS = {"FFMA": 1, "FMUL": 1, "FADD": 1, "FFMA2": 2, "FMUL2": 2, "FADD2": 2}
+_FLOATS = {"FFMA": 2, "FMUL": 1, "FADD": 1, "FFMA2": 4, "FMUL2": 2, "FADD2": 2, "FHFMA": 2}
 
 
 def load_cycles(in_l2: float) -> int:
@@ -86,8 +86,8 @@ def multiply_adds(one: Sass) -> int:
     return 0
 
 
-def floats(one: Sass) -> int:
-    """Float32 multiply-adds, products and sums of a thread."""
+def float_operations(one: Sass) -> int:
+    """Float32 products and sums of a thread."""
     return _FLOATS.get(one.opcode, 0)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 
 import numpy as np
-from sass import Sass
+from assembly import Sass
 
 WARP, BANKS, LINE = 32, 32, 128
 SECTOR, SECTORS = 32, 4  # bytes; of a wavefront

@@ -126,7 +126,7 @@ def predict_launch(launch: Launch, plan: Plan, case: Case, processor: Processor)
     arch = processor.device.arch
     made = _compiled(_Key(launch, types, arch))
     load = load_cycles(min(1.0, processor.device.on_chip_bytes / max(1, ring_bytes(launch, plan))))
-    given = warp.Launch(_parameters(launch, made.parameters), launch.grid, made.used.threads)
+    given = warp.Launch(parameters_of(launch, made.parameters), launch.grid, made.used.threads)
     found = [made.kernel.executed(given, program, load) for program in sample_of(launch.grid, SAMPLE)]
     programs = math.prod(launch.grid)
     on_tensor_cores = "PRECISION" in launch.constexprs and case.dtype.itemsize == 2
@@ -137,7 +137,7 @@ def predict_launch(launch: Launch, plan: Plan, case: Case, processor: Processor)
     return predict(processor, made.used, found, programs, bytes_of(launch, plan, case, processor.device))
 
 
-def _parameters(launch: Launch, places: list[tuple[int, int]]) -> bytes:
+def parameters_of(launch: Launch, places: list[tuple[int, int]]) -> bytes:
     """Numbers as they are; a tensor's address is any that is aligned; what Triton adds is null."""
     values = [0 if value is None else value for value in launch.arguments.values()]
     numbers = [(index + 1) << 32 if isinstance(value, str) else int(value) for index, value in enumerate(values)]

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 
 import numpy as np
-from sass import Sass, plain
+from assembly import Sass, plain
 
 Assignments = list[tuple[str, str]]
 MASK = (1 << 32) - 1
@@ -25,8 +25,8 @@ class Unknown(Exception):
 def computed(one: Sass) -> Assignments | None:
     """(register, expression) of what an instruction writes, or None.
 
-    Registers are R[i], U[i], P[i] and Q[i] (uniform predicates). The names in an expression are those of lanes.NAMES; k(o)
-    is a word of the constant bank at o, n(i) a number, s(name) a special register.
+    Registers are R[i], U[i], P[i] and Q[i] (uniform predicates). The names in an expression are those of lanes.NAMES;
+    k(o) is a word of the constant bank at o, n(i) a number, s(name) a special register.
     """
     build = _BUILD.get(plain(one.opcode))
     if build is None:

@@ -1,15 +1,15 @@
 """Which instructions of a kernel must be computed to know where control goes and which addresses are asked for.
 
 Two passes over the blocks. Forward: registers that may hold something unknown, which is what memory holds and what
-semantics.py does not compute; bit by bit where predicates are kept in a register. Backward: registers that a branch, or
-the address of a request, still needs. An instruction belongs to the slice if it writes one of those.
+semantics.py does not compute; bit by bit where predicates are kept in a register. Backward: registers that a branch,
+or the address of a request, still needs. An instruction belongs to the slice if it writes one of those.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sass import FIRST, Code, Sass, bits
+from assembly import FIRST, Code, Sass, bits
 from semantics import CONSTANT, Assignments, computed
 
 BRANCHES = ("BRA", "EXIT", "RET", "CALL", "BRX", "BREAK", "JMP", "JMX", "KILL")

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 import memory_requests as requests
 import numpy as np
+from assembly import Code, Sass
 from lanes import NAMES
-from sass import Code, Sass
 from semantics import predicate, value
 from slices import Step, is_request, steps_of
 
