@@ -1,18 +1,21 @@
-"""Predicts the time of csrc/cuda's launches in 16 bit, as performance_model.py predicts that of Triton's.
+"""Predicts the time of csrc/cuda's launches, as performance_model.py predicts that of Triton's.
 
-    python bench/static/cuda_model.py [--variant tiny_lrf] [--device H100] [--batch 128] [--dtype bfloat16]
+    python bench/static/cuda_model.py                                  all that is covered, in two processes
+    python bench/static/cuda_model.py --variant tiny_lrf --device H100 --batch 128 --dtype bfloat16 [--dry]
 
 The program of the tests (tests/cuda/cuda_on_cpu) prints the launches of a call with their arguments; nvcc compiles the
-kernels for the device; `instruction_counts` runs the PTX's integer arithmetic on the arguments, for every warp of some
-blocks, and counts machine code. Bytes are those that the kernels' headers name; channels last, a sector of 32 bytes is
-the least. It needs nvcc and g++, and no GPU. Rows: bench/results/without-gpu/predicted_cuda.json; the operators are
-the aggregation and its gradients, with agg once more. No figure is measured: every one is a prediction.
+kernels for the device; `instruction_counts` runs the machine code on the arguments, for every warp of some programs.
+Bytes of the L2 are the sectors that a program asks for, bytes of memory those that the kernels' headers name. It needs
+nvcc and g++, and no GPU. Rows: bench/results/without-gpu/predicted_cuda.json; the operators are the aggregation and
+its gradients, with agg once more. compile_cache.py keeps what was compiled. No figure is measured.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import hashlib
+import itertools
 import re
 import subprocess
 import sys
@@ -23,10 +26,13 @@ from typing import Annotated
 
 import torch
 import typer
-from cuda_code import compiled, kernel, names
-from instruction_counts import Kernel
+import warp
+from compile_cache import made_once
+from cuda_code import compiled, names
+from instruction_counts import Executed, Kernel
 from launch_bytes import Bytes
 from machine_code import load_cycles
+from parameters import layout, packed
 from performance_model import SAMPLE, Predicted, microseconds, predict, sample_of
 from processors import GAP, PROCESSORS, Processor
 from ptxas import kernel_name
@@ -42,7 +48,15 @@ import cuda_program
 
 FILE = "predicted_cuda"
 SOURCES = [path for ending in ("cu", "cuh", "h", "cpp") for path in sorted(ROOT.glob(f"csrc/cuda/*.{ending}"))]
-console = Console(width=150)
+Case = tuple[str, str, str, int]  # variant, device, dtype, batch
+# Without float32: its kernels jump through a table in constant memory (BRX), which warp.py does not follow.
+COVERED: tuple[Case, ...] = (
+    *itertools.product(("tiny_lrf",), PROCESSORS, ("bfloat16",), (1, 8, 128)),
+    *itertools.product(("tiny_lrf",), ("A100", "H100", "B200"), ("float16",), (1, 8, 128)),
+    *itertools.product(("base_lrf", "large_fl3"), ("H100",), ("bfloat16",), (128,)),
+    *itertools.product(("large_fl3",), ("H100",), ("bfloat16",), (8, 32)),
+)
+console = Console(width=180)
 
 
 @dataclass(frozen=True)
@@ -87,8 +101,10 @@ class Call:
 
 @functools.cache
 def program() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="focalnet-cuda-model-"))
-    return cuda_program.compile_sources(folder)
+    texts = [
+        path.read_bytes() for path in (*SOURCES, *sorted((cuda_program.TESTS / "cuda" / "cuda_on_cpu").iterdir()))
+    ]
+    return made_once([cuda_program.FLAGS, *texts], cuda_program.compile_sources) / "kernels"
 
 
 def _lines(call: Call, *more: str) -> list[str]:
@@ -120,17 +136,29 @@ def launches(call: Call) -> list[Launch]:
     return found
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel to run, its registers, and (offset, bytes) of its parameters."""
+
+    kernel: Kernel
+    registers: int
+    parameters: list[tuple[int, int]]
+
+
 @functools.cache
-def _kernels(source: Path, arch: int) -> dict[str, tuple[Kernel, int]]:
-    """(kernel, registers) of a source, by name."""
+def _texts(source: Path, arch: int) -> tuple[str, str, dict[str, str]]:
+    """(PTX, disassembly, symbols of the kernels by name) of a source."""
     ptx, shown = compiled(source, arch)
-    return {kernel_name(name): (kernel(ptx, shown, name), _registers(shown, name)) for name in names(ptx)}
+    return ptx, shown, {kernel_name(symbol): symbol for symbol in names(ptx)}
 
 
-def _kernel(launch: Launch, arch: int) -> tuple[Kernel, int]:
-    defines = re.compile(rf"__global__[^;{{]*\b{launch.kernel}\(")
+@functools.cache
+def _compiled(name: str, arch: int) -> Compiled:
+    defines = re.compile(rf"__global__[^;{{]*\b{name.split('<')[0]}\(")
     source = next(path for path in SOURCES if path.suffix == ".cu" and defines.search(path.read_text()))
-    return _kernels(source, arch)[launch.name]
+    ptx, shown, symbols = _texts(source, arch)
+    symbol = symbols[name]
+    return Compiled(Kernel(shown, arch, symbol), _registers(shown, symbol), layout(ptx, symbol))
 
 
 def _registers(disassembly: str, name: str) -> int:
@@ -139,18 +167,13 @@ def _registers(disassembly: str, name: str) -> int:
     return 1 + max(map(int, re.findall(r"\bR(\d+)\b", section)))
 
 
-def _arguments(found: Kernel, launch: Launch) -> dict[str, int]:
-    """Every number of every parameter, by place and width."""
-    return {
-        f"{name}+{place}.{8 * size}": int.from_bytes(data[place : place + size], "little")
-        for (name, _), data in zip(found.ptx.parameters, launch.arguments, strict=True)
-        for size in (1, 2, 4, 8)
-        for place in range(0, len(data) - size + 1, size)
-    }
+def moved(launch: Launch, call: Call, sectors: float) -> Bytes:
+    """Of a launch whose programs ask for so many ``sectors`` each, on average.
 
-
-def moved(launch: Launch, call: Call) -> Bytes:
-    """Of a launch: passes over maps, channels last or planar, and over dgates of every block of channels."""
+    Memory is asked once for what several programs share: passes over maps, channels last or planar, and over dgates of
+    every block of channels. A kernel that is not listed shares nothing.
+    """
+    asked = 32 * sectors * launch.grid
     levels, plane = call.stage.levels, 2 * call.outputs
     cuts = [line.split() for line in _lines(call)[2:]]
     block_c = int(next(cut for cut in cuts if cut[0] == ("backward" if call.backward else "forward"))[1])
@@ -164,9 +187,8 @@ def moved(launch: Launch, call: Call) -> Bytes:
         "gate_sums_kernel": (1, 0, gates),
         "add_global_kernel": (2, 0, gates),
         "sum_dgates_kernel": (0, 0, (dgates + gates) * (levels + 1)),
-    }.get(launch.kernel, (0, 0, 0))
-    sectors = max(1, 16 // block_c) if launch.kernel.startswith("toeplitz") else 1
-    return Bytes((last * sectors + planar) * plane + others, (last + planar) * plane + others)
+    }.get(launch.kernel, (None, 0, 0))
+    return Bytes(asked, asked if last is None else min(asked, (last + planar) * plane + others))
 
 
 @dataclass(frozen=True)
@@ -177,22 +199,28 @@ class _Used:
     threads: int
 
 
+def executed(launch: Launch, arch: int, programs: int = SAMPLE) -> list[Executed]:
+    """What some programs of a launch execute."""
+    made, grid = _compiled(launch.name, arch), (launch.grid, 1, 1)
+    given = warp.Launch(_apart(packed(made.parameters, launch.arguments)), grid, launch.threads)
+    return [made.kernel.executed(given, one, load_cycles(in_l2=1)) for one in sample_of(grid, programs)]
+
+
+def _apart(parameters: bytes) -> bytes:
+    """The parameters with every address in a stretch of its own: the program gives all tensors the same one."""
+    words = [parameters[first : first + 8] for first in range(0, len(parameters), 8)]
+    for number, word in enumerate(words):
+        if 1 << 40 <= int.from_bytes(word, "little") < 1 << 48:
+            words[number] = (number + 1 << 40).to_bytes(8, "little")
+    return b"".join(words)
+
+
 def predict_launch(launch: Launch, call: Call) -> Predicted:
-    found, registers = _kernel(launch, call.processor.device.arch)
-    arguments = _arguments(found, launch)
-    executed = [
-        found.executed(
-            arguments,
-            program,
-            (launch.grid, 1, 1),
-            launch.threads,
-            warps=range(-(-launch.threads // 32)),
-            load=load_cycles(in_l2=1),
-        )
-        for program in sample_of((launch.grid, 1, 1), SAMPLE)
-    ]
-    used = _Used(launch.name, registers, launch.shared, launch.threads)
-    return predict(call.processor, used, executed, launch.grid, moved(launch, call))
+    arch = call.processor.device.arch
+    used = _Used(launch.name, _compiled(launch.name, arch).registers, launch.shared, launch.threads)
+    found = executed(launch, arch)
+    sectors = sum(one.sectors for one in found) / len(found)
+    return predict(call.processor, used, found, launch.grid, moved(launch, call, sectors))
 
 
 def rows_of(call: Call) -> list[dict]:
@@ -228,6 +256,7 @@ def rows_of(call: Call) -> list[dict]:
         "subject": "all",
         "predicted_us": microseconds(sum(one.seconds + GAP for one in found)),
         "launches": len(found),
+        "fewest_programs": min(one.programs for one in found),
         "instructions_per_output": round(32 * sum(one.instructions for one in found) / call.outputs, 1),
         "digest": digest(),
     }
@@ -240,37 +269,48 @@ def digest() -> str:
 
 
 def main(
-    variant: Annotated[list[str], typer.Option(help="Published variants.")] = ["tiny_lrf"],  # noqa: B006
-    device: Annotated[list[str], typer.Option(help="A100, RTX 4090, H100.")] = ["H100"],  # noqa: B006
-    batch: Annotated[list[int], typer.Option(help="Images.")] = [128],  # noqa: B006
-    dtype: Annotated[list[str], typer.Option(help="bfloat16, float16.")] = ["bfloat16"],  # noqa: B006
+    variant: Annotated[list[str] | None, typer.Option(help="Published variants.")] = None,
+    device: Annotated[list[str] | None, typer.Option(help="A100, RTX 4090, H100, B200.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Images.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="bfloat16, float16, float32.")] = None,
     stage: Annotated[list[int], typer.Option(help="Stages, from 1.")] = [1, 2, 3, 4],  # noqa: B006
+    jobs: Annotated[int, typer.Option(help="Processes.")] = 2,
     dry: Annotated[bool, typer.Option(help="Print only.")] = False,
 ) -> None:
-    """Predict, print a table, and write the rows."""
-    calls = [
-        Call(stages(one)[number - 1], images, getattr(torch, type_name), PROCESSORS[name], backward)
-        for name in device
-        for type_name in dtype
-        for one in variant
-        for images in batch
-        for number in stage
+    """Predict, print a table for each call, and write the rows; by default all that is covered."""
+    chosen = (variant, device, dtype, batch)
+    defaults = (["tiny_lrf"], ["H100"], ["bfloat16"], [128])
+    cases = [*itertools.product(*(given or default for given, default in zip(chosen, defaults, strict=True)))]
+    # A process keeps what it disassembled: cases of one device and dtype follow each other.
+    cases = sorted(cases if any(chosen) else COVERED, key=lambda case: case[1:3])
+    program()
+    with concurrent.futures.ProcessPoolExecutor(min(jobs, len(cases))) as pool:
+        for rows_of_case in pool.map(_rows_of_case, cases, itertools.repeat(tuple(stage))):
+            for rows in rows_of_case:
+                show(rows)
+            if not dry:
+                write([row | versions() for rows in rows_of_case for row in rows], FILE, NOWHERE)
+
+
+def _rows_of_case(case: Case, numbers: tuple[int, ...]) -> list[list[dict]]:
+    variant, device, dtype, batch = case
+    return [
+        rows_of(Call(stages(variant)[number - 1], batch, getattr(torch, dtype), PROCESSORS[device], backward))
+        for number in numbers
         for backward in (False, True)
     ]
-    for call in calls:
-        rows = rows_of(call)
-        show(rows)
-        if not dry:
-            write([row | versions() for row in rows], FILE, NOWHERE)
 
 
 def show(rows: list[dict]) -> None:
     head = rows[0]
-    columns = ("predicted_us", "bound", "programs", "programs_per_sm", "waves", "registers", "shared")
-    table = Table("launch", *columns, "instructions_per_output")
+    columns = ["predicted_us", "programs", "programs_per_sm", "waves", "registers", "shared"]
+    columns += ["instructions_per_output"]
+    table = Table("launch", *columns, "us by resource")
     table.title = f"predicted, not measured: {head['variant']} stage {head['stage']}, {head['operator']}, {head['x']}"
     for row in [*rows[1:], head]:
-        table.add_row(row["subject"], *(str(row.get(name, "")) for name in (*columns, "instructions_per_output")))
+        by = sorted(row.get("us_by", {}).items(), key=lambda item: -item[1])
+        cells = (str(row.get(name, "")) for name in columns)
+        table.add_row(row["subject"], *cells, ", ".join(f"{name} {us:.0f}" for name, us in by))
     console.print(table)
 
 

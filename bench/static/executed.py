@@ -1,14 +1,15 @@
-"""How often a thread executes each part of a kernel: the integer arithmetic of its PTX, run on the launch's numbers.
+"""How often a thread executes each part of a kernel's PTX, run on the launch's numbers: a check of warp.py.
 
 Which way a kernel branches depends on its numbers, on the program and on the thread, never on what tensors hold. So
-only the instructions that lead to a branch are run, and those take milliseconds in Python where the kernel would take
-an hour. `Ptx` cuts the text into blocks; `Ptx.counts` runs one thread and counts how often it enters each.
+only the instructions that lead to a branch are run. `Ptx` cuts the text into blocks; `Ptx.counts` runs one thread and
+counts how often it enters each; `operations` counts instructions by name. The tests hold machine code to it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 MAX_STEPS = 20_000_000
@@ -159,6 +160,29 @@ class Ptx:
             return act
         register, wanted = instruction.predicate
         return lambda registers: act(registers) if bool(registers[register]) == wanted else None
+
+
+def operations(
+    ptx: Ptx, arguments: Mapping[str, int], program: tuple[int, ...], grid: tuple[int, ...], threads: int
+) -> Counter[str]:
+    """Instructions by name that the first threads of all warps execute."""
+    found: Counter[str] = Counter()
+    for warp in range(-(-threads // 32)):
+        entered = ptx.counts(arguments, program, grid, 32 * warp, threads)
+        for block, times in zip(ptx.blocks, entered, strict=True):
+            for instruction in block.instructions:
+                found[instruction.name] += times
+    return found
+
+
+def arguments_of(ptx: Ptx, values: Sequence[bytes]) -> dict[str, int]:
+    """Every number of every parameter, by place and width, from their bytes."""
+    return {
+        f"{name}+{place}.{8 * size}": int.from_bytes(data[place : place + size], "little")
+        for (name, _), data in zip(ptx.parameters, values, strict=True)
+        for size in (1, 2, 4, 8)
+        for place in range(0, len(data) - size + 1, size)
+    }
 
 
 def _branches(instruction: Instruction) -> bool:

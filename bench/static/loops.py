@@ -1,20 +1,14 @@
-"""Loops of a control flow graph, and which loop of one program text is which loop of another.
+"""Loops of a control flow graph, a list of the successors of each block; block 0 is the entry.
 
-A graph is a list: the successors of each block, in the order of the text; block 0 is the entry. A loop has one header
-that dominates all its blocks. PTX and the machine code made of it have the same loops, and control reaches them in the
-same order, wherever their blocks lie in the text; but the assembler may have unrolled some. `align` pairs them by what
-they hold.
+A loop has one header that dominates all its blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 Graph = Sequence[Sequence[int]]
-# What weight costs that two paired loops do not have in common; weight that stays alone costs 1. A loop that was
-# unrolled by four should still find its partner.
-APART = 1.5
 
 
 @dataclass
@@ -109,38 +103,3 @@ def _body(latch: int, header: int, predecessors: list[list[int]]) -> set[int]:
                 found.add(block)
                 todo.append(block)
     return found
-
-
-def align(
-    first: Loop, second: Loop, weight_of_first: Callable[[Loop], float], weight_of_second: Callable[[Loop], float]
-) -> list[tuple[Loop, Loop]]:
-    """Pairs of loops that are the same one, from the outside in; a loop without a partner is in no pair.
-
-    A weight says how much a loop holds. Loops inside a pair are paired in order, so that as little weight as possible
-    stays alone or differs.
-    """
-    pairs = [(first, second)]
-    left, right = first.inner, second.inner
-    costs: dict[tuple[int, int], tuple[float, str]] = {(0, 0): (0.0, "")}
-    for i in range(len(left) + 1):
-        for j in range(len(right) + 1):
-            options = []
-            if i:
-                options.append((costs[i - 1, j][0] + weight_of_first(left[i - 1]), "left"))
-            if j:
-                options.append((costs[i, j - 1][0] + weight_of_second(right[j - 1]), "right"))
-            if i and j:
-                apart = abs(weight_of_first(left[i - 1]) - weight_of_second(right[j - 1]))
-                options.append((costs[i - 1, j - 1][0] + APART * apart, "both"))
-            if options:
-                costs[i, j] = min(options)
-    i, j = len(left), len(right)
-    inner = []
-    while i or j:
-        step = costs[i, j][1]
-        if step == "both":
-            inner.append((left[i - 1], right[j - 1]))
-        i, j = i - (step != "right"), j - (step != "left")
-    for one, other in reversed(inner):
-        pairs += align(one, other, weight_of_first, weight_of_second)
-    return pairs

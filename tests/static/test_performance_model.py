@@ -5,20 +5,25 @@ Its figures are predictions. Nothing in them was measured.
 
 import itertools
 import math
+from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
 import performance_model
 import pytest
 import torch
+import warp
 from all_launches import arguments_of
+from assembly import code_of
 from bytes_moved import case_of, plan_of
 from compiled import Pointer, Resources, compile_launch
-from executed import Ptx
+from executed import Ptx, operations
+from executed import arguments_of as ptx_arguments
 from instruction_counts import Executed, Kernel
 from launch_bytes import Bytes
-from loops import align, loops
-from machine_code import blocks_of, load_cycles
+from loops import loops
+from machine_code import Chain, load_cycles, multiply_adds, pipe, wavefronts_alone
+from parameters import layout, packed
 from performance_model import FILE, PREDICTED, disassembled, plan_digest, predict
 from processors import H100, PROCESSORS, RTX_4090
 from toy_kernels import walk_kernel
@@ -42,18 +47,24 @@ def walk():
         {"num_warps": 4, "num_stages": 1},
         90,
     )
-    return Kernel(made.asm["ptx"], disassembled(made.asm["cubin"]))
+    return Kernel(disassembled(made.asm["cubin"]), 90), layout(made.asm["ptx"])
 
 
 @pytest.mark.parametrize("n, inner", [(1000, 3), (128, 1), (1, 7)])
 def test_the_trips_of_nested_loops_follow_from_the_numbers_of_a_launch(walk, n, inner):
     """Every program walks over every second block of 128, and adds each of them ``inner`` times."""
-    names = [name for name, _ in walk.ptx.parameters]
-    arguments = {names[2]: n, names[3]: inner}
+    kernel, places = walk
+    values = [1 << 32, 2 << 32, n, inner, 0, 0][: len(places)]
+    parameters = packed(
+        places, [value.to_bytes(size, "little") for value, (_, size) in zip(values, places, strict=True)]
+    )
     for program in (0, 1):
         blocks = len(range(program, math.ceil(n / 128), 2))
-        found = walk.executed(arguments, (program, 0, 0), (2, 1, 1), 128)
-        assert found.floats_of_ptx == blocks * inner
+        found = kernel.executed(warp.Launch(parameters, (2, 1, 1), 128), (program, 0, 0))
+        # The assembler unrolled the inner loop by four: up to three instructions whose guard is off take their slot.
+        assert blocks * inner <= found.opcodes.get("FFMA", 0) / 4 <= blocks * (inner + 3)
+        elements = (min(128, n - 128 * block) for block in range(program, math.ceil(n / 128), 2))
+        assert found.sectors == sum(2 * math.ceil(count / 8) for count in elements)
 
 
 def test_a_branch_on_what_a_tensor_holds_is_refused():
@@ -83,29 +94,27 @@ def test_loops_are_found_and_nested_by_their_headers():
     assert (last.header, last.own) == (5, {5})
 
 
-def test_a_loop_that_was_unrolled_has_no_partner_and_the_others_keep_theirs():
-    three = loops([[1], [1, 2], [2, 3], [3, 4], []])
-    two = loops([[1], [1, 2], [2, 3], []])
-    weights = {1: 96, 2: 160, 3: 224}
-    pairs = align(two, three, lambda loop: {1: 96, 2: 224}[loop.header], lambda loop: weights[loop.header])
-    assert [(one.header, other.header) for one, other in pairs[1:]] == [(1, 1), (2, 3)]
+# Instructions of PTX that are one float32 operation, and two; division takes ten of the machine's.
+OPERATIONS = {"add.f32": 1, "sub.f32": 1, "mul.f32": 1, "fma.rn.f32": 2, "div.rn.f32": 10, "div.full.f32": 10}
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 4])
 @pytest.mark.parametrize("operator, kernel", [("gated_aggregation", "fwd"), ("gated_aggregation_bwd", "bwd")])
-def test_machine_code_and_ptx_agree_on_the_arithmetic_of_a_kernel_of_levels(operator, kernel):
-    """Every float32 operation of the PTX is counted by its own block: the machine code's loops must add up to it."""
-    case = case_of(operator, stages("tiny_lrf")[0], 128, torch.bfloat16)
+def test_machine_code_and_ptx_agree_on_the_arithmetic_of_a_kernel_of_levels(operator, kernel, stage):
+    """The PTX's integer arithmetic is run by executed.py, which shares no code with warp.py."""
+    case = case_of(operator, stages("tiny_lrf")[stage - 1], 128, torch.bfloat16)
     plan = plan_of(operator, case, H100.device)
     launch = next(one for one in plan.launches if one.name == f"gated_aggregation_{kernel}_kernel")
     made = compile_launch(launch.kernel, arguments_of(launch, plan.dtype_of()), launch.options, 90)
-    found = Kernel(made.asm["ptx"], disassembled(made.asm["cubin"]))
-    names = [name for name, _ in found.ptx.parameters]
-    arguments = {
-        names[place]: value for place, value in enumerate(launch.arguments.values()) if not isinstance(value, str)
-    }
-    counted = found.executed(arguments, (0, 0, 0), launch.grid, 128)
-    assert counted.floats == pytest.approx(counted.floats_of_ptx, rel=0.02)
+    ptx, places = Ptx(made.asm["ptx"]), layout(made.asm["ptx"])
+    parameters = performance_model.parameters_of(launch, places)
+    values = [parameters[first : first + size] for first, size in places]
+    given = warp.Launch(parameters, launch.grid, 128)
+    counted = Kernel(disassembled(made.asm["cubin"]), 90).executed(given, (0, 0, 0))
+    found = operations(ptx, ptx_arguments(ptx, values), (0, 0, 0), launch.grid, 128)
+    wanted = sum(found[name] * weight for name, weight in OPERATIONS.items())
+    assert counted.operations == pytest.approx(wanted / 4, rel=0.02)
 
 
 # ---- what machine code costs ----------------------------------------------------------------------------------------
@@ -122,15 +131,39 @@ CODE = """
 
 
 def test_instructions_go_to_their_pipes_and_wide_requests_take_several_turns_of_the_l1():
-    block = blocks_of(CODE)[0]
-    assert block.pipes() == {"memory": 2, "alu": 1, "fma": 2, "control": 1}
-    assert [one.wavefronts for one in block.instructions] == [2, 0, 0, 0, 4, 0]
+    (block,) = code_of(CODE).blocks
+    assert Counter(map(pipe, block.instructions)) == {"memory": 2, "alu": 1, "fma": 2, "control": 1}
+    assert [wavefronts_alone(one) for one in block.instructions] == [2, 0, 0, 0, 4, 0]
+
+
+def test_an_instruction_of_no_known_pipe_is_named():
+    (block,) = code_of(CODE.replace("SHF.L.U32", "XYZZY.U32")).blocks
+    with pytest.raises(ValueError, match=r"XYZZY\.U32 R4, R2"):
+        pipe(block.instructions[1])
+
+
+@pytest.mark.parametrize("name, count", [("1688.F32", 16 * 8 * 8), ("16816.F32.BF16", 16 * 8 * 16)])
+def test_half_a_matrix_product_is_half_the_work(name, count):
+    (block,) = code_of(CODE.replace("SHF.L.U32 R4, R2, 0x10, RZ", f"HMMA.{name} R4, R8, R12, R4")).blocks
+    assert multiply_adds(block.instructions[1]) == count
+
+
+@pytest.mark.parametrize("device", sorted(PROCESSORS))
+def test_a_warps_own_matrix_products_are_no_faster_than_those_of_a_group(device):
+    used = Resources("kernel", 90, registers=64, local=0, shared=0, code=0, threads=128)
+    one = Executed({}, tensor=0, wavefronts=0, chain=0, mma=1e6)
+    mma, group = (
+        predict(PROCESSORS[device], used, [each], 132, Bytes(0, 0)).by["tensor"]
+        for each in (one, replace(one, mma=0, tensor=1e6))
+    )
+    assert mma == pytest.approx(group / PROCESSORS[device].mma) and mma >= group
 
 
 def test_a_warp_alone_waits_for_its_load_and_no_longer_than_it_takes():
-    block = blocks_of(CODE)[0]
-    assert block.cycles(load=300) - block.cycles(load=100) == 200
-    assert block.cycles(load=100) >= 100 + len(block.instructions) - 1
+    blocks = code_of(CODE).blocks
+    (slow,), (fast,) = (Chain(blocks, load).cycles([0]) for load in (300, 100))
+    assert slow - fast == 200
+    assert fast >= 100 + len(blocks[0].instructions) - 1
     assert load_cycles(in_l2=0) > load_cycles(in_l2=1)
 
 
@@ -144,7 +177,7 @@ def test_registers_shared_memory_and_warps_limit_what_is_resident(processor, reg
 
 def test_a_program_more_than_fits_costs_a_wave_and_idle_processors_cost_nothing_less():
     used = Resources("kernel", 90, registers=255, local=0, shared=0, code=0, threads=128)
-    one = Executed({"fma": 4e6}, tensor=0, wavefronts=0, chain=1e6, floats=0, floats_of_ptx=0)
+    one = Executed({"fma": 4e6}, tensor=0, wavefronts=0, chain=1e6)
 
     def seconds(programs):
         return predict(H100, used, [one], programs, Bytes(0, 0)).seconds
@@ -156,7 +189,7 @@ def test_a_program_more_than_fits_costs_a_wave_and_idle_processors_cost_nothing_
 
 def test_the_slowest_resource_decides():
     used = Resources("kernel", 90, registers=64, local=0, shared=0, code=0, threads=128)
-    one = Executed({"fma": 4000}, tensor=0, wavefronts=0, chain=0, floats=0, floats_of_ptx=0)
+    one = Executed({"fma": 4000}, tensor=0, wavefronts=0, chain=0)
     assert predict(H100, used, [one], 132, Bytes(0, 0)).bound == "issue"
     assert predict(H100, used, [replace(one, wavefronts=5000)], 132, Bytes(0, 0)).bound == "l1"
     assert predict(H100, used, [one], 132, Bytes(0, 1e9)).bound == "dram"

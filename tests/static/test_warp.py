@@ -1,0 +1,259 @@
+"""The machine that runs a kernel's machine code: arithmetic, divergence, requests for memory, and what it refuses.
+
+Texts are written by hand as nvdisasm prints them. A result is seen by the address that it is stored to.
+"""
+
+import numpy as np
+import pytest
+from assembly import code_of
+from instruction_counts import Kernel
+from warp import Launch, Machine
+
+HEAD = "//--------------------- .text.kernel --------------------------\n"
+
+
+def machine(body, arch=90):
+    lines, address = [], 0
+    for line in body.strip().splitlines():
+        text = line.strip()
+        if text.endswith(":"):
+            lines.append(text)
+        else:
+            lines.append(f"        /*{address:04x}*/                   {text} ;")
+            address += 16
+    return HEAD + "\n".join(lines)
+
+
+def executed(body, threads):
+    return Kernel(machine(body), 90).executed(Launch(bytes(8), (1, 1, 1), threads), (0, 0, 0))
+
+
+def sectors_of(body, *numbers, threads=32):
+    """Sectors that the stores of a body ask for; ``numbers``: its parameters."""
+    parameters = b"".join((number & 0xFFFFFFFF).to_bytes(4, "little") for number in numbers)
+    run = Machine(code_of(machine(body)), 90).run(Launch(parameters, (1, 1, 1), threads), (0, 0, 0))
+    return sorted(np.concatenate(run.asked).tolist())
+
+
+def result_of(body, *numbers):
+    """R9:R8 of a body, which must be uniform."""
+    (sector,) = sectors_of(f"{body}\nSTG.E desc[UR4][R8.64], R0\nEXIT", *numbers)
+    return sector
+
+
+DIVISION = """
+LDC R6, c[0x0][0x210]
+LDC R4, c[0x0][0x214]
+I2F.U32.RP R0, R4
+MUFU.RCP R0, R0
+IADD3 R2, R0, 0xffffffe, RZ
+F2I.FTZ.U32.TRUNC.NTZ R3, R2
+MOV R2, RZ
+IADD3 R5, RZ, -R3, RZ
+IMAD R5, R5, R4, RZ
+IMAD.HI.U32 R3, R3, R5, R2
+IMAD.HI.U32 R8, R3, R6, RZ
+IADD3 R5, -R8, RZ, RZ
+IMAD R5, R4, R5, R6
+ISETP.GE.U32.AND P0, PT, R5, R4, PT
+@P0 IMAD.IADD R5, R5, 0x1, -R4
+@P0 VIADD R8, R8, 0x1
+ISETP.GE.U32.AND P1, PT, R5, R4, PT
+@P1 IADD3 R8, R8, 0x1, RZ
+MOV R9, RZ
+SHF.L.U64.HI R9, R8, 0x5, R9
+SHF.L.U32 R8, R8, 0x5, RZ
+"""
+
+
+@pytest.mark.parametrize("a", [0, 1, 99, 3136, 2**31 - 1, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("b", [1, 3, 7, 96, 3136, 2**16 + 1, 2**31, 2**32 - 1])
+def test_a_division_as_nvcc_writes_it_gives_the_quotient(a, b):
+    assert result_of(DIVISION, a, b) == a // b
+
+
+@pytest.mark.parametrize("a, b", [(2**40 + 5, 2**39 + 2**33 + 7), (2**45 - 1, 1), (2**32 - 1, 2**32 - 1)])
+def test_a_carry_goes_from_the_low_word_to_the_high_one(a, b):
+    both = [a % 2**32, a >> 32, b % 2**32, b >> 32]
+    load = "\n".join(f"LDC R{i}, c[0x0][{0x210 + 4 * i:#x}]" for i in range(4))
+    total = f"{load}\nIADD3 R8, P0, R0, R2, RZ\nIADD3.X R9, R1, R3, RZ, P0, !PT"
+    assert result_of(total, *both) == (a + b) // 32
+    difference = f"{load}\nIADD3 R8, P0, R0, -R2, RZ\nIADD3.X R9, ~R3, R1, RZ, P0, !PT"
+    assert result_of(difference, *both) == (a - b) % 2**64 // 32
+
+
+@pytest.mark.parametrize("number", [-1, -(2**31), 5, 2**31 - 1])
+@pytest.mark.parametrize("scale", [1, 4, 31])
+def test_an_index_is_scaled_into_64_bits_with_its_sign(number, scale):
+    body = f"LDC R2, c[0x0][0x210]\nLEA R8, P0, R2, RZ, {scale:#x}\nLEA.HI.X.SX32 R9, R2, RZ, {scale:#x}, P0"
+    assert result_of(body, number) == (number << scale) % 2**64 // 32
+
+
+@pytest.mark.parametrize("table", range(0, 256, 7))
+def test_a_table_of_three_bits_is_read_bit_by_bit(table):
+    a, b, c = 0xF0F0_1234, 0xCCCC_5678, 0xAAAA_9ABC
+    body = "\n".join(f"LDC R{i}, c[0x0][{0x210 + 4 * i:#x}]" for i in range(3))
+    body += f"\nLOP3.LUT R8, R0, R1, R2, {table:#x}, !PT\nMOV R9, RZ"
+    bits = [table >> (4 * (a >> i & 1) + 2 * (b >> i & 1) + (c >> i & 1)) & 1 for i in range(32)]
+    assert result_of(body, a, b, c) == sum(bit << i for i, bit in enumerate(bits)) // 32
+
+
+def test_bytes_are_permuted_from_two_words():
+    body = "LDC R0, c[0x0][0x210]\nLDC R1, c[0x0][0x214]\nPRMT R8, R0, 0x5410, R1\nMOV R9, RZ"
+    assert result_of(body, 0x11223344, 0xAABBCCDD) == 0xCCDD3344 // 32
+
+
+def test_two_halves_of_a_float16_pair_move_a_number():
+    assert result_of("HFMA2.MMA R8, -RZ, RZ, 0, 3.814697265625e-06\nMOV R9, RZ") == 64 // 32
+
+
+DIVERGENT = """
+S2R R0, SR_TID.X
+BSSY B0, `(.L_end)
+.L_loop:
+ISETP.NE.AND P0, PT, R0, RZ, PT
+@!P0 BRA `(.L_out)
+IADD3 R0, R0, -0x1, RZ
+FFMA R3, R3, R3, R3
+BRA `(.L_loop)
+.L_out:
+BSYNC B0
+.L_end:
+FADD R3, R3, R3
+EXIT
+"""
+
+
+def test_a_warp_goes_round_a_loop_as_often_as_its_slowest_thread():
+    """Thread t trips t times; behind the loop all threads of a warp are together again."""
+    found = executed(DIVERGENT, 96)
+    assert found.opcodes["FFMA"] == 31 + 63 + 95
+    assert found.opcodes["FADD"] == 3
+
+
+@pytest.mark.parametrize("threads, warps", [(32, 1), (40, 2), (512, 16)])
+def test_both_sides_of_a_branch_count_where_a_warp_parts(threads, warps):
+    body = """
+S2R R0, SR_TID.X
+ISETP.GE.AND P0, PT, R0, 0x8, PT
+BSSY B0, `(.L_1)
+@P0 BRA `(.L_0)
+FMUL R3, R3, R3
+.L_0:
+BSYNC B0
+.L_1:
+FADD R3, R3, R3
+EXIT
+"""
+    found = executed(body, threads)
+    assert found.opcodes.get("FMUL") == 1
+    assert found.opcodes["FADD"] == warps
+
+
+def test_a_loop_counter_comes_from_the_parameters_of_the_architecture():
+    body = """
+LDC R0, c[0x0][{at}]
+.L_0:
+IADD3 R0, R0, -0x1, RZ
+ISETP.NE.AND P0, PT, R0, RZ, PT
+FFMA R3, R3, R3, R3
+@P0 BRA `(.L_0)
+EXIT
+"""
+    for arch, at in ((80, "0x160"), (90, "0x210"), (100, "0x380")):
+        text = machine(body.format(at=at))
+        found = Kernel(text, arch).executed(Launch((37).to_bytes(4, "little"), (1, 1, 1), 64), (0, 0, 0))
+        assert found.opcodes["FFMA"] == 2 * 37
+
+
+def test_a_branch_on_what_memory_holds_is_refused_by_name():
+    body = """
+LDC.64 R2, c[0x0][0x210]
+LDG.E R0, desc[UR4][R2.64]
+ISETP.NE.AND P3, PT, R0, RZ, PT
+@P3 BRA `(.L_0)
+FADD R3, R3, R3
+.L_0:
+EXIT
+"""
+    with pytest.raises(ValueError, match=r"@P3 BRA"):
+        Machine(code_of(machine(body)), 90).run(Launch(bytes(8), (1, 1, 1), 32), (0, 0, 0))
+
+
+def test_a_predicate_kept_in_a_register_with_loaded_bits_is_known():
+    body = """
+LDC.64 R2, c[0x0][0x210]
+LDG.E R0, desc[UR4][R2.64]
+S2R R4, SR_TID.X
+ISETP.GE.AND P0, PT, R4, 0x20, PT
+LOP3.LUT R0, R0, 0xfffffffb, RZ, 0xc0, !PT
+@P0 LOP3.LUT R0, R0, 0x4, RZ, 0xfc, !PT
+LOP3.LUT P1, RZ, R0, 0x4, RZ, 0xc0, !PT
+@P1 BRA `(.L_0)
+FADD R3, R3, R3
+.L_0:
+EXIT
+"""
+    found = executed(body, 96)
+    assert found.opcodes["FADD"] == 1
+
+
+STORE = """
+S2R R0, SR_TID.X
+IMAD R2, R0, {stride:#x}, RZ
+{store}
+EXIT
+"""
+
+
+@pytest.mark.parametrize(
+    "stride, store, wavefronts",
+    [
+        (4, "STS [R2], R4", 1),
+        (8, "STS [R2], R4", 2),
+        (128, "STS [R2], R4", 32),
+        (132, "STS [R2], R4", 1),
+        (0, "STS [R2], R4", 1),
+        (2, "STS.U16 [R2], R4", 1),
+        (8, "STS.64 [R2], R4", 2),
+        (16, "STS.128 [R2], R4", 4),
+        (32, "STS.128 [R2], R4", 8),
+        (16, "LDSM.16.M88.4 R4, [R2]", 4),
+        (144, "LDSM.16.M88.4 R4, [R2]", 4),
+        (128, "LDSM.16.M88.4 R4, [R2]", 32),
+        (144, "LDSM.16.M88.2 R4, [R2]", 2),
+    ],
+)
+def test_bank_conflicts_come_from_the_addresses(stride, store, wavefronts):
+    found = Kernel(machine(STORE.format(stride=stride, store=store)), 90).executed(
+        Launch(b"", (1, 1, 1), 64), (0, 0, 0)
+    )
+    assert found.wavefronts == 2 * wavefronts
+
+
+@pytest.mark.parametrize("stride, sectors", [(2, 2), (4, 4), (16, 16), (32, 32), (392, 32)])
+def test_sectors_come_from_the_addresses_and_four_take_a_wavefront(stride, sectors):
+    body = STORE.format(stride=stride, store="MOV R3, RZ\nSTG.E.U16 desc[UR4][R2.64], R4")
+    found = executed(body, 32)
+    assert found.sectors == sectors
+    assert found.wavefronts == -(-sectors // 4)
+
+
+def test_between_two_barriers_the_slowest_warp_decides():
+    """One warp works before the barrier, the other behind it: the program takes as long as both."""
+    work = "\n".join(["MUFU.EX2 R3, R3"] * 20)
+    body = f"""
+S2R R0, SR_TID.X
+ISETP.GE.AND P0, PT, R0, 0x20, PT
+@P0 BRA `(.L_0)
+{work}
+.L_0:
+BAR.SYNC.DEFER_BLOCKING 0x0
+@!P0 BRA `(.L_1)
+{work}
+.L_1:
+EXIT
+"""
+    both = executed(body, 64)
+    one = executed(body, 32)
+    assert both.chain - one.chain == pytest.approx(20 * 20, abs=25)
