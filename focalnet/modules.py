@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .fusion.context_parts import convolutions, parameter, unusual_context, weig
 from .fusion.module_checks import is_proxy
 from .fusion.norm_branches import linear, may_pad, norm_linear
 from .onednn import guarded
+from .operators.norm_linear import has_room, with_room
 
 # torch.fx cannot trace through the function, so it becomes one node of the graph.
 torch.fx.wrap("focal_modulation")
@@ -86,6 +88,20 @@ class FocalModulation(nn.Module):
         self.focal_layers = nn.ModuleList(self._focal_layer(dim, kernel_size) for kernel_size in self.kernel_sizes)
         if use_post_layernorm_in_modulation:
             self.layernorm = nn.LayerNorm(dim, eps=layer_norm_eps)
+        self._give_room()
+
+    def _give_room(self) -> None:
+        """Let the parameters of projection_in lie where a product can go on reading rows of zeros."""
+        for own in self.projection_in.parameters(recurse=False):
+            shared = own.device.type == "cpu" and own.is_shared()  # then it must stay where it is
+            if type(own) is nn.Parameter and not shared and not has_room(own):
+                own.data = with_room(own.data)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FocalModulation:
+        """Called by ``to``, ``half`` and the like, which give parameters new memory."""
+        super()._apply(fn, recurse)
+        self._give_room()
+        return self
 
     @staticmethod
     def _focal_layer(dim: int, kernel_size: int) -> nn.Sequential:

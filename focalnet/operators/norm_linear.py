@@ -37,18 +37,37 @@ def padded_empty(like: Tensor, shape: Sequence[int]) -> Tensor:
 def padded_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear(x, weight, bias)``, (..., K) -> (..., N), whose rows begin at multiples of `ROW_ELEMENTS` elements.
 
-    The product has as many output features as a row has elements: the last row of ``weight`` is repeated, and nobody
-    reads what is made of it. A product that writes into a tensor with gaps (``out=``) needs no such copy, but cuBLAS
-    then adds no bias: PyTorch first copies the bias to every row, and the product reads all of it back.
+    The product has as many output features as a row has elements, and nobody reads those beyond N. A product that
+    writes into a tensor with gaps (``out=``) needs no more weights, but cuBLAS then adds no bias: PyTorch first copies
+    the bias to every row, and the product reads all of it back.
     """
     features = weight.shape[0]
-    missing = _padded(features) - features
-    if not missing:
-        return F.linear(x, weight, bias)
-    weight = torch.cat([weight, weight[-1:].expand(missing, -1)])
-    if bias is not None:
-        bias = torch.cat([bias, bias[-1:].expand(missing)])
-    return F.linear(x, weight, bias)[..., :features]
+    rows = _padded(features)
+    bias = None if bias is None else _with_rows(bias, rows)
+    return F.linear(x, _with_rows(weight, rows), bias)[..., :features]
+
+
+def with_room(parameter: Tensor) -> Tensor:
+    """A copy of ``parameter`` (N, ...) in memory for a multiple of `ROW_ELEMENTS` rows; the others are 0.
+
+    `padded_linear` reads those rows where they lie.
+    """
+    rows, *size = parameter.shape
+    return parameter.new_zeros((_padded(rows), *size))[:rows].copy_(parameter)
+
+
+def has_room(parameter: Tensor) -> bool:
+    """Whether the memory of ``parameter`` (N, ...) goes on to a multiple of `ROW_ELEMENTS` rows."""
+    rows, *size = parameter.shape
+    end = parameter.storage_offset() + _padded(rows) * math.prod(size)
+    return parameter.is_contiguous() and parameter.untyped_storage().nbytes() >= end * parameter.itemsize
+
+
+def _with_rows(parameter: Tensor, rows: int) -> Tensor:
+    """``parameter`` (N, ...) and ``rows`` - N more: what lies behind it, or its last row again where nothing does."""
+    if not torch.compiler.is_compiling() and has_room(parameter):
+        return parameter.as_strided((rows, *parameter.shape[1:]), parameter.stride())
+    return torch.cat([parameter, parameter[-1:].expand(rows - parameter.shape[0], *parameter.shape[1:])])
 
 
 def _padded(features: int) -> int:

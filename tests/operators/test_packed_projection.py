@@ -7,6 +7,7 @@ import functools
 from dataclasses import replace
 
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from operands import SHAPES, Shape, operands
@@ -169,6 +170,52 @@ def test_a_backend_with_kernels_for_the_aggregation_alone_writes_dq_into_the_gra
     for mine, value in zip(OPS.packed_focal_modulation_bwd(*call, "cuda"), expected, strict=True):
         torch.testing.assert_close(mine, value)
     assert in_place == [True, False, False]
+
+
+# ---- rows that nobody copies ----------------------------------------------------------------------------------------
+
+MOVES = {
+    "made": lambda module: module,
+    "cast": lambda module: module.bfloat16(),
+    "from meta": lambda module: focalnet.FocalModulation(8).to("meta").to_empty(device="cpu"),
+    "loaded": lambda module: module.load_state_dict(focalnet.FocalModulation(8).state_dict()) and module,
+    "shared": lambda module: module.share_memory(),
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_the_product_of_a_module_reads_its_parameters_where_they_lie(move, padding):
+    module = focalnet.FocalModulation(8)
+    module = move(module) or module
+    x = torch.randn(1, 2, 3, 8, dtype=module.projection_in.weight.dtype)
+    with torch.no_grad(), Calls() as calls:
+        assert is_padded(norm_branches.linear(module.projection_in, x, None, True))
+    assert not calls.seen.keys() & set(COPIES)
+
+
+def test_parameters_without_room_give_the_same_and_shared_ones_stay_shared(padding):
+    module, x = focalnet.FocalModulation(8), torch.randn(1, 2, 3, 8)
+    with torch.no_grad():
+        expected = module(x)
+        module.load_state_dict(module.state_dict(), assign=True)
+        tight = {name: p.clone() for name, p in module.state_dict().items()}
+        module.load_state_dict(tight, assign=True)
+        torch.testing.assert_close(module(x), expected)
+        place = module.share_memory().projection_in.weight.data_ptr()
+        assert module.float().projection_in.weight.data_ptr() == place
+        torch.testing.assert_close(module(x), expected)
+
+
+def test_what_is_saved_has_the_published_shapes(tmp_path):
+    module, other = focalnet.FocalModulation(8), focalnet.FocalModulation(8)
+    for path, save, load in (
+        (tmp_path / "a.pt", torch.save, torch.load),
+        (tmp_path / "a.safetensors", safetensors.torch.save_file, safetensors.torch.load_file),
+    ):
+        save(module.state_dict(), path)
+        other.load_state_dict(load(path))
+        assert all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
+        assert other.projection_in.weight.shape == (2 * 8 + 2 + 1, 8)
 
 
 # ---- who pads -------------------------------------------------------------------------------------------------------
