@@ -18,8 +18,10 @@ def launches(monkeypatch):
     """Triton comes first on the CPU, and its launches fail as those that want too much shared memory do."""
     started = []
 
-    def launch(*arguments):
-        started.append(arguments)
+    def launch(*arguments, out=()):
+        started.append((*arguments, *out))
+        for part in out:  # what kernels may leave before one of them fails
+            part.fill_(7)
         raise errors.OutOfResources(114688, 101376, "shared memory")
 
     def accepts(problem):
@@ -69,3 +71,15 @@ def test_another_error_is_not_hidden(launches, monkeypatch):
     monkeypatch.setattr(triton_backend, "out_of_resources", lambda error, problem: None)
     with pytest.raises(errors.OutOfResources):
         run()
+
+
+def test_the_next_backend_makes_a_packed_gradient_that_triton_began(launches):
+    generator = torch.Generator().manual_seed(0)
+    projected, dout = (torch.randn(1, 5, 5, size, generator=generator) for size in (18, 8))
+    weight = torch.randn(8, 8, generator=generator)
+    call = (dout, projected, [torch.ones(8, 1, 3, 3)], weight, None, False, [True, True, False, True])
+    made = torch.ops.focalnet.packed_focal_modulation_bwd(*call, None)
+    assert len(launches) == 1
+    expected = torch.ops.focalnet.packed_focal_modulation_bwd(*call, "reference")
+    for mine, value in zip(made, expected, strict=True):
+        torch.testing.assert_close(mine, value)
