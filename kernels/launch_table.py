@@ -99,11 +99,15 @@ LEVELS = (
     (48, LevelConfig(16, 32)),
     (1 << 30, LevelConfig(32, 16)),
 )
-# Maps of at most so many rows are worked level by level. Processors before Hopper would spill in higher ones. Where
-# planes are too few for the device only low maps are, since bands would not help those.
+# Maps of at most so many rows are worked level by level. In higher ones than LOW_PLANE_ROWS, processors before Hopper
+# would spill, and so would MANY_LEVELS. Where planes are too few for the device only low maps are worked so, since
+# bands would not help those.
 WHOLE_PLANE_ROWS = 64
-OLDER_WHOLE_PLANE_ROWS = 32
+LOW_PLANE_ROWS = 32
 FEW_PLANES_ROWS = 16
+MANY_LEVELS = 4
+# Channels of the narrowest tile, for few images; twice as many where there are MANY_LEVELS.
+NARROWEST = 16
 
 ANY = 1 << 30
 FLOAT16, FLOAT32, BFLOAT16 = (torch.float16,), (torch.float32,), (torch.bfloat16,)
@@ -159,17 +163,19 @@ def level_config(
     So do few images: tiles become narrower until every processor of the ``device`` has one, or a tile is one warp.
     Without a device the choice is that of an H100 with work enough.
     """
-    config, rows, back_rows = next(
-        (config, *found)
+    config = next(
+        config
         for widest, config in LEVELS
-        for tallest, dtypes, most, *found in ROWS
-        if width <= widest and max(kernel_heights) <= tallest and dtype in dtypes and config.block_c <= most
+        if width <= widest and _rows(kernel_heights, dtype, config.block_c) is not None
     )
     processors, arch = (device.sm_count, device.arch) if device else (1, 90)
     block_c = min(config.block_c, max(8, _power_of_two(channels)))
-    whole_plane = height <= _whole_plane_rows(arch, 2 * batch * -(-channels // block_c) > processors)
-    while block_c > 16 and config.block_w * block_c > 128 and batch * -(-channels // block_c) < processors:
+    fills = 2 * batch * -(-channels // block_c) > processors
+    whole_plane = height <= _whole_plane_rows(arch, len(kernel_heights), fills)
+    narrowest = NARROWEST if len(kernel_heights) < MANY_LEVELS else 2 * NARROWEST
+    while block_c > narrowest and config.block_w * block_c > 128 and batch * -(-channels // block_c) < processors:
         block_c //= 2
+    rows, back_rows = _rows(kernel_heights, dtype, block_c)
     for tallest, dtypes, oldest, whole_planes_alone, more in MORE_BACK_ROWS:
         if max(kernel_heights) <= tallest and dtype in dtypes and arch >= oldest and whole_plane >= whole_planes_alone:
             back_rows = more
@@ -182,8 +188,22 @@ def level_config(
     )
 
 
-def _whole_plane_rows(arch: int, planes_fill_the_device: bool) -> int:
-    rows = WHOLE_PLANE_ROWS if arch >= 90 else min(OLDER_WHOLE_PLANE_ROWS, WHOLE_PLANE_ROWS)
+def _rows(kernel_heights: tuple[int, ...], dtype: torch.dtype, block_c: int) -> list[int] | None:
+    """(rows, back_rows) of a tile of so many channels; None: it is too wide."""
+    return next(
+        (
+            rows
+            for tallest, dtypes, most, *rows in ROWS
+            if max(kernel_heights) <= tallest and dtype in dtypes and block_c <= most
+        ),
+        None,
+    )
+
+
+def _whole_plane_rows(arch: int, levels: int, planes_fill_the_device: bool) -> int:
+    """The highest map that is worked level by level."""
+    spills = arch < 90 or levels >= MANY_LEVELS
+    rows = min(LOW_PLANE_ROWS, WHOLE_PLANE_ROWS) if spills else WHOLE_PLANE_ROWS
     return rows if planes_fill_the_device else min(FEW_PLANES_ROWS, rows)
 
 

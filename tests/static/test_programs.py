@@ -19,7 +19,6 @@ from focalnet.variants import VARIANTS
 
 PUBLISHED = [stage for name in VARIANTS for stage in stages(name)]
 DETECTED = [stage for name, window in DETECTORS for stage in stages(name, DETECTION, window)]
-NARROWEST = 16  # channels of a tile, which has at least one warp
 
 
 def level_launch(operator, stage, batch):
@@ -39,12 +38,15 @@ def test_at_batch_128_two_programs_are_resident_on_every_processor(operator):
 
 @pytest.mark.parametrize("batch", [1, 8])
 def test_few_images_make_one_wave_or_as_many_programs_as_they_can_be_cut_into(batch):
-    """Into bands as high as a tile, and into blocks of 16 channels. Planes of at most 16 rows have no bands."""
+    """Into bands as high as a tile, and into blocks of 16 channels, 32 where there are four levels.
+
+    A tile has at least one warp. Planes of at most 16 rows have no bands.
+    """
     for stage in PUBLISHED + (DETECTED if batch == 1 else []):
         launch, blocks = level_launch("gated_aggregation", stage, batch)
         config = level_config_of(case_of("gated_aggregation", stage, batch, torch.bfloat16), H100)
         bands = 1 if stage.height <= 16 else stage.height // config.rows
-        width = max(NARROWEST, 128 // config.block_w)
+        width = max(32 if len(stage.kernels) == 4 else 16, 128 // config.block_w)
         most = batch * bands * math.ceil(stage.channels / width)
         programs = math.prod(launch.grid)
         assert programs == most or 2 * programs > H100.sm_count, stage
