@@ -28,6 +28,7 @@ import torch
 import typer
 import warp
 from compile_cache import made_once
+from constants import constants
 from cuda_code import compiled, names
 from instruction_counts import Executed, Kernel
 from launch_bytes import Bytes
@@ -49,9 +50,8 @@ import cuda_program
 FILE = "predicted_cuda"
 SOURCES = [path for ending in ("cu", "cuh", "h", "cpp") for path in sorted(ROOT.glob(f"csrc/cuda/*.{ending}"))]
 Case = tuple[str, str, str, int]  # variant, device, dtype, batch
-# Without float32: its kernels jump through a table in constant memory (BRX), which warp.py does not follow.
 COVERED: tuple[Case, ...] = (
-    *itertools.product(("tiny_lrf",), PROCESSORS, ("bfloat16",), (1, 8, 128)),
+    *itertools.product(("tiny_lrf",), PROCESSORS, ("bfloat16", "float32"), (1, 8, 128)),
     *itertools.product(("tiny_lrf",), ("A100", "H100", "B200"), ("float16",), (1, 8, 128)),
     *itertools.product(("base_lrf", "large_fl3"), ("H100",), ("bfloat16",), (128,)),
     *itertools.product(("large_fl3",), ("H100",), ("bfloat16",), (8, 32)),
@@ -146,19 +146,21 @@ class Compiled:
 
 
 @functools.cache
-def _texts(source: Path, arch: int) -> tuple[str, str, dict[str, str]]:
-    """(PTX, disassembly, symbols of the kernels by name) of a source."""
-    ptx, shown = compiled(source, arch)
-    return ptx, shown, {kernel_name(symbol): symbol for symbol in names(ptx)}
+def _texts(source: Path, arch: int) -> tuple[str, str, bytes, dict[str, str]]:
+    """(PTX, disassembly, cubin, symbols of the kernels by name) of a source."""
+    ptx, shown, cubin = compiled(source, arch)
+    return ptx, shown, cubin, {kernel_name(symbol): symbol for symbol in names(ptx)}
 
 
 @functools.cache
 def _compiled(name: str, arch: int) -> Compiled:
     defines = re.compile(rf"__global__[^;{{]*\b{name.split('<')[0]}\(")
     source = next(path for path in SOURCES if path.suffix == ".cu" and defines.search(path.read_text()))
-    ptx, shown, symbols = _texts(source, arch)
+    ptx, shown, cubin, symbols = _texts(source, arch)
     symbol = symbols[name]
-    return Compiled(Kernel(shown, arch, symbol), _registers(shown, symbol), layout(ptx, symbol))
+    return Compiled(
+        Kernel(shown, arch, symbol, constants(cubin, symbol)), _registers(shown, symbol), layout(ptx, symbol)
+    )
 
 
 def _registers(disassembly: str, name: str) -> int:
