@@ -87,7 +87,7 @@ class Block:
 class Code:
     """``blocks`` in the order of the text; ``at``: the block at an address, where one begins; labels as addresses.
 
-    ``traps``: blocks that end in a trap, which no run enters: the checks of tensor memory on Blackwell. ``calls``: what
+    ``traps``: blocks that end in a trap, which no run enters: checks of tensor memory on Blackwell. ``calls``: what
     a subroutine writes, by the block that calls it and goes on behind it.
     """
 
@@ -340,7 +340,7 @@ def _source_width(one: Sass, source: str) -> int:
         return (4, 2, 4)[one.sources.index(source)] if "16816" in suffixes else (2, 1, 4)[one.sources.index(source)]
     if opcode.startswith("ST") and "[" not in source and "128" in suffixes:
         return 4
-    if opcode != "SHF" and suffixes & {"64", "S64", "U64"} and "[" not in source:
+    if opcode not in ("SHF", "F2I") and suffixes & {"64", "S64", "U64"} and "[" not in source:
         return 2
     if opcode in ("FFMA2", "FADD2", "FMUL2", "DADD", "DMUL", "DFMA"):
         return 2

@@ -3,9 +3,9 @@
     python bench/static/bars.py
 
 Rows come from predicted.json (Triton) and predicted_cuda.json (CUDA) in bench/results/without-gpu, for an H100 in
-bfloat16. The CUDA backend leaves the products of focal_modulation to PyTorch; torch_launches.py adds them. A bar is met
-if one of the two backends meets it, since a call goes to the faster one; the bar on programs is for every kernel of
-both. No figure is measured.
+bfloat16. The CUDA backend leaves the products of focal_modulation to PyTorch; torch_launches.py adds them. A bar is
+met if one of the two backends meets it, since a call goes to the faster one; the bar on programs is for every kernel
+of both. No figure is measured.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Call = tuple[str, int, int, str]  # variant, stage, batch, operator
 
 @dataclass(frozen=True)
 class Bar:
-    """``predicted`` by backend; a backend without rows of the call is left out. ``most``: the bar is an upper limit."""
+    """``predicted`` by backend; one without rows of the call is left out. ``most``: the bar is an upper limit."""
 
     name: str
     bar: float

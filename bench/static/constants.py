@@ -1,4 +1,4 @@
-"""The constants that a compiler keeps beside a kernel's code: bank 2 of a cubin, with jump tables and large numbers."""
+"""The constants that a compiler keeps beside a kernel's code, bank 2 of a cubin: jump tables and large numbers."""
 
 from __future__ import annotations
 

@@ -146,17 +146,21 @@ class Compiled:
 
 
 @functools.cache
-def _texts(source: Path, arch: int) -> tuple[str, str, bytes, dict[str, str]]:
+def texts_of(source: Path, arch: int) -> tuple[str, str, bytes, dict[str, str]]:
     """(PTX, disassembly, cubin, symbols of the kernels by name) of a source."""
     ptx, shown, cubin = compiled(source, arch)
     return ptx, shown, cubin, {kernel_name(symbol): symbol for symbol in names(ptx)}
 
 
+def source_of(name: str) -> Path:
+    """The file that defines a kernel."""
+    defines = re.compile(rf"__global__[^;{{]*\b{name.split('<')[0]}\(")
+    return next(path for path in SOURCES if path.suffix == ".cu" and defines.search(path.read_text()))
+
+
 @functools.cache
 def _compiled(name: str, arch: int) -> Compiled:
-    defines = re.compile(rf"__global__[^;{{]*\b{name.split('<')[0]}\(")
-    source = next(path for path in SOURCES if path.suffix == ".cu" and defines.search(path.read_text()))
-    ptx, shown, cubin, symbols = _texts(source, arch)
+    ptx, shown, cubin, symbols = texts_of(source_of(name), arch)
     symbol = symbols[name]
     return Compiled(
         Kernel(shown, arch, symbol, constants(cubin, symbol)), _registers(shown, symbol), layout(ptx, symbol)
