@@ -42,7 +42,7 @@ from rich.table import Table
 
 from focalnet.benchmark.environment import ROOT, versions
 from focalnet.benchmark.floors import Stage, stages
-from focalnet.benchmark.rows import NOWHERE, write
+from focalnet.benchmark.rows import NOWHERE, keep_only, key, read, write
 
 sys.path.append(str(ROOT / "tests" / "helpers"))
 import cuda_program
@@ -295,7 +295,19 @@ def main(
             for rows in rows_of_case:
                 show(rows)
             if not dry:
-                write([row | versions() for rows in rows_of_case for row in rows], FILE, NOWHERE)
+                _replace([row | versions() for rows in rows_of_case for row in rows])
+
+
+def _replace(rows: list[dict]) -> None:
+    """Write ``rows``, and delete those that their calls had before."""
+    calls, fresh = {_call_of(row) for row in rows}, {key(row) for row in rows}
+    write(rows, FILE, NOWHERE)
+    stored = read(FILE, NOWHERE)
+    keep_only({key(row) for row in stored if _call_of(row) not in calls or key(row) in fresh}, FILE, NOWHERE)
+
+
+def _call_of(row: dict) -> tuple:
+    return tuple(row[name] for name in ("variant", "x", "batch", "dtype", "operator", "stage"))
 
 
 def _rows_of_case(case: Case, numbers: tuple[int, ...]) -> list[list[dict]]:
