@@ -68,6 +68,12 @@ class Sass:
         found = re.search(r"`\(([^)]+)\)|\b(0x[0-9a-f]+)$", " ".join(self.operands[-1:]))
         return (found[1] or found[2]) if found else None
 
+    @property
+    def table(self) -> list[str]:
+        """Labels of a jump table."""
+        found = re.search(r"BRANCH_TARGETS ([^\"]*)", self.text)
+        return found[1].strip().split(",") if found else []
+
 
 @dataclass
 class Block:
@@ -81,13 +87,15 @@ class Block:
 class Code:
     """``blocks`` in the order of the text; ``at``: the block at an address, where one begins; labels as addresses.
 
-    ``traps``: blocks that end in a trap, which no run enters: the checks of tensor memory on Blackwell.
+    ``traps``: blocks that end in a trap, which no run enters: checks of tensor memory on Blackwell. ``calls``: what
+    a subroutine writes, by the block that calls it and goes on behind it.
     """
 
     blocks: Sequence[Block]
     at: dict[int, int]
     labels: dict[str, int]
     traps: set[int] = field(default_factory=set)
+    calls: dict[int, int] = field(default_factory=dict)
 
     def is_followed(self, branch: Sass) -> bool:
         """Whether a branch is more than a check that traps."""
@@ -133,9 +141,9 @@ def code_of(disassembly: str, kernel: str | None = None) -> Code:
             blocks.append(Block())
         blocks[-1].instructions.append(one)
     code = Code(blocks, at, labels)
-    returns = [number + 1 for number, block in enumerate(blocks) if block.instructions[-1].opcode == "CALL"]
     for number, block in enumerate(blocks):
-        block.next = [one for one in _following(code, number, returns) if one < len(blocks)]
+        block.next = [one for one in _following(code, number) if one < len(blocks)]
+    _return(code)
     code.traps.update(n for n, block in enumerate(blocks) if any(one.opcode == "BPT" for one in block.instructions))
     code.traps.update(n for n, block in enumerate(blocks) if block.next and set(block.next) <= code.traps)
     for block in blocks:
@@ -143,15 +151,54 @@ def code_of(disassembly: str, kernel: str | None = None) -> Code:
     return code
 
 
-def _following(code: Code, number: int, returns: list[int]) -> list[int]:
+def _return(code: Code) -> None:
+    """Lead each RET to what follows the calls that come to it."""
+    ends: dict[int, set[int]] = {}
+    for number, block in enumerate(code.blocks):
+        if block.instructions[-1].opcode == "CALL" and number + 1 < len(code.blocks):
+            inside = _subroutine(code, code.target(block.instructions[-1]))
+            own = [one for one in inside if code.blocks[one].instructions[-1].opcode == "RET"]
+            for end in own:
+                ends.setdefault(end, set()).add(number + 1)
+            if own:
+                code.calls[number] = _written(code, inside)
+    for end, following in ends.items():
+        code.blocks[end].next += sorted(following)
+
+
+def _subroutine(code: Code, entry: int) -> set[int]:
+    """The blocks of a subroutine; those that it calls are taken to come back."""
+    seen, todo = {entry}, [entry]
+    while todo:
+        block = todo.pop()
+        calls = code.blocks[block].instructions[-1].opcode == "CALL"
+        following = [block + 1] if calls else code.blocks[block].next
+        fresh = [one for one in following if one not in seen and one < len(code.blocks)]
+        seen.update(fresh)
+        todo += fresh
+    return seen
+
+
+def _written(code: Code, blocks: set[int]) -> int:
+    """Registers that blocks write, and whatever they call."""
+    found = 0
+    for number in blocks:
+        for one in code.blocks[number].instructions:
+            found |= -1 if one.opcode == "CALL" else one.writes
+    return found
+
+
+def _following(code: Code, number: int) -> list[int]:
     last = code.blocks[number].instructions[-1]
     falls = [number + 1]
     if last.opcode == "BRA" and _skips_the_slow_division(code.blocks[number]):
         return [code.target(last)]
     if last.opcode in ("BRA", "CALL"):
         return [code.target(last), *(falls if is_conditional(last) else [])]
+    if last.opcode == "BRX":
+        return [code.at[code.labels[label]] for label in last.table]
     if last.opcode == "RET":
-        return [*returns, *(falls if last.guard else [])]
+        return falls if last.guard else []
     if last.opcode == "EXIT":
         return falls if is_conditional(last) else []
     return falls
@@ -192,7 +239,7 @@ def _instructions(section: str) -> tuple[list[Sass], dict[str, int]]:
         elif one := _LINE.match(line.strip()):
             address, text, guard, name, operands = one.groups()
             text = text.replace(".reuse", "")
-            parts = tuple(_split(operands.replace(".reuse", "")))
+            parts = tuple(_split(re.sub(r"\(\*.*\*\)", "", operands.replace(".reuse", ""))))
             found.append(Sass(int(address, 16), guard, name, parts, text))
             labels |= dict.fromkeys(fresh, int(address, 16))
             fresh = []
@@ -293,7 +340,7 @@ def _source_width(one: Sass, source: str) -> int:
         return (4, 2, 4)[one.sources.index(source)] if "16816" in suffixes else (2, 1, 4)[one.sources.index(source)]
     if opcode.startswith("ST") and "[" not in source and "128" in suffixes:
         return 4
-    if opcode != "SHF" and suffixes & {"64", "S64", "U64"} and "[" not in source:
+    if opcode not in ("SHF", "F2I") and suffixes & {"64", "S64", "U64"} and "[" not in source:
         return 2
     if opcode in ("FFMA2", "FADD2", "FMUL2", "DADD", "DMUL", "DFMA"):
         return 2

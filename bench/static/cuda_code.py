@@ -28,8 +28,8 @@ PIPES = ("fma", "alu", "memory", "special", "tensor", "control", "constant", "un
 console = Console(width=150)
 
 
-def compiled(source: Path, architecture: int, nvcc: str = "nvcc") -> tuple[str, str]:
-    """(PTX, disassembly) of a source.
+def compiled(source: Path, architecture: int, nvcc: str = "nvcc") -> tuple[str, str, bytes]:
+    """(PTX, disassembly, cubin) of a source.
 
     Raises:
         RuntimeError: nvcc does not compile it; the message is nvcc's.
@@ -51,7 +51,8 @@ def compiled(source: Path, architecture: int, nvcc: str = "nvcc") -> tuple[str, 
         (folder / "code.sass").write_text(shown.stdout)
 
     folder = made_once([version, *FLAGS, str(architecture), *texts], make)
-    return (folder / "code.ptx").read_text(), (folder / "code.sass").read_text()
+    texts = ((folder / name).read_text() for name in ("code.ptx", "code.sass"))
+    return (*texts, (folder / "code.cubin").read_bytes())
 
 
 def names(ptx: str) -> list[str]:
@@ -70,7 +71,7 @@ def main(
     nvcc: Annotated[str, typer.Option(envvar="NVCC")] = "nvcc",
 ) -> None:
     """Print a table of each kernel's loops."""
-    ptx, disassembly = compiled(source, architecture, nvcc)
+    ptx, disassembly, _ = compiled(source, architecture, nvcc)
     for name in names(ptx):
         code = code_of(disassembly, name)
         table = Table("loop", "instructions", *PIPES, title=f"{kernel_name(name)}, sm_{architecture}")

@@ -28,6 +28,7 @@ import torch
 import typer
 import warp
 from compile_cache import made_once
+from constants import constants
 from cuda_code import compiled, names
 from instruction_counts import Executed, Kernel
 from launch_bytes import Bytes
@@ -41,7 +42,7 @@ from rich.table import Table
 
 from focalnet.benchmark.environment import ROOT, versions
 from focalnet.benchmark.floors import Stage, stages
-from focalnet.benchmark.rows import NOWHERE, write
+from focalnet.benchmark.rows import NOWHERE, keep_only, key, read, write
 
 sys.path.append(str(ROOT / "tests" / "helpers"))
 import cuda_program
@@ -49,9 +50,8 @@ import cuda_program
 FILE = "predicted_cuda"
 SOURCES = [path for ending in ("cu", "cuh", "h", "cpp") for path in sorted(ROOT.glob(f"csrc/cuda/*.{ending}"))]
 Case = tuple[str, str, str, int]  # variant, device, dtype, batch
-# Without float32: its kernels jump through a table in constant memory (BRX), which warp.py does not follow.
 COVERED: tuple[Case, ...] = (
-    *itertools.product(("tiny_lrf",), PROCESSORS, ("bfloat16",), (1, 8, 128)),
+    *itertools.product(("tiny_lrf",), PROCESSORS, ("bfloat16", "float32"), (1, 8, 128)),
     *itertools.product(("tiny_lrf",), ("A100", "H100", "B200"), ("float16",), (1, 8, 128)),
     *itertools.product(("base_lrf", "large_fl3"), ("H100",), ("bfloat16",), (128,)),
     *itertools.product(("large_fl3",), ("H100",), ("bfloat16",), (8, 32)),
@@ -146,19 +146,25 @@ class Compiled:
 
 
 @functools.cache
-def _texts(source: Path, arch: int) -> tuple[str, str, dict[str, str]]:
-    """(PTX, disassembly, symbols of the kernels by name) of a source."""
-    ptx, shown = compiled(source, arch)
-    return ptx, shown, {kernel_name(symbol): symbol for symbol in names(ptx)}
+def texts_of(source: Path, arch: int) -> tuple[str, str, bytes, dict[str, str]]:
+    """(PTX, disassembly, cubin, symbols of the kernels by name) of a source."""
+    ptx, shown, cubin = compiled(source, arch)
+    return ptx, shown, cubin, {kernel_name(symbol): symbol for symbol in names(ptx)}
+
+
+def source_of(name: str) -> Path:
+    """The file that defines a kernel."""
+    defines = re.compile(rf"__global__[^;{{]*\b{name.split('<')[0]}\(")
+    return next(path for path in SOURCES if path.suffix == ".cu" and defines.search(path.read_text()))
 
 
 @functools.cache
 def _compiled(name: str, arch: int) -> Compiled:
-    defines = re.compile(rf"__global__[^;{{]*\b{name.split('<')[0]}\(")
-    source = next(path for path in SOURCES if path.suffix == ".cu" and defines.search(path.read_text()))
-    ptx, shown, symbols = _texts(source, arch)
+    ptx, shown, cubin, symbols = texts_of(source_of(name), arch)
     symbol = symbols[name]
-    return Compiled(Kernel(shown, arch, symbol), _registers(shown, symbol), layout(ptx, symbol))
+    return Compiled(
+        Kernel(shown, arch, symbol, constants(cubin, symbol)), _registers(shown, symbol), layout(ptx, symbol)
+    )
 
 
 def _registers(disassembly: str, name: str) -> int:
@@ -289,7 +295,19 @@ def main(
             for rows in rows_of_case:
                 show(rows)
             if not dry:
-                write([row | versions() for rows in rows_of_case for row in rows], FILE, NOWHERE)
+                _replace([row | versions() for rows in rows_of_case for row in rows])
+
+
+def _replace(rows: list[dict]) -> None:
+    """Write ``rows``, and delete those that their calls had before."""
+    calls, fresh = {_call_of(row) for row in rows}, {key(row) for row in rows}
+    write(rows, FILE, NOWHERE)
+    stored = read(FILE, NOWHERE)
+    keep_only({key(row) for row in stored if _call_of(row) not in calls or key(row) in fresh}, FILE, NOWHERE)
+
+
+def _call_of(row: dict) -> tuple:
+    return tuple(row[name] for name in ("variant", "x", "batch", "dtype", "operator", "stage"))
 
 
 def _rows_of_case(case: Case, numbers: tuple[int, ...]) -> list[list[dict]]:

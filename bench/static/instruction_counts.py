@@ -40,10 +40,10 @@ class Executed:
 
 
 class Kernel:
-    """A compiled kernel for ``arch``, to be counted for many launches."""
+    """A compiled kernel for ``arch``, to be counted for many launches. ``constants``: what lies in constant bank 2."""
 
-    def __init__(self, disassembly: str, arch: int, name: str | None = None) -> None:
-        self.machine = Machine(code_of(disassembly, name), arch)
+    def __init__(self, disassembly: str, arch: int, name: str | None = None, constants: bytes = b"") -> None:
+        self.machine = Machine(code_of(disassembly, name), arch, constants)
         instructions = self.machine.instructions
         self._pipes = [pipe(one) for one in instructions]
         self._alone = np.array([wavefronts_alone(one) for one in instructions])

@@ -38,6 +38,7 @@ from all_launches import arguments_of, key_of
 from bytes_moved import case_of, plan_of
 from compile_report import source
 from compiled import Resources, compile_launch, resources, tool
+from constants import constants
 from focalnet.kernels.plan import Case, Launch, Plan
 from instruction_counts import Executed, Kernel
 from launch_bytes import Bytes, bytes_of, ring_bytes
@@ -187,7 +188,8 @@ class Compiled:
 def _compiled(key: _Key) -> Compiled:
     launch, arch = key.launch, key.key[-1]
     made = compile_launch(launch.kernel, arguments_of(launch, key.types), launch.options, arch)
-    kernel = Kernel(disassembled(made.asm["cubin"]), arch)
+    cubin = made.asm["cubin"]
+    kernel = Kernel(disassembled(cubin), arch, constants=constants(cubin, made.metadata.name))
     return Compiled(kernel, resources(made, arch), layout(made.asm["ptx"]))
 
 

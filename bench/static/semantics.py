@@ -26,7 +26,7 @@ def computed(one: Sass) -> Assignments | None:
     """(register, expression) of what an instruction writes, or None.
 
     Registers are R[i], U[i], P[i] and Q[i] (uniform predicates). The names in an expression are those of lanes.NAMES;
-    k(o) is a word of the constant bank at o, n(i) a number, s(name) a special register.
+    k(o, b) is a word of constant bank b at o, n(i) a number, s(name) a special register.
     """
     build = _BUILD.get(plain(one.opcode))
     if build is None:
@@ -70,8 +70,9 @@ def value(operand: str, next_register: int = 0) -> str:
         return "z"
     if re.fullmatch(r"0x[0-9a-f]+", operand):
         return f"n({(int(operand, 16) >> 32 * next_register) & MASK})"
-    if found := re.fullmatch(r"c\[0x0\]\[(0x[0-9a-f]+|RZ|URZ)\]", operand):
-        return f"k({(int(found[1], 16) if found[1][0] == '0' else 0) + 4 * next_register})"
+    if found := re.fullmatch(r"c\[0x([02])\]\[(0x[0-9a-f]+|RZ|URZ)\]", operand):
+        first = int(found[2], 16) if found[2][0] == "0" else 0
+        return f"k({first + 4 * next_register}, {found[1]})"
     raise Unknown(operand)
 
 
@@ -158,12 +159,14 @@ def _multiply_add(one: Sass) -> Assignments:
         carried = f" + {' + '.join(f'cast({predicate(one)})' for one in carry_in)}" if carry_in else ""
         return [(place(target), f"({_product(a, b)} + {value(c)}{carried})")]
     extend = "up" if "U32" in suffixes else "sext"
-    total = f"({extend}({value(a)}) * {extend}({value(b)}) + {wide(c)})"
-    if carry_in or carries:
-        raise Unknown("carry of a wide product")
+    product = f"({extend}({value(a)}) * {extend}({value(b)}))"
+    total = f"({product} + {wide(c)})"
+    if carry_in or len(carries) > 1:
+        raise Unknown("a carry into a wide product")
+    carry = [(place(one), f"({total} < {product})") for one in carries]
     if "WIDE" in suffixes:
-        return _pair(target, total)
-    return [(place(target), f"high({total})")]
+        return _pair(target, total) + carry
+    return [(place(target), f"high({total})"), *carry]
 
 
 def _product(a: str, b: str) -> str:
@@ -303,9 +306,11 @@ def _permute(one: Sass) -> Assignments:
     parts = []
     for byte in range(4):
         choice = int(selector, 16) >> 4 * byte & 0xF
-        if choice & 8:
-            raise Unknown("a sign")
-        parts.append(f"(({joined} >> n64({8 * choice})) & n64(255)) << n64({8 * byte})")
+        if choice & 8:  # eight times the sign of a byte
+            found = f"(({joined} >> n64({8 * (choice & 7) + 7})) & n64(1)) * n64(255)"
+        else:
+            found = f"(({joined} >> n64({8 * choice})) & n64(255))"
+        parts.append(f"{found} << n64({8 * byte})")
     return [(place(one.operands[0]), f"low({' | '.join(f'({part})' for part in parts)})")]
 
 
@@ -408,17 +413,17 @@ def _refuse(one: Sass) -> Assignments:
 
 def _constant(one: Sass) -> Assignments:
     suffixes = _only(one, "64", "128", "U8", "U16", "32")
-    found = re.fullmatch(r"c\[0x0\]\[(?:(U?R\d+|U?RZ)\+?)?(-?0x[0-9a-f]+)?\]", one.sources[0])
+    found = re.fullmatch(r"c\[0x([02])\]\[(?:(U?R\d+|U?RZ)\+?)?(-?0x[0-9a-f]+)?\]", one.sources[0])
     if found is None:
         raise Unknown(one.name)
-    register, first = found[1], int(found[2] or "0", 16)
+    bank, register, first = found[1], found[2], int(found[3] or "0", 16)
     count = 2 if "64" in suffixes else 4 if "128" in suffixes else 1
     target = place(one.operands[0])
     places = [f"{target[0]}[{int(target[2:-1]) + index}]" for index in range(count)]
     if register and "Z" not in register:
-        texts = [f"gather({value(register)} + n({(first + 4 * index) & MASK}))" for index in range(count)]
+        texts = [f"gather({value(register)} + n({(first + 4 * index) & MASK}), {bank})" for index in range(count)]
     else:
-        texts = [f"k({(first + 4 * index) & ~3})" for index in range(count)]
+        texts = [f"k({(first + 4 * index) & ~3}, {bank})" for index in range(count)]
     for name, mask in (("U8", 0xFF), ("U16", 0xFFFF)):
         if name in suffixes:
             if register and "Z" not in register:

@@ -124,6 +124,11 @@ class _Unknown:
             self.known_if[guard] = self.known_if.get(guard, 0) | fact.writes
         self.known_if = {g: known for g, known in self.known_if.items() if not bits(g, 1) & fact.writes}
 
+    def only(self, registers: int) -> _Unknown:
+        """What is unknown of some registers."""
+        partly = {register: mask for register, mask in self.partly.items() if registers >> register & 1}
+        return _Unknown(self.registers & registers, partly)
+
     def join(self, other: _Unknown) -> None:
         """Become what is unknown on either way."""
         partly = {}
@@ -182,7 +187,13 @@ def _forward(code: Code, facts: list[list[_Fact]]) -> list[_Unknown]:
         behind = _Unknown(here.registers, here.partly)
         for fact in facts[block]:
             behind.pass_(fact)
-        todo += [(following, behind) for following in code.blocks[block].next]
+        if code.blocks[block].instructions[-1].opcode == "RET":
+            # What a subroutine leaves alone comes from where it was called, and not from all other places.
+            todo += [(one, behind.only(code.calls.get(one - 1, -1))) for one in code.blocks[block].next]
+        else:
+            todo += [(one, behind) for one in code.blocks[block].next]
+        if block in code.calls:
+            todo.append((block + 1, behind.only(~code.calls[block])))
     return [one or _Unknown(0, {}) for one in found]
 
 

@@ -58,12 +58,13 @@ class Run:
 
 
 class Machine:
-    """A kernel's code for ``arch``, ready to run."""
+    """A kernel's code for ``arch``, ready to run. ``constants``: what lies in constant bank 2."""
 
-    def __init__(self, code: Code, arch: int) -> None:
+    def __init__(self, code: Code, arch: int, constants: bytes = b"") -> None:
         if arch not in PARAMETERS:
             raise ValueError(f"arch: where sm_{arch} keeps parameters is not known; {', '.join(map(str, PARAMETERS))}")
         self.code, self.arch = code, arch
+        self.constants = np.frombuffer(constants[: len(constants) // 4 * 4] or bytes(4), np.uint32)
         self.instructions = [one for block in code.blocks for one in block.instructions]
         self._steps = steps_of(code)
         # Numbers of the requests whose addresses are computed.
@@ -154,6 +155,9 @@ def _condition(one: Sass) -> str:
     first = one.operands[0] if one.operands else ""
     if one.opcode == "RET":
         return value(first.split("`")[0].split()[0])
+    if one.opcode == "BRX":
+        register, offset = first.split()
+        return f"{value(register)} + n({(int(offset, 16) + one.address + 16) & 0xFFFFFFFF})"
     if one.opcode == "BRA" and one.suffixes[1:] in (("DIV",), ("CONV",)):
         relation = "!=" if one.suffixes[1] == "DIV" else "=="
         return f"ballot(true, m) {relation} {value(first)}"
@@ -231,6 +235,8 @@ class _Program:
         for address in np.unique(condition[mask]):
             self._go(self.code.at[int(address)], mask & (condition == address))
 
+    _leave_brx = _leave_ret
+
     def _leave_exit(self, last: Sass, block: int, mask: np.ndarray, condition: np.ndarray | None) -> None:
         ended = mask if condition is None else mask & condition
         self.live = self.live & ~ended
@@ -261,7 +267,7 @@ class _Program:
     def _leave_unknown(self, last: Sass, *_: object) -> None:
         raise ValueError(f"`{last.text}` is a branch that warp.py does not follow")
 
-    _leave_brx = _leave_jmp = _leave_jmx = _leave_kill = _leave_unknown
+    _leave_jmp = _leave_jmx = _leave_kill = _leave_unknown
 
     def _release(self) -> None:
         """Let warps go on of which every thread that takes part waits."""
@@ -310,7 +316,7 @@ class _Program:
 
     def _namespace(self, launch: Launch, program: Sequence[int]) -> dict[str, object]:
         count = len(self.lanes)
-        bank = _constant_bank(launch, self.machine.arch)
+        banks = {0: _constant_bank(launch, self.machine.arch), 2: self.machine.constants}
         zeros = np.zeros(count, np.uint32)
         special = {f"SR_CTAID.{axis}": n for axis, n in zip("XYZ", program, strict=True)}
         special |= {"SR_TID.X": self.lanes, "SR_TID.Y": 0, "SR_TID.Z": 0, "SR_CgaCtaId": 0}
@@ -322,11 +328,11 @@ class _Program:
                 arrays[n] = np.full(count, n, np.uint32)
             return arrays[n]
 
-        def word(offset: int) -> np.ndarray:
-            return number(int(bank[offset // 4]))
+        def word(offset: int, bank: int) -> np.ndarray:
+            return number(int(banks[bank][offset // 4]))
 
-        def gather(offsets: np.ndarray) -> np.ndarray:
-            return bank[np.minimum(offsets >> 2, len(bank) - 1)]
+        def gather(offsets: np.ndarray, bank: int) -> np.ndarray:
+            return banks[bank][np.minimum(offsets >> 2, len(banks[bank]) - 1)]
 
         def special_register(name: str) -> np.ndarray:
             return (zeros + special[name]).astype(np.uint32)
