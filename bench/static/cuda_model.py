@@ -1,7 +1,7 @@
 """Predicts the time of csrc/cuda's launches, as performance_model.py predicts that of Triton's.
 
-    python bench/static/cuda_model.py                                  all that is covered, in two processes
-    python bench/static/cuda_model.py --variant tiny_lrf --device H100 --batch 128 --dtype bfloat16 [--dry]
+    python bench/static/cuda_model.py                   all that is covered: some ten minutes of two processors at most
+    python bench/static/cuda_model.py --variant tiny_lrf --device H100 --batch 128 --dtype bfloat16 --dry
 
 The program of the tests (tests/cuda/cuda_on_cpu) prints the launches of a call with their arguments; nvcc compiles the
 kernels for the device; `instruction_counts` runs the machine code on the arguments, for every warp of some programs.

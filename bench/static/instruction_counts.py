@@ -54,6 +54,10 @@ class Kernel:
 
     def executed(self, launch: Launch, program: Sequence[int], load: int | None = None) -> Executed:
         """What ``program`` executes. ``load``: cycles of a load from global memory."""
+        return self._executed(launch, tuple(program), load_cycles(in_l2=1) if load is None else load)
+
+    @functools.cache  # noqa: B019
+    def _executed(self, launch: Launch, program: tuple[int, ...], load: int) -> Executed:
         run = self.machine.run(launch, program)
         warps = run.entered.shape[1]
         times = np.repeat(run.entered.sum(axis=1), self._sizes)
@@ -67,7 +71,7 @@ class Kernel:
             pipes={name: float(count) for name, count in pipes.items() if count},
             tensor=float(times @ (self._tensor * self._of_groups)),
             wavefronts=float(wavefronts),
-            chain=self._chain(run, load_cycles(in_l2=1) if load is None else load),
+            chain=self._chain(run, load),
             mma=float(times @ (self._tensor * ~self._of_groups)),
             operations=float(times @ self._floats) / warps,
             conflicts=float(conflicts),

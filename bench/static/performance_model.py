@@ -18,6 +18,7 @@ bench/results/without-gpu/predicted.json.
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import hashlib
 import itertools
@@ -336,6 +337,7 @@ def main(
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, float16.")] = None,
     operator: Annotated[list[str], typer.Option(help="Operators; all.")] = [*OPERATORS],  # noqa: B006
     stage: Annotated[list[int], typer.Option(help="Stages, from 1.")] = [1, 2, 3, 4],  # noqa: B006
+    jobs: Annotated[int, typer.Option(help="Processes.")] = 2,
     dry: Annotated[bool, typer.Option(help="Print only.")] = False,
     anew: Annotated[bool, typer.Option("--anew", help="Also what has a row of this source.")] = False,
 ) -> None:
@@ -347,19 +349,29 @@ def main(
     everything = not any(chosen)
     whole = (row for row in read(FILE, NOWHERE) if row["subject"] == "all")
     have = {} if anew or dry else {call_of(row): row for row in whole}
-    for name, gpu, type_name, images in COVERED if everything else cases:
-        rows = []
-        for number, op in itertools.product(stage, operator):
-            call = op, stages(name)[number - 1], images, getattr(torch, type_name), PROCESSORS[gpu]
-            if not is_current(have.get((name, gpu, type_name, images, op, number)), *call):
-                rows += rows_of(*call)
-        if rows:
-            show(rows, f"predicted, not measured: {name}, {gpu}, batch {images}, {type_name}")
-            if not dry:
+    chosen_cases = COVERED if everything else cases
+    work_of = [(case, have, tuple(stage), tuple(operator)) for case in chosen_cases]
+    with concurrent.futures.ProcessPoolExecutor(min(jobs, len(work_of))) as pool:
+        for (name, gpu, type_name, images), rows in zip(chosen_cases, pool.map(_rows_of_case, work_of), strict=True):
+            if rows:
+                show(rows, f"predicted, not measured: {name}, {gpu}, batch {images}, {type_name}")
+            if rows and not dry:
                 write([row | _versions() for row in rows], FILE, NOWHERE)
     if everything:
         for line in left_out_in_words():
             console.print(line, style="yellow", markup=False)
+
+
+def _rows_of_case(work_of: tuple[tuple, dict, tuple[int, ...], tuple[str, ...]]) -> list[dict]:
+    """Of one (variant, device, dtype, batch): the rows of calls that have none of this source."""
+    warnings.simplefilter("ignore")
+    (name, gpu, type_name, images), have, numbers, operators = work_of
+    rows = []
+    for number, op in itertools.product(numbers, operators):
+        call = op, stages(name)[number - 1], images, getattr(torch, type_name), PROCESSORS[gpu]
+        if not is_current(have.get((name, gpu, type_name, images, op, number)), *call):
+            rows += rows_of(*call)
+    return rows
 
 
 def call_of(row: dict) -> tuple:
