@@ -106,7 +106,7 @@ WHOLE_PLANE_ROWS = 64
 LOW_PLANE_ROWS = 32
 FEW_PLANES_ROWS = 16
 MANY_LEVELS = 4
-# Channels of the narrowest tile, for few images; twice as many where there are MANY_LEVELS.
+# Channels of the narrowest tile, for few images; twice as many before Hopper and where there are MANY_LEVELS.
 NARROWEST = 16
 
 ANY = 1 << 30
@@ -172,7 +172,7 @@ def level_config(
     block_c = min(config.block_c, max(8, _power_of_two(channels)))
     fills = 2 * batch * -(-channels // block_c) > processors
     whole_plane = height <= _whole_plane_rows(arch, len(kernel_heights), fills)
-    narrowest = NARROWEST if len(kernel_heights) < MANY_LEVELS else 2 * NARROWEST
+    narrowest = 2 * NARROWEST if arch < 90 or len(kernel_heights) >= MANY_LEVELS else NARROWEST
     while block_c > narrowest and config.block_w * block_c > 128 and batch * -(-channels // block_c) < processors:
         block_c //= 2
     rows, back_rows = _rows(kernel_heights, dtype, block_c)
