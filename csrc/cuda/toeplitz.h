@@ -41,36 +41,40 @@ struct ToeplitzTiling {
     __host__ __device__ int sums() const { return sum_rows * sum_pitch; }
 };
 
-// How backward cuts the maps: whole images.
+// How backward cuts the maps: whole images. A block goes over `chunks` blocks of channels of the same images.
 struct ToeplitzBackwardTiling {
     int images;
-    int block_c;
-    int blocks;         // of eight columns, in a warp's tile: 2 or 4
-    int groups;         // of them side by side
-    int padding, halo;  // columns before, rows above and below an image's plane
-    int rows, pitch;
-    int sum_rows, sum_pitch;  // of dagg and the gates, without halo
+    int block_c, chunks;
+    int warps, sharers;  // sharers: of a channel; divides warps
+    int blocks;          // of eight columns, in a warp's tile: 1, 2, 4 or 7
+    int groups;          // of them side by side
+    int padding, halo;   // columns before; rows above, between and below the images' planes
+    int rows, pitch;     // rows from one image's plane to the next
+    int sum_pitch;       // of dagg and the gates, without halo
+    int odd_pitch;       // of what a warp copies of dz (toeplitz_correlate.cuh)
     int tap_rows, tap_pitch;
     size_t shared_bytes;
     double cost;  // 0: nothing fits
 
-    __host__ __device__ int plane() const { return images * rows * pitch; }
-    __host__ __device__ int sums() const { return sum_rows * sum_pitch; }
+    __host__ __device__ int threads() const { return warps * 32; }
+    __host__ __device__ int plane() const { return (images * rows + 2 * halo) * pitch; }
+    __host__ __device__ int odd() const { return warps * 16 * odd_pitch; }
 };
 
 // How backward takes one level in bands of an image's rows, a multiple of sixteen or all.
 struct ToeplitzBandTiling {
     int block_c;
-    int blocks, groups;  // as above
+    int warps, sharers, blocks, groups;  // as above
     int padding, halo;
     int band, bands;  // rows of the map
     int rows, pitch;
-    int sum_pitch;
+    int sum_pitch, odd_pitch;
     int tap_rows, tap_pitch;
     size_t shared_bytes;
     double cost;  // 0: nothing fits
 
     __host__ __device__ int plane() const { return rows * pitch; }
+    __host__ __device__ int odd() const { return warps * 16 * odd_pitch; }
 };
 
 // All levels; the first launch takes bands of kToeplitzFirstBand rows.
@@ -82,12 +86,17 @@ struct ToeplitzBandsPlan {
 };
 
 constexpr int kToeplitzFirstBand = 16;
-constexpr int kToeplitzBackwardThreads = 256;
-constexpr int kToeplitzBandPitch = 33;  // floats from row to row of a warp's product for dweights, 16 x 32
+constexpr int kToeplitzBackwardThreads = 256;     // of a block that takes bands
+constexpr int kMaxToeplitzBackwardThreads = 512;  // of a block that takes whole maps
+// Of a warp's product for dweights, two times 16 x 8; columns before the map in its copy of dz.
+constexpr int kToeplitzProduct = 256, kToeplitzOddPadding = 15;
 
 constexpr __host__ __device__ int toeplitz_steps(int kw) { return kw <= 2 * kToeplitzPadding + 1 ? 1 : 2; }
 // Of a row of taps, twice 16 * steps + 8 elements.
 constexpr __host__ __device__ int toeplitz_tap_width(int steps) { return 16 * steps + 8; }
+
+// Columns of a kernel that a product for dweights takes: of 16 / shifts rows at once.
+constexpr __host__ __device__ int toeplitz_shifts(int kw) { return kw <= 4 ? 4 : kw <= 8 ? 8 : 16; }
 
 ToeplitzTiling plan_toeplitz(const Problem& p);
 ToeplitzBackwardTiling plan_toeplitz_backward(const Problem& p);
