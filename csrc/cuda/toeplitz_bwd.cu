@@ -56,21 +56,23 @@ struct BackwardBlock {
     const ToeplitzParams& p;
     int64_t group, first_image;
     int images, split, first_c;
-    int lane, warp, warps;
+    WarpShare at;
+    Strips strips;
+    Rows rows;
     T *context, *z, *dagg, *gates, *taps, *odd;
     float *products, *strip_sums, *global, *dmean;
 
-    __device__ __forceinline__ BackwardBlock(const ToeplitzParams& p, unsigned char* memory) : p(p) {
+    __device__ __forceinline__ BackwardBlock(const ToeplitzParams& p, unsigned char* memory)
+        : p(p),
+          group(blockIdx.x / splits(p)),
+          first_image(group * p.tiling.images),
+          images(static_cast<int>(min(static_cast<int64_t>(p.tiling.images), p.B - first_image))),
+          split(static_cast<int>(blockIdx.x % splits(p))),
+          first_c(split * p.tiling.block_c * p.tiling.chunks),
+          at(p.tiling.sharers),
+          strips(images, p.H, p.tiling.rows, p.tiling.pitch),
+          rows(images, p.H, p.tiling.rows, p.tiling.pitch) {
         const ToeplitzBackwardTiling& t = p.tiling;
-        const int held = t.block_c * t.chunks, splits = (p.C + held - 1) / held;
-        split = static_cast<int>(blockIdx.x % splits);
-        group = blockIdx.x / splits;
-        first_c = split * held;
-        first_image = group * t.images;
-        images = static_cast<int>(min(static_cast<int64_t>(t.images), p.B - first_image));
-        lane = threadIdx.x % kWarp;
-        warp = threadIdx.x / kWarp;
-        warps = blockDim.x / kWarp;
         context = reinterpret_cast<T*>(memory);
         z = context + t.block_c * t.plane();
         dagg = z + p.L * t.block_c * t.plane();
@@ -78,14 +80,16 @@ struct BackwardBlock {
         odd = gates + (p.L + 1) * sums();
         taps = odd + t.odd();
         products = reinterpret_cast<float*>(taps + t.block_c * t.tap_rows * t.tap_pitch);
-        strip_sums = products + t.block_c * t.sharers * kToeplitzProduct;
+        strip_sums = products + t.block_c * t.sharers * t.product;
         global = strip_sums + 2 * t.block_c * t.images * ((p.H + 7) / 8) * t.groups;
         dmean = global + t.block_c * t.images;
     }
+    static __device__ __forceinline__ unsigned splits(const ToeplitzParams& p) {
+        const int held = p.tiling.block_c * p.tiling.chunks;
+        return (p.C + held - 1) / held;
+    }
     __device__ __forceinline__ int sums() const { return p.tiling.images * p.H * p.tiling.sum_pitch; }
     __device__ __forceinline__ int count() const { return images * p.H; }  // rows
-    __device__ __forceinline__ Rows rows() const { return {images, p.H, p.tiling.rows, p.tiling.pitch}; }
-    __device__ __forceinline__ Strips strips() const { return {images, p.H, p.tiling.rows, p.tiling.pitch}; }
     // The first row and column of a channel.
     __device__ __forceinline__ T* inside(T* planes, int c) const {
         return planes + c * p.tiling.plane() + p.tiling.halo * p.tiling.pitch + p.tiling.padding;
@@ -115,13 +119,13 @@ __device__ __forceinline__ void load(const BackwardBlock<T>& b, T* planes, int p
 
 template <typename T>
 __device__ __forceinline__ void load_ctx(const BackwardBlock<T>& b) {
-    load(b, b.context_of(0), b.p.tiling.plane(), b.rows(), b.p.ctx, b.p.ctx_width);
+    load(b, b.context_of(0), b.p.tiling.plane(), b.rows, b.p.ctx, b.p.ctx_width);
 }
 
 template <typename T>
 __device__ __forceinline__ void load_gates(const BackwardBlock<T>& b) {
     const ToeplitzParams& p = b.p;
-    const Rows rows(b.images, p.H, p.H, 0);
+    const Rows& rows = b.rows;
     const T* from = static_cast<const T*>(p.gates.data) + b.first_image * p.gates.stride_b;
     Walk walk(Region{0, b.count(), 0, p.W}, threadIdx.x, blockDim.x);
     for (; walk.more(); walk.next()) {
@@ -145,7 +149,7 @@ __device__ __forceinline__ void convolve_level(const BackwardBlock<T>& b, T* pla
     const ToeplitzLevel& own = b.p.level[level];
     with_steps(own.kw, [&](auto steps) {
         convolve<BLOCKS, decltype(steps)::value, T>(
-            b, b.strips(), [&](int c) { return b.inside(planes, c); }, own.kh, f);
+            b, [&](int c) { return b.inside(planes, c); }, own.kh, f);
     });
 }
 
@@ -160,7 +164,7 @@ __device__ __forceinline__ float sum_of_warp(float value) {
 template <int BLOCKS, typename T>
 __device__ __forceinline__ void store_level(const BackwardBlock<T>& b, int level, const Tile<BLOCKS>& tile) {
     const ToeplitzBackwardTiling& t = b.p.tiling;
-    const Strips strips = b.strips();
+    const Strips& strips = b.strips;
     T* z = b.z_of(level, tile.c) + tile.column;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -186,7 +190,7 @@ __device__ __forceinline__ void store_level(const BackwardBlock<T>& b, int level
         sum = sum_of_warp(sum);
         dglobal = sum_of_warp(dglobal);
         const int strip = tile.strip + half;
-        if (b.lane > 0 || strip >= strips.count) continue;
+        if (b.at.lane > 0 || strip >= strips.count) continue;
         const int group = t.groups == 1 ? 0 : tile.column / (8 * BLOCKS);
         float* to = b.strip_sums + 2 * ((tile.c * strips.count + strip) * t.groups + group);
         to[0] = sum;
@@ -199,7 +203,7 @@ template <typename T>
 __device__ __forceinline__ void form_global(const BackwardBlock<T>& b) {
     const ToeplitzParams& p = b.p;
     const int block_c = p.tiling.block_c;
-    const Strips strips = b.strips();
+    const Strips& strips = b.strips;
     const float positions = static_cast<float>(p.H) * p.W;
     for (int i = threadIdx.x; i < block_c * b.images; i += blockDim.x) {
         const int c = i % block_c, image = i / block_c, parts = strips.each * p.tiling.groups;
@@ -225,7 +229,7 @@ __device__ __forceinline__ void add_dgates(float* to, int stride, float2 sum, bo
 template <typename T, typename F>
 __device__ __forceinline__ void for_each_position(const BackwardBlock<T>& b, F f) {
     const ToeplitzParams& p = b.p;
-    const Rows rows = b.rows();
+    const Rows& rows = b.rows;
     float* dgates = p.dgates ? p.dgates + b.split * p.B * p.H * p.W * (p.L + 1) : nullptr;
     Walk walk(Region{0, b.count(), 0, (p.W + 1) / 2}, threadIdx.x, blockDim.x);
     for (; walk.more(); walk.next()) {
@@ -271,7 +275,7 @@ template <typename T>
 __device__ __forceinline__ void finish_last(const BackwardBlock<T>& b, bool first) {
     const ToeplitzParams& p = b.p;
     const int plane = p.tiling.plane(), sums = b.sums(), block_c = p.tiling.block_c, level = p.L - 1;
-    const Rows rows = b.rows();
+    const Rows& rows = b.rows;
     const bool wants_dz = b.wants_dz() && !p.agg.data;
     for_each_position(b, [&](int row, int x, int at, float* dgates) {
         const int in = b.sum_at(row, x), image = rows.image(row) * block_c;
@@ -303,7 +307,7 @@ __device__ __forceinline__ void finish_last(const BackwardBlock<T>& b, bool firs
 template <typename T, int N>
 __device__ __forceinline__ void form_agg(const BackwardBlock<T>& b) {
     const ToeplitzParams& p = b.p;
-    const Rows rows = b.rows();
+    const Rows& rows = b.rows;
     const bool wants_dz = b.wants_dz();
     for_each_two_columns<N>(b.count(), p.W, p.tiling.block_c, [&](int row, int x, int c) {
         const int at = rows.offset(row) + x, in = b.sum_at(row, x), image = rows.image(row);
@@ -343,7 +347,7 @@ __device__ __forceinline__ void form_agg(const BackwardBlock<T>& b) {
 template <int BLOCKS, typename T>
 __device__ __forceinline__ void store_dz(const BackwardBlock<T>& b, int below, bool wants_context,
                                          const Tile<BLOCKS>& tile) {
-    const Strips strips = b.strips();
+    const Strips& strips = b.strips;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         if (!tile.row[half].exists) continue;
@@ -374,7 +378,7 @@ __device__ __forceinline__ void store_dctx(const BackwardBlock<T>& b, const Tile
 template <typename T, int N>
 __device__ __forceinline__ void write_dctx(const BackwardBlock<T>& b) {
     const ToeplitzParams& p = b.p;
-    const Rows rows = b.rows();
+    const Rows& rows = b.rows;
     for_each_two_columns<N>(b.count(), p.W, p.tiling.block_c, [&](int row, int x, int c) {
         if (b.first_c + c >= p.C) return;
         float2 values[N];
@@ -424,7 +428,7 @@ __device__ __forceinline__ void run_backward(const BackwardBlock<T>& b) {
         __syncthreads();
         if (wants_weights)
             correlate<BLOCKS, T>(
-                b, b.strips(), [&](int c) { return b.inside(dz, c); }, [&](int c) { return b.context_of(c); }, own.kh,
+                b, [&](int c) { return b.inside(dz, c); }, [&](int c) { return b.context_of(c); }, own.kh,
                 own.kw);
         if (l > 0) load_taps<T>(b, p.level[l - 1].weight, p.level[l - 1].kh, p.level[l - 1].kw, true);
         __syncthreads();

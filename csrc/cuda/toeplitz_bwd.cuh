@@ -44,11 +44,24 @@ struct Strips {
     }
 };
 
-// f(c, share) for the channels of a warp; it takes the tiles share, share + sharers, ...
+// Where a thread is, and which share it has: the channels first, first + step, ... and of each the tiles share, share +
+// sharers, ... Divided once.
+struct WarpShare {
+    int lane, warp, warps, share, first, step;
+
+    __device__ __forceinline__ explicit WarpShare(int sharers)
+        : lane(threadIdx.x % kWarp),
+          warp(threadIdx.x / kWarp),
+          warps(blockDim.x / kWarp),
+          share(warp % sharers),
+          first(warp / sharers),
+          step(warps / sharers) {}
+};
+
+// f(c) for the channels of a warp.
 template <typename Block, typename F>
 __device__ __forceinline__ void for_each_channel(const Block& b, F f) {
-    const int sharers = b.p.tiling.sharers, step = b.warps / sharers, share = b.warp % sharers;
-    for (int c = b.warp / sharers; c < b.p.tiling.block_c; c += step) f(c, share);
+    for (int c = b.at.first; c < b.p.tiling.block_c; c += b.at.step) f(c);
 }
 
 // The taps of one channel and level, by a warp, two at a time (toeplitz.cuh): a lane has a word of one of the copies.
@@ -82,10 +95,10 @@ __device__ __forceinline__ void write_tap_words(T* to, const T* from, int kh, in
 template <typename T, typename Block>
 __device__ __forceinline__ void load_taps(const Block& b, const void* weight, int kh, int kw, bool turned) {
     const auto& t = b.p.tiling;
-    for (int c = b.warp; c < t.block_c; c += b.warps)
+    for (int c = b.at.warp; c < t.block_c; c += b.at.warps)
         write_tap_words<T>(b.taps + c * t.tap_rows * t.tap_pitch,
                            static_cast<const T*>(weight) + static_cast<int64_t>(b.first_c + c) * kh * kw, kh, kw,
-                           toeplitz_steps(kw), b.first_c + c < b.p.C, turned, b.lane);
+                           toeplitz_steps(kw), b.first_c + c < b.p.C, turned, b.at.lane);
 }
 
 // What a lane has of a tile: rows lane / 4 of both strips, columns column + 8 j, + 1.
@@ -101,27 +114,30 @@ struct Tile {
 // The convolution of the planes whose first rows and columns `from` gives, with the taps in place: f(tile) for the
 // tiles of every channel. What lies beyond the map's columns is zero.
 template <int BLOCKS, int STEPS, typename T, typename Block, typename From, typename F>
-__device__ __forceinline__ void convolve(const Block& b, const Strips& strips, From from, int kh, F f) {
+__device__ __forceinline__ void convolve(const Block& b, From from, int kh, F f) {
     const auto& t = b.p.tiling;
-    const int tiles = strips.tiles() * t.groups, W = b.p.W;
-    for_each_channel(b, [&](int c, int share) {
-        const T* taps = b.taps + c * t.tap_rows * t.tap_pitch + tap_of_lane(b.lane, 16 * STEPS + 8);
-        const SharedAddress source = shared_address(from(c) - kh / 2 * t.pitch + 8 * (b.lane / 16) + 4 - 8 * STEPS);
-        for (int i = share; i < tiles; i += t.sharers) {
+    const Strips& strips = b.strips;
+    const int tiles = strips.tiles() * t.groups, W = b.p.W, lane = b.at.lane;
+    const int lane_offset = 8 * (lane / 16) + 4 - 8 * STEPS - kh / 2 * t.pitch, lane_tap = tap_of_lane(lane, 16 * STEPS + 8);
+    const bool beyond = 8 * BLOCKS * t.groups > W;
+    for_each_channel(b, [&](int c) {
+        const T* taps = b.taps + c * t.tap_rows * t.tap_pitch + lane_tap;
+        const SharedAddress source = shared_address(from(c) + lane_offset);
+        for (int i = b.at.share; i < tiles; i += t.sharers) {
             const int group = t.groups == 1 ? 0 : i % t.groups, strip = 2 * (t.groups == 1 ? i : i / t.groups);
-            const int row = strips.nearest(strip + b.lane / 8 % 2, b.lane % 8) + 8 * BLOCKS * group;
-            Tile<BLOCKS> tile{c, strip, 8 * BLOCKS * group + 2 * (b.lane % 4), {}, {}};
+            const int row = strips.nearest(strip + lane / 8 % 2, lane % 8) + 8 * BLOCKS * group;
+            Tile<BLOCKS> tile{c, strip, 8 * BLOCKS * group + 2 * (lane % 4), {}, {}};
             convolve_tile<T, BLOCKS, STEPS>(
                 tile.sum, source + static_cast<SharedAddress>(row * static_cast<int>(sizeof(T))),
                 t.pitch * static_cast<int>(sizeof(T)), taps, kh);
-            if (8 * BLOCKS * (group + 1) > W)
+            if (beyond)
 #pragma unroll
                 for (int j = 0; j < BLOCKS; ++j)
 #pragma unroll
                     for (int k = 0; k < 4; ++k)
                         tile.sum[j][k] = tile.column + 8 * j + k % 2 < W ? tile.sum[j][k] : 0.0f;
 #pragma unroll
-            for (int half = 0; half < 2; ++half) tile.row[half] = strips.row(strip + half, b.lane / 4);
+            for (int half = 0; half < 2; ++half) tile.row[half] = strips.row(strip + half, lane / 4);
             f(tile);
         }
     });

@@ -54,7 +54,6 @@ struct LevelParams : BandParams {
 struct BandPlace {
     int block, first_c, band, y0, count;
     int64_t image;
-    int lane, warp, warps;
 
     __device__ __forceinline__ BandPlace(const BandParams& p) {
         const int blocks = (p.C + p.tiling.block_c - 1) / p.tiling.block_c;
@@ -64,9 +63,6 @@ struct BandPlace {
         first_c = block * p.tiling.block_c;
         y0 = band * p.tiling.band;
         count = min(p.tiling.band, p.H - y0);
-        lane = threadIdx.x % kWarp;
-        warp = threadIdx.x / kWarp;
-        warps = blockDim.x / kWarp;
     }
     // Of a planar map, where row y of channel c of the block begins.
     __device__ __forceinline__ int64_t row_of(const BandParams& p, int c, int y) const {
@@ -141,10 +137,13 @@ __global__ void __launch_bounds__(kToeplitzBackwardThreads) toeplitz_first_bwd_k
 template <typename T>
 struct LevelBlock : BandPlace {
     const LevelParams& p;
+    WarpShare at;
+    Strips strips;
     T *dz, *input, *gate, *odd, *taps;
     float* products;
 
-    __device__ __forceinline__ LevelBlock(const LevelParams& p, unsigned char* memory) : BandPlace(p), p(p) {
+    __device__ __forceinline__ LevelBlock(const LevelParams& p, unsigned char* memory)
+        : BandPlace(p), p(p), at(p.tiling.sharers), strips(1, BandPlace::count, 0, p.tiling.pitch) {
         const ToeplitzBandTiling& t = p.tiling;
         dz = reinterpret_cast<T*>(memory);
         input = dz + t.block_c * t.plane();
@@ -154,7 +153,6 @@ struct LevelBlock : BandPlace {
         products = reinterpret_cast<float*>(taps + t.block_c * t.tap_rows * t.tap_pitch);
     }
     __device__ __forceinline__ int count() const { return BandPlace::count; }
-    __device__ __forceinline__ Strips strips() const { return {1, count(), 0, p.tiling.pitch}; }
     // The band's first row and column.
     __device__ __forceinline__ T* inside(T* planes, int c) const {
         return planes + c * p.tiling.plane() + p.tiling.halo * p.tiling.pitch + p.tiling.padding;
@@ -278,7 +276,7 @@ template <typename T, int BLOCKS>
 __device__ __forceinline__ void form_dinput(const LevelBlock<T>& b) {
     with_steps(b.p.kw, [&](auto steps) {
         convolve<BLOCKS, decltype(steps)::value, T>(
-            b, b.strips(), [&](int c) { return b.inside(b.dz, c); }, b.p.kh, [&](const Tile<BLOCKS>& tile) {
+            b, [&](int c) { return b.inside(b.dz, c); }, b.p.kh, [&](const Tile<BLOCKS>& tile) {
                 if (b.p.level == 0)
                     store_dctx(b, tile);
                 else
@@ -315,7 +313,7 @@ __global__ void __launch_bounds__(kToeplitzBackwardThreads, 2) toeplitz_level_bw
     if (p.level > 0 && p.dgates) form_dgates(b);
     if (p.dweights) {
         correlate<BLOCKS, T>(
-            b, b.strips(), [&](int c) { return b.inside(b.dz, c); }, [&](int c) { return b.inside(b.input, c); }, p.kh,
+            b, [&](int c) { return b.inside(b.dz, c); }, [&](int c) { return b.inside(b.input, c); }, p.kh,
             p.kw);
         __syncthreads();  // the input is read no more
         sum_products(b, p.dweights + (b.image * t.bands + b.band) * p.kh * p.kw * p.C, p.kh, p.kw);
@@ -408,7 +406,7 @@ Status launch_level(const Problem& p, const Gradients& out, const Workspace<T>& 
                         : t.blocks == 4 ? toeplitz_level_bwd_kernel<T, 4>
                                         : toeplitz_level_bwd_kernel<T, 7>;
     if (Status s = launch("toeplitz_level_bwd_kernel", kernel, p.B * t.bands * blocks_for(p.C, t.block_c),
-                          kToeplitzBackwardThreads, t.shared_bytes, stream, params))
+                          32 * t.warps, t.shared_bytes, stream, params))
         return s;
     if (!out.want_weights) return {};
     return sum_partials<T>(p, level, w.dweights, p.B * t.bands, out.dweights[level], stream);

@@ -8,7 +8,7 @@
 // of four rows where the kernel has up to four columns, of 0 to 7 of two rows, or of 0 to 15 of one. The two columns
 // of dz in a register are neighbours; those that start at an odd column a warp copies for its rows, a column further:
 //
-//     odd     [16 rows][pitch]: column x of the map lies at kOddPadding + x, an odd number
+//     odd     [8 rows][pitch]: column x of the map lies at kOddPadding + x, an odd number
 //
 // Four sums a lane, or eight for kernels of more rows: nothing is added up before all rows and images are in.
 
@@ -18,45 +18,47 @@
 
 namespace focalnet::cuda {
 
-// What a lane needs to know of a level.
+// What a lane needs to know of a level, in elements.
 struct Correlation {
-    int shifts, together;    // R
-    bool wide;               // more rows of the input than eight
-    int row[2], column[2];   // of dz, from y and X: of the lane's rows lane / 4 and lane / 4 + 8 of A
-    bool odd[2];
-    int input_row[2];        // of ldmatrix, from y; one that no tap meets is read as the eight's first
+    int together;  // rows of dz: R
+    bool wide;     // more rows of the input than eight
+    bool odd[2];   // of the lane's rows lane / 4 and lane / 4 + 8 of A: where they are read,
+    int a[2];      // from the strip's first row and column,
+    int step[2];   // and the next rows that are taken together
+    int b;         // of ldmatrix, from the strip's first row and column of the input
+    int further;   // the other eight rows
 
-    __device__ __forceinline__ Correlation(int kh, int kw, int lane) {
-        shifts = toeplitz_shifts(kw);
-        together = kMmaM / shifts;
-        wide = kh + together - 1 > 8;
+    __device__ __forceinline__ Correlation(int kh, int kw, int pitch, int odd_pitch, int lane) {
+        constexpr int kBefore = 4;  // columns before the first; there ldmatrix finds 16 bytes
+        const int bits = toeplitz_shift_bits(kw);
+        together = kMmaM >> bits;
+        wide = toeplitz_wide(kh, kw);
+        int input_row[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int m = lane / 4 + 8 * i, n = lane % 8 + 8 * i;
-            row[i] = m / shifts;
-            column[i] = 2 * (lane % 4) + kw / 2 - m % shifts;
-            odd[i] = column[i] % 2 != 0;
+            const int row = m >> bits, column = 2 * (lane % 4) + kw / 2 - (m & ((1 << bits) - 1)) - kBefore;
+            odd[i] = column % 2 != 0;
+            const int own = odd[i] ? odd_pitch : pitch;
+            a[i] = row * own + column;
+            step[i] = together * own;
+            // A row that no tap meets is read as the eight's first: no conflict of banks.
             input_row[i] = (n < kh + together - 1 ? n : 8 * i) - kh / 2;
         }
+        b = input_row[0] * pitch + 8 * (lane / 8) - kBefore;
+        further = (input_row[1] - input_row[0]) * pitch;
     }
 };
 
-// One column more than a plane's, sixteen rows: those of the strips `strip`, `strip` + 1, by a warp. Zero where no row
-// exists. Words of odd columns lie where words may.
+// Eight rows of a strip, one column further, by a warp; zero where no row exists. `dz` points to the lane's row,
+// column 2 (lane % 4).
 template <typename T>
-__device__ __forceinline__ void copy_odd(T* odd, int odd_pitch, const T* dz, const Strips& strips, int strip,
-                                         int columns, int lane) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const StripRow row = strips.row(strip + half, lane / 4);
-        const T* from = dz + strips.offset(row) + 2 * (lane % 4);
-        T* to = odd + (lane / 4 + 8 * half) * odd_pitch + kToeplitzOddPadding + 2 * (lane % 4);
-        for (int x = 0; x < columns; x += 8) {
-            T pair[2] = {};
-            if (row.exists) load_raw<2>(from + x, pair);
-            to[x] = pair[0];
-            to[x + 1] = pair[1];
-        }
+__device__ __forceinline__ void copy_odd(T* odd, const T* dz, bool exists, int columns) {
+    for (int x = 0; x < columns; x += 8) {
+        T pair[2] = {};
+        if (exists) load_raw<2>(dz + x, pair);
+        odd[x] = pair[0];
+        odd[x + 1] = pair[1];
     }
 }
 
@@ -83,64 +85,56 @@ __device__ __forceinline__ void correlate_columns(float (&sum)[4], SharedAddress
     }
 }
 
-// D += the share of the strips `strip`, `strip` + 1, by a warp whose `odd` holds their rows. `dz` and `input` point to
-// the first row and column. The rows of dz below the last one are zero, as many as are taken together less one.
+// D += the share of a strip, by a warp whose `odd` holds its rows. `dz` and `input` point to the strip's first row and
+// column. The rows of dz below the last one are zero, as many as are taken together less one.
 template <int BLOCKS, typename T>
-__device__ __forceinline__ void correlate_strips(float (&sum)[2][4], const Correlation& own, const T* dz,
-                                                 const T* input, const T* odd, int odd_pitch, const Strips& strips,
-                                                 int strip, int groups, int lane) {
-    constexpr int kBefore = 4;  // columns before the first; there ldmatrix finds 16 bytes
-    const int pitch = strips.pitch;
-#pragma unroll 1
-    for (int half = 0; half < 2; ++half) {
-        const StripRow top = strips.row(strip + half, 0);
-        if (!top.exists) return;
-        const int offset = strips.offset(top) - kBefore, rows = min(8, strips.held - top.y);
-        const T* a[2];
-        int step[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            step[i] = own.together * (own.odd[i] ? odd_pitch : pitch);
-            a[i] = own.odd[i] ? odd + (8 * half + own.row[i]) * odd_pitch + kToeplitzOddPadding - kBefore
-                              : dz + offset + own.row[i] * pitch;
-            a[i] += own.column[i];
-        }
-        const T* first_row = input + offset + 8 * (lane / 8);
-        SharedAddress b = shared_address(first_row + own.input_row[0] * pitch);
-        const int further = (own.input_row[1] - own.input_row[0]) * pitch * static_cast<int>(sizeof(T));
-        for (int y = 0; y < rows; y += own.together) {
-            const auto columns = [&](auto pieces, int at) {
-                constexpr int kPieces = decltype(pieces)::value;
-                const SharedAddress from = b + static_cast<SharedAddress>(at * static_cast<int>(sizeof(T)));
-                correlate_columns<kPieces>(sum[0], from, a[0] + at, a[1] + at);
-                if (own.wide) correlate_columns<kPieces>(sum[1], from + further, a[0] + at, a[1] + at);
-            };
-            for (int group = 0; group + 1 < groups; ++group)
-                columns(std::integral_constant<int, BLOCKS>{}, 8 * BLOCKS * group);
-            columns(std::integral_constant<int, BLOCKS + 1>{}, 8 * BLOCKS * (groups - 1));
-            b += static_cast<SharedAddress>(own.together * pitch * static_cast<int>(sizeof(T)));
-            a[0] += step[0];
-            a[1] += step[1];
-        }
+__device__ __forceinline__ void correlate_strip(float (&sum)[2][4], const Correlation& own, const T* dz,
+                                                SharedAddress input, const T* odd, int pitch, int rows, int groups) {
+    constexpr int kSize = sizeof(T);
+    const T *first = (own.odd[0] ? odd : dz) + own.a[0], *second = (own.odd[1] ? odd : dz) + own.a[1];
+    for (int y = 0; y < rows; y += own.together) {
+        const auto columns = [&](auto pieces, int at) {
+            constexpr int kPieces = decltype(pieces)::value;
+            const SharedAddress from = input + static_cast<SharedAddress>(at * kSize);
+            correlate_columns<kPieces>(sum[0], from, first + at, second + at);
+            if (own.wide)
+                correlate_columns<kPieces>(sum[1], from + static_cast<SharedAddress>(own.further * kSize), first + at,
+                                           second + at);
+        };
+        for (int group = 0; group + 1 < groups; ++group)
+            columns(std::integral_constant<int, BLOCKS>{}, 8 * BLOCKS * group);
+        columns(std::integral_constant<int, BLOCKS + 1>{}, 8 * BLOCKS * (groups - 1));
+        input += static_cast<SharedAddress>(own.together * pitch * kSize);
+        first += own.step[0];
+        second += own.step[1];
     }
 }
 
-// D of all channels, a warp its own share of each: the sums lie in `products`, [block_c][sharers][2][16][8].
+// D of all channels, a warp its own share of each: the sums lie in `products`, [block_c][sharers][1 or 2][16][8].
 template <int BLOCKS, typename T, typename Block, typename DzOf, typename InputOf>
-__device__ __forceinline__ void correlate(const Block& b, const Strips& strips, DzOf dz_of, InputOf input_of, int kh,
-                                          int kw) {
+__device__ __forceinline__ void correlate(const Block& b, DzOf dz_of, InputOf input_of, int kh, int kw) {
     const auto& t = b.p.tiling;
-    const Correlation own(kh, kw, b.lane);
-    T* odd = b.odd + b.warp * kMmaM * t.odd_pitch;
-    for_each_channel(b, [&](int c, int share) {
+    const Strips& strips = b.strips;
+    const int lane = b.at.lane;
+    const Correlation own(kh, kw, t.pitch, t.odd_pitch, lane);
+    T* odd = b.odd + b.at.warp * 8 * t.odd_pitch + kToeplitzOddPadding;
+    T* odd_of_lane = odd + lane / 4 * t.odd_pitch + 2 * (lane % 4);
+    const int dz_of_lane = lane / 4 * t.pitch + 2 * (lane % 4);
+    for_each_channel(b, [&](int c) {
         float sum[2][4] = {};
-        for (int i = share; i < strips.tiles(); i += t.sharers) {
+        const T* dz = dz_of(c);
+        const SharedAddress input = shared_address(input_of(c) + own.b);
+        for (int strip = b.at.share; strip < strips.count; strip += t.sharers) {
+            const StripRow top = strips.row(strip, 0);
+            const int offset = strips.offset(top), rows = min(8, strips.held - top.y);
             __syncwarp();  // nobody reads the rows that were copied last
-            copy_odd(odd, t.odd_pitch, dz_of(c), strips, 2 * i, 8 * BLOCKS * t.groups, b.lane);
+            copy_odd(odd_of_lane, dz + offset + dz_of_lane, lane / 4 < rows, 8 * BLOCKS * t.groups);
             __syncwarp();
-            correlate_strips<BLOCKS>(sum, own, dz_of(c), input_of(c), odd, t.odd_pitch, strips, 2 * i, t.groups, b.lane);
+            correlate_strip<BLOCKS>(sum, own, dz + offset,
+                                    input + static_cast<SharedAddress>(offset * static_cast<int>(sizeof(T))), odd,
+                                    t.pitch, rows, t.groups);
         }
-        float* to = b.products + (c * t.sharers + share) * kToeplitzProduct + b.lane / 4 * 8 + 2 * (b.lane % 4);
+        float* to = b.products + (c * t.sharers + b.at.share) * t.product + lane / 4 * 8 + 2 * (lane % 4);
 #pragma unroll
         for (int n = 0; n < 2; ++n)
 #pragma unroll
@@ -150,23 +144,31 @@ __device__ __forceinline__ void correlate(const Block& b, const Strips& strips, 
     });
 }
 
-// What the warps left in `products`, added up in a fixed order: dweights[tap][C], by all threads.
+// What the warps left in `products`, added up in a fixed order: dweights[tap][C]. A warp takes 32 / block_c taps of all
+// channels at a time.
 template <typename Block>
 __device__ __forceinline__ void sum_products(const Block& b, float* dweights, int kh, int kw) {
     const auto& t = b.p.tiling;
-    const int shifts = toeplitz_shifts(kw), together = kMmaM / shifts, channels = min(t.block_c, b.p.C - b.first_c);
-    for (int i = threadIdx.x; i < t.block_c * kh * kw; i += blockDim.x) {
-        const int c = i % t.block_c, tap = i / t.block_c, ky = tap / kw, kx = tap - ky * kw;
-        if (c >= channels) continue;
+    const int bits = toeplitz_shift_bits(kw), together = kMmaM >> bits, taps = kh * kw;
+    const int c = threadIdx.x & (t.block_c - 1), step = blockDim.x / t.block_c;
+    const int step_y = step / kw, step_x = step - step_y * kw;
+    if (b.first_c + c >= b.p.C) return;
+    int tap = threadIdx.x / t.block_c, ky = tap / kw, kx = tap - ky * kw;
+    for (; tap < taps; tap += step) {
         float sum = 0.0f;
-        for (int share = 0; share < t.sharers; ++share) {
-            const float* product = b.products + (c * t.sharers + share) * kToeplitzProduct;
+        const float* product = b.products + c * t.sharers * t.product;
+        for (int share = 0; share < t.sharers; ++share, product += t.product)
             for (int r = 0; r < together; ++r) {
                 const int n = ky + r;
-                sum += product[n / 8 * 128 + (r * shifts + kx) * 8 + n % 8];
+                sum += product[n / 8 * 128 + ((r << bits) + kx) * 8 + n % 8];
             }
-        }
         dweights[tap * b.p.C + b.first_c + c] = sum;
+        ky += step_y;
+        kx += step_x;
+        if (kx >= kw) {
+            kx -= kw;
+            ++ky;
+        }
     }
 }
 

@@ -159,7 +159,12 @@ ToeplitzTiling make(const Problem& p) {
 }
 
 // Rows that dweights takes together reach as far below the last row of dz, which must be zero there.
-int backward_halo(const FocalWeight& w) { return std::max(w.kh / 2, 16 / toeplitz_shifts(w.kw) - 1); }
+int backward_halo(const FocalWeight& w) { return std::max(w.kh / 2, toeplitz_together(w.kw) - 1); }
+
+// What it reads below the last row of the input, and multiplies by zero.
+int rows_below(const FocalWeight& w, int rows) {
+    return w.kh / 2 + round_up(rows, toeplitz_together(w.kw)) - rows;
+}
 
 ToeplitzBackwardTiling cut_backward(const Problem& p, int images, int block_c, int warps, int sharers, int blocks) {
     ToeplitzBackwardTiling t{};
@@ -176,9 +181,12 @@ ToeplitzBackwardTiling cut_backward(const Problem& p, int images, int block_c, i
         t.tap_rows = std::max(t.tap_rows, p.weights[l].kh);
         t.tap_pitch = std::max(t.tap_pitch, 2 * toeplitz_tap_width(mine));
         t.halo = std::max({t.halo, 1, backward_halo(p.weights[l])});
+        t.below = std::max(t.below, rows_below(p.weights[l], p.H));
+        t.product = std::max(t.product, toeplitz_wide(p.weights[l].kh, p.weights[l].kw) ? 256 : 128);
         steps = std::max(steps, mine);
     }
     t.padding = steps == 1 ? kToeplitzPadding : kToeplitzPadding2;
+    t.below = p.H + std::max(t.halo, t.below);
     t.rows = p.H + t.halo;
     const int columns = 8 * t.groups * blocks;
     t.pitch = odd_pitch(columns + (steps == 1 ? 8 : 24));
@@ -187,7 +195,7 @@ ToeplitzBackwardTiling cut_backward(const Problem& p, int images, int block_c, i
     const size_t sums = static_cast<size_t>(images) * p.H * t.sum_pitch;
     const size_t elements = static_cast<size_t>(block_c) * ((p.L + 1) * t.plane() + sums) + (p.L + 1) * sums +
                             t.odd() + static_cast<size_t>(block_c) * t.tap_rows * t.tap_pitch;
-    const size_t floats = static_cast<size_t>(block_c) * (sharers * kToeplitzProduct + 2 * images +
+    const size_t floats = static_cast<size_t>(block_c) * (sharers * t.product + 2 * images +
                                                           2 * images * blocks_for(p.H, 8) * t.groups);
     t.shared_bytes = 2 * elements + 4 * floats;
     return t;
@@ -199,8 +207,8 @@ double convolved(const FocalWeight& w, int blocks) {
     return kPerTile + w.kh * (2.0 * blocks * steps + (blocks + 2.0 * steps) / 2 + 2 * steps + 8);
 }
 double correlated(const FocalWeight& w, int blocks, int groups) {
-    const double columns = blocks * groups + 1, together = 16 / toeplitz_shifts(w.kw);
-    const double wide = w.kh + together - 1 > 8 ? 1.5 : 1.0;
+    const double columns = blocks * groups + 1, together = toeplitz_together(w.kw);
+    const double wide = toeplitz_wide(w.kh, w.kw) ? 1.5 : 1.0;
     return 60 + 10.0 * blocks * groups + 16 / together * (10 + 2.75 * columns * wide);
 }
 
@@ -279,12 +287,12 @@ ToeplitzBackwardTiling make_backward(const Problem& p) {
     return best.tiling;
 }
 
-ToeplitzBandTiling cut_band(const Problem& p, int level, int block_c, int sharers, int blocks, int band) {
+ToeplitzBandTiling cut_band(const Problem& p, int level, int block_c, int warps, int sharers, int blocks, int band) {
     const FocalWeight& w = p.weights[level];
     const int steps = toeplitz_steps(w.kw);
     ToeplitzBandTiling t{};
     t.block_c = block_c;
-    t.warps = kToeplitzBackwardThreads / 32;
+    t.warps = warps;
     t.sharers = sharers;
     t.blocks = blocks;
     t.groups = blocks_for(p.W, 8 * blocks);
@@ -292,7 +300,8 @@ ToeplitzBandTiling cut_band(const Problem& p, int level, int block_c, int sharer
     t.halo = std::max(1, backward_halo(w));
     t.band = std::min(band, p.H);
     t.bands = blocks_for(p.H, t.band);
-    t.rows = t.band + 3 * t.halo;  // below the halo are rows that dweights reads, and multiplies by zero
+    t.rows = t.band + t.halo + std::max(t.halo, rows_below(w, 1));
+    t.product = toeplitz_wide(w.kh, w.kw) ? 256 : 128;
     const int columns = 8 * t.groups * blocks;
     t.pitch = odd_pitch(columns + (steps == 1 ? 8 : 24));
     t.sum_pitch = odd_pitch(columns);
@@ -301,7 +310,7 @@ ToeplitzBandTiling cut_band(const Problem& p, int level, int block_c, int sharer
     t.tap_pitch = 2 * toeplitz_tap_width(steps);
     const size_t elements = 2 * static_cast<size_t>(block_c) * t.plane() + static_cast<size_t>(t.band) * t.sum_pitch +
                             t.odd() + static_cast<size_t>(block_c) * t.tap_rows * t.tap_pitch;
-    t.shared_bytes = 2 * elements + 4 * static_cast<size_t>(block_c) * sharers * kToeplitzProduct;
+    t.shared_bytes = 2 * elements + 4 * static_cast<size_t>(block_c) * sharers * t.product;
     return t;
 }
 
@@ -328,13 +337,14 @@ ToeplitzBandTiling cheapest_band(const Problem& p, int level, int block_c) {
     ToeplitzBandTiling best{};
     for (int blocks : {2, 4, 7})
         for (int band : {16, 32, 48, 64, 96, 128, p.H})
-            for (int sharers : {1, 2, 4, 8}) {
-                if (band > p.H) continue;
-                ToeplitzBandTiling t = cut_band(p, level, block_c, sharers, blocks, band);
-                if (t.shared_bytes > static_cast<size_t>(p.limits.shared_per_block)) continue;
-                t.cost = cost_of(p, level, t);
-                if (best.cost == 0 || t.cost < best.cost) best = t;
-            }
+            for (int warps : {4, 8})
+                for (int sharers = 1; sharers <= warps; sharers *= 2) {
+                    if (band > p.H) continue;
+                    ToeplitzBandTiling t = cut_band(p, level, block_c, warps, sharers, blocks, band);
+                    if (t.shared_bytes > static_cast<size_t>(p.limits.shared_per_block)) continue;
+                    t.cost = cost_of(p, level, t);
+                    if (best.cost == 0 || t.cost < best.cost) best = t;
+                }
     return best;
 }
 

@@ -92,7 +92,7 @@ int print_plans(const Problem& p) {
     } else if (const ToeplitzBandsPlan bands = plan_toeplitz_bands(p); p.tensor_cores && bands.cost > 0) {
         print("backward", bands.block_c, kToeplitzFirstBand, p.W, kToeplitzBackwardThreads, bands.first_bytes, 1);
         for (int l = 0; l < p.L; ++l)
-            print("backward", bands.block_c, bands.level[l].band, p.W, kToeplitzBackwardThreads,
+            print("backward", bands.block_c, bands.level[l].band, p.W, 32 * bands.level[l].warps,
                   bands.level[l].shared_bytes, bands.level[l].cost);
     } else if (plan_backward_map(p).cost > 0) {
         print("backward", plan_backward_map(p));
