@@ -41,10 +41,21 @@ struct ToeplitzTiling {
     __host__ __device__ int sums() const { return sum_rows * sum_pitch; }
 };
 
+// n / by for 0 <= n * by < 2^31, without a division: kernels that divide once a pass have many passes.
+struct Division {
+    unsigned inverse;
+
+    Division() = default;
+    explicit Division(int by) : inverse(((1u << 31) + by - 1) / by) {}
+    __host__ __device__ int operator()(int n) const {
+        return static_cast<int>(static_cast<uint64_t>(static_cast<unsigned>(n)) * inverse >> 31);
+    }
+};
+
 // How backward cuts the maps: whole images. A block goes over `chunks` blocks of channels of the same images.
 struct ToeplitzBackwardTiling {
     int images;
-    int block_c, chunks;
+    int block_c, channel_bits, chunks;  // block_c is 1 << channel_bits
     int warps, sharers;  // sharers: of a channel; divides warps
     int blocks;          // of eight columns, in a warp's tile: 1, 2, 4 or 7
     int groups;          // of them side by side
@@ -65,7 +76,7 @@ struct ToeplitzBackwardTiling {
 
 // How backward takes one level in bands of an image's rows, a multiple of sixteen or all.
 struct ToeplitzBandTiling {
-    int block_c;
+    int block_c, channel_bits;
     int warps, sharers, blocks, groups;  // as above
     int padding, halo;
     int band, bands;  // rows of the map

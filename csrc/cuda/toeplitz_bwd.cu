@@ -36,6 +36,7 @@ struct ToeplitzLevel {
     const void* weight;
     float* dweights;  // [groups of images][taps][C]; null: not wanted
     int kh, kw;
+    Division by_kw;
 };
 
 struct ToeplitzParams {
@@ -47,6 +48,7 @@ struct ToeplitzParams {
     ToeplitzLevel level[kMaxLevels];
     int ctx_width, dagg_width, dctx_width, agg_width;
     bool gates_aligned;  // to 8 bytes, and four of them
+    Division by_pairs;   // of columns
     float scale;
     ToeplitzBackwardTiling tiling;
 };
@@ -59,7 +61,7 @@ struct BackwardBlock {
     WarpShare at;
     Strips strips;
     Rows rows;
-    T *context, *z, *dagg, *gates, *taps, *odd;
+    T *context, *z, *dagg, *gates, *taps, *odd, *agg;  // agg where odd and products are later
     float *products, *strip_sums, *global, *dmean;
 
     __device__ __forceinline__ BackwardBlock(const ToeplitzParams& p, unsigned char* memory)
@@ -77,10 +79,11 @@ struct BackwardBlock {
         z = context + t.block_c * t.plane();
         dagg = z + p.L * t.block_c * t.plane();
         gates = dagg + t.block_c * sums();
-        odd = gates + (p.L + 1) * sums();
-        taps = odd + t.odd();
-        products = reinterpret_cast<float*>(taps + t.block_c * t.tap_rows * t.tap_pitch);
-        strip_sums = products + t.block_c * t.sharers * t.product;
+        taps = gates + (p.L + 1) * sums();
+        agg = odd = taps + t.block_c * t.tap_rows * t.tap_pitch;
+        products = reinterpret_cast<float*>(odd + t.odd());
+        const int after = max(t.odd() + 2 * t.block_c * t.sharers * t.product, t.block_c * sums());
+        strip_sums = reinterpret_cast<float*>(odd + after);
         global = strip_sums + 2 * t.block_c * t.images * ((p.H + 7) / 8) * t.groups;
         dmean = global + t.block_c * t.images;
     }
@@ -107,40 +110,115 @@ struct BackwardBlock {
     __device__ __forceinline__ bool wants_dz() const { return p.dctx.data || p.level[0].dweights; }
 };
 
+// f(row, x) for every `step`-th pair of columns, from the `start`-th on.
+template <typename T, typename F>
+__device__ __forceinline__ void for_each_pair(const BackwardBlock<T>& b, int start, int step, F f) {
+    const int pairs = (b.p.W + 1) / 2, step_y = b.p.by_pairs(step), step_x = step - step_y * pairs;
+    int y = b.p.by_pairs(start), x = start - y * pairs;
+#pragma unroll 2
+    while (y < b.count()) {
+        f(y, 2 * x);
+        y += step_y;
+        x += step_x;
+        if (x >= pairs) {
+            x -= pairs;
+            ++y;
+        }
+    }
+}
+
+// f(row, x, c) for every pair of columns and every N-th channel, those beyond C left out.
+template <int N, typename T, typename F>
+__device__ __forceinline__ void for_each_vector_of_pairs(const BackwardBlock<T>& b, F f) {
+    constexpr int kBits = N == 8 ? 3 : N == 4 ? 2 : 0;
+    const int bits = b.p.tiling.channel_bits - kBits, c = (threadIdx.x & ((1 << bits) - 1)) << kBits;
+    for_each_pair(b, threadIdx.x >> bits, blockDim.x >> bits, [&](int row, int x) { f(row, x, c); });
+}
+
+// The element of a map at a row and column of the block, first_c.
 template <typename T>
-__device__ __forceinline__ void load(const BackwardBlock<T>& b, T* planes, int plane, const Rows& rows, const Map& map,
-                                     int width) {
-    const T* at = static_cast<const T*>(map.data) + b.first_image * map.stride_b + b.first_c;
+__device__ __forceinline__ T* place_in(const BackwardBlock<T>& b, const Map& map, int row, int x) {
+    const int image = b.rows.image(row), y = row - image * b.p.H;
+    return static_cast<T*>(map.data) + (b.first_image + image) * map.stride_b + y * map.stride_h + x * map.stride_w +
+           b.first_c;
+}
+
+// Channels-last -> planar: two neighbouring columns of N channels become N words, at `first` + offset(row) + x.
+template <typename T, typename F>
+__device__ __forceinline__ void load(const BackwardBlock<T>& b, T* first, int plane, const Map& map, int width,
+                                     F offset) {
     with_width<T>(width, [&](auto n) {
-        fill_planes<T, decltype(n)::value>(planes, plane, rows, b.count(), b.p.W, b.p.tiling.block_c, at, map,
-                                           b.p.C - b.first_c);
+        constexpr int N = decltype(n)::value;
+        for_each_vector_of_pairs<N>(b, [&](int row, int x, int c) {
+            T left[N] = {}, right[N] = {};
+            if (b.first_c + c < b.p.C) {
+                const T* from = place_in(b, map, row, x) + c;
+                load_raw<N>(from, left);
+                if (x + 1 < b.p.W) load_raw<N>(from + map.stride_w, right);
+            }
+            T* to = first + c * plane + offset(row) + x;
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                const T both[] = {left[k], right[k]};
+                uint32_t word;
+                memcpy(&word, both, sizeof word);
+                *reinterpret_cast<uint32_t*>(to + k * plane) = word;
+            }
+        });
     });
 }
 
 template <typename T>
 __device__ __forceinline__ void load_ctx(const BackwardBlock<T>& b) {
-    load(b, b.context_of(0), b.p.tiling.plane(), b.rows, b.p.ctx, b.p.ctx_width);
+    load(b, b.context_of(0), b.p.tiling.plane(), b.p.ctx, b.p.ctx_width, [&](int row) { return b.rows.offset(row); });
+}
+
+template <typename T>
+__device__ __forceinline__ void load_dagg(const BackwardBlock<T>& b) {
+    load(b, b.dagg, b.sums(), b.p.dagg, b.p.dagg_width, [&](int row) { return b.sum_at(row, 0); });
+}
+
+// Planar -> channels last, from planes of sums.
+template <typename T>
+__device__ __forceinline__ void store(const BackwardBlock<T>& b, const T* planes, const Map& map, int width) {
+    with_width<T>(width, [&](auto n) {
+        constexpr int N = decltype(n)::value;
+        const int plane = b.sums();
+        for_each_vector_of_pairs<N>(b, [&](int row, int x, int c) {
+            if (b.first_c + c >= b.p.C) return;
+            const T* from = planes + c * plane + b.sum_at(row, x);
+            T left[N], right[N];
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                T both[2];
+                load_raw<2>(from + k * plane, both);
+                left[k] = both[0];
+                right[k] = both[1];
+            }
+            T* to = place_in(b, map, row, x) + c;
+            store_raw<N>(to, left);
+            if (x + 1 < b.p.W) store_raw<N>(to + map.stride_w, right);
+        });
+    });
 }
 
 template <typename T>
 __device__ __forceinline__ void load_gates(const BackwardBlock<T>& b) {
     const ToeplitzParams& p = b.p;
-    const Rows& rows = b.rows;
-    const T* from = static_cast<const T*>(p.gates.data) + b.first_image * p.gates.stride_b;
-    Walk walk(Region{0, b.count(), 0, p.W}, threadIdx.x, blockDim.x);
-    for (; walk.more(); walk.next()) {
-        const int image = rows.image(walk.y), y = walk.y - image * p.H;
-        const T* gate = from + image * p.gates.stride_b + y * p.gates.stride_h + walk.x * p.gates.stride_w;
-        T* to = b.gates + b.sum_at(walk.y, walk.x);
-        if (p.gates_aligned) {
-            T all[4];
-            load_raw<4>(gate, all);
+    for_each_pair(b, threadIdx.x, blockDim.x, [&](int row, int x) {
+        for (int k = 0; k < 2 && x + k < p.W; ++k) {
+            const T* gate = place_in(b, p.gates, row, x + k) - b.first_c;
+            T* to = b.gates + b.sum_at(row, x + k);
+            if (p.gates_aligned) {
+                T all[4];
+                load_raw<4>(gate, all);
 #pragma unroll
-            for (int l = 0; l < 4; ++l) to[l * b.sums()] = all[l];
-        } else {
-            for (int l = 0; l <= p.L; ++l) to[l * b.sums()] = gate[l];
+                for (int l = 0; l < 4; ++l) to[l * b.sums()] = all[l];
+            } else {
+                for (int l = 0; l <= p.L; ++l) to[l * b.sums()] = gate[l];
+            }
         }
-    }
+    });
 }
 
 // A level's convolution of `planes`; f(tile).
@@ -225,35 +303,44 @@ __device__ __forceinline__ void add_dgates(float* to, int stride, float2 sum, bo
     if (both) to[stride] = first ? sum.y : to[stride] + sum.y;
 }
 
-// f(row, x, offset in a plane, where dgates lie) for every pair of positions, a thread's own.
-template <typename T, typename F>
-__device__ __forceinline__ void for_each_position(const BackwardBlock<T>& b, F f) {
+// Where a position's dgates lie, of this block's channels; null: not wanted.
+template <typename T>
+__device__ __forceinline__ float* dgates_at(const BackwardBlock<T>& b, int row, int x) {
     const ToeplitzParams& p = b.p;
-    const Rows& rows = b.rows;
-    float* dgates = p.dgates ? p.dgates + b.split * p.B * p.H * p.W * (p.L + 1) : nullptr;
-    Walk walk(Region{0, b.count(), 0, (p.W + 1) / 2}, threadIdx.x, blockDim.x);
-    for (; walk.more(); walk.next()) {
-        const int x = 2 * walk.x;
-        f(walk.y, x, rows.offset(walk.y) + x, dgates ? dgates + b.position_of(walk.y, x) * (p.L + 1) : nullptr);
-    }
+    return p.dgates ? p.dgates + (b.split * p.B * p.H * p.W + b.position_of(row, x)) * (p.L + 1) : nullptr;
 }
 
-// context = GELU(z), and dgates of the level.
+// A pair of agg as it lies in shared memory: gate * value is added, or put there.
+template <typename T>
+__device__ __forceinline__ void add_agg(T* at, const T (&gate)[2], float2 value, bool first) {
+    using Pair = typename PairOf<T>::type;
+    Pair g;
+    memcpy(&g, gate, sizeof g);
+    Pair* sum = reinterpret_cast<Pair*>(at);
+    *sum = __hfma2(g, PairOf<T>::from(value.x, value.y), first ? PairOf<T>::from(0.0f, 0.0f) : *sum);
+}
+
+// context = GELU(z), and dgates and agg of the level.
 template <typename T>
 __device__ __forceinline__ void activate(const BackwardBlock<T>& b, int level, bool first) {
     const ToeplitzParams& p = b.p;
     const int plane = p.tiling.plane(), sums = b.sums(), block_c = p.tiling.block_c;
-    for_each_position(b, [&](int row, int x, int at, float* dgates) {
-        const T *z = b.z_of(level, 0) + at, *dagg = b.dagg + b.sum_at(row, x);
-        T* context = b.context_of(0) + at;
+    const bool wants_agg = p.agg.data != nullptr;
+    for_each_pair(b, threadIdx.x, blockDim.x, [&](int row, int x) {
+        const int at = b.rows.offset(row) + x, in = b.sum_at(row, x);
+        const T *z = b.z_of(level, 0) + at, *dagg = b.dagg + in;
+        T *context = b.context_of(0) + at, *agg = b.agg + in;
+        T gate[2];
+        load_raw<2>(b.gate(level) + in, gate);
         float2 sum = {0.0f, 0.0f};
 #pragma unroll 4
-        for (int c = 0; c < block_c; ++c, z += plane, context += plane, dagg += sums) {
+        for (int c = 0; c < block_c; ++c, z += plane, context += plane, dagg += sums, agg += sums) {
             const float2 value = load_pair(z), d = load_pair(dagg), v = gelu_pair<T>(value.x, value.y);
             store_pair(context, v);
+            if (wants_agg) add_agg(agg, gate, v, level == 0);
             sum = {fmaf(d.x, v.x, sum.x), fmaf(d.y, v.y, sum.y)};
         }
-        if (dgates) add_dgates(dgates + level, p.L + 1, sum, first, x + 1 < p.W);
+        if (float* dgates = dgates_at(b, row, x)) add_dgates(dgates + level, p.L + 1, sum, first, x + 1 < p.W);
     });
 }
 
@@ -270,76 +357,42 @@ __device__ __forceinline__ float2 scaled(const T* gate, float scale) {
     return {scale * g.x, scale * g.y};
 }
 
-// The last level's dz, and dgates of it and of the global level.
+// The last level's dz; dgates and agg of it and of the global level.
 template <typename T>
 __device__ __forceinline__ void finish_last(const BackwardBlock<T>& b, bool first) {
     const ToeplitzParams& p = b.p;
     const int plane = p.tiling.plane(), sums = b.sums(), block_c = p.tiling.block_c, level = p.L - 1;
-    const Rows& rows = b.rows;
-    const bool wants_dz = b.wants_dz() && !p.agg.data;
-    for_each_position(b, [&](int row, int x, int at, float* dgates) {
-        const int in = b.sum_at(row, x), image = rows.image(row) * block_c;
+    const bool wants_dz = b.wants_dz(), wants_agg = p.agg.data != nullptr;
+    for_each_pair(b, threadIdx.x, blockDim.x, [&](int row, int x) {
+        const int in = b.sum_at(row, x), image = b.rows.image(row) * block_c;
         const float *global = b.global + image, *dmean = b.dmean + image;
-        const float2 g = scaled(b.gate(level) + in, p.scale);
+        const float2 g = scaled(b.gate(level) + in, p.scale), of_global = load_pair(b.gate(p.L) + in);
+        T gate[2];
+        load_raw<2>(b.gate(level) + in, gate);
         const T* dagg = b.dagg + in;
-        T* z = b.z_of(level, 0) + at;
+        T *z = b.z_of(level, 0) + b.rows.offset(row) + x, *agg = b.agg + in;
         float2 last = {0.0f, 0.0f}, all = {0.0f, 0.0f};
         const bool both = x + 1 < p.W;
 #pragma unroll 2
-        for (int c = 0; c < block_c; ++c, z += plane, dagg += sums) {
-            const float2 value = load_pair(z), d = load_pair(dagg);
-            if (dgates) {
-                const float2 v = gelu_pair<T>(value.x, value.y);
-                last = {fmaf(d.x, v.x, last.x), fmaf(d.y, v.y, last.y)};
-                all = {fmaf(d.x, global[c], all.x), fmaf(d.y, global[c], all.y)};
+        for (int c = 0; c < block_c; ++c, z += plane, dagg += sums, agg += sums) {
+            const float2 value = load_pair(z), d = load_pair(dagg), v = gelu_pair<T>(value.x, value.y);
+            last = {fmaf(d.x, v.x, last.x), fmaf(d.y, v.y, last.y)};
+            all = {fmaf(d.x, global[c], all.x), fmaf(d.y, global[c], all.y)};
+            if (wants_agg) {
+                add_agg(agg, gate, v, level == 0);
+                const float2 sum = load_pair(agg);
+                store_pair(agg, float2{p.scale * fmaf(of_global.x, global[c], sum.x),
+                                       p.scale * fmaf(of_global.y, global[c], sum.y)});
             }
+            if (!wants_dz) continue;
             float2 dz = form_dz<T>(value, d, g, {dmean[c], dmean[c]});
             dz.y = both ? dz.y : 0.0f;
-            if (wants_dz) store_pair(z, dz);
+            store_pair(z, dz);
         }
+        float* dgates = dgates_at(b, row, x);
         if (!dgates) return;
         add_dgates(dgates + level, p.L + 1, last, first, both);
         add_dgates(dgates + p.L, p.L + 1, all, first, both);
-    });
-}
-
-// agg, by vectors of channels; then the last level's dz, which finish_last left.
-template <typename T, int N>
-__device__ __forceinline__ void form_agg(const BackwardBlock<T>& b) {
-    const ToeplitzParams& p = b.p;
-    const Rows& rows = b.rows;
-    const bool wants_dz = b.wants_dz();
-    for_each_two_columns<N>(b.count(), p.W, p.tiling.block_c, [&](int row, int x, int c) {
-        const int at = rows.offset(row) + x, in = b.sum_at(row, x), image = rows.image(row);
-        const float* global = b.global + image * p.tiling.block_c + c;
-        float2 agg[N];
-        const float2 last = load_pair(b.gate(p.L) + in);
-#pragma unroll
-        for (int k = 0; k < N; ++k) agg[k] = {last.x * global[k], last.y * global[k]};
-        for (int l = 0; l < p.L; ++l) {
-            const float2 g = load_pair(b.gate(l) + in);
-#pragma unroll
-            for (int k = 0; k < N; ++k) {
-                const float2 z = load_pair(b.z_of(l, c + k) + at);
-                const float2 v = gelu_pair<T>(z.x, z.y);
-                agg[k] = {fmaf(g.x, v.x, agg[k].x), fmaf(g.y, v.y, agg[k].y)};
-            }
-        }
-#pragma unroll
-        for (int k = 0; k < N; ++k) {
-            agg[k] = {p.scale * agg[k].x, p.scale * agg[k].y};
-            if (!wants_dz) continue;
-            T* z = b.z_of(p.L - 1, c + k) + at;
-            const float d = b.dmean[image * p.tiling.block_c + c + k];
-            const float2 dz = form_dz<T>(load_pair(z), load_pair(b.dagg + (c + k) * b.sums() + in),
-                                         scaled(b.gate(p.L - 1) + in, p.scale), {d, d});
-            store_pair(z, inside_map(dz, x, p.W));
-        }
-        if (b.first_c + c >= p.C) return;
-        const int y = row - image * p.H;
-        T* to = static_cast<T*>(p.agg.data) + (b.first_image + image) * p.agg.stride_b + y * p.agg.stride_h +
-                x * p.agg.stride_w + b.first_c + c;
-        write_channels<T, N>(to, p.agg.stride_w, x + 1 < p.W, agg);
     });
 }
 
@@ -375,28 +428,12 @@ __device__ __forceinline__ void store_dctx(const BackwardBlock<T>& b, const Tile
     }
 }
 
-template <typename T, int N>
-__device__ __forceinline__ void write_dctx(const BackwardBlock<T>& b) {
-    const ToeplitzParams& p = b.p;
-    const Rows& rows = b.rows;
-    for_each_two_columns<N>(b.count(), p.W, p.tiling.block_c, [&](int row, int x, int c) {
-        if (b.first_c + c >= p.C) return;
-        float2 values[N];
-#pragma unroll
-        for (int k = 0; k < N; ++k) values[k] = load_pair(b.dagg + (c + k) * b.sums() + b.sum_at(row, x));
-        const int image = rows.image(row), y = row - image * p.H;
-        T* to = static_cast<T*>(p.dctx.data) + (b.first_image + image) * p.dctx.stride_b + y * p.dctx.stride_h +
-                x * p.dctx.stride_w + b.first_c + c;
-        write_channels<T, N>(to, p.dctx.stride_w, x + 1 < p.W, values);
-    });
-}
-
 // Everything up to the last level's dz, of one chunk of channels.
 template <int BLOCKS, typename T>
 __device__ __forceinline__ void run_forward(const BackwardBlock<T>& b, bool first) {
     const ToeplitzParams& p = b.p;
     load_ctx(b);
-    load(b, b.dagg, b.sums(), Rows(b.images, p.H, p.H, p.tiling.sum_pitch), p.dagg, p.dagg_width);
+    load_dagg(b);
     for (int l = 0; l < p.L; ++l) {
         load_taps<T>(b, p.level[l].weight, p.level[l].kh, p.level[l].kw, false);
         __syncthreads();
@@ -409,7 +446,10 @@ __device__ __forceinline__ void run_forward(const BackwardBlock<T>& b, bool firs
     finish_last(b, first);
     if (!p.agg.data) return;
     __syncthreads();
-    with_width<T>(p.agg_width, [&](auto width) { form_agg<T, decltype(width)::value>(b); });
+    store(b, b.agg, p.agg, p.agg_width);
+    if (!p.level[0].dweights) return;
+    __syncthreads();
+    zero(b.odd, p.tiling.odd(), threadIdx.x, blockDim.x);
 }
 
 template <int BLOCKS, typename T>
@@ -432,9 +472,9 @@ __device__ __forceinline__ void run_backward(const BackwardBlock<T>& b) {
                 own.kw);
         if (l > 0) load_taps<T>(b, p.level[l - 1].weight, p.level[l - 1].kh, p.level[l - 1].kw, true);
         __syncthreads();
-        if (wants_weights) sum_products(b, own.dweights + b.group * own.kh * own.kw * p.C, own.kh, own.kw);
+        if (wants_weights) sum_products(b, own.dweights + b.group * own.kh * own.kw * p.C, own.kh, own.kw, own.by_kw);
     }
-    if (p.dctx.data) with_width<T>(p.dctx_width, [&](auto width) { write_dctx<T, decltype(width)::value>(b); });
+    if (p.dctx.data) store(b, b.dagg, p.dctx, p.dctx_width);
 }
 
 template <typename T, int BLOCKS>
@@ -442,7 +482,7 @@ __global__ void __launch_bounds__(kMaxToeplitzBackwardThreads, 1) toeplitz_bwd_k
     FOCALNET_SHARED_MEMORY(memory);
     const ToeplitzBackwardTiling& t = p.tiling;
     BackwardBlock<T> b(p, memory);
-    zero(b.context, static_cast<int>(b.taps - b.context), threadIdx.x, blockDim.x);
+    zero(b.context, static_cast<int>(b.odd - b.context) + t.odd(), threadIdx.x, blockDim.x);
     __syncthreads();
     load_gates(b);
     for (int chunk = 0; chunk < t.chunks && b.first_c < p.C; ++chunk, b.first_c += t.block_c) {
@@ -492,7 +532,7 @@ ToeplitzParams params_of(const Problem& p, const ToeplitzBackwardTiling& t, cons
     params.dgates = scratch.dgates;
     for (int l = 0; l < p.L; ++l) {
         const FocalWeight& w = p.weights[l];
-        params.level[l] = {w.data, scratch.dweights[l], w.kh, w.kw};
+        params.level[l] = {w.data, scratch.dweights[l], w.kh, w.kw, Division(w.kw)};
     }
     params.ctx_width = std::min(widest_vector(p.element, p.C, {p.ctx}), t.block_c);
     params.dagg_width = std::min(widest_vector(p.element, p.C, {dagg}), t.block_c);
@@ -500,6 +540,7 @@ ToeplitzParams params_of(const Problem& p, const ToeplitzBackwardTiling& t, cons
     params.agg_width = std::min(widest_vector(p.element, p.C, {params.agg}), t.block_c);
     params.gates_aligned = p.L == 3 && reinterpret_cast<uintptr_t>(p.gates.data) % 8 == 0 &&
                            p.gates.stride_b % 4 == 0 && p.gates.stride_h % 4 == 0 && p.gates.stride_w % 4 == 0;
+    params.by_pairs = Division((p.W + 1) / 2);
     params.scale = p.scale;
     params.tiling = t;
     return params;

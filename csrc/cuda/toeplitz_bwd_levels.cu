@@ -49,6 +49,7 @@ struct LevelParams : BandParams {
     Map dctx;      // no data: as above
     float* dweights;      // [B][bands][taps][C]; null: not wanted
     int kh, kw, ctx_width, out_width;
+    Division by_kw;
 };
 
 struct BandPlace {
@@ -316,7 +317,7 @@ __global__ void __launch_bounds__(kToeplitzBackwardThreads, 2) toeplitz_level_bw
             b, [&](int c) { return b.inside(b.dz, c); }, [&](int c) { return b.inside(b.input, c); }, p.kh,
             p.kw);
         __syncthreads();  // the input is read no more
-        sum_products(b, p.dweights + (b.image * t.bands + b.band) * p.kh * p.kw * p.C, p.kh, p.kw);
+        sum_products(b, p.dweights + (b.image * t.bands + b.band) * p.kh * p.kw * p.C, p.kh, p.kw, p.by_kw);
     }
     if (!p.dbelow && !p.dctx.data) return;
     form_dinput<T, BLOCKS>(b);
@@ -399,6 +400,7 @@ Status launch_level(const Problem& p, const Gradients& out, const Workspace<T>& 
     params.dweights = out.want_weights ? w.dweights : nullptr;
     params.kh = weight.kh;
     params.kw = weight.kw;
+    params.by_kw = Division(weight.kw);
     params.ctx_width = std::min(widest_vector(p.element, p.C, {p.ctx}), w.plan.block_c);
     params.out_width = std::min(widest_vector(p.element, p.C, {params.dctx}), w.plan.block_c);
     const ToeplitzBandTiling& t = params.tiling;

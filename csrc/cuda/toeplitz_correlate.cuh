@@ -52,13 +52,20 @@ struct Correlation {
 
 // Eight rows of a strip, one column further, by a warp; zero where no row exists. `dz` points to the lane's row,
 // column 2 (lane % 4).
-template <typename T>
-__device__ __forceinline__ void copy_odd(T* odd, const T* dz, bool exists, int columns) {
-    for (int x = 0; x < columns; x += 8) {
-        T pair[2] = {};
-        if (exists) load_raw<2>(dz + x, pair);
-        odd[x] = pair[0];
-        odd[x + 1] = pair[1];
+template <int BLOCKS, typename T>
+__device__ __forceinline__ void copy_odd(T* odd, const T* dz, bool exists, int groups) {
+    for (int group = 0; group < groups; ++group) {
+        T pairs[BLOCKS][2] = {};
+        if (exists)
+#pragma unroll
+            for (int j = 0; j < BLOCKS; ++j) load_raw<2>(dz + 8 * j, pairs[j]);
+#pragma unroll
+        for (int j = 0; j < BLOCKS; ++j) {
+            odd[8 * j] = pairs[j][0];
+            odd[8 * j + 1] = pairs[j][1];
+        }
+        dz += 8 * BLOCKS;
+        odd += 8 * BLOCKS;
     }
 }
 
@@ -128,7 +135,7 @@ __device__ __forceinline__ void correlate(const Block& b, DzOf dz_of, InputOf in
             const StripRow top = strips.row(strip, 0);
             const int offset = strips.offset(top), rows = min(8, strips.held - top.y);
             __syncwarp();  // nobody reads the rows that were copied last
-            copy_odd(odd_of_lane, dz + offset + dz_of_lane, lane / 4 < rows, 8 * BLOCKS * t.groups);
+            copy_odd<BLOCKS>(odd_of_lane, dz + offset + dz_of_lane, lane / 4 < rows, t.groups);
             __syncwarp();
             correlate_strip<BLOCKS>(sum, own, dz + offset,
                                     input + static_cast<SharedAddress>(offset * static_cast<int>(sizeof(T))), odd,
@@ -147,14 +154,13 @@ __device__ __forceinline__ void correlate(const Block& b, DzOf dz_of, InputOf in
 // What the warps left in `products`, added up in a fixed order: dweights[tap][C]. A warp takes 32 / block_c taps of all
 // channels at a time.
 template <typename Block>
-__device__ __forceinline__ void sum_products(const Block& b, float* dweights, int kh, int kw) {
+__device__ __forceinline__ void sum_products(const Block& b, float* dweights, int kh, int kw, const Division& by_kw) {
     const auto& t = b.p.tiling;
     const int bits = toeplitz_shift_bits(kw), together = kMmaM >> bits, taps = kh * kw;
-    const int c = threadIdx.x & (t.block_c - 1), step = blockDim.x / t.block_c;
-    const int step_y = step / kw, step_x = step - step_y * kw;
+    const int c = threadIdx.x & (t.block_c - 1), step = blockDim.x >> t.channel_bits;
     if (b.first_c + c >= b.p.C) return;
-    int tap = threadIdx.x / t.block_c, ky = tap / kw, kx = tap - ky * kw;
-    for (; tap < taps; tap += step) {
+    for (int tap = threadIdx.x >> t.channel_bits; tap < taps; tap += step) {
+        const int ky = by_kw(tap), kx = tap - ky * kw;
         float sum = 0.0f;
         const float* product = b.products + c * t.sharers * t.product;
         for (int share = 0; share < t.sharers; ++share, product += t.product)
@@ -163,12 +169,6 @@ __device__ __forceinline__ void sum_products(const Block& b, float* dweights, in
                 sum += product[n / 8 * 128 + ((r << bits) + kx) * 8 + n % 8];
             }
         dweights[tap * b.p.C + b.first_c + c] = sum;
-        ky += step_y;
-        kx += step_x;
-        if (kx >= kw) {
-            kx -= kw;
-            ++ky;
-        }
     }
 }
 

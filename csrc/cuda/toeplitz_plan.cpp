@@ -158,6 +158,12 @@ ToeplitzTiling make(const Problem& p) {
     return best.tiling;
 }
 
+int bits_of(int power) {
+    int bits = 0;
+    while (power >> (bits + 1)) ++bits;
+    return bits;
+}
+
 // Rows that dweights takes together reach as far below the last row of dz, which must be zero there.
 int backward_halo(const FocalWeight& w) { return std::max(w.kh / 2, toeplitz_together(w.kw) - 1); }
 
@@ -170,6 +176,7 @@ ToeplitzBackwardTiling cut_backward(const Problem& p, int images, int block_c, i
     ToeplitzBackwardTiling t{};
     t.images = images;
     t.block_c = block_c;
+    t.channel_bits = bits_of(block_c);
     t.chunks = 1;
     t.warps = warps;
     t.sharers = sharers;
@@ -194,10 +201,12 @@ ToeplitzBackwardTiling cut_backward(const Problem& p, int images, int block_c, i
     t.odd_pitch = odd_pitch(columns + 28);
     const size_t sums = static_cast<size_t>(images) * p.H * t.sum_pitch;
     const size_t elements = static_cast<size_t>(block_c) * ((p.L + 1) * t.plane() + sums) + (p.L + 1) * sums +
-                            t.odd() + static_cast<size_t>(block_c) * t.tap_rows * t.tap_pitch;
-    const size_t floats = static_cast<size_t>(block_c) * (sharers * t.product + 2 * images +
-                                                          2 * images * blocks_for(p.H, 8) * t.groups);
-    t.shared_bytes = 2 * elements + 4 * floats;
+                            static_cast<size_t>(block_c) * t.tap_rows * t.tap_pitch;
+    // What dweights needs; before, agg lies there.
+    const size_t shared = std::max(2 * t.odd() + 4 * static_cast<size_t>(block_c) * sharers * t.product,
+                                   2 * block_c * sums);
+    const size_t floats = 2 * static_cast<size_t>(block_c) * images * (1 + blocks_for(p.H, 8) * t.groups);
+    t.shared_bytes = 2 * elements + shared + 4 * floats;
     return t;
 }
 
@@ -292,6 +301,7 @@ ToeplitzBandTiling cut_band(const Problem& p, int level, int block_c, int warps,
     const int steps = toeplitz_steps(w.kw);
     ToeplitzBandTiling t{};
     t.block_c = block_c;
+    t.channel_bits = bits_of(block_c);
     t.warps = warps;
     t.sharers = sharers;
     t.blocks = blocks;
