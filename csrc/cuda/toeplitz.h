@@ -41,15 +41,13 @@ struct ToeplitzTiling {
     __host__ __device__ int sums() const { return sum_rows * sum_pitch; }
 };
 
-// n / by for 0 <= n * by < 2^31, without a division: kernels that divide once a pass have many passes.
+// n / by without a division, exact for n * by < 2^20 and n < 2^12: kernels that divide once a pass have many passes.
 struct Division {
     unsigned inverse;
 
     Division() = default;
-    explicit Division(int by) : inverse(((1u << 31) + by - 1) / by) {}
-    __host__ __device__ int operator()(int n) const {
-        return static_cast<int>(static_cast<uint64_t>(static_cast<unsigned>(n)) * inverse >> 31);
-    }
+    explicit Division(int by) : inverse(((1u << 20) + by - 1) / by) {}
+    __host__ __device__ int operator()(int n) const { return static_cast<int>(n * inverse >> 20); }
 };
 
 // How backward cuts the maps: whole images. A block goes over `chunks` blocks of channels of the same images.

@@ -26,205 +26,16 @@
 #include "gated_aggregation_bwd.cuh"
 #include "launch.cuh"
 #include "toeplitz.h"
-#include "toeplitz_bwd.cuh"
+#include "toeplitz_bwd_block.cuh"
 #include "toeplitz_correlate.cuh"
 
 namespace focalnet::cuda {
 namespace {
 
-struct ToeplitzLevel {
-    const void* weight;
-    float* dweights;  // [groups of images][taps][C]; null: not wanted
-    int kh, kw;
-    Division by_kw;
-};
-
-struct ToeplitzParams {
-    int64_t B;
-    int H, W, C, L;
-    Map ctx, gates, dagg;
-    Map dctx, agg;  // no data: not wanted
-    float* dgates;  // [splits of channels][B][H * W][L + 1]; null: not wanted
-    ToeplitzLevel level[kMaxLevels];
-    int ctx_width, dagg_width, dctx_width, agg_width;
-    bool gates_aligned;  // to 8 bytes, and four of them
-    Division by_pairs;   // of columns
-    float scale;
-    ToeplitzBackwardTiling tiling;
-};
-
-template <typename T>
-struct BackwardBlock {
-    const ToeplitzParams& p;
-    int64_t group, first_image;
-    int images, split, first_c;
-    WarpShare at;
-    Strips strips;
-    Rows rows;
-    T *context, *z, *dagg, *gates, *taps, *odd, *agg;  // agg where odd and products are later
-    float *products, *strip_sums, *global, *dmean;
-
-    __device__ __forceinline__ BackwardBlock(const ToeplitzParams& p, unsigned char* memory)
-        : p(p),
-          group(blockIdx.x / splits(p)),
-          first_image(group * p.tiling.images),
-          images(static_cast<int>(min(static_cast<int64_t>(p.tiling.images), p.B - first_image))),
-          split(static_cast<int>(blockIdx.x % splits(p))),
-          first_c(split * p.tiling.block_c * p.tiling.chunks),
-          at(p.tiling.sharers),
-          strips(images, p.H, p.tiling.rows, p.tiling.pitch),
-          rows(images, p.H, p.tiling.rows, p.tiling.pitch) {
-        const ToeplitzBackwardTiling& t = p.tiling;
-        context = reinterpret_cast<T*>(memory);
-        z = context + t.block_c * t.plane();
-        dagg = z + p.L * t.block_c * t.plane();
-        gates = dagg + t.block_c * sums();
-        taps = gates + (p.L + 1) * sums();
-        agg = odd = taps + t.block_c * t.tap_rows * t.tap_pitch;
-        products = reinterpret_cast<float*>(odd + t.odd());
-        const int after = max(t.odd() + 2 * t.block_c * t.sharers * t.product, t.block_c * sums());
-        strip_sums = reinterpret_cast<float*>(odd + after);
-        global = strip_sums + 2 * t.block_c * t.images * ((p.H + 7) / 8) * t.groups;
-        dmean = global + t.block_c * t.images;
-    }
-    static __device__ __forceinline__ unsigned splits(const ToeplitzParams& p) {
-        const int held = p.tiling.block_c * p.tiling.chunks;
-        return (p.C + held - 1) / held;
-    }
-    __device__ __forceinline__ int sums() const { return p.tiling.images * p.H * p.tiling.sum_pitch; }
-    __device__ __forceinline__ int count() const { return images * p.H; }  // rows
-    // The first row and column of a channel.
-    __device__ __forceinline__ T* inside(T* planes, int c) const {
-        return planes + c * p.tiling.plane() + p.tiling.halo * p.tiling.pitch + p.tiling.padding;
-    }
-    __device__ __forceinline__ T* context_of(int c) const { return inside(context, c); }
-    __device__ __forceinline__ T* z_of(int level, int c) const {
-        return inside(z + level * p.tiling.block_c * p.tiling.plane(), c);
-    }
-    __device__ __forceinline__ T* gate(int level) const { return gates + level * sums(); }
-    __device__ __forceinline__ int sum_at(int row, int x) const { return row * p.tiling.sum_pitch + x; }
-    __device__ __forceinline__ int sum_at(const StripRow& r, int x) const { return sum_at(r.image * p.H + r.y, x); }
-    __device__ __forceinline__ int64_t position_of(int row, int x) const {
-        return (first_image * p.H + row) * p.W + x;
-    }
-    __device__ __forceinline__ bool wants_dz() const { return p.dctx.data || p.level[0].dweights; }
-};
-
-// f(row, x) for every `step`-th pair of columns, from the `start`-th on.
-template <typename T, typename F>
-__device__ __forceinline__ void for_each_pair(const BackwardBlock<T>& b, int start, int step, F f) {
-    const int pairs = (b.p.W + 1) / 2, step_y = b.p.by_pairs(step), step_x = step - step_y * pairs;
-    int y = b.p.by_pairs(start), x = start - y * pairs;
-#pragma unroll 2
-    while (y < b.count()) {
-        f(y, 2 * x);
-        y += step_y;
-        x += step_x;
-        if (x >= pairs) {
-            x -= pairs;
-            ++y;
-        }
-    }
-}
-
-// f(row, x, c) for every pair of columns and every N-th channel, those beyond C left out.
-template <int N, typename T, typename F>
-__device__ __forceinline__ void for_each_vector_of_pairs(const BackwardBlock<T>& b, F f) {
-    constexpr int kBits = N == 8 ? 3 : N == 4 ? 2 : 0;
-    const int bits = b.p.tiling.channel_bits - kBits, c = (threadIdx.x & ((1 << bits) - 1)) << kBits;
-    for_each_pair(b, threadIdx.x >> bits, blockDim.x >> bits, [&](int row, int x) { f(row, x, c); });
-}
-
-// The element of a map at a row and column of the block, first_c.
-template <typename T>
-__device__ __forceinline__ T* place_in(const BackwardBlock<T>& b, const Map& map, int row, int x) {
-    const int image = b.rows.image(row), y = row - image * b.p.H;
-    return static_cast<T*>(map.data) + (b.first_image + image) * map.stride_b + y * map.stride_h + x * map.stride_w +
-           b.first_c;
-}
-
-// Channels-last -> planar: two neighbouring columns of N channels become N words, at `first` + offset(row) + x.
-template <typename T, typename F>
-__device__ __forceinline__ void load(const BackwardBlock<T>& b, T* first, int plane, const Map& map, int width,
-                                     F offset) {
-    with_width<T>(width, [&](auto n) {
-        constexpr int N = decltype(n)::value;
-        for_each_vector_of_pairs<N>(b, [&](int row, int x, int c) {
-            T left[N] = {}, right[N] = {};
-            if (b.first_c + c < b.p.C) {
-                const T* from = place_in(b, map, row, x) + c;
-                load_raw<N>(from, left);
-                if (x + 1 < b.p.W) load_raw<N>(from + map.stride_w, right);
-            }
-            T* to = first + c * plane + offset(row) + x;
-#pragma unroll
-            for (int k = 0; k < N; ++k) {
-                const T both[] = {left[k], right[k]};
-                uint32_t word;
-                memcpy(&word, both, sizeof word);
-                *reinterpret_cast<uint32_t*>(to + k * plane) = word;
-            }
-        });
-    });
-}
-
-template <typename T>
-__device__ __forceinline__ void load_ctx(const BackwardBlock<T>& b) {
-    load(b, b.context_of(0), b.p.tiling.plane(), b.p.ctx, b.p.ctx_width, [&](int row) { return b.rows.offset(row); });
-}
-
-template <typename T>
-__device__ __forceinline__ void load_dagg(const BackwardBlock<T>& b) {
-    load(b, b.dagg, b.sums(), b.p.dagg, b.p.dagg_width, [&](int row) { return b.sum_at(row, 0); });
-}
-
-// Planar -> channels last, from planes of sums.
-template <typename T>
-__device__ __forceinline__ void store(const BackwardBlock<T>& b, const T* planes, const Map& map, int width) {
-    with_width<T>(width, [&](auto n) {
-        constexpr int N = decltype(n)::value;
-        const int plane = b.sums();
-        for_each_vector_of_pairs<N>(b, [&](int row, int x, int c) {
-            if (b.first_c + c >= b.p.C) return;
-            const T* from = planes + c * plane + b.sum_at(row, x);
-            T left[N], right[N];
-#pragma unroll
-            for (int k = 0; k < N; ++k) {
-                T both[2];
-                load_raw<2>(from + k * plane, both);
-                left[k] = both[0];
-                right[k] = both[1];
-            }
-            T* to = place_in(b, map, row, x) + c;
-            store_raw<N>(to, left);
-            if (x + 1 < b.p.W) store_raw<N>(to + map.stride_w, right);
-        });
-    });
-}
-
-template <typename T>
-__device__ __forceinline__ void load_gates(const BackwardBlock<T>& b) {
-    const ToeplitzParams& p = b.p;
-    for_each_pair(b, threadIdx.x, blockDim.x, [&](int row, int x) {
-        for (int k = 0; k < 2 && x + k < p.W; ++k) {
-            const T* gate = place_in(b, p.gates, row, x + k) - b.first_c;
-            T* to = b.gates + b.sum_at(row, x + k);
-            if (p.gates_aligned) {
-                T all[4];
-                load_raw<4>(gate, all);
-#pragma unroll
-                for (int l = 0; l < 4; ++l) to[l * b.sums()] = all[l];
-            } else {
-                for (int l = 0; l <= p.L; ++l) to[l * b.sums()] = gate[l];
-            }
-        }
-    });
-}
-
 // A level's convolution of `planes`; f(tile).
 template <int BLOCKS, typename T, typename F>
 __device__ __forceinline__ void convolve_level(const BackwardBlock<T>& b, T* planes, int level, F f) {
-    const ToeplitzLevel& own = b.p.level[level];
+    const BackwardLevel& own = b.p.level[level];
     with_steps(own.kw, [&](auto steps) {
         convolve<BLOCKS, decltype(steps)::value, T>(
             b, [&](int c) { return b.inside(planes, c); }, own.kh, f);
@@ -279,7 +90,7 @@ __device__ __forceinline__ void store_level(const BackwardBlock<T>& b, int level
 // global = GELU(mean of the last level), dmean = what every position of it receives.
 template <typename T>
 __device__ __forceinline__ void form_global(const BackwardBlock<T>& b) {
-    const ToeplitzParams& p = b.p;
+    const BackwardParams& p = b.p;
     const int block_c = p.tiling.block_c;
     const Strips& strips = b.strips;
     const float positions = static_cast<float>(p.H) * p.W;
@@ -306,7 +117,7 @@ __device__ __forceinline__ void add_dgates(float* to, int stride, float2 sum, bo
 // Where a position's dgates lie, of this block's channels; null: not wanted.
 template <typename T>
 __device__ __forceinline__ float* dgates_at(const BackwardBlock<T>& b, int row, int x) {
-    const ToeplitzParams& p = b.p;
+    const BackwardParams& p = b.p;
     return p.dgates ? p.dgates + (b.split * p.B * p.H * p.W + b.position_of(row, x)) * (p.L + 1) : nullptr;
 }
 
@@ -323,7 +134,7 @@ __device__ __forceinline__ void add_agg(T* at, const T (&gate)[2], float2 value,
 // context = GELU(z), and dgates and agg of the level.
 template <typename T>
 __device__ __forceinline__ void activate(const BackwardBlock<T>& b, int level, bool first) {
-    const ToeplitzParams& p = b.p;
+    const BackwardParams& p = b.p;
     const int plane = p.tiling.plane(), sums = b.sums(), block_c = p.tiling.block_c;
     const bool wants_agg = p.agg.data != nullptr;
     for_each_pair(b, threadIdx.x, blockDim.x, [&](int row, int x) {
@@ -360,7 +171,7 @@ __device__ __forceinline__ float2 scaled(const T* gate, float scale) {
 // The last level's dz; dgates and agg of it and of the global level.
 template <typename T>
 __device__ __forceinline__ void finish_last(const BackwardBlock<T>& b, bool first) {
-    const ToeplitzParams& p = b.p;
+    const BackwardParams& p = b.p;
     const int plane = p.tiling.plane(), sums = b.sums(), block_c = p.tiling.block_c, level = p.L - 1;
     const bool wants_dz = b.wants_dz(), wants_agg = p.agg.data != nullptr;
     for_each_pair(b, threadIdx.x, blockDim.x, [&](int row, int x) {
@@ -431,7 +242,7 @@ __device__ __forceinline__ void store_dctx(const BackwardBlock<T>& b, const Tile
 // Everything up to the last level's dz, of one chunk of channels.
 template <int BLOCKS, typename T>
 __device__ __forceinline__ void run_forward(const BackwardBlock<T>& b, bool first) {
-    const ToeplitzParams& p = b.p;
+    const BackwardParams& p = b.p;
     load_ctx(b);
     load_dagg(b);
     for (int l = 0; l < p.L; ++l) {
@@ -454,10 +265,10 @@ __device__ __forceinline__ void run_forward(const BackwardBlock<T>& b, bool firs
 
 template <int BLOCKS, typename T>
 __device__ __forceinline__ void run_backward(const BackwardBlock<T>& b) {
-    const ToeplitzParams& p = b.p;
+    const BackwardParams& p = b.p;
     const bool wants_weights = p.level[0].dweights != nullptr;
     for (int l = p.L - 1; l >= 0; --l) {
-        const ToeplitzLevel& own = p.level[l];
+        const BackwardLevel& own = p.level[l];
         T* dz = b.z + l * p.tiling.block_c * p.tiling.plane();
         const bool used = l + 1 < p.L && wants_weights;  // context holds what another level needed
         if (l > 0)
@@ -478,7 +289,7 @@ __device__ __forceinline__ void run_backward(const BackwardBlock<T>& b) {
 }
 
 template <typename T, int BLOCKS>
-__global__ void __launch_bounds__(kMaxToeplitzBackwardThreads, 1) toeplitz_bwd_kernel(const ToeplitzParams p) {
+__global__ void __launch_bounds__(kMaxToeplitzBackwardThreads, 1) toeplitz_bwd_kernel(const BackwardParams p) {
     FOCALNET_SHARED_MEMORY(memory);
     const ToeplitzBackwardTiling& t = p.tiling;
     BackwardBlock<T> b(p, memory);
@@ -516,9 +327,9 @@ struct BackwardScratch {
     }
 };
 
-ToeplitzParams params_of(const Problem& p, const ToeplitzBackwardTiling& t, const Map& dagg, const Gradients& out,
+BackwardParams params_of(const Problem& p, const ToeplitzBackwardTiling& t, const Map& dagg, const Gradients& out,
                          const BackwardScratch& scratch) {
-    ToeplitzParams params{};
+    BackwardParams params{};
     params.B = p.B;
     params.H = p.H;
     params.W = p.W;
@@ -550,7 +361,7 @@ template <typename T>
 Status backward(const Problem& p, const Map& dagg, const Gradients& out, void* memory, cudaStream_t stream) {
     const ToeplitzBackwardTiling t = plan_toeplitz_backward(p);
     const BackwardScratch scratch(p, t, out, memory);
-    const ToeplitzParams params = params_of(p, t, dagg, out, scratch);
+    const BackwardParams params = params_of(p, t, dagg, out, scratch);
     const auto kernel = t.blocks == 1   ? toeplitz_bwd_kernel<T, 1>
                         : t.blocks == 2 ? toeplitz_bwd_kernel<T, 2>
                         : t.blocks == 4 ? toeplitz_bwd_kernel<T, 4>
