@@ -114,13 +114,6 @@ __device__ __forceinline__ void add_dgates(float* to, int stride, float2 sum, bo
     if (both) to[stride] = first ? sum.y : to[stride] + sum.y;
 }
 
-// Where a position's dgates lie, of this block's channels; null: not wanted.
-template <typename T>
-__device__ __forceinline__ float* dgates_at(const BackwardBlock<T>& b, int row, int x) {
-    const BackwardParams& p = b.p;
-    return p.dgates ? p.dgates + (b.split * p.B * p.H * p.W + b.position_of(row, x)) * (p.L + 1) : nullptr;
-}
-
 // A pair of agg as it lies in shared memory: gate * value is added, or put there.
 template <typename T>
 __device__ __forceinline__ void add_agg(T* at, const T (&gate)[2], float2 value, bool first) {
@@ -151,7 +144,7 @@ __device__ __forceinline__ void activate(const BackwardBlock<T>& b, int level, b
             if (wants_agg) add_agg(agg, gate, v, level == 0);
             sum = {fmaf(d.x, v.x, sum.x), fmaf(d.y, v.y, sum.y)};
         }
-        if (float* dgates = dgates_at(b, row, x)) add_dgates(dgates + level, p.L + 1, sum, first, x + 1 < p.W);
+        if (p.dgates) add_dgates(b.dgates_at(row, x) + level, p.L + 1, sum, first, x + 1 < p.W);
     });
 }
 
@@ -200,8 +193,8 @@ __device__ __forceinline__ void finish_last(const BackwardBlock<T>& b, bool firs
             dz.y = both ? dz.y : 0.0f;
             store_pair(z, dz);
         }
-        float* dgates = dgates_at(b, row, x);
-        if (!dgates) return;
+        if (!p.dgates) return;
+        float* dgates = b.dgates_at(row, x);
         add_dgates(dgates + level, p.L + 1, last, first, both);
         add_dgates(dgates + p.L, p.L + 1, all, first, both);
     });

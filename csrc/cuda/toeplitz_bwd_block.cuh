@@ -37,7 +37,7 @@ struct BackwardBlock {
     Strips strips;
     Rows rows;
     T *context, *z, *dagg, *gates, *taps, *odd, *agg;  // agg where odd and products are later
-    float *products, *strip_sums, *global, *dmean;
+    float *products, *strip_sums, *global, *dmean, *dgates;
 
     __device__ __forceinline__ BackwardBlock(const BackwardParams& p, unsigned char* memory)
         : p(p),
@@ -61,6 +61,7 @@ struct BackwardBlock {
         strip_sums = reinterpret_cast<float*>(odd + after);
         global = strip_sums + 2 * t.block_c * t.images * ((p.H + 7) / 8) * t.groups;
         dmean = global + t.block_c * t.images;
+        dgates = p.dgates + (split * p.B + first_image) * p.H * p.W * (p.L + 1);
     }
     static __device__ __forceinline__ unsigned splits(const BackwardParams& p) {
         const int held = p.tiling.block_c * p.tiling.chunks;
@@ -79,9 +80,8 @@ struct BackwardBlock {
     __device__ __forceinline__ T* gate(int level) const { return gates + level * sums(); }
     __device__ __forceinline__ int sum_at(int row, int x) const { return row * p.tiling.sum_pitch + x; }
     __device__ __forceinline__ int sum_at(const StripRow& r, int x) const { return sum_at(r.image * p.H + r.y, x); }
-    __device__ __forceinline__ int64_t position_of(int row, int x) const {
-        return (first_image * p.H + row) * p.W + x;
-    }
+    // Where a position's dgates lie, of this block's channels.
+    __device__ __forceinline__ float* dgates_at(int row, int x) const { return dgates + (row * p.W + x) * (p.L + 1); }
     __device__ __forceinline__ bool wants_dz() const { return p.dctx.data || p.level[0].dweights; }
 };
 
@@ -114,8 +114,8 @@ __device__ __forceinline__ void for_each_vector_of_pairs(const BackwardBlock<T>&
 template <typename T>
 __device__ __forceinline__ T* place_in(const BackwardBlock<T>& b, const Map& map, int row, int x) {
     const int image = b.rows.image(row), y = row - image * b.p.H;
-    return static_cast<T*>(map.data) + (b.first_image + image) * map.stride_b + y * map.stride_h + x * map.stride_w +
-           b.first_c;
+    T* first = static_cast<T*>(map.data) + b.first_image * map.stride_b + b.first_c;
+    return first + image * map.stride_b + y * map.stride_h + x * map.stride_w;
 }
 
 // Channels-last -> planar: two neighbouring columns of N channels become N words, at `first` + offset(row) + x.
