@@ -2,15 +2,17 @@
 // go through toeplitz_bwd_levels.cu.
 //
 // toeplitz_bwd_kernel: a block owns whole images, and goes over blocks of block_c channels of them, in planes of one
-// channel: `context`, one plane z_l for every level, and dagg. A warp owns tiles of a channel (toeplitz_bwd.cuh), or,
-// in a pass over positions, a thread owns two neighbouring ones of all the block's channels. A barrier after each line.
+// channel: `context`, one plane z_l for every level, and dagg (toeplitz_bwd_block.cuh). A warp owns tiles of a channel
+// (toeplitz_bwd.cuh); in a pass over positions a thread owns two neighbouring ones of all the block's channels. A
+// barrier after each line.
 //
 //     read     ctx -> context, dagg, gates, channels last, each once
 //     level l  tiles: context -> mma -> z_l; of the last level also the sums of GELU(z_L) and of dagg * global gate
-//              positions: context = GELU(z_l), and dgates_l of these channels
+//              positions: context = GELU(z_l); dgates_l of these channels; agg += gate * GELU(z_l), in T, as forward
 //     global   the mean and its gradient
-//     last     positions: dgates of the last two gates; dz_L = (dagg * gate + dmean) * GELU'(z_L), in z_L's plane
-//     agg      if it is wanted
+//     last     positions: agg and dgates of the last two gates; dz_L = (dagg * gate + dmean) * GELU'(z_L), in z_L's
+//              plane
+//     agg      written, if it is wanted
 //     level l  from the last to the first
 //              tiles: dz_l under the kernel turned around -> mma -> dz_{l-1} = (dagg * gate + it) * GELU'(z_{l-1}), in
 //              z_{l-1}'s plane, and context = GELU(z_{l-1}); of the first level dctx, in dagg's plane, while ctx is
@@ -18,9 +20,9 @@
 //              tiles: dweights_l of context and dz_l (toeplitz_correlate.cuh)
 //     write    dctx once
 //
-// Bytes: ctx read twice; dagg read, dctx written once; the gates once for every `chunks` blocks of channels. Partials:
-// dgates, L + 1 numbers a position for as many, to which the block's later channels are added where they lie;
-// dweights, one kernel for the images of a block. Two small kernels (gated_aggregation_bwd.cu, _bwd_planes.cu) add
+// Bytes: ctx read twice; dagg read, agg and dctx written once; the gates once for every `chunks` blocks of channels.
+// Partials: dgates, L + 1 numbers a position for as many, to which the block's later channels are added where they
+// lie; dweights, one kernel for the images of a block. Two small kernels (gated_aggregation_bwd.cu, _bwd_planes.cu) add
 // them up in a fixed order. z and dz are kept in T, sums in float32.
 
 #include "gated_aggregation_bwd.cuh"

@@ -44,8 +44,8 @@ struct Strips {
     }
 };
 
-// Where a thread is, and which share it has: the channels first, first + step, ... and of each the tiles share, share +
-// sharers, ... Divided once.
+// Where a thread is, and which share it has: the channels first, first + step, ... and of each the tiles share,
+// share + sharers, ... Divided once.
 struct WarpShare {
     int lane, warp, warps, share, first, step;
 
@@ -118,7 +118,8 @@ __device__ __forceinline__ void convolve(const Block& b, From from, int kh, F f)
     const auto& t = b.p.tiling;
     const Strips& strips = b.strips;
     const int tiles = strips.tiles() * t.groups, W = b.p.W, lane = b.at.lane;
-    const int lane_offset = 8 * (lane / 16) + 4 - 8 * STEPS - kh / 2 * t.pitch, lane_tap = tap_of_lane(lane, 16 * STEPS + 8);
+    const int lane_offset = 8 * (lane / 16) + 4 - 8 * STEPS - kh / 2 * t.pitch;
+    const int lane_tap = tap_of_lane(lane, 16 * STEPS + 8);
     const bool beyond = 8 * BLOCKS * t.groups > W;
     for_each_channel(b, [&](int c) {
         const T* taps = b.taps + c * t.tap_rows * t.tap_pitch + lane_tap;

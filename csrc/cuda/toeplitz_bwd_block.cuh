@@ -1,5 +1,9 @@
-// A block of toeplitz_bwd.cu: its share of the problem, where everything lies in shared memory, and the passes that turn
-// maps from channels last to planes and back. In these a thread owns two neighbouring columns of N channels.
+// A block of toeplitz_bwd.cu: its share of the problem, where everything lies in shared memory, and the passes that
+// turn maps from channels last to planes and back. In these a thread owns two neighbouring columns of N channels.
+//
+//     planes of T, block_c of each: context, z_1 .. z_L (with halos), dagg
+//     the gates, a plane each; taps of one level
+//     agg, or the copies of dz and then the sums for dweights (toeplitz_correlate.cuh); the sums over strips
 
 #pragma once
 

@@ -151,8 +151,8 @@ __device__ __forceinline__ void correlate(const Block& b, DzOf dz_of, InputOf in
     });
 }
 
-// What the warps left in `products`, added up in a fixed order: dweights[tap][C]. A warp takes 32 / block_c taps of all
-// channels at a time.
+// What the warps left in `products`, added up in a fixed order: dweights[tap][C]. A warp takes 32 / block_c taps of
+// all channels at a time.
 template <typename Block>
 __device__ __forceinline__ void sum_products(const Block& b, float* dweights, int kh, int kw, const Division& by_kw) {
     const auto& t = b.p.tiling;

@@ -238,7 +238,8 @@ struct ChunkCost {
             instructions += tiles * 2.0 * t.blocks * (l + 1 == p.L ? kPerLast : kPerStored);
             instructions += tiles * 2.0 * t.blocks * (l > 0 ? kPerDz : kPerStored);
             instructions += 2 * blocks_for(t.block_c, t.warps) * (kPerTaps + 7.0 * w.kh) + 4 * kPerPass;
-            instructions += blocks_for(t.block_c * w.kh * w.kw, t.threads()) * (40.0 + 8.0 * t.sharers) + 60.0 * channels;
+            instructions += blocks_for(t.block_c * w.kh * w.kw, t.threads()) * (40.0 + 8.0 * t.sharers);
+            instructions += 60.0 * channels;
         }
         const int rounds = blocks_for(rows * blocks_for(p.W, 2), t.threads());
         instructions += rounds * t.block_c * ((p.L - 1) * kPerActive + kPerFinished) + rounds * p.L * 30.0;
