@@ -22,8 +22,8 @@
 //
 // Bytes: ctx read twice; dagg read, agg and dctx written once; the gates once for every `chunks` blocks of channels.
 // Partials: dgates, L + 1 numbers a position for as many, to which the block's later channels are added where they
-// lie; dweights, one kernel for the images of a block. Two small kernels (gated_aggregation_bwd.cu, _bwd_planes.cu) add
-// them up in a fixed order. z and dz are kept in T, sums in float32.
+// lie; dweights, one kernel for the images of a block. Two small kernels (gated_aggregation_bwd.cu, _bwd_planes.cu)
+// add them up in a fixed order. z and dz are kept in T, sums in float32.
 
 #include "gated_aggregation_bwd.cuh"
 #include "launch.cuh"
