@@ -13,6 +13,9 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstdint>
+#include <cstring>
+
 namespace focalnet::cuda {
 
 __device__ __forceinline__ float fourth_power(float v) {
@@ -130,6 +133,35 @@ __device__ __forceinline__ float gelu_grad(float z) {
     const float h = 0.5f * z, a = fminf(fabsf(h), 3.0f);
     const float rise = fmaf(a + a, gelu_density(a), fmaf(gelu_tail(a), -0.5f, 0.5f));
     return z == z ? 0.5f + copysignf(rise, h) : z;  // fminf drops a NaN
+}
+
+// The derivative for 16-bit results, two at a time. For bfloat16 in float16 throughout: |GELU'(z) - 1/2| is a
+// polynomial of degree 8 in min(|z|, 4) / 2 - 1, its largest error 1.4e-3 with the rounding of every step, a third of
+// bfloat16's rounding near 1.
+template <typename T>
+__device__ __forceinline__ float2 gelu_grad_pair(float x, float y) {
+    return {gelu_grad_for_16_bit(x), gelu_grad_for_16_bit(y)};
+}
+template <>
+__device__ __forceinline__ float2 gelu_grad_pair<__nv_bfloat16>(float x, float y) {
+    const auto both = [](float v) { return __floats2half2_rn(v, v); };
+    const __half2 z = __floats2half2_rn(x, y);
+    const __half2 a = __hfma2(__hmin2(__habs2(z), both(4.0f)), both(0.5f), both(-1.0f));
+    __half2 p = both(-0.110069792f);
+    p = __hfma2(p, a, both(-0.0562935710f));
+    p = __hfma2(p, a, both(0.488220366f));
+    p = __hfma2(p, a, both(-0.0949154829f));
+    p = __hfma2(p, a, both(-0.711824695f));
+    p = __hfma2(p, a, both(0.620105497f));
+    p = __hfma2(p, a, both(-0.00133659773f));
+    p = __hfma2(p, a, both(-0.218962699f));
+    p = __hfma2(p, a, both(0.585262661f));
+    uint32_t bits, signs;
+    memcpy(&bits, &p, sizeof bits);
+    memcpy(&signs, &z, sizeof signs);
+    bits ^= signs & 0x80008000u;
+    memcpy(&p, &bits, sizeof bits);
+    return __half22float2(__hfma2(p, both(1.0f), both(0.5f)));
 }
 
 }  // namespace focalnet::cuda

@@ -41,36 +41,51 @@ struct ToeplitzTiling {
     __host__ __device__ int sums() const { return sum_rows * sum_pitch; }
 };
 
-// How backward cuts the maps: whole images.
+// n / by without a division, exact for n * by < 2^20 and n < 2^12: kernels that divide once a pass have many passes.
+struct Division {
+    unsigned inverse;
+
+    Division() = default;
+    explicit Division(int by) : inverse(((1u << 20) + by - 1) / by) {}
+    __host__ __device__ int operator()(int n) const { return static_cast<int>(n * inverse >> 20); }
+};
+
+// How backward cuts the maps: whole images. A block goes over `chunks` blocks of channels of the same images.
 struct ToeplitzBackwardTiling {
     int images;
-    int block_c;
-    int blocks;         // of eight columns, in a warp's tile: 2 or 4
-    int groups;         // of them side by side
-    int padding, halo;  // columns before, rows above and below an image's plane
-    int rows, pitch;
-    int sum_rows, sum_pitch;  // of dagg and the gates, without halo
+    int block_c, channel_bits, chunks;  // block_c is 1 << channel_bits
+    int warps, sharers;  // sharers: of a channel; divides warps
+    int blocks;          // of eight columns, in a warp's tile: 1, 2, 4 or 7
+    int groups;          // of them side by side
+    int padding, halo;   // columns before; rows above, between and below the images' planes
+    int rows, pitch;     // rows from one image's plane to the next
+    int sum_pitch;       // of dagg and the gates, without halo
+    int odd_pitch;       // of what a warp copies of dz (toeplitz_correlate.cuh)
+    int product;         // floats of a warp's sums for dweights
     int tap_rows, tap_pitch;
+    int below;  // rows that are read below the last image
     size_t shared_bytes;
     double cost;  // 0: nothing fits
 
-    __host__ __device__ int plane() const { return images * rows * pitch; }
-    __host__ __device__ int sums() const { return sum_rows * sum_pitch; }
+    __host__ __device__ int threads() const { return warps * 32; }
+    __host__ __device__ int plane() const { return (halo + (images - 1) * rows + below) * pitch; }
+    __host__ __device__ int odd() const { return warps * 8 * odd_pitch; }
 };
 
 // How backward takes one level in bands of an image's rows, a multiple of sixteen or all.
 struct ToeplitzBandTiling {
-    int block_c;
-    int blocks, groups;  // as above
+    int block_c, channel_bits;
+    int warps, sharers, blocks, groups;  // as above
     int padding, halo;
     int band, bands;  // rows of the map
     int rows, pitch;
-    int sum_pitch;
+    int sum_pitch, odd_pitch, product;
     int tap_rows, tap_pitch;
     size_t shared_bytes;
     double cost;  // 0: nothing fits
 
     __host__ __device__ int plane() const { return rows * pitch; }
+    __host__ __device__ int odd() const { return warps * 8 * odd_pitch; }
 };
 
 // All levels; the first launch takes bands of kToeplitzFirstBand rows.
@@ -82,12 +97,19 @@ struct ToeplitzBandsPlan {
 };
 
 constexpr int kToeplitzFirstBand = 16;
-constexpr int kToeplitzBackwardThreads = 256;
-constexpr int kToeplitzBandPitch = 33;  // floats from row to row of a warp's product for dweights, 16 x 32
+constexpr int kToeplitzBackwardThreads = 256;     // of a block that takes bands
+constexpr int kMaxToeplitzBackwardThreads = 512;  // of a block that takes whole maps
+constexpr int kToeplitzOddPadding = 15;  // columns before the map in a warp's copy of dz
 
 constexpr __host__ __device__ int toeplitz_steps(int kw) { return kw <= 2 * kToeplitzPadding + 1 ? 1 : 2; }
 // Of a row of taps, twice 16 * steps + 8 elements.
 constexpr __host__ __device__ int toeplitz_tap_width(int steps) { return 16 * steps + 8; }
+
+// Columns of a kernel that a product for dweights takes: of 16 >> bits rows at once.
+constexpr __host__ __device__ int toeplitz_shift_bits(int kw) { return kw <= 4 ? 2 : kw <= 8 ? 3 : 4; }
+constexpr __host__ __device__ int toeplitz_together(int kw) { return 16 >> toeplitz_shift_bits(kw); }
+// The product's other axis is rows of the input: eight, or twice as many.
+constexpr __host__ __device__ bool toeplitz_wide(int kh, int kw) { return kh + toeplitz_together(kw) - 1 > 8; }
 
 ToeplitzTiling plan_toeplitz(const Problem& p);
 ToeplitzBackwardTiling plan_toeplitz_backward(const Problem& p);

@@ -1,337 +1,309 @@
 // Gated aggregation, backward, on tensor cores: bfloat16 and float16, maps whose planes fit shared memory. Larger ones
 // go through toeplitz_bwd_levels.cu.
 //
-// toeplitz_bwd_kernel: a block owns whole images and block_c channels of them, in planes of one channel: `context`,
-// one plane z_l for every level, and dagg. Everything below is shared out to all warps, with a barrier after each
-// line.
+// toeplitz_bwd_kernel: a block owns whole images, and goes over blocks of block_c channels of them, in planes of one
+// channel: `context`, one plane z_l for every level, and dagg (toeplitz_bwd_block.cuh). A warp owns tiles of a channel
+// (toeplitz_bwd.cuh); in a pass over positions a thread owns two neighbouring ones of all the block's channels. A
+// barrier after each line.
 //
 //     read     ctx -> context, dagg, gates, channels last, each once
-//     level l  context -> mma -> z_l;  context = GELU(z_l)
-//     sums     mean of GELU(z_L); dagg * global gate over the positions                 a warp owns a channel of an
-//     image agg      if it is wanted, and dgates' share of these channels                     a thread owns two
-//     positions dz_L     in z_L's plane: (dagg * gate + dmean) * GELU'(z_L) level l  from the last to the first:
-//              context = GELU(z_{l-1}), or ctx, read once more
-//              dweights_l  of context and dz_l: a warp owns a row of the kernel and a channel (toeplitz_correlate.cuh)
-//              dz_{l-1}    = (dagg * gate + dz_l under the kernel turned around) * GELU'(z_{l-1}), in z_{l-1}'s plane;
-//              of the first level dctx, in dagg's plane
+//     level l  tiles: context -> mma -> z_l; of the last level also the sums of GELU(z_L) and of dagg * global gate
+//              positions: context = GELU(z_l); dgates_l of these channels; agg += gate * GELU(z_l), in T, as forward
+//     global   the mean and its gradient
+//     last     positions: agg and dgates of the last two gates; dz_L = (dagg * gate + dmean) * GELU'(z_L), in z_L's
+//              plane
+//     agg      written, if it is wanted
+//     level l  from the last to the first
+//              tiles: dz_l under the kernel turned around -> mma -> dz_{l-1} = (dagg * gate + it) * GELU'(z_{l-1}), in
+//              z_{l-1}'s plane, and context = GELU(z_{l-1}); of the first level dctx, in dagg's plane, while ctx is
+//              read once more
+//              tiles: dweights_l of context and dz_l (toeplitz_correlate.cuh)
 //     write    dctx once
 //
-// Bytes: ctx read twice; dagg read, dctx written once; gates once for every block_c channels. Partials: dgates, L + 1
-// numbers a position for every block_c channels; dweights, one kernel for the images of a block. Two small kernels
-// (gated_aggregation_bwd.cu, _bwd_planes.cu) add them up in a fixed order. z and dz are kept in T, sums in float32.
+// Bytes: ctx read twice; dagg read, agg and dctx written once; the gates once for every `chunks` blocks of channels.
+// Partials: dgates, L + 1 numbers a position for as many, to which the block's later channels are added where they
+// lie; dweights, one kernel for the images of a block. Two small kernels (gated_aggregation_bwd.cu, _bwd_planes.cu)
+// add them up in a fixed order. z and dz are kept in T, sums in float32.
 
 #include "gated_aggregation_bwd.cuh"
 #include "launch.cuh"
 #include "toeplitz.h"
-#include "toeplitz_bwd.cuh"
+#include "toeplitz_bwd_block.cuh"
 #include "toeplitz_correlate.cuh"
 
 namespace focalnet::cuda {
 namespace {
 
-struct ToeplitzLevel {
-    const void* weight;
-    float* dweights;  // [groups of images][taps][C]; null: not wanted
-    int kh, kw;
-};
-
-struct ToeplitzParams {
-    int64_t B;
-    int H, W, C, L;
-    Map ctx, gates, dagg;
-    void *dctx, *agg;  // contiguous; null: not wanted
-    float* dgates;     // [blocks of channels][B][H * W][L + 1]; null: not wanted
-    ToeplitzLevel level[kMaxLevels];
-    int ctx_width, dagg_width, out_width;
-    float scale;
-    ToeplitzBackwardTiling tiling;
-};
-
-template <typename T>
-struct BackwardBlock {
-    const ToeplitzParams& p;
-    int64_t group, first_image;
-    int images, block, first_c;
-    int lane, warp, warps;
-    T *context, *z, *dagg, *gates, *taps;
-    float *band, *global, *dmean;
-
-    __device__ __forceinline__ BackwardBlock(const ToeplitzParams& p, unsigned char* memory) : p(p) {
-        const ToeplitzBackwardTiling& t = p.tiling;
-        const int blocks = (p.C + t.block_c - 1) / t.block_c;
-        block = static_cast<int>(blockIdx.x % blocks);
-        group = blockIdx.x / blocks;
-        first_c = block * t.block_c;
-        first_image = group * t.images;
-        images = static_cast<int>(min(static_cast<int64_t>(t.images), p.B - first_image));
-        lane = threadIdx.x % kWarp;
-        warp = threadIdx.x / kWarp;
-        warps = blockDim.x / kWarp;
-        context = reinterpret_cast<T*>(memory);
-        z = context + t.block_c * t.plane();
-        dagg = z + p.L * t.block_c * t.plane();
-        gates = dagg + t.block_c * t.sums();
-        taps = gates + (p.L + 1) * t.sums();
-        band = reinterpret_cast<float*>(taps + t.block_c * t.tap_rows * t.tap_pitch);
-        global = band + warps * kMmaM * kToeplitzBandPitch;
-        dmean = global + t.block_c * t.images;
-    }
-    __device__ __forceinline__ int count() const { return images * p.H; }  // rows
-    __device__ __forceinline__ Rows rows() const { return {images, p.H, p.tiling.rows, p.tiling.pitch}; }
-    // The first row and column of a channel.
-    __device__ __forceinline__ T* inside(T* planes, int c) const {
-        return planes + c * p.tiling.plane() + p.tiling.halo * p.tiling.pitch + p.tiling.padding;
-    }
-    __device__ __forceinline__ T* context_of(int c) const { return inside(context, c); }
-    __device__ __forceinline__ T* z_of(int level, int c) const {
-        return inside(z + level * p.tiling.block_c * p.tiling.plane(), c);
-    }
-    __device__ __forceinline__ int sum_at(int row, int x) const { return row * p.tiling.sum_pitch + x; }
-    __device__ __forceinline__ float2 gate(int level, int row, int x) const {
-        return load_pair(gates + level * p.tiling.sums() + sum_at(row, x));
-    }
-    __device__ __forceinline__ float2 dagg_at(int c, int row, int x) const {
-        return load_pair(dagg + c * p.tiling.sums() + sum_at(row, x));
-    }
-};
-
-// f(c, row, x) for every channel, row and second column: a warp, or a few of them, owns a channel.
-template <typename T, typename F>
-__device__ __forceinline__ void for_each_pair(const BackwardBlock<T>& b, F f) {
-    const int block_c = b.p.tiling.block_c, abreast = min(b.warps, block_c), share = b.warps / abreast;
-    for (int c = b.warp % abreast; c < block_c; c += abreast) {
-        Walk walk(Region{0, b.count(), 0, (b.p.W + 1) / 2}, b.warp / abreast * kWarp + b.lane, share * kWarp);
-        for (; walk.more(); walk.next()) f(c, walk.y, 2 * walk.x);
-    }
-}
-
-template <typename T>
-__device__ __forceinline__ void load(const BackwardBlock<T>& b, T* planes, int plane, const Rows& rows, const Map& map,
-                                     int width) {
-    const T* at = static_cast<const T*>(map.data) + b.first_image * map.stride_b + b.first_c;
-    with_width<T>(width, [&](auto n) {
-        fill_planes<T, decltype(n)::value>(planes, plane, rows, b.count(), b.p.W, b.p.tiling.block_c, at, map,
-                                           b.p.C - b.first_c);
-    });
-}
-
-template <typename T>
-__device__ __forceinline__ void load_ctx(const BackwardBlock<T>& b) {
-    load(b, b.context_of(0), b.p.tiling.plane(), b.rows(), b.p.ctx, b.p.ctx_width);
-}
-
-template <typename T>
-__device__ __forceinline__ void load_gates(const BackwardBlock<T>& b) {
-    const ToeplitzParams& p = b.p;
-    const Rows rows(b.images, p.H, p.H, 0);
-    const T* from = static_cast<const T*>(p.gates.data) + b.first_image * p.gates.stride_b;
-    Walk walk(Region{0, b.count(), 0, p.W}, threadIdx.x, blockDim.x);
-    for (; walk.more(); walk.next()) {
-        const int image = rows.image(walk.y), y = walk.y - image * p.H;
-        const T* gate = from + image * p.gates.stride_b + y * p.gates.stride_h + walk.x * p.gates.stride_w;
-        for (int l = 0; l <= p.L; ++l) b.gates[l * p.tiling.sums() + b.sum_at(walk.y, walk.x)] = gate[l];
-    }
-}
-
+// A level's convolution of `planes`; f(tile).
 template <int BLOCKS, typename T, typename F>
-__device__ __forceinline__ void convolve_level(const BackwardBlock<T>& b, T* from, int level, F f) {
-    const ToeplitzLevel& own = b.p.level[level];
+__device__ __forceinline__ void convolve_level(const BackwardBlock<T>& b, T* planes, int level, F f) {
+    const BackwardLevel& own = b.p.level[level];
     with_steps(own.kw, [&](auto steps) {
-        convolve<BLOCKS, decltype(steps)::value, T>(b, [&](int c) { return b.inside(from, c); }, own.kh, b.p.W, f);
+        convolve<BLOCKS, decltype(steps)::value, T>(
+            b, [&](int c) { return b.inside(planes, c); }, own.kh, f);
     });
 }
 
-template <typename T>
-__device__ __forceinline__ void activate(const BackwardBlock<T>& b, int level) {  // context = GELU(z)
-    const Rows rows = b.rows();
-    for_each_pair(b, [&](int c, int row, int x) {
-        const int at = rows.offset(row) + x;
-        const float2 z = load_pair(b.z_of(level, c) + at);
-        store_pair(b.context_of(c) + at, gelu_pair<T>(z.x, z.y));
-    });
+// Over a warp: every lane gets the sum.
+__device__ __forceinline__ float sum_of_warp(float value) {
+#pragma unroll
+    for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(0xffffffffu, value, lanes);
+    return value;
+}
+
+// z in its place. Of the last level the sums over each strip: of GELU(z), and of dagg * global gate.
+template <int BLOCKS, typename T>
+__device__ __forceinline__ void store_level(const BackwardBlock<T>& b, int level, const Tile<BLOCKS>& tile) {
+    const ToeplitzBackwardTiling& t = b.p.tiling;
+    const Strips& strips = b.strips;
+    T* z = b.z_of(level, tile.c) + tile.column;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        if (!tile.row[half].exists) continue;
+        T* to = z + strips.offset(tile.row[half]);
+#pragma unroll
+        for (int j = 0; j < BLOCKS; ++j) store_pair(to + 8 * j, tile.pair(half, j));
+    }
+    if (level + 1 < b.p.L) return;
+    const T *dagg = b.dagg + tile.c * b.sums(), *gate = b.gate(b.p.L);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        float sum = 0.0f, dglobal = 0.0f;
+        const int at = b.sum_at(tile.row[half], tile.column);
+        if (tile.row[half].exists)
+#pragma unroll
+            for (int j = 0; j < BLOCKS; ++j) {
+                const float2 z = tile.pair(half, j), v = gelu_pair<T>(z.x, z.y);
+                const float2 d = load_pair(dagg + at + 8 * j), g = load_pair(gate + at + 8 * j);
+                sum += v.x + v.y;
+                dglobal = fmaf(g.x, d.x, fmaf(g.y, d.y, dglobal));
+            }
+        sum = sum_of_warp(sum);
+        dglobal = sum_of_warp(dglobal);
+        const int strip = tile.strip + half;
+        if (b.at.lane > 0 || strip >= strips.count) continue;
+        const int group = t.groups == 1 ? 0 : tile.column / (8 * BLOCKS);
+        float* to = b.strip_sums + 2 * ((tile.c * strips.count + strip) * t.groups + group);
+        to[0] = sum;
+        to[1] = dglobal;
+    }
 }
 
 // global = GELU(mean of the last level), dmean = what every position of it receives.
 template <typename T>
 __device__ __forceinline__ void form_global(const BackwardBlock<T>& b) {
-    const ToeplitzParams& p = b.p;
-    const int block_c = p.tiling.block_c, pairs = (p.W + 1) / 2;
-    const Rows rows = b.rows();
+    const BackwardParams& p = b.p;
+    const int block_c = p.tiling.block_c;
+    const Strips& strips = b.strips;
     const float positions = static_cast<float>(p.H) * p.W;
-    for (int i = b.warp; i < block_c * b.images; i += b.warps) {
-        const int c = i % block_c, image = i / block_c;
+    for (int i = threadIdx.x; i < block_c * b.images; i += blockDim.x) {
+        const int c = i % block_c, image = i / block_c, parts = strips.each * p.tiling.groups;
+        const float* from = b.strip_sums + 2 * (c * b.images + image) * parts;
         float sum = 0.0f, dglobal = 0.0f;
-        for (Walk walk(Region{0, p.H, 0, pairs}, b.lane, kWarp); walk.more(); walk.next()) {
-            const int row = image * p.H + walk.y, x = 2 * walk.x;
-            const float2 level = load_pair(b.context_of(c) + rows.offset(row) + x);
-            const float2 g = b.gate(p.L, row, x), d = b.dagg_at(c, row, x);
-            sum += level.x + level.y;
-            dglobal = fmaf(g.x, d.x, fmaf(g.y, d.y, dglobal));
-        }
-        for (int lanes = kWarp / 2; lanes > 0; lanes /= 2) {
-            sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-            dglobal += __shfl_xor_sync(0xffffffffu, dglobal, lanes);
+        for (int part = 0; part < parts; ++part) {
+            sum += from[2 * part];
+            dglobal += from[2 * part + 1];
         }
         const float mean = sum / positions;
-        if (b.lane > 0) continue;
         b.global[image * block_c + c] = gelu(mean);
         b.dmean[image * block_c + c] = p.scale * dglobal * gelu_grad(mean) / positions;
     }
 }
 
-template <typename T>
-__device__ __forceinline__ int64_t position_of(const BackwardBlock<T>& b, int row, int x) {
-    return (b.first_image * b.p.H + row) * b.p.W + x;
+// A sum over this chunk's channels of two neighbouring positions; those of earlier chunks lie there already.
+__device__ __forceinline__ void add_dgates(float* to, int stride, float2 sum, bool first, bool both) {
+    to[0] = first ? sum.x : to[0] + sum.x;
+    if (both) to[stride] = first ? sum.y : to[stride] + sum.y;
 }
 
-// agg, by vectors of channels. dgates come from the same values, but a thread then owns all channels of a position.
-template <typename T, int N>
-__device__ __forceinline__ void form_agg(const BackwardBlock<T>& b) {
-    const ToeplitzParams& p = b.p;
-    const Rows rows = b.rows();
-    for_each_two_columns<N>(b.count(), p.W, p.tiling.block_c, [&](int row, int x, int c) {
-        if (b.first_c + c >= p.C) return;
-        const int at = rows.offset(row) + x;
-        const float* global = b.global + rows.image(row) * p.tiling.block_c + c;
-        float2 agg[N];
-        const float2 last = b.gate(p.L, row, x);
-#pragma unroll
-        for (int k = 0; k < N; ++k) agg[k] = {last.x * global[k], last.y * global[k]};
-        for (int l = 0; l < p.L; ++l) {
-            const float2 g = b.gate(l, row, x);
-#pragma unroll
-            for (int k = 0; k < N; ++k) {
-                const float2 z = load_pair(b.z_of(l, c + k) + at);
-                const float2 v = gelu_pair<T>(z.x, z.y);
-                agg[k] = {fmaf(g.x, v.x, agg[k].x), fmaf(g.y, v.y, agg[k].y)};
-            }
-        }
-#pragma unroll
-        for (int k = 0; k < N; ++k) agg[k] = {p.scale * agg[k].x, p.scale * agg[k].y};
-        write_channels<T, N>(b, p.agg, position_of(b, row, x), c, x, agg);
-    });
+// A pair of agg as it lies in shared memory: gate * value is added, or put there.
+template <typename T>
+__device__ __forceinline__ void add_agg(T* at, const T (&gate)[2], float2 value, bool first) {
+    using Pair = typename PairOf<T>::type;
+    Pair g;
+    memcpy(&g, gate, sizeof g);
+    Pair* sum = reinterpret_cast<Pair*>(at);
+    *sum = __hfma2(g, PairOf<T>::from(value.x, value.y), first ? PairOf<T>::from(0.0f, 0.0f) : *sum);
 }
 
-// A thread owns two neighbouring positions and adds up this block's channels of them.
+// context = GELU(z), and dgates and agg of the level.
 template <typename T>
-__device__ __forceinline__ void form_dgates(const BackwardBlock<T>& b) {
-    const ToeplitzParams& p = b.p;
-    const Rows rows = b.rows();
-    const int64_t positions = p.B * p.H * p.W;
-    Walk walk(Region{0, b.count(), 0, (p.W + 1) / 2}, threadIdx.x, blockDim.x);
-    for (; walk.more(); walk.next()) {
-        const int row = walk.y, x = 2 * walk.x, at = rows.offset(row) + x;
-        const float* global = b.global + rows.image(row) * p.tiling.block_c;
-        float* to = p.dgates + (b.block * positions + position_of(b, row, x)) * (p.L + 1);
-        for (int l = 0; l <= p.L; ++l) {
-            float2 sum = {0.0f, 0.0f};
+__device__ __forceinline__ void activate(const BackwardBlock<T>& b, int level, bool first) {
+    const BackwardParams& p = b.p;
+    const int plane = p.tiling.plane(), sums = b.sums(), block_c = p.tiling.block_c;
+    const bool wants_agg = p.agg.data != nullptr;
+    for_each_pair(b, threadIdx.x, blockDim.x, [&](int row, int x) {
+        const int at = b.rows.offset(row) + x, in = b.sum_at(row, x);
+        const T *z = b.z_of(level, 0) + at, *dagg = b.dagg + in;
+        T *context = b.context_of(0) + at, *agg = b.agg + in;
+        T gate[2];
+        load_raw<2>(b.gate(level) + in, gate);
+        float2 sum = {0.0f, 0.0f};
 #pragma unroll 4
-            for (int c = 0; c < p.tiling.block_c; ++c) {
-                const float2 d = b.dagg_at(c, row, x);
-                float2 v = {global[c], global[c]};
-                if (l < p.L) {
-                    const float2 z = load_pair(b.z_of(l, c) + at);
-                    v = gelu_pair<T>(z.x, z.y);
-                }
-                sum = {fmaf(d.x, v.x, sum.x), fmaf(d.y, v.y, sum.y)};
+        for (int c = 0; c < block_c; ++c, z += plane, context += plane, dagg += sums, agg += sums) {
+            const float2 value = load_pair(z), d = load_pair(dagg), v = gelu_pair<T>(value.x, value.y);
+            store_pair(context, v);
+            if (wants_agg) add_agg(agg, gate, v, level == 0);
+            sum = {fmaf(d.x, v.x, sum.x), fmaf(d.y, v.y, sum.y)};
+        }
+        if (p.dgates) add_dgates(b.dgates_at(row, x) + level, p.L + 1, sum, first, x + 1 < p.W);
+    });
+}
+
+// (dagg * gate + d) * GELU'(z)
+template <typename T>
+__device__ __forceinline__ float2 form_dz(float2 z, float2 dagg, float2 gate, float2 d) {
+    const float2 slope = gelu_grad_pair<T>(z.x, z.y);
+    return {fmaf(gate.x, dagg.x, d.x) * slope.x, fmaf(gate.y, dagg.y, d.y) * slope.y};
+}
+
+template <typename T>
+__device__ __forceinline__ float2 scaled(const T* gate, float scale) {
+    const float2 g = load_pair(gate);
+    return {scale * g.x, scale * g.y};
+}
+
+// The last level's dz; dgates and agg of it and of the global level.
+template <typename T>
+__device__ __forceinline__ void finish_last(const BackwardBlock<T>& b, bool first) {
+    const BackwardParams& p = b.p;
+    const int plane = p.tiling.plane(), sums = b.sums(), block_c = p.tiling.block_c, level = p.L - 1;
+    const bool wants_dz = b.wants_dz(), wants_agg = p.agg.data != nullptr;
+    for_each_pair(b, threadIdx.x, blockDim.x, [&](int row, int x) {
+        const int in = b.sum_at(row, x), image = b.rows.image(row) * block_c;
+        const float *global = b.global + image, *dmean = b.dmean + image;
+        const float2 g = scaled(b.gate(level) + in, p.scale), of_global = load_pair(b.gate(p.L) + in);
+        T gate[2];
+        load_raw<2>(b.gate(level) + in, gate);
+        const T* dagg = b.dagg + in;
+        T *z = b.z_of(level, 0) + b.rows.offset(row) + x, *agg = b.agg + in;
+        float2 last = {0.0f, 0.0f}, all = {0.0f, 0.0f};
+        const bool both = x + 1 < p.W;
+#pragma unroll 2
+        for (int c = 0; c < block_c; ++c, z += plane, dagg += sums, agg += sums) {
+            const float2 value = load_pair(z), d = load_pair(dagg), v = gelu_pair<T>(value.x, value.y);
+            last = {fmaf(d.x, v.x, last.x), fmaf(d.y, v.y, last.y)};
+            all = {fmaf(d.x, global[c], all.x), fmaf(d.y, global[c], all.y)};
+            if (wants_agg) {
+                add_agg(agg, gate, v, level == 0);
+                const float2 sum = load_pair(agg);
+                store_pair(agg, float2{p.scale * fmaf(of_global.x, global[c], sum.x),
+                                       p.scale * fmaf(of_global.y, global[c], sum.y)});
             }
-            to[l] = sum.x;
-            if (x + 1 < p.W) to[p.L + 1 + l] = sum.y;
+            if (!wants_dz) continue;
+            float2 dz = form_dz<T>(value, d, g, {dmean[c], dmean[c]});
+            dz.y = both ? dz.y : 0.0f;
+            store_pair(z, dz);
+        }
+        if (!p.dgates) return;
+        float* dgates = b.dgates_at(row, x);
+        add_dgates(dgates + level, p.L + 1, last, first, both);
+        add_dgates(dgates + p.L, p.L + 1, all, first, both);
+    });
+}
+
+// What level `level` sends back to the level below, times its GELU', in z's place; `context` receives its GELU.
+template <int BLOCKS, typename T>
+__device__ __forceinline__ void store_dz(const BackwardBlock<T>& b, int below, bool wants_context,
+                                         const Tile<BLOCKS>& tile) {
+    const Strips& strips = b.strips;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        if (!tile.row[half].exists) continue;
+        const int at = strips.offset(tile.row[half]) + tile.column, in = b.sum_at(tile.row[half], tile.column);
+        T *z = b.z_of(below, tile.c) + at, *context = b.context_of(tile.c) + at;
+        const T *dagg = b.dagg + tile.c * b.sums() + in, *gate = b.gate(below) + in;
+#pragma unroll
+        for (int j = 0; j < BLOCKS; ++j) {
+            const float2 value = load_pair(z + 8 * j);
+            if (wants_context) store_pair(context + 8 * j, gelu_pair<T>(value.x, value.y));
+            store_pair(z + 8 * j, form_dz<T>(value, load_pair(dagg + 8 * j), scaled(gate + 8 * j, b.p.scale),
+                                             tile.pair(half, j)));
         }
     }
 }
 
-// What reaches the output of a level, and the gate's share, times GELU'(z): in z's place.
-template <typename T>
-__device__ __forceinline__ void form_dz(const BackwardBlock<T>& b, int level, int c, int row, int x, int at,
-                                        float2 d) {
-    T* z_at = b.z_of(level, c) + at;
-    const float2 g = b.gate(level, row, x), direct = b.dagg_at(c, row, x), z = load_pair(z_at);
-    const float2 dz = {fmaf(b.p.scale * g.x, direct.x, d.x) * gelu_grad_for_16_bit(z.x),
-                       fmaf(b.p.scale * g.y, direct.y, d.y) * gelu_grad_for_16_bit(z.y)};
-    store_pair(z_at, inside_map(dz, x, b.p.W));
-}
-
-template <typename T>
-__device__ __forceinline__ void correlate_level(const BackwardBlock<T>& b, int level) {
-    const ToeplitzLevel& own = b.p.level[level];
-    const ToeplitzBackwardTiling& t = b.p.tiling;
-    float* band = b.band + b.warp * kMmaM * kToeplitzBandPitch;
-    for (int item = b.warp; item < t.block_c * own.kh; item += b.warps) {
-        const int c = item / own.kh, ky = item % own.kh;
-        const float tap = correlate_row<T>(b.z_of(level, c), b.context_of(c) + (ky - own.kh / 2) * t.pitch, b.rows(),
-                                           b.count(), b.p.W, t.padding, own.kw, band, b.lane);
-        if (b.lane < own.kw && b.first_c + c < b.p.C)
-            own.dweights[(b.group * own.kh * own.kw + ky * own.kw + b.lane) * b.p.C + b.first_c + c] = tap;
+template <int BLOCKS, typename T>
+__device__ __forceinline__ void store_dctx(const BackwardBlock<T>& b, const Tile<BLOCKS>& tile) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        if (!tile.row[half].exists) continue;
+        T* to = b.dagg + tile.c * b.sums() + b.sum_at(tile.row[half], tile.column);
+#pragma unroll
+        for (int j = 0; j < BLOCKS; ++j) store_pair(to + 8 * j, tile.pair(half, j));
     }
 }
 
-template <typename T, int N>
-__device__ __forceinline__ void write_dctx(const BackwardBlock<T>& b) {
-    const ToeplitzBackwardTiling& t = b.p.tiling;
-    for_each_two_columns<N>(b.count(), b.p.W, t.block_c, [&](int row, int x, int c) {
-        if (b.first_c + c >= b.p.C) return;
-        float2 values[N];
-#pragma unroll
-        for (int k = 0; k < N; ++k) values[k] = b.dagg_at(c + k, row, x);
-        write_channels<T, N>(b, b.p.dctx, position_of(b, row, x), c, x, values);
-    });
-}
-
-template <typename T, int BLOCKS>
-__global__ void __launch_bounds__(kToeplitzBackwardThreads, 1) toeplitz_bwd_kernel(const ToeplitzParams p) {
-    FOCALNET_SHARED_MEMORY(memory);
-    const ToeplitzBackwardTiling& t = p.tiling;
-    const BackwardBlock<T> b(p, memory);
-    const Rows rows = b.rows();
-    zero(b.context, t.block_c * ((p.L + 1) * t.plane() + t.sums()) + (p.L + 1) * t.sums(), threadIdx.x, blockDim.x);
-    __syncthreads();
+// Everything up to the last level's dz, of one chunk of channels.
+template <int BLOCKS, typename T>
+__device__ __forceinline__ void run_forward(const BackwardBlock<T>& b, bool first) {
+    const BackwardParams& p = b.p;
     load_ctx(b);
-    load(b, b.dagg, t.sums(), Rows(b.images, p.H, p.H, t.sum_pitch), p.dagg, p.dagg_width);
-    load_gates(b);
+    load_dagg(b);
     for (int l = 0; l < p.L; ++l) {
         load_taps<T>(b, p.level[l].weight, p.level[l].kh, p.level[l].kw, false);
         __syncthreads();
-        convolve_level<BLOCKS>(b, b.context, l, [&](int c, int row, int x, float2 z) {
-            store_pair(b.z_of(l, c) + rows.offset(row) + x, inside_map(z, x, p.W));
-        });
+        convolve_level<BLOCKS>(b, b.context, l, [&](const Tile<BLOCKS>& tile) { store_level(b, l, tile); });
         __syncthreads();
-        activate(b, l);
+        if (l + 1 < p.L) activate(b, l, first);
     }
-    __syncthreads();
     form_global(b);
     __syncthreads();
-    if (p.agg) with_width<T>(p.out_width, [&](auto width) { form_agg<T, decltype(width)::value>(b); });
-    if (p.dgates) form_dgates(b);
-    if (!p.dctx && !p.level[0].dweights) return;
+    finish_last(b, first);
+    if (!p.agg.data) return;
     __syncthreads();
-    for_each_pair(b, [&](int c, int row, int x) {
-        const float d = b.dmean[rows.image(row) * t.block_c + c];
-        form_dz(b, p.L - 1, c, row, x, rows.offset(row) + x, {d, d});
-    });
+    store(b, b.agg, p.agg, p.agg_width);
+    if (!p.level[0].dweights) return;
+    __syncthreads();
+    zero(b.odd, p.tiling.odd(), threadIdx.x, blockDim.x);
+}
+
+template <int BLOCKS, typename T>
+__device__ __forceinline__ void run_backward(const BackwardBlock<T>& b) {
+    const BackwardParams& p = b.p;
+    const bool wants_weights = p.level[0].dweights != nullptr;
     for (int l = p.L - 1; l >= 0; --l) {
-        if (p.level[l].dweights) {
-            if (l > 0)
-                activate(b, l - 1);
-            else
-                load_ctx(b);
-        }
-        load_taps<T>(b, p.level[l].weight, p.level[l].kh, p.level[l].kw, true);
+        const BackwardLevel& own = p.level[l];
+        T* dz = b.z + l * p.tiling.block_c * p.tiling.plane();
+        const bool used = l + 1 < p.L && wants_weights;  // context holds what another level needed
+        if (l > 0)
+            convolve_level<BLOCKS>(b, dz, l, [&](const Tile<BLOCKS>& tile) { store_dz(b, l - 1, used, tile); });
+        else if (p.dctx.data)
+            convolve_level<BLOCKS>(b, dz, l, [&](const Tile<BLOCKS>& tile) { store_dctx(b, tile); });
+        if (l == 0 && used) load_ctx(b);
         __syncthreads();
-        if (p.level[l].dweights) correlate_level(b, l);
-        if (l == 0 && !p.dctx) return;
-        convolve_level<BLOCKS>(b, b.z + l * t.block_c * t.plane(), l, [&](int c, int row, int x, float2 d) {
-            if (l > 0)
-                form_dz(b, l - 1, c, row, x, rows.offset(row) + x, d);
-            else
-                store_pair(b.dagg + c * t.sums() + b.sum_at(row, x), d);
-        });
+        if (wants_weights)
+            correlate<BLOCKS, T>(
+                b, [&](int c) { return b.inside(dz, c); }, [&](int c) { return b.context_of(c); }, own.kh,
+                own.kw);
+        if (l > 0) load_taps<T>(b, p.level[l - 1].weight, p.level[l - 1].kh, p.level[l - 1].kw, true);
         __syncthreads();
+        if (wants_weights) sum_products(b, own.dweights + b.group * own.kh * own.kw * p.C, own.kh, own.kw, own.by_kw);
     }
-    with_width<T>(p.out_width, [&](auto width) { write_dctx<T, decltype(width)::value>(b); });
+    if (p.dctx.data) store(b, b.dagg, p.dctx, p.dctx_width);
+}
+
+template <typename T, int BLOCKS>
+__global__ void __launch_bounds__(kMaxToeplitzBackwardThreads, 1) toeplitz_bwd_kernel(const BackwardParams p) {
+    FOCALNET_SHARED_MEMORY(memory);
+    const ToeplitzBackwardTiling& t = p.tiling;
+    BackwardBlock<T> b(p, memory);
+    zero(b.context, static_cast<int>(b.odd - b.context) + t.odd(), threadIdx.x, blockDim.x);
+    __syncthreads();
+    load_gates(b);
+    for (int chunk = 0; chunk < t.chunks && b.first_c < p.C; ++chunk, b.first_c += t.block_c) {
+        if (chunk > 0) __syncthreads();
+        run_forward<BLOCKS>(b, chunk == 0);
+        if (!b.wants_dz()) continue;
+        load_taps<T>(b, p.level[p.L - 1].weight, p.level[p.L - 1].kh, p.level[p.L - 1].kw, true);
+        __syncthreads();
+        run_backward<BLOCKS>(b);
+    }
 }
 
 int64_t groups_of(const Problem& p, const ToeplitzBackwardTiling& t) { return (p.B + t.images - 1) / t.images; }
+
+int splits_of(const Problem& p, const ToeplitzBackwardTiling& t) { return blocks_for(p.C, t.block_c * t.chunks); }
 
 struct BackwardScratch {
     float* dgates;
@@ -341,7 +313,7 @@ struct BackwardScratch {
     BackwardScratch(const Problem& p, const ToeplitzBackwardTiling& t, const Gradients& out, void* memory) {
         Scratch scratch{memory};
         dgates =
-            out.want_gates ? scratch.take<float>(blocks_for(p.C, t.block_c) * p.B * p.H * p.W * (p.L + 1)) : nullptr;
+            out.want_gates ? scratch.take<float>(splits_of(p, t) * p.B * p.H * p.W * (p.L + 1)) : nullptr;
         for (int l = 0; l < p.L; ++l)
             dweights[l] = out.want_weights
                               ? scratch.take<float>(groups_of(p, t) * p.weights[l].kh * p.weights[l].kw * p.C)
@@ -350,9 +322,9 @@ struct BackwardScratch {
     }
 };
 
-ToeplitzParams params_of(const Problem& p, const ToeplitzBackwardTiling& t, const Map& dagg, const Gradients& out,
+BackwardParams params_of(const Problem& p, const ToeplitzBackwardTiling& t, const Map& dagg, const Gradients& out,
                          const BackwardScratch& scratch) {
-    ToeplitzParams params{};
+    BackwardParams params{};
     params.B = p.B;
     params.H = p.H;
     params.W = p.W;
@@ -361,16 +333,20 @@ ToeplitzParams params_of(const Problem& p, const ToeplitzBackwardTiling& t, cons
     params.ctx = p.ctx;
     params.gates = p.gates;
     params.dagg = dagg;
-    params.dctx = out.want_ctx ? out.dctx.data : nullptr;
-    params.agg = out.agg.data;
+    params.dctx = out.want_ctx ? out.dctx : Map{};
+    params.agg = out.agg;
     params.dgates = scratch.dgates;
     for (int l = 0; l < p.L; ++l) {
         const FocalWeight& w = p.weights[l];
-        params.level[l] = {w.data, scratch.dweights[l], w.kh, w.kw};
+        params.level[l] = {w.data, scratch.dweights[l], w.kh, w.kw, Division(w.kw)};
     }
     params.ctx_width = std::min(widest_vector(p.element, p.C, {p.ctx}), t.block_c);
     params.dagg_width = std::min(widest_vector(p.element, p.C, {dagg}), t.block_c);
-    params.out_width = std::min(widest_vector(p.element, p.C, {}), t.block_c);
+    params.dctx_width = std::min(widest_vector(p.element, p.C, {params.dctx}), t.block_c);
+    params.agg_width = std::min(widest_vector(p.element, p.C, {params.agg}), t.block_c);
+    params.gates_aligned = p.L == 3 && reinterpret_cast<uintptr_t>(p.gates.data) % 8 == 0 &&
+                           p.gates.stride_b % 4 == 0 && p.gates.stride_h % 4 == 0 && p.gates.stride_w % 4 == 0;
+    params.by_pairs = Division((p.W + 1) / 2);
     params.scale = p.scale;
     params.tiling = t;
     return params;
@@ -380,14 +356,16 @@ template <typename T>
 Status backward(const Problem& p, const Map& dagg, const Gradients& out, void* memory, cudaStream_t stream) {
     const ToeplitzBackwardTiling t = plan_toeplitz_backward(p);
     const BackwardScratch scratch(p, t, out, memory);
-    const ToeplitzParams params = params_of(p, t, dagg, out, scratch);
-    const int64_t blocks = groups_of(p, t) * blocks_for(p.C, t.block_c);
-    const auto kernel = t.blocks == 2 ? toeplitz_bwd_kernel<T, 2> : toeplitz_bwd_kernel<T, 4>;
-    if (Status s =
-            launch("toeplitz_bwd_kernel", kernel, blocks, kToeplitzBackwardThreads, t.shared_bytes, stream, params))
+    const BackwardParams params = params_of(p, t, dagg, out, scratch);
+    const auto kernel = t.blocks == 1   ? toeplitz_bwd_kernel<T, 1>
+                        : t.blocks == 2 ? toeplitz_bwd_kernel<T, 2>
+                        : t.blocks == 4 ? toeplitz_bwd_kernel<T, 4>
+                                        : toeplitz_bwd_kernel<T, 7>;
+    if (Status s = launch("toeplitz_bwd_kernel", kernel, groups_of(p, t) * splits_of(p, t), t.threads(),
+                          t.shared_bytes, stream, params))
         return s;
     if (out.want_gates)
-        if (Status s = sum_dgates<T>(p, scratch.dgates, blocks_for(p.C, t.block_c), out.dgates.data, stream)) return s;
+        if (Status s = sum_dgates<T>(p, scratch.dgates, splits_of(p, t), out.dgates.data, stream)) return s;
     for (int l = 0; l < p.L && out.want_weights; ++l)
         if (Status s = sum_partials<T>(p, l, scratch.dweights[l], groups_of(p, t), out.dweights[l], stream)) return s;
     return {};

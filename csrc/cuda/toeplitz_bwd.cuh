@@ -1,5 +1,10 @@
 // What the two ways of going backward on tensor cores share: whole maps (toeplitz_bwd.cu) and level by level
 // (toeplitz_bwd_levels.cu). A block holds planes of block_c channels; `Block` says where they lie and which rows.
+//
+//     strip   eight rows of one image, the last one cut off by the map's end: a matrix of ldmatrix, or half a tile
+//     tile    two strips, one below the other or of two images, and BLOCKS blocks of eight columns
+//
+// A channel belongs to `sharers` warps that take its tiles in turn, so a warp has a fixed share of a plane.
 
 #pragma once
 
@@ -7,43 +12,136 @@
 
 namespace focalnet::cuda {
 
+struct StripRow {
+    int image, y;
+    bool exists;
+};
+
+// The strips of a block's images: `held` rows of each, `slot` rows from one to the next.
+struct Strips {
+    int held, slot, pitch, each, count;
+    unsigned inverse;  // of each, in 1 / 65536
+
+    __device__ __forceinline__ Strips(int images, int held, int slot, int pitch)
+        : held(held),
+          slot(slot),
+          pitch(pitch),
+          each((held + 7) / 8),
+          count(images * each),
+          inverse(images > 1 ? (65536u + each - 1) / each : 0u) {}
+    __device__ __forceinline__ int tiles() const { return (count + 1) / 2; }
+    __device__ __forceinline__ StripRow row(int strip, int i) const {
+        const int image = static_cast<int>(strip * inverse >> 16), y = 8 * (strip - image * each) + i;
+        return {image, y, strip < count && y < held};
+    }
+    // Elements from the first row of the first image.
+    __device__ __forceinline__ int offset(const StripRow& r) const { return (r.image * slot + r.y) * pitch; }
+    // The same for a row that exists: the strip's last one instead of one beyond it.
+    __device__ __forceinline__ int nearest(int strip, int i) const {
+        StripRow r = row(min(strip, count - 1), i);
+        r.y = min(r.y, held - 1);
+        return offset(r);
+    }
+};
+
+// Where a thread is, and which share it has: the channels first, first + step, ... and of each the tiles share,
+// share + sharers, ... Divided once.
+struct WarpShare {
+    int lane, warp, warps, share, first, step;
+
+    __device__ __forceinline__ explicit WarpShare(int sharers)
+        : lane(threadIdx.x % kWarp),
+          warp(threadIdx.x / kWarp),
+          warps(blockDim.x / kWarp),
+          share(warp % sharers),
+          first(warp / sharers),
+          step(warps / sharers) {}
+};
+
+// f(c) for the channels of a warp.
+template <typename Block, typename F>
+__device__ __forceinline__ void for_each_channel(const Block& b, F f) {
+    for (int c = b.at.first; c < b.p.tiling.block_c; c += b.at.step) f(c);
+}
+
+// The taps of one channel and level, by a warp, two at a time (toeplitz.cuh): a lane has a word of one of the copies.
+// A channel beyond C has zeros. `turned`: the kernel by 180 degrees.
+template <typename T>
+__device__ __forceinline__ void write_tap_words(T* to, const T* from, int kh, int kw, int steps, bool exists,
+                                                bool turned, int lane) {
+    const int width = toeplitz_tap_width(steps), shift = 8 * steps - 4 - kw / 2;
+    for (int word = lane; word < width; word += kWarp) {
+        const int copy = word >= width / 2, u = 2 * word - copy * (width - 1), tap = u - 7 - shift;
+        const bool first = exists && static_cast<unsigned>(tap) < static_cast<unsigned>(kw);
+        const bool second = exists && static_cast<unsigned>(tap + 1) < static_cast<unsigned>(kw);
+        const T* tap_at = turned ? from + kh * kw - 1 - tap : from + tap;
+        const int step = turned ? -1 : 1;
+        T* at = to + 2 * word;
+#pragma unroll 4
+        for (int ky = 0; ky < kh; ++ky) {
+            T pair[2] = {};
+            if (first) pair[0] = tap_at[0];
+            if (second) pair[1] = tap_at[step];
+            uint32_t bits;
+            memcpy(&bits, pair, sizeof bits);
+            *reinterpret_cast<uint32_t*>(at) = bits;
+            tap_at += step * kw;
+            at += 2 * width;
+        }
+    }
+}
+
 // The taps of a level for every channel of a block, shared out to its warps.
 template <typename T, typename Block>
 __device__ __forceinline__ void load_taps(const Block& b, const void* weight, int kh, int kw, bool turned) {
     const auto& t = b.p.tiling;
-    for (int c = b.warp; c < t.block_c; c += b.warps)
-        write_taps<T>(b.taps + c * t.tap_rows * t.tap_pitch,
-                      static_cast<const T*>(weight) + static_cast<int64_t>(b.first_c + c) * kh * kw, kh, kw,
-                      toeplitz_steps(kw), b.first_c + c < b.p.C, turned, b.lane);
+    for (int c = b.at.warp; c < t.block_c; c += b.at.warps)
+        write_tap_words<T>(b.taps + c * t.tap_rows * t.tap_pitch,
+                           static_cast<const T*>(weight) + static_cast<int64_t>(b.first_c + c) * kh * kw, kh, kw,
+                           toeplitz_steps(kw), b.first_c + c < b.p.C, turned, b.at.lane);
 }
 
-// The convolution of the planes whose first rows and columns `from` gives, with the taps in place: f(c, row, x, pair)
-// for every pair of outputs of the first `columns`. A warp takes a tile of a channel.
+// What a lane has of a tile: rows lane / 4 of both strips, columns column + 8 j, + 1.
+template <int BLOCKS>
+struct Tile {
+    int c, strip, column;
+    StripRow row[2];
+    float sum[BLOCKS][4];
+
+    __device__ __forceinline__ float2 pair(int half, int j) const { return {sum[j][2 * half], sum[j][2 * half + 1]}; }
+};
+
+// The convolution of the planes whose first rows and columns `from` gives, with the taps in place: f(tile) for the
+// tiles of every channel. What lies beyond the map's columns is zero.
 template <int BLOCKS, int STEPS, typename T, typename Block, typename From, typename F>
-__device__ __forceinline__ void convolve(const Block& b, From from, int kh, int columns, F f) {
+__device__ __forceinline__ void convolve(const Block& b, From from, int kh, F f) {
     const auto& t = b.p.tiling;
-    const int tiles = (b.count() + kMmaM - 1) / kMmaM * t.groups;
-    const Rows rows = b.rows();
-    for (int item = b.warp; item < t.block_c * tiles; item += b.warps) {
-        const int c = item / tiles, first = item % tiles / t.groups * kMmaM;
-        const int column = 8 * BLOCKS * (item % t.groups);
-        const int row = min(first + b.lane % 16, b.count() - 1);
-        const T* source =
-            from(c) + rows.offset(row) - kh / 2 * t.pitch + column + 8 * (b.lane / 16) + 4 - 8 * STEPS;
-        const T* taps = b.taps + c * t.tap_rows * t.tap_pitch + tap_of_lane(b.lane, 16 * STEPS + 8);
-        float sum[BLOCKS][4] = {};
-        convolve_tile<T, BLOCKS, STEPS>(sum, shared_address(source), t.pitch * static_cast<int>(sizeof(T)), taps, kh);
+    const Strips& strips = b.strips;
+    const int tiles = strips.tiles() * t.groups, W = b.p.W, lane = b.at.lane;
+    const int lane_offset = 8 * (lane / 16) + 4 - 8 * STEPS - kh / 2 * t.pitch;
+    const int lane_tap = tap_of_lane(lane, 16 * STEPS + 8);
+    const bool beyond = 8 * BLOCKS * t.groups > W;
+    for_each_channel(b, [&](int c) {
+        const T* taps = b.taps + c * t.tap_rows * t.tap_pitch + lane_tap;
+        const SharedAddress source = shared_address(from(c) + lane_offset);
+        for (int i = b.at.share; i < tiles; i += t.sharers) {
+            const int group = t.groups == 1 ? 0 : i % t.groups, strip = 2 * (t.groups == 1 ? i : i / t.groups);
+            const int row = strips.nearest(strip + lane / 8 % 2, lane % 8) + 8 * BLOCKS * group;
+            Tile<BLOCKS> tile{c, strip, 8 * BLOCKS * group + 2 * (lane % 4), {}, {}};
+            convolve_tile<T, BLOCKS, STEPS>(
+                tile.sum, source + static_cast<SharedAddress>(row * static_cast<int>(sizeof(T))),
+                t.pitch * static_cast<int>(sizeof(T)), taps, kh);
+            if (beyond)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int y = first + b.lane / 4 + 8 * half;
-            if (y >= b.count()) continue;
+                for (int j = 0; j < BLOCKS; ++j)
 #pragma unroll
-            for (int j = 0; j < BLOCKS; ++j) {
-                const int x = column + 8 * j + 2 * (b.lane % 4);
-                if (x < columns) f(c, y, x, float2{sum[j][2 * half], sum[j][2 * half + 1]});
-            }
+                    for (int k = 0; k < 4; ++k)
+                        tile.sum[j][k] = tile.column + 8 * j + k % 2 < W ? tile.sum[j][k] : 0.0f;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) tile.row[half] = strips.row(strip + half, lane / 4);
+            f(tile);
         }
-    }
+    });
 }
 
 // f(kw's number of steps) as a constant.
@@ -55,19 +153,25 @@ __device__ __forceinline__ void with_steps(int kw, F f) {
         f(std::integral_constant<int, 2>{});
 }
 
-// Two positions of N channels, planar, into a contiguous channels-last map.
-template <typename T, int N, typename Block>
-__device__ __forceinline__ void write_channels(const Block& b, void* to, int64_t position, int c, int x,
-                                               const float2 (&values)[N]) {
+// N channels of a position, as they lie.
+template <int N, typename T>
+__device__ __forceinline__ void store_raw(T* to, const T (&from)[N]) {
+    typename RawOf<N * sizeof(T)>::type raw;
+    memcpy(&raw, from, sizeof raw);
+    *reinterpret_cast<decltype(raw)*>(to) = raw;
+}
+
+// Two positions of N channels, planar, into a channels-last map; `at` points to the first of them.
+template <typename T, int N>
+__device__ __forceinline__ void write_channels(T* at, int64_t stride, bool both, const float2 (&values)[N]) {
     float left[N], right[N];
 #pragma unroll
     for (int k = 0; k < N; ++k) {
         left[k] = values[k].x;
         right[k] = values[k].y;
     }
-    T* at = static_cast<T*>(to) + position * b.p.C + b.first_c + c;
     Vector<T, N>::store(at, left);
-    if (x + 1 < b.p.W) Vector<T, N>::store(at + b.p.C, right);
+    if (both) Vector<T, N>::store(at + stride, right);
 }
 
 // A pair of columns of a map of W: what lies beyond is zero.

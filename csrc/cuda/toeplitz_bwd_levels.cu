@@ -45,15 +45,16 @@ struct FirstParams : BandParams {
 struct LevelParams : BandParams {
     Map ctx;
     const void* weight;
-    void *dbelow, *dctx;  // planar dz of the level below, contiguous dctx; null: not wanted, or not this level
+    void* dbelow;  // planar dz of the level below; null: not wanted, or not this level
+    Map dctx;      // no data: as above
     float* dweights;      // [B][bands][taps][C]; null: not wanted
     int kh, kw, ctx_width, out_width;
+    Division by_kw;
 };
 
 struct BandPlace {
     int block, first_c, band, y0, count;
     int64_t image;
-    int lane, warp, warps;
 
     __device__ __forceinline__ BandPlace(const BandParams& p) {
         const int blocks = (p.C + p.tiling.block_c - 1) / p.tiling.block_c;
@@ -63,9 +64,6 @@ struct BandPlace {
         first_c = block * p.tiling.block_c;
         y0 = band * p.tiling.band;
         count = min(p.tiling.band, p.H - y0);
-        lane = threadIdx.x % kWarp;
-        warp = threadIdx.x / kWarp;
-        warps = blockDim.x / kWarp;
     }
     // Of a planar map, where row y of channel c of the block begins.
     __device__ __forceinline__ int64_t row_of(const BandParams& p, int c, int y) const {
@@ -123,8 +121,9 @@ __global__ void __launch_bounds__(kToeplitzBackwardThreads) toeplitz_first_bwd_k
             }
             store_pair(static_cast<T*>(p.dagg) + out, d);
             if (!p.dmean) continue;
-            const float2 dz = {fmaf(p.scale * g.x, d.x, dmean[c]) * gelu_grad_for_16_bit(z.x),
-                               fmaf(p.scale * g.y, d.y, dmean[c]) * gelu_grad_for_16_bit(z.y)};
+            const float2 slope = gelu_grad_pair<T>(z.x, z.y);
+            const float2 dz = {fmaf(p.scale * g.x, d.x, dmean[c]) * slope.x,
+                               fmaf(p.scale * g.y, d.y, dmean[c]) * slope.y};
             store_pair(static_cast<T*>(p.dz) + out, inside_map(dz, x, p.W));
         }
         if (!p.dgates) continue;
@@ -139,19 +138,22 @@ __global__ void __launch_bounds__(kToeplitzBackwardThreads) toeplitz_first_bwd_k
 template <typename T>
 struct LevelBlock : BandPlace {
     const LevelParams& p;
-    T *dz, *input, *gate, *taps;
-    float* bands;
+    WarpShare at;
+    Strips strips;
+    T *dz, *input, *gate, *odd, *taps;
+    float* products;
 
-    __device__ __forceinline__ LevelBlock(const LevelParams& p, unsigned char* memory) : BandPlace(p), p(p) {
+    __device__ __forceinline__ LevelBlock(const LevelParams& p, unsigned char* memory)
+        : BandPlace(p), p(p), at(p.tiling.sharers), strips(1, BandPlace::count, 0, p.tiling.pitch) {
         const ToeplitzBandTiling& t = p.tiling;
         dz = reinterpret_cast<T*>(memory);
         input = dz + t.block_c * t.plane();
         gate = input + t.block_c * t.plane();
-        taps = gate + t.band * t.sum_pitch;
-        bands = reinterpret_cast<float*>(taps + t.block_c * t.tap_rows * t.tap_pitch);
+        odd = gate + t.band * t.sum_pitch;
+        taps = odd + t.odd();
+        products = reinterpret_cast<float*>(taps + t.block_c * t.tap_rows * t.tap_pitch);
     }
     __device__ __forceinline__ int count() const { return BandPlace::count; }
-    __device__ __forceinline__ Rows rows() const { return {1, count(), 0, p.tiling.pitch}; }
     // The band's first row and column.
     __device__ __forceinline__ T* inside(T* planes, int c) const {
         return planes + c * p.tiling.plane() + p.tiling.halo * p.tiling.pitch + p.tiling.padding;
@@ -220,20 +222,6 @@ __device__ __forceinline__ void form_dgates(const LevelBlock<T>& b) {
     }
 }
 
-template <typename T>
-__device__ __forceinline__ void form_dweights(const LevelBlock<T>& b) {
-    const LevelParams& p = b.p;
-    const ToeplitzBandTiling& t = p.tiling;
-    float* own = b.bands + b.warp * kMmaM * kToeplitzBandPitch;
-    for (int item = b.warp; item < t.block_c * p.kh; item += b.warps) {
-        const int c = item / p.kh, ky = item % p.kh;
-        const float tap = correlate_row<T>(b.inside(b.dz, c), b.inside(b.input, c) + (ky - p.kh / 2) * t.pitch,
-                                           b.rows(), b.count(), p.W, t.padding, p.kw, own, b.lane);
-        if (b.lane < p.kw && b.first_c + c < p.C)
-            p.dweights[((b.image * t.bands + b.band) * p.kh * p.kw + ky * p.kw + b.lane) * p.C + b.first_c + c] = tap;
-    }
-}
-
 template <typename T, int N>
 __device__ __forceinline__ void write_dctx(const LevelBlock<T>& b) {
     const LevelParams& p = b.p;
@@ -242,27 +230,59 @@ __device__ __forceinline__ void write_dctx(const LevelBlock<T>& b) {
         float2 values[N];
 #pragma unroll
         for (int k = 0; k < N; ++k) values[k] = load_pair(b.inside(b.input, c + k) + row * p.tiling.pitch + x);
-        write_channels<T, N>(b, p.dctx, (b.image * p.H + b.y0 + row) * p.W + x, c, x, values);
+        T* to = static_cast<T*>(p.dctx.data) + b.image * p.dctx.stride_b + (b.y0 + row) * p.dctx.stride_h +
+                x * p.dctx.stride_w + b.first_c + c;
+        write_channels<T, N>(to, p.dctx.stride_w, x + 1 < p.W, values);
     });
 }
 
-// dz under the kernel turned around: dz of the level below, or dctx in the input's place.
+// dctx, in the input's place.
+template <int BLOCKS, typename T>
+__device__ __forceinline__ void store_dctx(const LevelBlock<T>& b, const Tile<BLOCKS>& tile) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        if (!tile.row[half].exists) continue;
+        T* to = b.inside(b.input, tile.c) + tile.row[half].y * b.p.tiling.pitch + tile.column;
+#pragma unroll
+        for (int j = 0; j < BLOCKS; ++j) store_pair(to + 8 * j, tile.pair(half, j));
+    }
+}
+
+// dz of the level below: (dagg * gate + what this level sends back) * GELU'(z).
+template <int BLOCKS, typename T>
+__device__ __forceinline__ void store_dz(const LevelBlock<T>& b, const Tile<BLOCKS>& tile) {
+    const LevelParams& p = b.p;
+    if (b.first_c + tile.c >= p.C) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        if (!tile.row[half].exists) continue;
+        const int y = tile.row[half].y;
+        const int64_t at = b.row_of(p, tile.c, b.y0 + y) + tile.column;
+        const T *z_at = static_cast<const T*>(p.z) + at, *dagg_at = static_cast<const T*>(p.dagg) + at;
+        T* to = static_cast<T*>(p.dbelow) + at;
+        const T* gate = b.gate + y * p.tiling.sum_pitch + tile.column;
+#pragma unroll
+        for (int j = 0; j < BLOCKS; ++j) {
+            if (tile.column + 8 * j >= p.planar) continue;
+            const float2 z = load_pair(z_at + 8 * j), direct = load_pair(dagg_at + 8 * j), g = load_pair(gate + 8 * j);
+            const float2 slope = gelu_grad_pair<T>(z.x, z.y), d = tile.pair(half, j);
+            store_pair(to + 8 * j, float2{fmaf(p.scale * g.x, direct.x, d.x) * slope.x,
+                                          fmaf(p.scale * g.y, direct.y, d.y) * slope.y});
+        }
+    }
+}
+
+// dz under the kernel turned around.
 template <typename T, int BLOCKS>
 __device__ __forceinline__ void form_dinput(const LevelBlock<T>& b) {
-    const LevelParams& p = b.p;
-    const auto from = [&](int c) { return b.inside(b.dz, c); };
-    with_steps(p.kw, [&](auto steps) {
-        convolve<BLOCKS, decltype(steps)::value, T>(b, from, p.kh, p.planar, [&](int c, int row, int x, float2 d) {
-            if (p.level == 0) return store_pair(b.inside(b.input, c) + row * p.tiling.pitch + x, d);
-            if (b.first_c + c >= p.C) return;
-            const int64_t at = b.row_of(p, c, b.y0 + row) + x;
-            const float2 z = load_pair(static_cast<const T*>(p.z) + at);
-            const float2 direct = load_pair(static_cast<const T*>(p.dagg) + at);
-            const float2 g = load_pair(b.gate + row * p.tiling.sum_pitch + x);
-            const float2 dz = {fmaf(p.scale * g.x, direct.x, d.x) * gelu_grad_for_16_bit(z.x),
-                               fmaf(p.scale * g.y, direct.y, d.y) * gelu_grad_for_16_bit(z.y)};
-            store_pair(static_cast<T*>(p.dbelow) + at, inside_map(dz, x, p.W));
-        });
+    with_steps(b.p.kw, [&](auto steps) {
+        convolve<BLOCKS, decltype(steps)::value, T>(
+            b, [&](int c) { return b.inside(b.dz, c); }, b.p.kh, [&](const Tile<BLOCKS>& tile) {
+                if (b.p.level == 0)
+                    store_dctx(b, tile);
+                else
+                    store_dz(b, tile);
+            });
     });
 }
 
@@ -271,9 +291,10 @@ __global__ void __launch_bounds__(kToeplitzBackwardThreads, 2) toeplitz_level_bw
     FOCALNET_SHARED_MEMORY(memory);
     const ToeplitzBandTiling& t = p.tiling;
     const LevelBlock<T> b(p, memory);
-    const bool wants_dz = p.dbelow || p.dctx || p.dweights, wants_input = p.dweights || (p.level > 0 && p.dgates);
-    zero(b.dz, 2 * t.block_c * t.plane(), threadIdx.x, blockDim.x);
-    if (p.dbelow || p.dctx) load_taps<T>(b, p.weight, p.kh, p.kw, true);
+    const bool wants_dz = p.dbelow || p.dctx.data || p.dweights, wants_input = p.dweights || (p.level > 0 && p.dgates);
+    zero(b.dz, static_cast<int>(b.taps - b.dz), threadIdx.x, blockDim.x);
+    __syncthreads();
+    if (p.dbelow || p.dctx.data) load_taps<T>(b, p.weight, p.kh, p.kw, true);
     if (p.dbelow) load_gate(b.gate, t.sum_pitch, p, b, p.level - 1);
     __syncthreads();
     if (wants_dz) fill_from_planar(b, b.dz, p.dz, [](T(&)[8]) {});
@@ -291,9 +312,14 @@ __global__ void __launch_bounds__(kToeplitzBackwardThreads, 2) toeplitz_level_bw
     }
     __syncthreads();
     if (p.level > 0 && p.dgates) form_dgates(b);
-    if (p.dweights) form_dweights(b);
-    if (!p.dbelow && !p.dctx) return;
-    if (p.level == 0) __syncthreads();  // the input is read no more
+    if (p.dweights) {
+        correlate<BLOCKS, T>(
+            b, [&](int c) { return b.inside(b.dz, c); }, [&](int c) { return b.inside(b.input, c); }, p.kh,
+            p.kw);
+        __syncthreads();  // the input is read no more
+        sum_products(b, p.dweights + (b.image * t.bands + b.band) * p.kh * p.kw * p.C, p.kh, p.kw, p.by_kw);
+    }
+    if (!p.dbelow && !p.dctx.data) return;
     form_dinput<T, BLOCKS>(b);
     if (p.level > 0) return;
     __syncthreads();
@@ -370,16 +396,19 @@ Status launch_level(const Problem& p, const Gradients& out, const Workspace<T>& 
     params.ctx = p.ctx;
     params.weight = weight.data;
     params.dbelow = level > 0 && (out.want_ctx || out.want_weights) ? w.dz[(level - 1) % 2] : nullptr;
-    params.dctx = level == 0 && out.want_ctx ? out.dctx.data : nullptr;
+    params.dctx = level == 0 && out.want_ctx ? out.dctx : Map{};
     params.dweights = out.want_weights ? w.dweights : nullptr;
     params.kh = weight.kh;
     params.kw = weight.kw;
+    params.by_kw = Division(weight.kw);
     params.ctx_width = std::min(widest_vector(p.element, p.C, {p.ctx}), w.plan.block_c);
-    params.out_width = std::min(widest_vector(p.element, p.C, {}), w.plan.block_c);
+    params.out_width = std::min(widest_vector(p.element, p.C, {params.dctx}), w.plan.block_c);
     const ToeplitzBandTiling& t = params.tiling;
-    const auto kernel = t.blocks == 2 ? toeplitz_level_bwd_kernel<T, 2> : toeplitz_level_bwd_kernel<T, 4>;
+    const auto kernel = t.blocks == 2   ? toeplitz_level_bwd_kernel<T, 2>
+                        : t.blocks == 4 ? toeplitz_level_bwd_kernel<T, 4>
+                                        : toeplitz_level_bwd_kernel<T, 7>;
     if (Status s = launch("toeplitz_level_bwd_kernel", kernel, p.B * t.bands * blocks_for(p.C, t.block_c),
-                          kToeplitzBackwardThreads, t.shared_bytes, stream, params))
+                          32 * t.warps, t.shared_bytes, stream, params))
         return s;
     if (!out.want_weights) return {};
     return sum_partials<T>(p, level, w.dweights, p.B * t.bands, out.dweights[level], stream);

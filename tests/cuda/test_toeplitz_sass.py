@@ -25,6 +25,9 @@ BLOCKS = 7  # 56 columns
 KERNELS = (3, 5, 7)
 # An output, three levels with GELU, gates and sums, bfloat16; 285 and more with multiply-adds.
 MAX_INSTRUCTIONS = 102
+# The same of backward's tiles: three levels up and down, with the derivative of GELU and dweights. Passes over
+# positions (GELU, dgates, agg, loads and stores) come on top.
+MAX_BACKWARD_INSTRUCTIONS = 222
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +78,38 @@ def test_instructions_an_output(loops):
     inner, outer = (sum(part.values()) for part in loops[1])
     per_output = sum(outer + kernel * inner for kernel in KERNELS) / (OUTPUTS * BLOCKS)
     assert per_output <= MAX_INSTRUCTIONS
+
+
+@pytest.fixture(scope="module")
+def backward_loops(compiled):
+    if sass.cuobjdump() is None:
+        pytest.skip("needs cuobjdump, of the CUDA toolkit or the triton package")
+    binary, _ = compiled("toeplitz_bwd", 90)
+    return sass.product_loops(sass.instructions(binary, f"toeplitz_bwd_kernelI13__nv_bfloat16Li{BLOCKS}E"))
+
+
+def correlation(loops):
+    (product,) = (inner for inner, _ in loops if inner["LDS"] > 4)
+    return product
+
+
+def test_dweights_take_rows_of_dz_together(backward_loops):
+    """A trip of the loop takes 56 columns of one, two or four rows of dz: a product for sixteen columns, and as many
+    again where the kernel has more rows than eight allow."""
+    product = correlation(backward_loops)
+    assert product["HMMA"] == 2 * (BLOCKS + 1) // 2
+    assert product["LDSM"] == 2 * (BLOCKS + 1) // 4
+    assert product["LDS"] <= 2 * (BLOCKS + 1)
+    assert sum(product.values()) <= 48
+
+
+def test_instructions_an_output_of_backward(backward_loops):
+    product = sum(correlation(backward_loops).values())
+    # One step of sixteen columns; up, down, and down to dctx.
+    tiles = [pair for pair in backward_loops if pair[0]["HMMA"] == 2 * BLOCKS]
+    assert len(tiles) == 3
+    up, down, dctx = (tuple(sum(part.values()) for part in pair) for pair in tiles)
+    trips = {3: 4, 5: 8, 7: 8}  # of a tile's sixteen rows of dz
+    total = sum(up[1] + kernel * (up[0] + down[0]) + trips[kernel] * product for kernel in KERNELS)
+    total += (len(KERNELS) - 1) * down[1] + dctx[1]
+    assert total / (OUTPUTS * BLOCKS) <= MAX_BACKWARD_INSTRUCTIONS

@@ -88,11 +88,11 @@ int print_plans(const Problem& p) {
         print("forward", t.block_c, t.tile_h, t.tile_w, t.threads(), t.shared_bytes, t.cost);
     for (int i = 0; i < plan.groups && !p.tensor_cores; ++i) print("forward", plan.group[i].tiling);
     if (const ToeplitzBackwardTiling t = plan_toeplitz_backward(p); p.tensor_cores && whole_maps_backward(p)) {
-        print("backward", t.block_c, p.H, p.W, kToeplitzBackwardThreads, t.shared_bytes, t.cost);
+        print("backward", t.block_c, p.H, p.W, t.threads(), t.shared_bytes, t.cost);
     } else if (const ToeplitzBandsPlan bands = plan_toeplitz_bands(p); p.tensor_cores && bands.cost > 0) {
         print("backward", bands.block_c, kToeplitzFirstBand, p.W, kToeplitzBackwardThreads, bands.first_bytes, 1);
         for (int l = 0; l < p.L; ++l)
-            print("backward", bands.block_c, bands.level[l].band, p.W, kToeplitzBackwardThreads,
+            print("backward", bands.block_c, bands.level[l].band, p.W, 32 * bands.level[l].warps,
                   bands.level[l].shared_bytes, bands.level[l].cost);
     } else if (plan_backward_map(p).cost > 0) {
         print("backward", plan_backward_map(p));

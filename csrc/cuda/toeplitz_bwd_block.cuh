@@ -1,0 +1,203 @@
+// A block of toeplitz_bwd.cu: its share of the problem, where everything lies in shared memory, and the passes that
+// turn maps from channels last to planes and back. In these a thread owns two neighbouring columns of N channels.
+//
+//     planes of T, block_c of each: context, z_1 .. z_L (with halos), dagg
+//     the gates, a plane each; taps of one level
+//     agg, or the copies of dz and then the sums for dweights (toeplitz_correlate.cuh); the sums over strips
+
+#pragma once
+
+#include "toeplitz_bwd.cuh"
+
+namespace focalnet::cuda {
+
+struct BackwardLevel {
+    const void* weight;
+    float* dweights;  // [groups of images][taps][C]; null: not wanted
+    int kh, kw;
+    Division by_kw;
+};
+
+struct BackwardParams {
+    int64_t B;
+    int H, W, C, L;
+    Map ctx, gates, dagg;
+    Map dctx, agg;  // no data: not wanted
+    float* dgates;  // [splits of channels][B][H * W][L + 1]; null: not wanted
+    BackwardLevel level[kMaxLevels];
+    int ctx_width, dagg_width, dctx_width, agg_width;
+    bool gates_aligned;  // to 8 bytes, and four of them
+    Division by_pairs;   // of columns
+    float scale;
+    ToeplitzBackwardTiling tiling;
+};
+
+template <typename T>
+struct BackwardBlock {
+    const BackwardParams& p;
+    int64_t group, first_image;
+    int images, split, first_c;
+    WarpShare at;
+    Strips strips;
+    Rows rows;
+    T *context, *z, *dagg, *gates, *taps, *odd, *agg;  // agg where odd and products are later
+    float *products, *strip_sums, *global, *dmean, *dgates;
+
+    __device__ __forceinline__ BackwardBlock(const BackwardParams& p, unsigned char* memory)
+        : p(p),
+          group(blockIdx.x / splits(p)),
+          first_image(group * p.tiling.images),
+          images(static_cast<int>(min(static_cast<int64_t>(p.tiling.images), p.B - first_image))),
+          split(static_cast<int>(blockIdx.x % splits(p))),
+          first_c(split * p.tiling.block_c * p.tiling.chunks),
+          at(p.tiling.sharers),
+          strips(images, p.H, p.tiling.rows, p.tiling.pitch),
+          rows(images, p.H, p.tiling.rows, p.tiling.pitch) {
+        const ToeplitzBackwardTiling& t = p.tiling;
+        context = reinterpret_cast<T*>(memory);
+        z = context + t.block_c * t.plane();
+        dagg = z + p.L * t.block_c * t.plane();
+        gates = dagg + t.block_c * sums();
+        taps = gates + (p.L + 1) * sums();
+        agg = odd = taps + t.block_c * t.tap_rows * t.tap_pitch;
+        products = reinterpret_cast<float*>(odd + t.odd());
+        const int after = max(t.odd() + 2 * t.block_c * t.sharers * t.product, t.block_c * sums());
+        strip_sums = reinterpret_cast<float*>(odd + after);
+        global = strip_sums + 2 * t.block_c * t.images * ((p.H + 7) / 8) * t.groups;
+        dmean = global + t.block_c * t.images;
+        dgates = p.dgates + (split * p.B + first_image) * p.H * p.W * (p.L + 1);
+    }
+    static __device__ __forceinline__ unsigned splits(const BackwardParams& p) {
+        const int held = p.tiling.block_c * p.tiling.chunks;
+        return (p.C + held - 1) / held;
+    }
+    __device__ __forceinline__ int sums() const { return p.tiling.images * p.H * p.tiling.sum_pitch; }
+    __device__ __forceinline__ int count() const { return images * p.H; }  // rows
+    // The first row and column of a channel.
+    __device__ __forceinline__ T* inside(T* planes, int c) const {
+        return planes + c * p.tiling.plane() + p.tiling.halo * p.tiling.pitch + p.tiling.padding;
+    }
+    __device__ __forceinline__ T* context_of(int c) const { return inside(context, c); }
+    __device__ __forceinline__ T* z_of(int level, int c) const {
+        return inside(z + level * p.tiling.block_c * p.tiling.plane(), c);
+    }
+    __device__ __forceinline__ T* gate(int level) const { return gates + level * sums(); }
+    __device__ __forceinline__ int sum_at(int row, int x) const { return row * p.tiling.sum_pitch + x; }
+    __device__ __forceinline__ int sum_at(const StripRow& r, int x) const { return sum_at(r.image * p.H + r.y, x); }
+    // Where a position's dgates lie, of this block's channels.
+    __device__ __forceinline__ float* dgates_at(int row, int x) const { return dgates + (row * p.W + x) * (p.L + 1); }
+    __device__ __forceinline__ bool wants_dz() const { return p.dctx.data || p.level[0].dweights; }
+};
+
+// f(row, x) for every `step`-th pair of columns, from the `start`-th on.
+template <typename T, typename F>
+__device__ __forceinline__ void for_each_pair(const BackwardBlock<T>& b, int start, int step, F f) {
+    const int pairs = (b.p.W + 1) / 2, step_y = b.p.by_pairs(step), step_x = step - step_y * pairs;
+    int y = b.p.by_pairs(start), x = start - y * pairs;
+#pragma unroll 2
+    while (y < b.count()) {
+        f(y, 2 * x);
+        y += step_y;
+        x += step_x;
+        if (x >= pairs) {
+            x -= pairs;
+            ++y;
+        }
+    }
+}
+
+// f(row, x, c) for every pair of columns and every N-th channel, those beyond C left out.
+template <int N, typename T, typename F>
+__device__ __forceinline__ void for_each_vector_of_pairs(const BackwardBlock<T>& b, F f) {
+    constexpr int kBits = N == 8 ? 3 : N == 4 ? 2 : 0;
+    const int bits = b.p.tiling.channel_bits - kBits, c = (threadIdx.x & ((1 << bits) - 1)) << kBits;
+    for_each_pair(b, threadIdx.x >> bits, blockDim.x >> bits, [&](int row, int x) { f(row, x, c); });
+}
+
+// The element of a map at a row and column of the block, first_c.
+template <typename T>
+__device__ __forceinline__ T* place_in(const BackwardBlock<T>& b, const Map& map, int row, int x) {
+    const int image = b.rows.image(row), y = row - image * b.p.H;
+    T* first = static_cast<T*>(map.data) + b.first_image * map.stride_b + b.first_c;
+    return first + image * map.stride_b + y * map.stride_h + x * map.stride_w;
+}
+
+// Channels-last -> planar: two neighbouring columns of N channels become N words, at `first` + offset(row) + x.
+template <typename T, typename F>
+__device__ __forceinline__ void load(const BackwardBlock<T>& b, T* first, int plane, const Map& map, int width,
+                                     F offset) {
+    with_width<T>(width, [&](auto n) {
+        constexpr int N = decltype(n)::value;
+        for_each_vector_of_pairs<N>(b, [&](int row, int x, int c) {
+            T left[N] = {}, right[N] = {};
+            if (b.first_c + c < b.p.C) {
+                const T* from = place_in(b, map, row, x) + c;
+                load_raw<N>(from, left);
+                if (x + 1 < b.p.W) load_raw<N>(from + map.stride_w, right);
+            }
+            T* to = first + c * plane + offset(row) + x;
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                const T both[] = {left[k], right[k]};
+                uint32_t word;
+                memcpy(&word, both, sizeof word);
+                *reinterpret_cast<uint32_t*>(to + k * plane) = word;
+            }
+        });
+    });
+}
+
+template <typename T>
+__device__ __forceinline__ void load_ctx(const BackwardBlock<T>& b) {
+    load(b, b.context_of(0), b.p.tiling.plane(), b.p.ctx, b.p.ctx_width, [&](int row) { return b.rows.offset(row); });
+}
+
+template <typename T>
+__device__ __forceinline__ void load_dagg(const BackwardBlock<T>& b) {
+    load(b, b.dagg, b.sums(), b.p.dagg, b.p.dagg_width, [&](int row) { return b.sum_at(row, 0); });
+}
+
+// Planar -> channels last, from planes of sums.
+template <typename T>
+__device__ __forceinline__ void store(const BackwardBlock<T>& b, const T* planes, const Map& map, int width) {
+    with_width<T>(width, [&](auto n) {
+        constexpr int N = decltype(n)::value;
+        const int plane = b.sums();
+        for_each_vector_of_pairs<N>(b, [&](int row, int x, int c) {
+            if (b.first_c + c >= b.p.C) return;
+            const T* from = planes + c * plane + b.sum_at(row, x);
+            T left[N], right[N];
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                T both[2];
+                load_raw<2>(from + k * plane, both);
+                left[k] = both[0];
+                right[k] = both[1];
+            }
+            T* to = place_in(b, map, row, x) + c;
+            store_raw<N>(to, left);
+            if (x + 1 < b.p.W) store_raw<N>(to + map.stride_w, right);
+        });
+    });
+}
+
+template <typename T>
+__device__ __forceinline__ void load_gates(const BackwardBlock<T>& b) {
+    const BackwardParams& p = b.p;
+    for_each_pair(b, threadIdx.x, blockDim.x, [&](int row, int x) {
+        for (int k = 0; k < 2 && x + k < p.W; ++k) {
+            const T* gate = place_in(b, p.gates, row, x + k) - b.first_c;
+            T* to = b.gates + b.sum_at(row, x + k);
+            if (p.gates_aligned) {
+                T all[4];
+                load_raw<4>(gate, all);
+#pragma unroll
+                for (int l = 0; l < 4; ++l) to[l * b.sums()] = all[l];
+            } else {
+                for (int l = 0; l <= p.L; ++l) to[l * b.sums()] = gate[l];
+            }
+        }
+    });
+}
+
+}  // namespace focalnet::cuda
