@@ -168,9 +168,7 @@ int bits_of(int power) {
 int backward_halo(const FocalWeight& w) { return std::max(w.kh / 2, toeplitz_together(w.kw) - 1); }
 
 // What it reads below the last row of the input, and multiplies by zero.
-int rows_below(const FocalWeight& w, int rows) {
-    return w.kh / 2 + round_up(rows, toeplitz_together(w.kw)) - rows;
-}
+int rows_below(const FocalWeight& w, int rows) { return w.kh / 2 + round_up(rows, toeplitz_together(w.kw)) - rows; }
 
 ToeplitzBackwardTiling cut_backward(const Problem& p, int images, int block_c, int warps, int sharers, int blocks) {
     ToeplitzBackwardTiling t{};
@@ -203,8 +201,8 @@ ToeplitzBackwardTiling cut_backward(const Problem& p, int images, int block_c, i
     const size_t elements = static_cast<size_t>(block_c) * ((p.L + 1) * t.plane() + sums) + (p.L + 1) * sums +
                             static_cast<size_t>(block_c) * t.tap_rows * t.tap_pitch;
     // What dweights needs; before, agg lies there.
-    const size_t shared = std::max(2 * t.odd() + 4 * static_cast<size_t>(block_c) * sharers * t.product,
-                                   2 * block_c * sums);
+    const size_t shared =
+        std::max(2 * t.odd() + 4 * static_cast<size_t>(block_c) * sharers * t.product, 2 * block_c * sums);
     const size_t floats = 2 * static_cast<size_t>(block_c) * images * (1 + blocks_for(p.H, 8) * t.groups);
     t.shared_bytes = 2 * elements + shared + 4 * floats;
     return t;
@@ -257,8 +255,8 @@ double cost_of(const Problem& p, const ToeplitzBackwardTiling& t) {
     const double bytes = t.chunks * chunk.bytes + 10.0 * (p.L + 1) * positions;
     const auto fitting = static_cast<int>(p.limits.shared_per_multiprocessor / (t.shared_bytes + kReservedBytes));
     const int resident = std::max(1, std::min(kResidentWarps / t.warps, fitting));
-    const double blocks = static_cast<double>(blocks_for(static_cast<int>(p.B), t.images)) *
-                          blocks_for(p.C, t.block_c * t.chunks);
+    const double blocks =
+        static_cast<double>(blocks_for(static_cast<int>(p.B), t.images)) * blocks_for(p.C, t.block_c * t.chunks);
     const double rounds = std::ceil(blocks / (static_cast<double>(p.limits.multiprocessors) * resident));
     // A block alone idles at its barriers.
     const double filled = std::min(1.0, 0.3 + 0.7 * resident * t.warps / kResidentWarps) * (resident > 1 ? 1.0 : 0.85);
@@ -271,8 +269,11 @@ struct BestBackward {
     void consider(ToeplitzBackwardTiling t) {
         if (t.shared_bytes > static_cast<size_t>(p.limits.shared_per_block)) return;
         const int all = blocks_for(p.C, t.block_c);
-        for (int splits = 1; splits <= std::min(all, 32); ++splits) {
-            t.chunks = blocks_for(all, splits);
+        // Two blocks for every multiprocessor, or all that there are.
+        const int filling = blocks_for(2 * p.limits.multiprocessors, blocks_for(static_cast<int>(p.B), t.images));
+        const int fewest = std::min(all, std::max(1, filling));
+        for (int splits = fewest; splits <= std::max(fewest, std::min(all, 32)); ++splits) {
+            t.chunks = std::max(1, all / splits);
             t.cost = cost_of(p, t);
             if (tiling.cost == 0 || t.cost < tiling.cost) tiling = t;
         }
@@ -370,14 +371,14 @@ ToeplitzBandsPlan make_bands(const Problem& p) {
             plan.cost += plan.level[l].cost;
             fits = plan.level[l].cost > 0;
         }
-        plan.first_bytes = 2 * static_cast<size_t>(block_c + 1) * std::min(p.H, kToeplitzFirstBand) *
-                           plan.level[p.L - 1].sum_pitch;
+        plan.first_bytes =
+            2 * static_cast<size_t>(block_c + 1) * std::min(p.H, kToeplitzFirstBand) * plan.level[p.L - 1].sum_pitch;
         fits = fits && plan.first_bytes <= static_cast<size_t>(p.limits.shared_per_block);
         // What the first launches take: GELU and its derivative once more, passes over dagg, z and dz, two of dgates.
         const double channels = static_cast<double>(blocks_for(p.C, block_c)) * block_c;
         const double bytes = 2.0 * 4 * channels + (std::max(32, 2 * block_c) + 16) * channels / block_c;
-        plan.cost += p.B * p.H * p.W * (channels * 70.0 / 32 + bytes / kBytesPerInstruction) /
-                     (4.0 * p.limits.multiprocessors);
+        plan.cost +=
+            p.B * p.H * p.W * (channels * 70.0 / 32 + bytes / kBytesPerInstruction) / (4.0 * p.limits.multiprocessors);
         // Half of a block of channels and more may lie beyond C.
         if (fits && (block_c == 2 || block_c < 2 * p.C) && (best.cost == 0 || plan.cost < best.cost)) best = plan;
     }
