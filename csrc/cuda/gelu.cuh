@@ -10,8 +10,7 @@
 
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include "element.cuh"
 
 namespace focalnet::cuda {
 
@@ -124,6 +123,40 @@ __device__ __forceinline__ float2 gelu_pair<__nv_bfloat16>(float x, float y) {
     p = __hmul2(p, p);
     const float2 tail = __half22float2(__hmul2(__hmul2(p, p), a));
     return {positive_part(x) - tail.x, positive_part(y) - tail.y};
+}
+
+// max(v, 0) of two, rounded; NaN stays NaN.
+__device__ __forceinline__ __nv_bfloat162 positive_parts(float x, float y) {
+#ifdef __CUDACC__
+    uint32_t word;
+    asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(y), "f"(x));
+    __nv_bfloat162 result;
+    memcpy(&result, &word, sizeof result);
+    return result;
+#else
+    return __floats2bfloat162_rn(positive_part(x), positive_part(y));
+#endif
+}
+
+// The same as a pair of T.
+template <typename T>
+__device__ __forceinline__ typename PairOf<T>::type gelu_packed(float x, float y) {
+    return __floats2half2_rn(gelu_for_16_bit(x), gelu_for_16_bit(y));
+}
+template <>
+__device__ __forceinline__ __nv_bfloat162 gelu_packed<__nv_bfloat16>(float x, float y) {
+    const auto both = [](float v) { return __floats2half2_rn(v, v); };
+    const __half2 a = __hmin2(__habs2(__floats2half2_rn(x, y)), both(4.671875f));
+    __half2 p = both(-0.000491756539f);
+    p = __hfma2(p, a, both(0.00284139183f));
+    p = __hfma2(p, a, both(0.00850229990f));
+    p = __hfma2(p, a, both(-0.0546290204f));
+    p = __hfma2(p, a, both(-0.165751591f));
+    p = __hfma2(p, a, both(0.840627670f));
+    const __half2 square = __hmul2(p, p);
+    const float2 tail = __half22float2(__hmul2(__hmul2(square, a), square));
+    const __nv_bfloat162 minus = __floats2bfloat162_rn(-1.0f, -1.0f);
+    return __hfma2(__floats2bfloat162_rn(tail.x, tail.y), minus, positive_parts(x, y));
 }
 
 __device__ __forceinline__ float gelu_grad(float z) {

@@ -41,6 +41,35 @@ struct ToeplitzTiling {
     __host__ __device__ int sums() const { return sum_rows * sum_pitch; }
 };
 
+// How forward takes small maps (toeplitz_fwd_planes.cu): a block owns kToeplitzPlaneChannels channels, and of the
+// groups of `images` images every one in `programs`.
+struct ToeplitzPlanesTiling {
+    int images;
+    int blocks;  // of eight columns
+    int programs;
+    int halo, rows;  // above and below every image; of a plane
+    int tap_rows;    // of all levels
+    unsigned inverse;  // of H, in 1 / 65536: row * inverse is the row's image; 0 for one image
+    size_t shared_bytes;
+    double cost;  // 0: it does not take the maps
+};
+
+constexpr int kToeplitzPlaneChannels = 8, kToeplitzPlaneRows = 56, kToeplitzPlaneColumns = 56;
+constexpr int kToeplitzImageGap = 8;     // rows from an image to the next: conflicts of ldmatrix stay away
+// Several images: registers of the lanes hold where their rows lie.
+constexpr __host__ __device__ bool toeplitz_planes_stacked(int blocks) { return blocks <= 4; }
+// Of blocks of threads on a multiprocessor, by their registers.
+constexpr __host__ __device__ int toeplitz_planes_resident(int blocks) { return blocks == 1 ? 3 : 2; }
+constexpr __host__ __device__ int toeplitz_plane_sums(int blocks) {
+    return toeplitz_planes_stacked(blocks) ? kToeplitzPlaneRows : 8;
+}
+// Bytes of a row of one channel, an odd number of 16 bytes.
+constexpr __host__ __device__ int toeplitz_plane_pitch(int blocks) { return ((blocks + 1) | 1) * 16; }
+// Blocks of a row of gates.
+constexpr __host__ __device__ int toeplitz_gate_blocks(int blocks) {
+    return blocks > 4 ? 8 : blocks > 2 ? 4 : blocks;
+}
+
 // How backward cuts the maps: whole images.
 struct ToeplitzBackwardTiling {
     int images;
@@ -90,6 +119,9 @@ constexpr __host__ __device__ int toeplitz_steps(int kw) { return kw <= 2 * kToe
 constexpr __host__ __device__ int toeplitz_tap_width(int steps) { return 16 * steps + 8; }
 
 ToeplitzTiling plan_toeplitz(const Problem& p);
+ToeplitzPlanesTiling plan_toeplitz_planes(const Problem& p);
+// Forward takes the maps as planes; false: as plan_toeplitz says.
+bool planes_forward(const Problem& p);
 ToeplitzBackwardTiling plan_toeplitz_backward(const Problem& p);
 ToeplitzBandsPlan plan_toeplitz_bands(const Problem& p);
 // Whole maps are the cheaper way, or the only one; false: bands, if they fit.
@@ -98,6 +130,8 @@ bool whole_maps_backward(const Problem& p);
 // A planar map is [B][C][H][planar_pitch(W)]: rows are 16 bytes wide, and what lies beyond W is zero.
 constexpr __host__ __device__ int planar_pitch(int W) { return (W + 7) / 8 * 8; }
 
+template <typename T>
+Status toeplitz_planes(const Problem& p, const Map& agg, cudaStream_t stream);
 size_t toeplitz_forward_scratch_bytes(const Problem& p);
 Status toeplitz_forward(const Problem& p, const Map& agg, void* scratch, cudaStream_t stream);
 

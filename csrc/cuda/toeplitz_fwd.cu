@@ -406,6 +406,7 @@ namespace {
 
 template <typename T>
 Status forward(const Problem& p, const Map& agg, Scratch scratch, cudaStream_t stream) {
+    if (planes_forward(p)) return toeplitz_planes<T>(p, agg, stream);
     const ToeplitzTiling t = plan_toeplitz(p);
     if (t.cost == 0) return {cudaErrorInvalidConfiguration, "toeplitz_fwd_kernel"};
     if (t.whole_map()) return launch_toeplitz<T>(p, params_of(p, t, agg, nullptr), stream);
@@ -419,6 +420,7 @@ Status forward(const Problem& p, const Map& agg, Scratch scratch, cudaStream_t s
 }  // namespace
 
 size_t toeplitz_forward_scratch_bytes(const Problem& p) {
+    if (planes_forward(p)) return 0;
     const ToeplitzTiling t = plan_toeplitz(p);
     return t.whole_map() ? 0 : aligned(4 * p.B * t.tiles() * p.C) + aligned(4 * p.B * p.C);
 }
