@@ -3,8 +3,7 @@
     python bench/static/cuda_code.py csrc/cuda/gated_aggregation_fwd.cu --architecture 90
 
 nvcc compiles a source to PTX and to a cubin. The command lists each kernel's instructions by pipe, its loops, and what
-one trip of a loop holds. `kernel` gives an `instruction_counts.Kernel`, whose trips follow from the arguments of a
-launch: parameters by their name in the PTX, fields of a struct as ``name+offset``.
+one trip of a loop holds. `compiled` gives what `instruction_counts.Kernel` runs.
 """
 
 from __future__ import annotations
@@ -18,11 +17,12 @@ from typing import Annotated
 
 import typer
 from compiled import tool
-from instruction_counts import Kernel
-from loops import Loop
+from loops import Loop, loops
+from machine_code import pipe
 from ptxas import FLAGS, kernel_name
 from rich.console import Console
 from rich.table import Table
+from sass import Code, code_of
 
 PIPES = ("fma", "alu", "memory", "special", "tensor", "control", "constant", "uniform")
 console = Console(width=150)
@@ -53,14 +53,9 @@ def names(ptx: str) -> list[str]:
     return re.findall(r"\.entry\s+(\w+)\s*\(", ptx)
 
 
-def kernel(ptx: str, disassembly: str, name: str) -> Kernel:
-    """A kernel, to be counted for launches."""
-    return Kernel(ptx, disassembly, name)
-
-
-def pipes(found: Kernel, loop: Loop) -> Counter[str]:
+def pipes(code: Code, loop: Loop) -> Counter[str]:
     """Instructions of one trip of a loop, without the loops inside, by pipe."""
-    return sum((found.blocks[block].pipes() for block in loop.own), Counter())
+    return Counter(pipe(one) for block in loop.own for one in code.blocks[block].instructions)
 
 
 def main(
@@ -71,18 +66,18 @@ def main(
     """Print a table of each kernel's loops."""
     ptx, disassembly = compiled(source, architecture, nvcc)
     for name in names(ptx):
-        found = kernel(ptx, disassembly, name)
+        code = code_of(disassembly, name)
         table = Table("loop", "instructions", *PIPES, title=f"{kernel_name(name)}, sm_{architecture}")
-        _add(table, found, found.code, 0)
+        _add(table, code, loops([block.next for block in code.blocks]), 0)
         console.print(table)
 
 
-def _add(table: Table, found: Kernel, loop: Loop, depth: int) -> None:
-    counts = pipes(found, loop)
+def _add(table: Table, code: Code, loop: Loop, depth: int) -> None:
+    counts = pipes(code, loop)
     name = "outside" if loop.header < 0 else f"{'  ' * depth}at block {loop.header}"
     table.add_row(name, str(sum(counts.values())), *(str(counts[pipe]) for pipe in PIPES))
     for inner in loop.inner:
-        _add(table, found, inner, depth + 1)
+        _add(table, code, inner, depth + 1)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python bench/static/cuda_model.py [--variant tiny_lrf] [--device H100] [--batch 128] [--dtype bfloat16]
 
 The program of the tests (tests/cuda/cuda_on_cpu) prints the launches of a call with their arguments; nvcc compiles the
-kernels for the device; `instruction_counts` runs the PTX's integer arithmetic on the arguments, for every warp of some
-blocks, and counts machine code. Bytes are those that the kernels' headers name; channels last, a sector of 32 bytes is
+kernels for the device; `instruction_counts` runs the machine code on the arguments, for every warp of some programs, and
+counts it. Bytes are those that the kernels' headers name; channels last, a sector of 32 bytes is
 the least. It needs nvcc and g++, and no GPU. Rows: bench/results/without-gpu/predicted_cuda.json; the operators are
 the aggregation and its gradients, with agg once more. No figure is measured: every one is a prediction.
 """
@@ -23,10 +23,12 @@ from typing import Annotated
 
 import torch
 import typer
-from cuda_code import compiled, kernel, names
-from instruction_counts import Kernel
+import warp
+from cuda_code import compiled, names
+from instruction_counts import Executed, Kernel
 from launch_bytes import Bytes
 from machine_code import load_cycles
+from parameters import layout, packed
 from performance_model import SAMPLE, Predicted, microseconds, predict, sample_of
 from processors import GAP, PROCESSORS, Processor
 from ptxas import kernel_name
@@ -42,7 +44,7 @@ import cuda_program
 
 FILE = "predicted_cuda"
 SOURCES = [path for ending in ("cu", "cuh", "h", "cpp") for path in sorted(ROOT.glob(f"csrc/cuda/*.{ending}"))]
-console = Console(width=150)
+console = Console(width=180)
 
 
 @dataclass(frozen=True)
@@ -120,33 +122,35 @@ def launches(call: Call) -> list[Launch]:
     return found
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel to run, its registers, and (offset, bytes) of its parameters."""
+
+    kernel: Kernel
+    registers: int
+    parameters: list[tuple[int, int]]
+
+
 @functools.cache
-def _kernels(source: Path, arch: int) -> dict[str, tuple[Kernel, int]]:
-    """(kernel, registers) of a source, by name."""
+def _texts(source: Path, arch: int) -> tuple[str, str, dict[str, str]]:
+    """(PTX, disassembly, symbols of the kernels by name) of a source."""
     ptx, shown = compiled(source, arch)
-    return {kernel_name(name): (kernel(ptx, shown, name), _registers(shown, name)) for name in names(ptx)}
+    return ptx, shown, {kernel_name(symbol): symbol for symbol in names(ptx)}
 
 
-def _kernel(launch: Launch, arch: int) -> tuple[Kernel, int]:
-    defines = re.compile(rf"__global__[^;{{]*\b{launch.kernel}\(")
+@functools.cache
+def _compiled(name: str, arch: int) -> Compiled:
+    defines = re.compile(rf"__global__[^;{{]*\b{name.split('<')[0]}\(")
     source = next(path for path in SOURCES if path.suffix == ".cu" and defines.search(path.read_text()))
-    return _kernels(source, arch)[launch.name]
+    ptx, shown, symbols = _texts(source, arch)
+    symbol = symbols[name]
+    return Compiled(Kernel(shown, arch, symbol), _registers(shown, symbol), layout(ptx, symbol))
 
 
 def _registers(disassembly: str, name: str) -> int:
     """One more than the highest register that a kernel names."""
     section = re.search(rf"^//-+ \.text\.{name}\s+-+$(.*?)(?=^//-+ \.|\Z)", disassembly, re.MULTILINE | re.DOTALL)[1]
     return 1 + max(map(int, re.findall(r"\bR(\d+)\b", section)))
-
-
-def _arguments(found: Kernel, launch: Launch) -> dict[str, int]:
-    """Every number of every parameter, by place and width."""
-    return {
-        f"{name}+{place}.{8 * size}": int.from_bytes(data[place : place + size], "little")
-        for (name, _), data in zip(found.ptx.parameters, launch.arguments, strict=True)
-        for size in (1, 2, 4, 8)
-        for place in range(0, len(data) - size + 1, size)
-    }
 
 
 def moved(launch: Launch, call: Call) -> Bytes:
@@ -177,22 +181,17 @@ class _Used:
     threads: int
 
 
+def executed(launch: Launch, arch: int, programs: int = SAMPLE) -> list[Executed]:
+    """What some programs of a launch execute."""
+    made, grid = _compiled(launch.name, arch), (launch.grid, 1, 1)
+    given = warp.Launch(packed(made.parameters, launch.arguments), grid, launch.threads)
+    return [made.kernel.executed(given, one, load_cycles(in_l2=1)) for one in sample_of(grid, programs)]
+
+
 def predict_launch(launch: Launch, call: Call) -> Predicted:
-    found, registers = _kernel(launch, call.processor.device.arch)
-    arguments = _arguments(found, launch)
-    executed = [
-        found.executed(
-            arguments,
-            program,
-            (launch.grid, 1, 1),
-            launch.threads,
-            warps=range(-(-launch.threads // 32)),
-            load=load_cycles(in_l2=1),
-        )
-        for program in sample_of((launch.grid, 1, 1), SAMPLE)
-    ]
-    used = _Used(launch.name, registers, launch.shared, launch.threads)
-    return predict(call.processor, used, executed, launch.grid, moved(launch, call))
+    arch = call.processor.device.arch
+    used = _Used(launch.name, _compiled(launch.name, arch).registers, launch.shared, launch.threads)
+    return predict(call.processor, used, executed(launch, arch), launch.grid, moved(launch, call))
 
 
 def rows_of(call: Call) -> list[dict]:
@@ -266,11 +265,13 @@ def main(
 
 def show(rows: list[dict]) -> None:
     head = rows[0]
-    columns = ("predicted_us", "bound", "programs", "programs_per_sm", "waves", "registers", "shared")
-    table = Table("launch", *columns, "instructions_per_output")
+    columns = ("predicted_us", "programs", "programs_per_sm", "waves", "registers", "shared", "instructions_per_output")
+    table = Table("launch", *columns, "us by resource")
     table.title = f"predicted, not measured: {head['variant']} stage {head['stage']}, {head['operator']}, {head['x']}"
     for row in [*rows[1:], head]:
-        table.add_row(row["subject"], *(str(row.get(name, "")) for name in (*columns, "instructions_per_output")))
+        by = sorted(row.get("us_by", {}).items(), key=lambda item: -item[1])
+        cells = (str(row.get(name, "")) for name in columns)
+        table.add_row(row["subject"], *cells, ", ".join(f"{name} {us:.0f}" for name, us in by))
     console.print(table)
 
 

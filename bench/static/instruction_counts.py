@@ -1,40 +1,36 @@
-"""What one program of a launch executes, by pipe: machine code times the trips of its loops.
-
-The trips come from PTX (executed.py), the instructions from machine code (machine_code.py); loops.py says which loop
-is which. A loop that the assembler unrolled holds more arithmetic than its PTX, and runs as many times less; what is
-left over counts as often as what is around it. Blocks of a loop that not every trip passes count as often as those of
-its PTX do on average.
-"""
+"""What one program of a launch executes, by pipe: its machine code, run by warp.py, each instruction counted."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from executed import Ptx
-from loops import Loop, align, loops
-from machine_code import Block, blocks_of, load_cycles
-
-_FLOATS = ("FFMA", "FMUL", "FADD", "FFMA2", "FMUL2", "FADD2")
+import numpy as np
+from machine_code import Chain, floats, load_cycles, multiply_adds, pipe, wavefronts_alone
+from sass import code_of
+from warp import Launch, Machine, Run
 
 
 @dataclass(frozen=True)
 class Executed:
     """Of one program. ``pipes``: instructions of warps; ``tensor``: multiply-adds; ``wavefronts``: of the L1.
 
-    ``chain``: cycles that its slowest warp needs with nobody else on the processor. ``floats``: float32 multiply-adds,
-    products and sums of a warp, by machine code; ``floats_of_ptx``: the same by PTX, of which every block is counted:
-    the two agree where the loops were found.
+    ``chain``: cycles that its warps need with nobody else on the processor, the slowest between any two barriers.
+    ``opcodes``: instructions of warps by opcode; ``floats``: float32 multiply-adds, products and sums of a warp on
+    average; ``conflicts``: wavefronts beyond the least; ``sectors``: of device memory that are asked for.
     """
 
     pipes: Mapping[str, float]
     tensor: float
     wavefronts: float
     chain: float
-    floats: float
-    floats_of_ptx: float
+    floats: float = 0.0
+    conflicts: float = 0.0
+    sectors: float = 0.0
+    opcodes: Mapping[str, int] | None = None
 
     @property
     def instructions(self) -> float:
@@ -42,126 +38,61 @@ class Executed:
 
 
 class Kernel:
-    """A compiled kernel, to be counted for many launches. ``code``: the loops of its machine code."""
+    """A compiled kernel for ``arch``, to be counted for many launches."""
 
-    def __init__(self, ptx: str, disassembly: str, ptx_name: str | None = None) -> None:
-        self.ptx = Ptx(ptx, ptx_name)
-        self.blocks = blocks_of(disassembly, ptx_name)
-        whole_ptx = loops(self.ptx.graph())
-        whole = loops([block.next for block in self.blocks])
-        self._pairs = align(whole, whole_ptx, self._weight, self._weight_of_ptx)
-        self.code = whole
-        self._cycles_by_load: dict[int, list[int]] = {}
+    def __init__(self, disassembly: str, arch: int, name: str | None = None) -> None:
+        self.machine = Machine(code_of(disassembly, name), arch)
+        instructions = self.machine.instructions
+        self._pipes = [pipe(one) for one in instructions]
+        self._alone = np.array([wavefronts_alone(one) for one in instructions])
+        self._tensor = np.array([multiply_adds(one) for one in instructions])
+        self._floats = np.array([floats(one) for one in instructions])
+        self._sizes = [len(block.instructions) for block in self.machine.code.blocks]
 
-    def executed(
-        self,
-        arguments: Mapping[str, int],
-        program: Sequence[int],
-        grid: Sequence[int],
-        threads: int,
-        warps: Sequence[int] = (0,),
-        load: int | None = None,
-    ) -> Executed:
-        """What ``program`` executes. ``warps``: those whose first threads are run; they stand for the others.
-
-        ``load``: cycles of a load from global memory.
-        """
+    def executed(self, launch: Launch, program: Sequence[int], load: int | None = None) -> Executed:
+        """What ``program`` executes. ``load``: cycles of a load from global memory."""
+        run = self.machine.run(launch, program)
+        warps = run.entered.shape[1]
+        times = np.repeat(run.entered.sum(axis=1), self._sizes)
         pipes: Counter[str] = Counter()
-        tensor = wavefronts = chain = floats = floats_of_ptx = 0.0
-        share = -(-threads // 32) / len(warps)
-        cycles = self._cycles(load_cycles(in_l2=1) if load is None else load)
-        for warp in warps:
-            entered = self.ptx.counts(arguments, tuple(program), tuple(grid), 32 * warp, threads)
-            floats_of_ptx += sum(n * count for n, count in zip(self._ptx_floats, entered, strict=True)) / len(warps)
-            own_chain = 0.0
-            for times, block in self._times(entered):
-                for pipe, count in self._pipes(block).items():
-                    pipes[pipe] += times * count * share
-                tensor += times * self._tensor[block] * share
-                wavefronts += times * self._wavefronts[block] * share
-                floats += times * self._floats[block] / len(warps)
-                own_chain += times * cycles[block]
-            chain = max(chain, own_chain)
-        return Executed(dict(pipes), tensor, wavefronts, chain, floats, floats_of_ptx)
+        opcodes: Counter[str] = Counter()
+        for one, unit, count in zip(self.machine.instructions, self._pipes, times.tolist(), strict=True):
+            pipes[unit] += count
+            opcodes[one.opcode] += count
+        wavefronts, conflicts = self._wavefronts(run, times)
+        return Executed(
+            {name: float(count) for name, count in pipes.items() if count},
+            float(times @ self._tensor),
+            float(wavefronts),
+            self._chain(run, load_cycles(in_l2=1) if load is None else load),
+            float(times @ self._floats) / warps,
+            float(conflicts),
+            float(sum(run.sectors.values())),
+            {name: count for name, count in opcodes.items() if count},
+        )
 
-    def _times(self, entered: list[int]) -> list[tuple[float, int]]:
-        """(executions, block) of every block of machine code."""
-        trips: dict[int, tuple[float, float]] = {}
-        for loop, loop_of_ptx in self._pairs:
-            found = float(max((entered[block] for block in loop_of_ptx.own), default=1))
-            sometimes = self._sometimes(loop_of_ptx, entered, found)
-            ratio = (self._own_weight(loop) or 1) / (self._own_weight_of_ptx(loop_of_ptx) or 1)
-            if loop.header >= 0 and not loop.inner and ratio >= 1.8:
-                found, sometimes = found / round(ratio), sometimes / round(ratio)
-            trips[loop.header] = found, sometimes
-        result: list[tuple[float, int]] = []
-        self._walk(self.code, (1.0, 1.0), trips, result)
-        return result
+    def _wavefronts(self, run: Run, times: np.ndarray) -> tuple[int, int]:
+        """(all, those beyond the least). A request whose address is not known is taken to meet no conflict."""
+        followed = np.zeros(len(times), bool)
+        followed[list(self.machine.followed)] = True
+        found = np.zeros(len(times), np.int64)
+        asked = np.zeros(len(times), np.int64)
+        for number, count in run.wavefronts.items():
+            found[number] = count
+        for number, count in run.requests.items():
+            asked[number] = count
+        least = np.where(followed, asked, times) * self._alone
+        total = np.where(followed, found, least)
+        return int(total.sum()), int(np.maximum(total - least, 0).sum())
 
-    def _sometimes(self, loop: Loop, entered: list[int], otherwise: float) -> float:
-        """How often the blocks run that not every trip of a loop of the PTX passes."""
-        blocks = [(entered[block], len(self.ptx.blocks[block].instructions)) for block in loop.own - loop.always]
-        size = sum(length for _, length in blocks)
-        return sum(times * length for times, length in blocks) / size if size else otherwise
+    def _chain(self, run: Run, load: int) -> float:
+        """Between two barriers the slowest warp decides."""
+        blocks = np.array([block for block, _ in run.trace])
+        took_part = np.array([warps for _, warps in run.trace])
+        passed = {tuple(blocks[took_part[:, warp]].tolist()) for warp in range(took_part.shape[1])}
+        stretches = [self._chains(load).cycles(one) for one in passed]
+        return float(sum(max(several) for several in itertools.zip_longest(*stretches, fillvalue=0)))
 
-    def _walk(
-        self,
-        loop: Loop,
-        outside: tuple[float, float],
-        trips: Mapping[int, tuple[float, float]],
-        result: list[tuple[float, int]],
-    ) -> None:
-        always, sometimes = trips.get(loop.header, outside)
-        result += [(always if block in loop.always else sometimes, block) for block in loop.own]
-        for inner in loop.inner:
-            self._walk(inner, (always, sometimes), trips, result)
-
-    def _weight(self, loop: Loop) -> float:
-        return 1 + sum(self._floats[block] for block in loop.blocks)
-
-    def _weight_of_ptx(self, loop: Loop) -> float:
-        return 1 + sum(self._ptx_floats[block] for block in loop.blocks)
-
-    def _own_weight(self, loop: Loop) -> float:
-        return sum(self._floats[block] for block in loop.own)
-
-    def _own_weight_of_ptx(self, loop: Loop) -> float:
-        return sum(self._ptx_floats[block] for block in loop.own)
-
-    @functools.cached_property
-    def _floats(self) -> list[float]:
-        return [
-            sum(2.0 if i.opcode.endswith("2") else 1.0 for i in block.instructions if i.opcode in _FLOATS)
-            for block in self.blocks
-        ]
-
-    @functools.cached_property
-    def _ptx_floats(self) -> list[float]:
-        return [sum(_is_float(i.name) for i in block.instructions) for block in self.ptx.blocks]
-
-    def _cycles(self, load: int) -> list[int]:
-        if load not in self._cycles_by_load:
-            self._cycles_by_load[load] = [block.cycles(load) for block in self.blocks]
-        return self._cycles_by_load[load]
-
-    @functools.cached_property
-    def _tensor(self) -> list[int]:
-        return [sum(i.multiply_adds for i in block.instructions) for block in self.blocks]
-
-    @functools.cached_property
-    def _wavefronts(self) -> list[int]:
-        return [sum(i.wavefronts for i in block.instructions) for block in self.blocks]
-
-    @functools.cached_property
-    def _counted(self) -> list[Counter[str]]:
-        return [Block.pipes(block) for block in self.blocks]
-
-    def _pipes(self, block: int) -> Counter[str]:
-        return self._counted[block]
-
-
-def _is_float(name: str) -> float:
-    base, *suffixes = name.split(".")
-    if base not in ("fma", "mul", "add", "sub"):
-        return 0.0
-    return 2.0 if "f32x2" in suffixes else float("f32" in suffixes)
+    @functools.cache  # noqa: B019
+    def _chains(self, load: int) -> Chain:
+        return Chain(self.machine.code.blocks, load)

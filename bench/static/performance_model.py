@@ -33,12 +33,14 @@ import torch
 import torch_launches
 import triton
 import typer
+import warp
 from all_launches import arguments_of, key_of
 from bytes_moved import case_of, plan_of
 from compile_report import source
 from compiled import Resources, compile_launch, resources, tool
 from focalnet.kernels.plan import Case, Launch, Plan
 from instruction_counts import Executed, Kernel
+from parameters import layout, packed
 from launch_bytes import Bytes, bytes_of, ring_bytes
 from machine_code import load_cycles
 from processors import GAP, PROCESSORS, SCHEDULERS, Processor
@@ -120,37 +122,25 @@ def _mean(values: Sequence[float]) -> float:
 
 def predict_launch(launch: Launch, plan: Plan, case: Case, processor: Processor) -> Predicted:
     types = plan.dtype_of()
-    used, kernel = _compiled(_Key(launch, types, processor.device.arch))
-    numbers = [value for value in launch.arguments.values() if not isinstance(value, str)]
-    names = [name for name, bits in kernel.ptx.parameters]
-    places = [place for place, value in enumerate(launch.arguments.values()) if not isinstance(value, str)]
-    arguments = {names[place]: int(number) for place, number in zip(places, numbers, strict=True)}
+    arch = processor.device.arch
+    made = _compiled(_Key(launch, types, arch))
     load = load_cycles(min(1.0, processor.device.on_chip_bytes / max(1, ring_bytes(launch, plan))))
-    found = [
-        kernel.executed(arguments, program, launch.grid, used.threads, load=load)
-        for program in sample_of(launch.grid, SAMPLE)
-    ]
-    _check(launch, found)
+    given = warp.Launch(_parameters(launch, made.parameters), launch.grid, made.used.threads)
+    found = [made.kernel.executed(given, program, load) for program in sample_of(launch.grid, SAMPLE)]
     programs = math.prod(launch.grid)
     if "PRECISION" in launch.constexprs and not any(one.tensor for one in found) and case.dtype.itemsize == 2:
         # Tensor cores of data center Blackwell: the shape of a product is not in the instruction.
         share = _multiply_adds(launch, case) / programs
         found = [_with_tensor(one, share) for one in found]
-    return predict(processor, used, found, programs, bytes_of(launch, plan, case, processor.device))
+    return predict(processor, made.used, found, programs, bytes_of(launch, plan, case, processor.device))
 
 
-# Arithmetic of the machine code over that of the PTX. They differ where the assembler merges or adds operations.
-MIN_FOUND, MAX_FOUND = 0.8, 1.5
-
-
-def _check(launch: Launch, found: Sequence[Executed]) -> None:
-    """Raise a RuntimeError if loops of the machine code were not recognised: then every figure would be wrong."""
-    for one in found:
-        if one.floats_of_ptx > 1000 and not MIN_FOUND < one.floats / one.floats_of_ptx < MAX_FOUND:
-            raise RuntimeError(
-                f"{launch.name} {dict(launch.constexprs)}: the loops of the machine code account for {one.floats:.0f} "
-                f"float32 operations of a warp, those of the PTX for {one.floats_of_ptx:.0f}. Look at loops.align."
-            )
+def _parameters(launch: Launch, places: list[tuple[int, int]]) -> bytes:
+    """Numbers as they are; a tensor's address is any that is aligned; what Triton adds is null."""
+    values = [0 if value is None else value for value in launch.arguments.values()]
+    numbers = [(index + 1) << 32 if isinstance(value, str) else int(value) for index, value in enumerate(values)]
+    numbers += [0] * (len(places) - len(numbers))
+    return packed(places, [number.to_bytes(size, "little", signed=number < 0) for number, (_, size) in zip(numbers, places)])
 
 
 def _with_tensor(one: Executed, multiply_adds: float) -> Executed:
@@ -181,11 +171,21 @@ class _Key:
         return isinstance(other, _Key) and self.key == other.key
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel to run, what it uses, and (offset, bytes) of its parameters."""
+
+    kernel: Kernel
+    used: Resources
+    parameters: list[tuple[int, int]]
+
+
 @functools.cache
-def _compiled(key: _Key) -> tuple[Resources, Kernel]:
-    launch = key.launch
-    made = compile_launch(launch.kernel, arguments_of(launch, key.types), launch.options, key.arch)
-    return resources(made, key.arch), Kernel(made.asm["ptx"], disassembled(made.asm["cubin"]))
+def _compiled(key: _Key) -> Compiled:
+    launch, arch = key.launch, key.key[-1]
+    made = compile_launch(launch.kernel, arguments_of(launch, key.types), launch.options, arch)
+    kernel = Kernel(disassembled(made.asm["cubin"]), arch)
+    return Compiled(kernel, resources(made, arch), layout(made.asm["ptx"]))
 
 
 def disassembled(cubin: bytes) -> str:

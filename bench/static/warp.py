@@ -1,0 +1,338 @@
+"""Runs the machine code of a kernel for all threads of one program, as far as branches and addresses go.
+
+Threads that stand at the same block run it together, as numpy arrays; the block that comes first in the text goes
+first. Within a warp they part where they branch differently and wait for each other as the code says (BSSY, BSYNC,
+BREAK), so a block counts once for a warp each time that any of its threads enters it. Only the slice of slices.py is
+computed; a branch that depends on anything else is refused. What a thread asks of memory is costed by memory_requests.py from
+the addresses of its warp; where these depend on memory, it is taken to have no conflicts.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import memory_requests as requests
+from sass import Code, Sass
+from semantics import NAMES, predicate, value
+from slices import Step, is_request, steps_of
+
+WARP = 32
+MAX_BLOCKS = 5_000_000
+# Where parameters begin in constant bank 0, and where the sizes of a block and of the grid stand.
+PARAMETERS = {80: 0x160, 86: 0x160, 89: 0x160, 90: 0x210, 100: 0x380, 120: 0x380}
+SIZES = {80: (0x0, 0xC), 86: (0x0, 0xC), 89: (0x0, 0xC), 90: (0x0, 0xC), 100: (0x360, 0x370), 120: (0x360, 0x370)}
+_COUNTS = {"R": 256, "U": 256, "P": 7, "Q": 7}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """``parameters``: their bytes, in order; ``grid``: programs; ``threads`` of a program."""
+
+    parameters: bytes
+    grid: tuple[int, int, int]
+    threads: int
+
+
+@dataclass
+class Run:
+    """Of one program. ``entered``: by block and warp; ``trace``: (block, its warps), in the order of time.
+
+    ``requests``, ``wavefronts``, ``sectors``: by instruction, all warps together.
+    """
+
+    entered: np.ndarray
+    trace: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    requests: Counter[int] = field(default_factory=Counter)
+    wavefronts: Counter[int] = field(default_factory=Counter)
+    sectors: Counter[int] = field(default_factory=Counter)
+
+
+class Machine:
+    """A kernel's code for ``arch``, ready to run."""
+
+    def __init__(self, code: Code, arch: int) -> None:
+        if arch not in PARAMETERS:
+            raise ValueError(f"arch: where sm_{arch} keeps parameters is not known; {', '.join(map(str, PARAMETERS))}")
+        self.code, self.arch = code, arch
+        self.instructions = [one for block in code.blocks for one in block.instructions]
+        self._steps = steps_of(code)
+        # Numbers of the requests whose addresses are computed.
+        self.followed = {
+            step.number for steps in self._steps for step in steps if step.known and is_request(step.instruction)
+        }
+        self._texts: dict[tuple[int, bool], object] = {}
+
+    def run(self, launch: Launch, program: Sequence[int]) -> Run:
+        """Run a ``program`` of a launch to its end.
+
+        Raises:
+            ValueError: a branch depends on what memory holds or on what is not computed; the message names it.
+        """
+        return _Program(self, launch, program).run()
+
+    def body(self, block: int, whole: bool) -> object:
+        """The slice of a block, compiled; ``whole``: for when all threads run it."""
+        if (block, whole) not in self._texts:
+            text = _function(self._steps[block], whole)
+            self._texts[block, whole] = compile(text, f"block {block}", "exec")
+        return self._texts[block, whole]
+
+    def refused(self, block: int) -> Sass | None:
+        """The branch at the end of a block, if it depends on what is not known."""
+        last = self._steps[block][-1] if self._steps[block] else None
+        return last.instruction if last and not last.known and not is_request(last.instruction) else None
+
+
+# ---- the slice as text ----------------------------------------------------------------------------------------------
+
+
+def _function(steps: Sequence[Step], whole: bool) -> str:
+    """``def body(m, w)``: m are the active threads, w all of their warps. It returns the condition of the branch."""
+    lines = ["def body(m, w):"]
+    condition = "None"
+    for step in steps:
+        lines += _lines(step, whole)
+        if not is_request(step.instruction) and step.assignments is None and step.known:
+            condition = _condition(step.instruction)
+    return "\n    ".join([*lines, f"return {condition}"])
+
+
+def _lines(step: Step, whole: bool) -> list[str]:
+    one = step.instruction
+    if is_request(one):
+        return _ask(step, whole) if step.known else []
+    if step.assignments is None:
+        return []
+    guard = predicate(one.guard) if one.guard else ""
+    found = [f"t{i} = {text}" for i, (_, text) in enumerate(step.assignments)]
+    for i, (place, _) in enumerate(step.assignments):
+        active = "" if whole else "w" if place[0] in "UQ" else "m"
+        mask = " & ".join(filter(None, (active, guard)))
+        found.append(f"{place} = where({mask}, t{i}, {place})" if mask else f"{place} = t{i}")
+    return found
+
+
+def _ask(step: Step, whole: bool) -> list[str]:
+    one = step.instruction
+    mask = f"m & {predicate(one.guard)}" if one.guard else "m"
+    return [f"ask({step.number}, {_address(operand)}, {mask})" for operand in one.operands if "[" in operand]
+
+
+def _address(operand: str) -> str:
+    """64 bits for device memory, 32 for shared memory."""
+    inside = operand.split("[")[-1].rstrip("]")
+    device = ".64" in inside
+    terms = []
+    for term in inside.replace("+-", "+~").split("+"):
+        if term.startswith("~"):
+            terms.append(f"n64({-int(term[1:], 16) & (1 << 64) - 1})" if device else value("-" + term[1:]))
+        elif term.startswith("0x"):
+            terms.append(f"n64({int(term, 16)})" if device else value(term))
+        elif device:
+            register = term.split(".")[0]
+            whole = ".64" in term or register.startswith("UR")
+            terms.append(f"join({value(register)}, {value(register, 1)})" if whole else f"up({value(register)})")
+        else:
+            register, _, scale = term.partition(".X")
+            terms.append(f"{value(register)} * n({int(scale)})" if scale else value(register))
+    return " + ".join(terms)
+
+
+def _condition(one: Sass) -> str:
+    """Which threads a branch concerns, as an expression; None for all."""
+    guard = predicate(one.guard) if one.guard else ""
+    first = one.operands[0] if one.operands else ""
+    if one.opcode == "RET":
+        return value(first.split("`")[0].split()[0])
+    if one.opcode == "BRA" and one.suffixes[1:] in (("DIV",), ("CONV",)):
+        relation = "!=" if one.suffixes[1] == "DIV" else "=="
+        return f"ballot(true, m) {relation} {value(first)}"
+    own = predicate(first) if first.lstrip("!U").startswith("P") else ""
+    return " & ".join(filter(None, (guard, own))) or "None"
+
+
+# ---- one program ----------------------------------------------------------------------------------------------------
+
+
+class _Program:
+    def __init__(self, machine: Machine, launch: Launch, program: Sequence[int]) -> None:
+        self.machine, self.code = machine, machine.code
+        self.warps = -(-launch.threads // WARP)
+        self.lanes = np.arange(self.warps * WARP)
+        self.live = self.lanes < launch.threads
+        self.live_count = launch.threads
+        self.result = Run(np.zeros((len(self.code.blocks), self.warps), np.int64))
+        self._groups: dict[int, np.ndarray] = {}
+        self._heap: list[int] = []
+        # By the number of a convergence barrier: who takes part; by it and the block behind it: who waits.
+        self._parties: dict[str, np.ndarray] = {}
+        self._waiting: dict[tuple[str, int], np.ndarray] = {}
+        self._costs: dict[tuple, tuple[int, int]] = {}
+        self._names = self._namespace(launch, program)
+        self._bodies: dict[tuple[int, bool], Callable] = {}
+
+    def run(self) -> Run:
+        self._go(0, self.live)
+        for _ in range(MAX_BLOCKS):
+            if not self._heap:
+                if self._waiting:
+                    raise ValueError(f"threads wait for each other for ever, at {sorted(self._waiting)}")
+                return self.result
+            block = heapq.heappop(self._heap)
+            self._step(block, self._groups.pop(block))
+        raise ValueError(f"the kernel has not ended after {MAX_BLOCKS} blocks: is a parameter missing?")
+
+    def _step(self, block: int, mask: np.ndarray) -> None:
+        whole = np.count_nonzero(mask) == self.live_count
+        warps = mask.reshape(-1, WARP).any(1)
+        self.result.entered[block] += warps
+        self.result.trace.append((block, warps))
+        if refused := self.machine.refused(block):
+            raise ValueError(f"`{refused.text}` depends on what memory holds, or on what semantics.py lacks")
+        condition = self._body(block, whole)(mask, None if whole else np.repeat(warps, WARP))
+        self._leave(block, mask, condition)
+
+    def _body(self, block: int, whole: bool) -> Callable:
+        if (block, whole) not in self._bodies:
+            exec(self.machine.body(block, whole), self._names)
+            self._bodies[block, whole] = self._names["body"]
+        return self._bodies[block, whole]
+
+    def _leave(self, block: int, mask: np.ndarray, condition: np.ndarray | None) -> None:
+        """Where the threads go from the end of a block."""
+        last = self.code.blocks[block].instructions[-1]
+        leave = getattr(self, f"_leave_{last.opcode.lower()}", None)
+        if leave is None:
+            self._go(block + 1, mask)
+        else:
+            leave(last, block, mask, condition)
+
+    def _leave_bra(self, last: Sass, block: int, mask: np.ndarray, condition: np.ndarray | None) -> None:
+        taken = mask if condition is None else mask & condition
+        self._go(self.code.target(last), taken)
+        if condition is not None:
+            self._go(block + 1, mask & ~condition)
+
+    _leave_call = _leave_bra
+
+    def _leave_ret(self, last: Sass, block: int, mask: np.ndarray, condition: np.ndarray) -> None:
+        for address in np.unique(condition[mask]):
+            self._go(self.code.at[int(address)], mask & (condition == address))
+
+    def _leave_exit(self, last: Sass, block: int, mask: np.ndarray, condition: np.ndarray | None) -> None:
+        ended = mask if condition is None else mask & condition
+        self.live = self.live & ~ended
+        self.live_count = int(np.count_nonzero(self.live))
+        self._go(block + 1, mask & ~ended)
+        self._release()
+
+    def _leave_bssy(self, last: Sass, block: int, mask: np.ndarray, condition: None) -> None:
+        barrier = last.operands[0]
+        others = self._parties.get(barrier)
+        if others is not None:
+            others = others & ~np.repeat(mask.reshape(-1, WARP).any(1), WARP)
+        self._parties[barrier] = mask if others is None else others | mask
+        self._go(block + 1, mask)
+
+    def _leave_bsync(self, last: Sass, block: int, mask: np.ndarray, condition: None) -> None:
+        place = last.operands[0], block + 1
+        self._waiting[place] = self._waiting[place] | mask if place in self._waiting else mask
+        self._release()
+
+    def _leave_break(self, last: Sass, block: int, mask: np.ndarray, condition: np.ndarray | None) -> None:
+        gone = mask if condition is None else mask & condition
+        barrier = next(one for one in last.operands if one.startswith("B"))
+        self._parties[barrier] = self._parties[barrier] & ~gone
+        self._go(block + 1, mask)
+        self._release()
+
+    def _leave_unknown(self, last: Sass, *_: object) -> None:
+        raise ValueError(f"`{last.text}` is a branch that warp.py does not follow")
+
+    _leave_brx = _leave_jmp = _leave_jmx = _leave_kill = _leave_unknown
+
+    def _release(self) -> None:
+        """Let warps go on of which every thread that takes part waits."""
+        for place, waiting in list(self._waiting.items()):
+            missing = self._parties[place[0]] & self.live & ~waiting
+            ready = waiting & np.repeat(~missing.reshape(-1, WARP).any(1), WARP)
+            if ready.any():
+                self._go(place[1], ready)
+                left = waiting & ~ready
+                if left.any():
+                    self._waiting[place] = left
+                else:
+                    del self._waiting[place]
+
+    def _go(self, block: int, mask: np.ndarray) -> None:
+        if not mask.any():
+            return
+        if block in self._groups:
+            self._groups[block] = self._groups[block] | mask
+        else:
+            self._groups[block] = mask
+            heapq.heappush(self._heap, block)
+
+    def _ask(self, number: int, addresses: np.ndarray, active: np.ndarray) -> None:
+        """Count a request. Those that lie alike cost alike."""
+        one = self.machine.instructions[number]
+        if requests.asking_lanes(one) < WARP:
+            active = active & (self.lanes % WARP < requests.asking_lanes(one))
+        asking = int(active.reshape(-1, WARP).any(1).sum())
+        if not asking:
+            return
+        size, device = requests.bytes_of_thread(one), addresses.dtype == np.uint64
+        base = addresses[int(active.argmax())] & ~addresses.dtype.type(requests.LINE - 1)
+        key = size, device, np.where(active, addresses - base, 0).tobytes(), active.tobytes()
+        if key not in self._costs:
+            if device:
+                self._costs[key] = requests.device_wavefronts(addresses, active)
+            else:
+                self._costs[key] = requests.shared_wavefronts(addresses, active, size), 0
+        wavefronts, sectors = self._costs[key]
+        self.result.requests[number] += asking
+        self.result.wavefronts[number] += wavefronts
+        self.result.sectors[number] += sectors
+
+    def _namespace(self, launch: Launch, program: Sequence[int]) -> dict[str, object]:
+        count = len(self.lanes)
+        bank = _constant_bank(launch, self.machine.arch)
+        zeros = np.zeros(count, np.uint32)
+        special = {f"SR_CTAID.{axis}": n for axis, n in zip("XYZ", program, strict=True)}
+        special |= {"SR_TID.X": self.lanes, "SR_TID.Y": 0, "SR_TID.Z": 0, "SR_CgaCtaId": 0}
+        special["SR_LANEID"] = self.lanes % WARP
+        arrays: dict[object, np.ndarray] = {}
+
+        def number(n: int) -> np.ndarray:
+            if n not in arrays:
+                arrays[n] = np.full(count, n, np.uint32)
+            return arrays[n]
+
+        def word(offset: int) -> np.ndarray:
+            return number(int(bank[offset // 4]))
+
+        def gather(offsets: np.ndarray) -> np.ndarray:
+            return bank[np.minimum(offsets >> 2, len(bank) - 1)]
+
+        def special_register(name: str) -> np.ndarray:
+            return (zeros + special[name]).astype(np.uint32)
+
+        false = np.zeros(count, bool)
+        registers = {kind: [zeros if kind in "RU" else false] * size for kind, size in _COUNTS.items()}
+        return {
+            **NAMES, **registers, "n": number, "k": word, "gather": gather, "s": special_register, "ask": self._ask,
+            "z": zeros, "z64": np.zeros(count, np.uint64), "true": ~false, "false": false,
+        }  # fmt: skip
+
+
+def _constant_bank(launch: Launch, arch: int) -> np.ndarray:
+    data = bytearray(PARAMETERS[arch] + len(launch.parameters) + 64)
+    data[PARAMETERS[arch] : PARAMETERS[arch] + len(launch.parameters)] = launch.parameters
+    for first, numbers in zip(SIZES[arch], ((launch.threads, 1, 1), launch.grid), strict=True):
+        for place, number in enumerate(numbers):
+            data[first + 4 * place : first + 4 * place + 4] = int(number).to_bytes(4, "little")
+    return np.frombuffer(bytes(data[: len(data) // 4 * 4]), np.uint32)
