@@ -1,7 +1,7 @@
 // What the planner (toeplitz_plan.cpp) and the launchers of the kernels on tensor cores agree on. A depthwise
 // convolution is a product with banded Toeplitz matrices: with the taps of kernel row ky in T, T[i][j] = w[ky][i - j],
 // eight columns of a row of outputs are sixteen (or 32) columns of a row of inputs times T, summed over ky. Sixteen
-// rows at once are one mma.m16n8k16.
+// rows at once are one product m16n8k16, or its two halves m16n8k8.
 //
 // 16-bit types only: their products are exact in float32, so that nothing changes but the order of sums.
 
@@ -47,15 +47,15 @@ struct ToeplitzPlanesTiling {
     int images;
     int blocks;  // of eight columns
     int programs;
-    int halo, rows;  // above and below every image; of a plane
-    int tap_rows;    // of all levels
+    int halo, rows;    // above and below every image; of a plane
+    int tap_rows;      // of all levels
     unsigned inverse;  // of H, in 1 / 65536: row * inverse is the row's image; 0 for one image
     size_t shared_bytes;
     double cost;  // 0: it does not take the maps
 };
 
 constexpr int kToeplitzPlaneChannels = 8, kToeplitzPlaneRows = 56, kToeplitzPlaneColumns = 56;
-constexpr int kToeplitzImageGap = 8;     // rows from an image to the next: conflicts of ldmatrix stay away
+constexpr int kToeplitzImageGap = 8;  // rows from an image to the next: conflicts of ldmatrix stay away
 // Several images: registers of the lanes hold where their rows lie.
 constexpr __host__ __device__ bool toeplitz_planes_stacked(int blocks) { return blocks <= 4; }
 // Of blocks of threads on a multiprocessor, by their registers.
@@ -66,9 +66,7 @@ constexpr __host__ __device__ int toeplitz_plane_sums(int blocks) {
 // Bytes of a row of one channel, an odd number of 16 bytes.
 constexpr __host__ __device__ int toeplitz_plane_pitch(int blocks) { return ((blocks + 1) | 1) * 16; }
 // Blocks of a row of gates.
-constexpr __host__ __device__ int toeplitz_gate_blocks(int blocks) {
-    return blocks > 4 ? 8 : blocks > 2 ? 4 : blocks;
-}
+constexpr __host__ __device__ int toeplitz_gate_blocks(int blocks) { return blocks > 4 ? 8 : blocks > 2 ? 4 : blocks; }
 
 // How backward cuts the maps: whole images.
 struct ToeplitzBackwardTiling {

@@ -176,9 +176,12 @@ ToeplitzPlanesTiling cut_planes(const Problem& p, int images) {
     t.rows = images * (p.H + kToeplitzImageGap) - kToeplitzImageGap + 2 * t.halo;
     t.inverse = images > 1 ? (65536u + p.H - 1) / p.H : 0u;
     const size_t row = kToeplitzPlaneChannels * toeplitz_plane_pitch(t.blocks) + 16;
-    t.shared_bytes = t.rows * row + static_cast<size_t>(p.L + 1) * kToeplitzPlaneRows * 16 * toeplitz_gate_blocks(t.blocks) +
-                     kToeplitzPlaneChannels * (112 * static_cast<size_t>(t.tap_rows) +
-                                               4 * toeplitz_plane_sums(t.blocks));
+    t.shared_bytes =
+        t.rows * row + static_cast<size_t>(p.L + 1) * kToeplitzPlaneRows * 16 * toeplitz_gate_blocks(t.blocks) +
+        kToeplitzPlaneChannels * (112 * static_cast<size_t>(t.tap_rows) + 4 * toeplitz_plane_sums(t.blocks));
+    // A lane reads rows beyond the only image, for outputs that nobody stores.
+    if (!toeplitz_planes_stacked(t.blocks))
+        t.shared_bytes = std::max(t.shared_bytes, (kToeplitzPlaneRows + 8 + 2 * t.halo) * row);
     return t;
 }
 
@@ -188,7 +191,8 @@ double group_cost(const Problem& p, const ToeplitzPlanesTiling& t) {
     double instructions = 0;
     for (int l = 0; l < p.L; ++l)
         instructions += kPerLevel + 7 * kPerPair * t.blocks + 4.0 * p.weights[l].kh * (2 * t.blocks + 4);
-    return instructions + kPerPosition * t.images * p.H * blocks_for(p.W, 2) / 32 / kToeplitzPlaneChannels + 21 * t.blocks;
+    return instructions + kPerPosition * t.images * p.H * blocks_for(p.W, 2) / 32 / kToeplitzPlaneChannels +
+           21 * t.blocks;
 }
 
 ToeplitzPlanesTiling make_planes(const Problem& p) {
@@ -208,7 +212,8 @@ ToeplitzPlanesTiling make_planes(const Problem& p) {
         for (int programs = 1; programs <= groups; ++programs) {
             const double each = setup + blocks_for(groups, programs) * group_cost(p, t);
             const int rounds = blocks_for(programs * blocks, p.limits.multiprocessors * resident);
-            const double used = std::min<double>(resident, std::ceil(static_cast<double>(programs) * blocks / p.limits.multiprocessors));
+            const double used = std::min<double>(
+                resident, std::ceil(static_cast<double>(programs) * blocks / p.limits.multiprocessors));
             // Fewer than 16 warps leave slots empty.
             t.cost = rounds * used * each * warps / 4 / std::min(1.0, 0.4 + 0.6 * used * warps / kResidentWarps);
             t.programs = programs;
