@@ -235,18 +235,28 @@ __device__ __forceinline__ void write_plane_taps(const PlanesBlock<T, BLOCKS>& b
         const PlanesLevel& own = p.level[level];
         const T* from =
             static_cast<const T*>(own.weight) + static_cast<int64_t>(b.first_c() + channel) * own.kh * own.kw;
+        // Beyond the kernel's columns another tap is read, and masked.
         const int first = u - 7 - (kToeplitzPadding - own.kw / 2);
-        const auto tap = [&](int ky, int x) {
-            return static_cast<unsigned>(x) < static_cast<unsigned>(own.kw) ? from[ky * own.kw + x]
-                                                                            : from_float<T>(0.0f);
-        };
+        int column[4];
+        uint32_t mask[2] = {};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int x = first + i % 2 + i / 2 * 8;
+            const bool inside = static_cast<unsigned>(x) < static_cast<unsigned>(own.kw);
+            column[i] = inside ? x : 0;
+            mask[i / 2] |= inside ? 0xffffu << i % 2 * 16 : 0u;
+        }
+        from += lane / 16 * own.kw;
+        unsigned char* to =
+            b.memory + b.taps() + 8 * ((channel * p.tiling.tap_rows + own.first_row + lane / 16) * kTapEntries + u);
 #pragma unroll 1
         for (int ky = lane / 16; ky < own.kh; ky += 2) {
-            const T four[] = {tap(ky, first), tap(ky, first + 1), tap(ky, first + 8), tap(ky, first + 9)};
-            const int row = channel * p.tiling.tap_rows + own.first_row + ky;
+            const T four[] = {from[column[0]], from[column[1]], from[column[2]], from[column[3]]};
             uint2 words;
             memcpy(&words, four, sizeof words);
-            *reinterpret_cast<uint2*>(b.memory + b.taps() + 8 * (row * kTapEntries + u)) = words;
+            *reinterpret_cast<uint2*>(to) = uint2{words.x & mask[0], words.y & mask[1]};
+            from += 2 * own.kw;
+            to += 2 * 8 * kTapEntries;
         }
     }
 }

@@ -5,6 +5,7 @@ barrier that is missing gives wrong numbers, which the last test shows. The rule
 float64 is at most twice that of the reference in the same precision, plus one unit in the last place.
 """
 
+import math
 import re
 import shutil
 
@@ -153,6 +154,29 @@ def test_forward_on_tensor_cores_obeys_the_rule(run, shape, dtype):
 @low_dtypes
 def test_every_path_of_forward_on_tensor_cores_obeys_the_rule(run, path, device, shape, dtype):
     assert check_forward(run, shape, dtype, device, tensor_cores=True) == path
+
+
+@low_dtypes
+def test_gelu_on_tensor_cores_over_its_whole_range(run, dtype):
+    """A 1x1 kernel of ones and a gate of one make the operator GELU itself. The rule holds from each power of two to
+    the next, in the tail below -4 an absolute bound."""
+    z = torch.arange(2**15, dtype=torch.int16).view(dtype)
+    z = z[(z >= 2**-10) & (z <= 64)]
+    shape = (2, 56, 56, 8)
+    ctx = torch.cat([z, -z]).repeat(25)[: math.prod(shape)].view(shape)
+    gates = torch.tensor([1.0, 0.0], dtype=dtype).expand(*shape[:3], 2)
+    packed = torch.cat([ctx, gates], -1)
+    weights = [torch.ones(8, 1, 1, 1, dtype=dtype)]
+    options = {"device": Device(227, 228, 1), "tensor_cores": True}
+    path, (agg,) = run(packed[..., :8], packed[..., 8:], weights, False, **options)
+    assert path == "planes"
+    z, mine = ctx.flatten(), agg.flatten()
+    exact, low = torch.nn.functional.gelu(z.double()), torch.nn.functional.gelu(z)
+    for power in range(-10, 6):
+        for sign in (1, -1) if power < 2 else (1,):
+            held = (sign * z >= 2.0**power) & (sign * z < 2.0 ** (power + 1))
+            assert_rule(f"GELU from {sign * 2.0**power}", mine[held], low[held], exact[held])
+    assert (mine - exact)[z <= -4].abs().max() <= 2**-13
 
 
 # Backward has two paths; what fits as whole planes in one launch goes level by level on a device with less memory.
