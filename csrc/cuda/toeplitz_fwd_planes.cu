@@ -1,5 +1,5 @@
-// Gated aggregation, forward, on tensor cores, of small maps: up to 56 columns, and up to 56 rows of one image or of
-// several one above the other. One launch, bfloat16 and float16, kernels of at most nine columns.
+// Gated aggregation, forward, on tensor cores, of small maps: up to 32 columns or 48 to 56, and up to 56 rows of
+// one image or of several one above the other. One launch, bfloat16 and float16, kernels of at most nine columns.
 //
 // toeplitz_fwd_planes_kernel: a block owns eight channels, a warp one of them, and takes groups of images in turn. A
 // warp needs nobody else between the first level and the last.
@@ -25,7 +25,6 @@ template <typename T, int BLOCKS>
 struct PlanesWarp {
     using Size = Sizes<BLOCKS>;
     static constexpr int kAddresses = Size::kStacked ? 4 : 1, kPlaces = Size::kStacked ? kHalves : 1;
-    int limit;                          // a half that begins before it has the lane's row
     uint32_t mask;                      // of the last block: columns that exist
     SharedAddress sources[kAddresses];  // of the lane's row of ldmatrix, without the kernel's rows above it
     int places[kPlaces];                // of the lane's rows of outputs
@@ -91,7 +90,7 @@ template <typename T, int BLOCKS, int TILES>
 __device__ __forceinline__ void convolve_tiles(float (&z)[TILES][BLOCKS][4], SharedAddress (&rows)[TILES],
                                                const unsigned char* taps, int kh) {
     constexpr int kRow = Sizes<BLOCKS>::kRow, kTapRow = 8 * kTapEntries;
-    // Six blocks and more leave no registers for two rows of the kernel at once.
+    // Seven blocks leave no registers for two rows of the kernel at once.
     constexpr int kAtOnce = BLOCKS > 4 ? 1 : 2, kFirst = kAtOnce - 1;
     if constexpr (kFirst == 1) add_kernel_row<T, BLOCKS, TILES>(z, rows, 0, taps);
     const SharedAddress end = rows[0] + (kh - kFirst) * kRow;
@@ -132,7 +131,7 @@ __device__ __forceinline__ void for_each_gate(const unsigned char* gates, int la
 template <typename T, int BLOCKS>
 __device__ __forceinline__ void store_half(const PlanesBlock<T, BLOCKS>& b, const PlanesWarp<T, BLOCKS>& w, int half,
                                            const uint32_t (&pairs)[BLOCKS]) {
-    if (8 * half >= w.limit) return;
+    if (8 * half + w.lane() / 4 >= b.rows()) return;
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) word_at(b.memory, w.place_of(half) + 16 * j) = pairs[j];
 }
@@ -272,7 +271,6 @@ __global__ void __launch_bounds__(kBlockThreads, toeplitz_planes_resident(BLOCKS
         __syncthreads();
         with_width<T>(p.ctx_width, [&](auto width) { read_group<T, BLOCKS, decltype(width)::value>(b); });
         __syncthreads();
-        w.limit = b.rows() - w.lane() / 4;
 #pragma unroll
         for (int half = 0; half < kHalves; ++half)
 #pragma unroll
@@ -346,8 +344,6 @@ Status toeplitz_planes(const Problem& p, const Map& agg, cudaStream_t stream) {
             return launch_planes<T, 3>(params, stream);
         case 4:
             return launch_planes<T, 4>(params, stream);
-        case 6:
-            return launch_planes<T, 6>(params, stream);
         default:
             return launch_planes<T, 7>(params, stream);
     }

@@ -159,10 +159,11 @@ ToeplitzTiling make(const Problem& p) {
     return best.tiling;
 }
 
-// Blocks of eight columns that kernels exist for; all but the last must lie within the map.
+// Blocks of eight columns that kernels exist for. Only the last may lie beyond the map, in part or whole.
 int plane_blocks(int W) {
     const int blocks = blocks_for(W, 8);
-    return blocks == 5 || 8 * blocks > kToeplitzPlaneColumns ? 0 : blocks;
+    if (blocks <= 4) return blocks;
+    return W >= kToeplitzPlaneColumns - 8 && W <= kToeplitzPlaneColumns ? 7 : 0;
 }
 
 ToeplitzPlanesTiling cut_planes(const Problem& p, int images) {
@@ -209,7 +210,9 @@ ToeplitzPlanesTiling make_planes(const Problem& p) {
         const int resident = std::max(1, std::min(toeplitz_planes_resident(t.blocks), fitting));
         const int groups = blocks_for(static_cast<int>(p.B), images), blocks = blocks_for(p.C, kToeplitzPlaneChannels);
         const double warps = kToeplitzPlaneChannels, setup = 40.0 * t.tap_rows + 0.3 * t.rows * (t.blocks + 1);
-        for (int programs = 1; programs <= groups; ++programs) {
+        // More than a few rounds of blocks gain nothing.
+        const int most = std::min(groups, 4 * resident * p.limits.multiprocessors);
+        for (int programs = 1; programs <= most; ++programs) {
             const double each = setup + blocks_for(groups, programs) * group_cost(p, t);
             const int rounds = blocks_for(programs * blocks, p.limits.multiprocessors * resident);
             const double used = std::min<double>(

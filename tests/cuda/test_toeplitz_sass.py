@@ -25,7 +25,7 @@ BLOCKS = 7  # 56 columns
 KERNELS = (3, 5, 7)
 # An output, three levels with GELU, gates and sums, bfloat16; 285 and more with multiply-adds.
 MAX_INSTRUCTIONS = 102
-MAX_PLANES_INSTRUCTIONS = 999
+MAX_PLANES_INSTRUCTIONS = 50  # with the sum of gates in registers
 
 
 @pytest.fixture(scope="module")
