@@ -328,7 +328,10 @@ def test_nan_stays_within_its_channel_and_image(run, dtype, tensor_cores):
 BARRIERS = {
     "between the levels": ("gated_aggregation_fwd.cu", "        inside = outputs;\n        __syncthreads();\n"),
     "behind the zeros": ("toeplitz_fwd.cu", "    __syncthreads();\n    load_planes(b);\n"),
-    "behind the planes": ("toeplitz_fwd_planes.cu", "        __syncthreads();\n#pragma unroll\n"),
+    "behind the zeros of the planes": (
+        "toeplitz_fwd_planes.cu",
+        "        __syncthreads();\n        with_width<T>(p.ctx_",
+    ),
     "behind the sums": ("toeplitz_fwd_planes.cu", "    __syncwarp();  // the sums are there\n"),
 }
 
