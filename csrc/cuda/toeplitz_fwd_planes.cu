@@ -25,6 +25,7 @@ template <typename T, int BLOCKS>
 struct PlanesWarp {
     using Size = Sizes<BLOCKS>;
     static constexpr int kAddresses = Size::kStacked ? 4 : 1, kPlaces = Size::kStacked ? kHalves : 1;
+    int limit;                          // a half that begins before it has the lane's row
     uint32_t mask;                      // of the last block: columns that exist
     SharedAddress sources[kAddresses];  // of the lane's row of ldmatrix, without the kernel's rows above it
     int places[kPlaces];                // of the lane's rows of outputs
@@ -131,7 +132,7 @@ __device__ __forceinline__ void for_each_gate(const unsigned char* gates, int la
 template <typename T, int BLOCKS>
 __device__ __forceinline__ void store_half(const PlanesBlock<T, BLOCKS>& b, const PlanesWarp<T, BLOCKS>& w, int half,
                                            const uint32_t (&pairs)[BLOCKS]) {
-    if (8 * half + w.lane() / 4 >= b.rows()) return;
+    if (Sizes<BLOCKS>::kStacked ? 8 * half >= w.limit : 8 * half + w.lane() / 4 >= b.rows()) return;
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) word_at(b.memory, w.place_of(half) + 16 * j) = pairs[j];
 }
@@ -271,6 +272,7 @@ __global__ void __launch_bounds__(kBlockThreads, toeplitz_planes_resident(BLOCKS
         __syncthreads();
         with_width<T>(p.ctx_width, [&](auto width) { read_group<T, BLOCKS, decltype(width)::value>(b); });
         __syncthreads();
+        w.limit = b.rows() - w.lane() / 4;
 #pragma unroll
         for (int half = 0; half < kHalves; ++half)
 #pragma unroll
