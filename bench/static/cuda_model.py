@@ -187,6 +187,7 @@ def moved(launch: Launch, call: Call, sectors: float) -> Bytes:
     dgates = 2 * gates * -(-call.stage.channels // block_c)
     last, planar, others = {
         "toeplitz_fwd_kernel": (2, levels * call.backward, gates * (levels + 1)),
+        "toeplitz_fwd_planes_kernel": (2, 0, gates * (levels + 1)),
         "toeplitz_bwd_kernel": (5, 0, dgates * (levels + 1)),
         "toeplitz_first_bwd_kernel": (1, 3, 2 * dgates),
         "toeplitz_level_bwd_kernel": (0, 5, dgates),

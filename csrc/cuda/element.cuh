@@ -1,5 +1,5 @@
 // The three element types, and how they travel: alone, in pairs (shared memory) and in vectors of up to 16 bytes
-// (global memory). Arithmetic is float32 throughout.
+// (global memory). Arithmetic is float32, except for that of pairs (PairOf).
 
 #pragma once
 

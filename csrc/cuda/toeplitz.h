@@ -1,7 +1,7 @@
 // What the planner (toeplitz_plan.cpp) and the launchers of the kernels on tensor cores agree on. A depthwise
 // convolution is a product with banded Toeplitz matrices: with the taps of kernel row ky in T, T[i][j] = w[ky][i - j],
 // eight columns of a row of outputs are sixteen (or 32) columns of a row of inputs times T, summed over ky. Sixteen
-// rows at once are one mma.m16n8k16.
+// rows at once are one product m16n8k16, or its two halves m16n8k8.
 //
 // 16-bit types only: their products are exact in float32, so that nothing changes but the order of sums.
 
@@ -41,6 +41,33 @@ struct ToeplitzTiling {
     __host__ __device__ int sums() const { return sum_rows * sum_pitch; }
 };
 
+// How forward takes small maps (toeplitz_fwd_planes.cu): a block owns kToeplitzPlaneChannels channels, and of the
+// groups of `images` images every one in `programs`.
+struct ToeplitzPlanesTiling {
+    int images;
+    int blocks;  // of eight columns
+    int programs;
+    int halo, rows;    // above and below every image; of a plane
+    int tap_rows;      // of all levels
+    unsigned inverse;  // of H, in 1 / 65536: row * inverse is the row's image; 0 for one image
+    size_t shared_bytes;
+    double cost;  // 0: it does not take the maps
+};
+
+constexpr int kToeplitzPlaneChannels = 8, kToeplitzPlaneRows = 56, kToeplitzPlaneColumns = 56;
+constexpr int kToeplitzImageGap = 8;  // rows from an image to the next: conflicts of ldmatrix stay away
+// Several images: registers of the lanes hold where their rows lie.
+constexpr __host__ __device__ bool toeplitz_planes_stacked(int blocks) { return blocks <= 4; }
+// Of blocks of threads on a multiprocessor, by their registers.
+constexpr __host__ __device__ int toeplitz_planes_resident(int blocks) { return blocks == 1 ? 3 : 2; }
+constexpr __host__ __device__ int toeplitz_plane_sums(int blocks) {
+    return toeplitz_planes_stacked(blocks) ? kToeplitzPlaneRows : 8;
+}
+// Bytes of a row of one channel, an odd number of 16 bytes.
+constexpr __host__ __device__ int toeplitz_plane_pitch(int blocks) { return ((blocks + 1) | 1) * 16; }
+// Blocks of a row of gates.
+constexpr __host__ __device__ int toeplitz_gate_blocks(int blocks) { return blocks > 4 ? 8 : blocks > 2 ? 4 : blocks; }
+
 // n / by without a division, exact for n * by < 2^20 and n < 2^12: kernels that divide once a pass have many passes.
 struct Division {
     unsigned inverse;
@@ -54,14 +81,14 @@ struct Division {
 struct ToeplitzBackwardTiling {
     int images;
     int block_c, channel_bits, chunks;  // block_c is 1 << channel_bits
-    int warps, sharers;  // sharers: of a channel; divides warps
-    int blocks;          // of eight columns, in a warp's tile: 1, 2, 4 or 7
-    int groups;          // of them side by side
-    int padding, halo;   // columns before; rows above, between and below the images' planes
-    int rows, pitch;     // rows from one image's plane to the next
-    int sum_pitch;       // of dagg and the gates, without halo
-    int odd_pitch;       // of what a warp copies of dz (toeplitz_correlate.cuh)
-    int product;         // floats of a warp's sums for dweights
+    int warps, sharers;                 // sharers: of a channel; divides warps
+    int blocks;                         // of eight columns, in a warp's tile: 1, 2, 4 or 7
+    int groups;                         // of them side by side
+    int padding, halo;                  // columns before; rows above, between and below the images' planes
+    int rows, pitch;                    // rows from one image's plane to the next
+    int sum_pitch;                      // of dagg and the gates, without halo
+    int odd_pitch;                      // of what a warp copies of dz (toeplitz_correlate.cuh)
+    int product;                        // floats of a warp's sums for dweights
     int tap_rows, tap_pitch;
     int below;  // rows that are read below the last image
     size_t shared_bytes;
@@ -99,7 +126,7 @@ struct ToeplitzBandsPlan {
 constexpr int kToeplitzFirstBand = 16;
 constexpr int kToeplitzBackwardThreads = 256;     // of a block that takes bands
 constexpr int kMaxToeplitzBackwardThreads = 512;  // of a block that takes whole maps
-constexpr int kToeplitzOddPadding = 15;  // columns before the map in a warp's copy of dz
+constexpr int kToeplitzOddPadding = 15;           // columns before the map in a warp's copy of dz
 
 constexpr __host__ __device__ int toeplitz_steps(int kw) { return kw <= 2 * kToeplitzPadding + 1 ? 1 : 2; }
 // Of a row of taps, twice 16 * steps + 8 elements.
@@ -112,6 +139,9 @@ constexpr __host__ __device__ int toeplitz_together(int kw) { return 16 >> toepl
 constexpr __host__ __device__ bool toeplitz_wide(int kh, int kw) { return kh + toeplitz_together(kw) - 1 > 8; }
 
 ToeplitzTiling plan_toeplitz(const Problem& p);
+ToeplitzPlanesTiling plan_toeplitz_planes(const Problem& p);
+// Forward takes the maps as planes; false: as plan_toeplitz says.
+bool planes_forward(const Problem& p);
 ToeplitzBackwardTiling plan_toeplitz_backward(const Problem& p);
 ToeplitzBandsPlan plan_toeplitz_bands(const Problem& p);
 // Whole maps are the cheaper way, or the only one; false: bands, if they fit.
@@ -120,6 +150,8 @@ bool whole_maps_backward(const Problem& p);
 // A planar map is [B][C][H][planar_pitch(W)]: rows are 16 bytes wide, and what lies beyond W is zero.
 constexpr __host__ __device__ int planar_pitch(int W) { return (W + 7) / 8 * 8; }
 
+template <typename T>
+Status toeplitz_planes(const Problem& p, const Map& agg, cudaStream_t stream);
 size_t toeplitz_forward_scratch_bytes(const Problem& p);
 Status toeplitz_forward(const Problem& p, const Map& agg, void* scratch, cudaStream_t stream);
 

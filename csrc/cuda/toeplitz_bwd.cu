@@ -39,8 +39,7 @@ template <int BLOCKS, typename T, typename F>
 __device__ __forceinline__ void convolve_level(const BackwardBlock<T>& b, T* planes, int level, F f) {
     const BackwardLevel& own = b.p.level[level];
     with_steps(own.kw, [&](auto steps) {
-        convolve<BLOCKS, decltype(steps)::value, T>(
-            b, [&](int c) { return b.inside(planes, c); }, own.kh, f);
+        convolve<BLOCKS, decltype(steps)::value, T>(b, [&](int c) { return b.inside(planes, c); }, own.kh, f);
     });
 }
 
@@ -274,8 +273,7 @@ __device__ __forceinline__ void run_backward(const BackwardBlock<T>& b) {
         __syncthreads();
         if (wants_weights)
             correlate<BLOCKS, T>(
-                b, [&](int c) { return b.inside(dz, c); }, [&](int c) { return b.context_of(c); }, own.kh,
-                own.kw);
+                b, [&](int c) { return b.inside(dz, c); }, [&](int c) { return b.context_of(c); }, own.kh, own.kw);
         if (l > 0) load_taps<T>(b, p.level[l - 1].weight, p.level[l - 1].kh, p.level[l - 1].kw, true);
         __syncthreads();
         if (wants_weights) sum_products(b, own.dweights + b.group * own.kh * own.kw * p.C, own.kh, own.kw, own.by_kw);
@@ -312,8 +310,7 @@ struct BackwardScratch {
 
     BackwardScratch(const Problem& p, const ToeplitzBackwardTiling& t, const Gradients& out, void* memory) {
         Scratch scratch{memory};
-        dgates =
-            out.want_gates ? scratch.take<float>(splits_of(p, t) * p.B * p.H * p.W * (p.L + 1)) : nullptr;
+        dgates = out.want_gates ? scratch.take<float>(splits_of(p, t) * p.B * p.H * p.W * (p.L + 1)) : nullptr;
         for (int l = 0; l < p.L; ++l)
             dweights[l] = out.want_weights
                               ? scratch.take<float>(groups_of(p, t) * p.weights[l].kh * p.weights[l].kw * p.C)

@@ -128,9 +128,9 @@ __device__ __forceinline__ void convolve(const Block& b, From from, int kh, F f)
             const int group = t.groups == 1 ? 0 : i % t.groups, strip = 2 * (t.groups == 1 ? i : i / t.groups);
             const int row = strips.nearest(strip + lane / 8 % 2, lane % 8) + 8 * BLOCKS * group;
             Tile<BLOCKS> tile{c, strip, 8 * BLOCKS * group + 2 * (lane % 4), {}, {}};
-            convolve_tile<T, BLOCKS, STEPS>(
-                tile.sum, source + static_cast<SharedAddress>(row * static_cast<int>(sizeof(T))),
-                t.pitch * static_cast<int>(sizeof(T)), taps, kh);
+            convolve_tile<T, BLOCKS, STEPS>(tile.sum,
+                                            source + static_cast<SharedAddress>(row * static_cast<int>(sizeof(T))),
+                                            t.pitch * static_cast<int>(sizeof(T)), taps, kh);
             if (beyond)
 #pragma unroll
                 for (int j = 0; j < BLOCKS; ++j)

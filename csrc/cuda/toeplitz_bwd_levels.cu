@@ -3,7 +3,8 @@
 //
 //     1  toeplitz_fwd_kernel        z_l of every level, the sums of the last one, and agg if it is wanted
 //     2  gate_sums_kernel, global_bwd_kernel    (gated_aggregation_bwd.cu)
-//     3  toeplitz_first_bwd_kernel  dagg, planar; dz_L = (dagg * gate + dmean) * GELU'(z_L); the share of some channels
+//     3  toeplitz_first_bwd_kernel  dagg, planar; dz_L = (dagg * gate + dmean) * GELU'(z_L); the share of some
+//     channels
 //                                   in dgates of the last two gates
 //     4  toeplitz_level_bwd_kernel  from the last level to the first, from dz_l: dweights_l; with z of the level below
 //                                   its dz and dgates, or dctx
@@ -37,7 +38,7 @@ struct BandParams {
 };
 
 struct FirstParams : BandParams {
-    Map given;  // dagg, channels last
+    Map given;                    // dagg, channels last
     const float *global, *dmean;  // [B][C]; dmean null: dz is not wanted
     int width;
 };
@@ -45,9 +46,9 @@ struct FirstParams : BandParams {
 struct LevelParams : BandParams {
     Map ctx;
     const void* weight;
-    void* dbelow;  // planar dz of the level below; null: not wanted, or not this level
-    Map dctx;      // no data: as above
-    float* dweights;      // [B][bands][taps][C]; null: not wanted
+    void* dbelow;     // planar dz of the level below; null: not wanted, or not this level
+    Map dctx;         // no data: as above
+    float* dweights;  // [B][bands][taps][C]; null: not wanted
     int kh, kw, ctx_width, out_width;
     Division by_kw;
 };
@@ -77,7 +78,8 @@ struct BandPlace {
 // gates[row][column] of one gate, a row of `pitch`, for the rows of a band.
 template <typename T>
 __device__ __forceinline__ void load_gate(T* to, int pitch, const BandParams& p, const BandPlace& at, int gate) {
-    const T* from = static_cast<const T*>(p.gates.data) + at.image * p.gates.stride_b + at.y0 * p.gates.stride_h + gate;
+    const T* from =
+        static_cast<const T*>(p.gates.data) + at.image * p.gates.stride_b + at.y0 * p.gates.stride_h + gate;
     Walk walk(Region{0, at.count, 0, p.planar}, threadIdx.x, blockDim.x);
     for (; walk.more(); walk.next())
         to[walk.y * pitch + walk.x] =
@@ -95,8 +97,8 @@ __global__ void __launch_bounds__(kToeplitzBackwardThreads) toeplitz_first_bwd_k
     T* gate = dagg + t.block_c * plane;
     zero(dagg, (t.block_c + 1) * plane, threadIdx.x, blockDim.x);
     __syncthreads();
-    const T* given = static_cast<const T*>(p.given.data) + at.image * p.given.stride_b + at.y0 * p.given.stride_h +
-                     at.first_c;
+    const T* given =
+        static_cast<const T*>(p.given.data) + at.image * p.given.stride_b + at.y0 * p.given.stride_h + at.first_c;
     with_width<T>(p.width, [&](auto n) {
         fill_planes<T, decltype(n)::value>(dagg, plane, Rows(1, at.count, 0, t.sum_pitch), at.count, p.W, t.block_c,
                                            given, p.given, p.C - at.first_c);
@@ -190,8 +192,8 @@ template <typename T>
 __device__ __forceinline__ void fill_from_ctx(const LevelBlock<T>& b) {
     const LevelParams& p = b.p;
     const int above = b.halo_above(), rows = b.held();
-    const T* at = static_cast<const T*>(p.ctx.data) + b.image * p.ctx.stride_b + (b.y0 - above) * p.ctx.stride_h +
-                  b.first_c;
+    const T* at =
+        static_cast<const T*>(p.ctx.data) + b.image * p.ctx.stride_b + (b.y0 - above) * p.ctx.stride_h + b.first_c;
     with_width<T>(p.ctx_width, [&](auto n) {
         fill_planes<T, decltype(n)::value>(b.inside(b.input, 0) - above * p.tiling.pitch, p.tiling.plane(),
                                            Rows(1, rows, 0, p.tiling.pitch), rows, p.W, p.tiling.block_c, at, p.ctx,
@@ -277,7 +279,8 @@ template <typename T, int BLOCKS>
 __device__ __forceinline__ void form_dinput(const LevelBlock<T>& b) {
     with_steps(b.p.kw, [&](auto steps) {
         convolve<BLOCKS, decltype(steps)::value, T>(
-            b, [&](int c) { return b.inside(b.dz, c); }, b.p.kh, [&](const Tile<BLOCKS>& tile) {
+            b, [&](int c) { return b.inside(b.dz, c); }, b.p.kh,
+            [&](const Tile<BLOCKS>& tile) {
                 if (b.p.level == 0)
                     store_dctx(b, tile);
                 else
@@ -314,8 +317,7 @@ __global__ void __launch_bounds__(kToeplitzBackwardThreads, 2) toeplitz_level_bw
     if (p.level > 0 && p.dgates) form_dgates(b);
     if (p.dweights) {
         correlate<BLOCKS, T>(
-            b, [&](int c) { return b.inside(b.dz, c); }, [&](int c) { return b.inside(b.input, c); }, p.kh,
-            p.kw);
+            b, [&](int c) { return b.inside(b.dz, c); }, [&](int c) { return b.inside(b.input, c); }, p.kh, p.kw);
         __syncthreads();  // the input is read no more
         sum_products(b, p.dweights + (b.image * t.bands + b.band) * p.kh * p.kw * p.C, p.kh, p.kw, p.by_kw);
     }

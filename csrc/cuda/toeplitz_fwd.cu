@@ -40,8 +40,8 @@ struct ToeplitzParams {
     int64_t B;
     int H, W, C, L;
     Map ctx, gates;
-    void* agg;    // contiguous
-    float* sums;  // [B][tiles][C], of the last level over each tile; null: whole maps
+    void* agg;            // contiguous
+    float* sums;          // [B][tiles][C], of the last level over each tile; null: whole maps
     void* z[kMaxLevels];  // planar, what the levels' convolutions give; null: not wanted
     int planar_pitch;
     ToeplitzLevel level[kMaxLevels];
@@ -400,12 +400,14 @@ Status toeplitz_levels(const Problem& p, const Map& agg, T* const* z, float* sum
 }
 
 template Status toeplitz_levels<__half>(const Problem&, const Map&, __half* const*, float*, cudaStream_t);
-template Status toeplitz_levels<__nv_bfloat16>(const Problem&, const Map&, __nv_bfloat16* const*, float*, cudaStream_t);
+template Status toeplitz_levels<__nv_bfloat16>(const Problem&, const Map&, __nv_bfloat16* const*, float*,
+                                               cudaStream_t);
 
 namespace {
 
 template <typename T>
 Status forward(const Problem& p, const Map& agg, Scratch scratch, cudaStream_t stream) {
+    if (planes_forward(p)) return toeplitz_planes<T>(p, agg, stream);
     const ToeplitzTiling t = plan_toeplitz(p);
     if (t.cost == 0) return {cudaErrorInvalidConfiguration, "toeplitz_fwd_kernel"};
     if (t.whole_map()) return launch_toeplitz<T>(p, params_of(p, t, agg, nullptr), stream);
@@ -419,6 +421,7 @@ Status forward(const Problem& p, const Map& agg, Scratch scratch, cudaStream_t s
 }  // namespace
 
 size_t toeplitz_forward_scratch_bytes(const Problem& p) {
+    if (planes_forward(p)) return 0;
     const ToeplitzTiling t = plan_toeplitz(p);
     return t.whole_map() ? 0 : aligned(4 * p.B * t.tiles() * p.C) + aligned(4 * p.B * p.C);
 }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 
 #include "plans.h"
 #include "toeplitz.h"
@@ -156,6 +157,73 @@ ToeplitzTiling make(const Problem& p) {
     for (int tile_h : kTileHeights)
         for (int tile_w : kTileWidths) consider_columns(best, 1, tile_h, tile_w);
     return best.tiling;
+}
+
+// Blocks of eight columns that kernels exist for. Only the last may lie beyond the map, in part or whole.
+int plane_blocks(int W) {
+    const int blocks = blocks_for(W, 8);
+    if (blocks <= 4) return blocks;
+    return W >= kToeplitzPlaneColumns - 8 && W <= kToeplitzPlaneColumns ? 7 : 0;
+}
+
+ToeplitzPlanesTiling cut_planes(const Problem& p, int images) {
+    ToeplitzPlanesTiling t{};
+    t.images = images;
+    t.blocks = plane_blocks(p.W);
+    for (int l = 0; l < p.L; ++l) {
+        t.halo = std::max(t.halo, p.weights[l].kh / 2);
+        t.tap_rows += p.weights[l].kh;
+    }
+    t.rows = images * (p.H + kToeplitzImageGap) - kToeplitzImageGap + 2 * t.halo;
+    t.inverse = images > 1 ? (65536u + p.H - 1) / p.H : 0u;
+    const size_t row = kToeplitzPlaneChannels * toeplitz_plane_pitch(t.blocks) + 16;
+    t.shared_bytes =
+        t.rows * row + static_cast<size_t>(p.L + 1) * kToeplitzPlaneRows * 16 * toeplitz_gate_blocks(t.blocks) +
+        kToeplitzPlaneChannels * (112 * static_cast<size_t>(t.tap_rows) + 4 * toeplitz_plane_sums(t.blocks));
+    // A lane reads rows beyond the only image, for outputs that nobody stores.
+    if (!toeplitz_planes_stacked(t.blocks))
+        t.shared_bytes = std::max(t.shared_bytes, (kToeplitzPlaneRows + 8 + 2 * t.halo) * row);
+    return t;
+}
+
+// Of a group of images, as machine code has it: a warp's instructions for its channel, and for its share of the rest.
+double group_cost(const Problem& p, const ToeplitzPlanesTiling& t) {
+    constexpr double kPerPair = 18.0, kPerLevel = 60.0, kPerPosition = 48.0;
+    double instructions = 0;
+    for (int l = 0; l < p.L; ++l)
+        instructions += kPerLevel + 7 * kPerPair * t.blocks + 4.0 * p.weights[l].kh * (2 * t.blocks + 4);
+    return instructions + kPerPosition * t.images * p.H * blocks_for(p.W, 2) / 32 / kToeplitzPlaneChannels +
+           21 * t.blocks;
+}
+
+ToeplitzPlanesTiling make_planes(const Problem& p) {
+    if (plane_blocks(p.W) == 0 || p.H > kToeplitzPlaneRows) return {};
+    for (int l = 0; l < p.L; ++l)
+        if (toeplitz_steps(p.weights[l].kw) > 1) return {};
+    ToeplitzPlanesTiling best{};
+    for (int images : {1, 2, 4, 8}) {
+        if (images > 1 && (!toeplitz_planes_stacked(plane_blocks(p.W)) || images * p.H > kToeplitzPlaneRows)) break;
+        if (images > 1 && images >= 2 * p.B) break;
+        ToeplitzPlanesTiling t = cut_planes(p, images);
+        if (t.shared_bytes > static_cast<size_t>(p.limits.shared_per_block)) break;
+        const auto fitting = static_cast<int>(p.limits.shared_per_multiprocessor / (t.shared_bytes + kReservedBytes));
+        const int resident = std::max(1, std::min(toeplitz_planes_resident(t.blocks), fitting));
+        const int groups = blocks_for(static_cast<int>(p.B), images), blocks = blocks_for(p.C, kToeplitzPlaneChannels);
+        const double warps = kToeplitzPlaneChannels, setup = 40.0 * t.tap_rows + 0.3 * t.rows * (t.blocks + 1);
+        // More than a few rounds of blocks gain nothing.
+        const int most = std::min(groups, 4 * resident * p.limits.multiprocessors);
+        for (int programs = 1; programs <= most; ++programs) {
+            const double each = setup + blocks_for(groups, programs) * group_cost(p, t);
+            const int rounds = blocks_for(programs * blocks, p.limits.multiprocessors * resident);
+            const double used = std::min<double>(
+                resident, std::ceil(static_cast<double>(programs) * blocks / p.limits.multiprocessors));
+            // Fewer than 16 warps leave slots empty.
+            t.cost = rounds * used * each * warps / 4 / std::min(1.0, 0.4 + 0.6 * used * warps / kResidentWarps);
+            t.programs = programs;
+            if (best.cost == 0 || t.cost < best.cost) best = t;
+        }
+    }
+    return best;
 }
 
 int bits_of(int power) {
@@ -394,6 +462,21 @@ ToeplitzBandsPlan make_bands(const Problem& p) {
 ToeplitzTiling plan_toeplitz(const Problem& p) {
     static Plans<ToeplitzTiling> plans;
     return plans.get(p, 0, [&] { return make(p); });
+}
+
+ToeplitzPlanesTiling plan_toeplitz_planes(const Problem& p) {
+    static Plans<ToeplitzPlanesTiling> plans;
+    return plans.get(p, 0, [&] { return make_planes(p); });
+}
+
+bool planes_forward(const Problem& p) {
+    const ToeplitzPlanesTiling planes = plan_toeplitz_planes(p);
+    if (planes.cost == 0) return false;
+    // Offsets within a group of images are 32 bits wide.
+    for (const Map& m : {p.ctx, p.gates})
+        if ((planes.images - 1) * m.stride_b + p.H * m.stride_h + p.W * m.stride_w + p.C > INT32_MAX) return false;
+    const double tiles = plan_toeplitz(p).cost;
+    return tiles == 0 || planes.cost <= tiles;
 }
 
 ToeplitzBackwardTiling plan_toeplitz_backward(const Problem& p) {

@@ -5,6 +5,8 @@ barrier that is missing gives wrong numbers, which the last test shows. The rule
 float64 is at most twice that of the reference in the same precision, plus one unit in the last place.
 """
 
+import math
+import re
 import shutil
 
 import pytest
@@ -117,16 +119,24 @@ def test_every_path_obeys_the_rule(run, path, device, shape, dtype):
     assert check_forward(run, shape, dtype, device) == path
 
 
-# Blocks of several images and of one, warps that share a channel, tiles with halo, kernels of two steps; channels that
-# are odd or do not fill a block; maps beyond 16 rows and 8 columns by one.
+# Planes: every number of blocks of columns, groups of images of which the last is not full, taken in turn by one block
+# of threads, rows beyond the only image, kernels that are tall and of one column; channels that do not fill a block.
+# Whole maps and tiles: blocks of several images and of one, warps that share a channel, halo, kernels of two steps;
+# channels that are odd or do not fill a block; maps beyond 16 rows and 8 columns by one.
 TENSOR_CORES = [
-    ("whole maps", SM_90, Shape(2, 14, 14, 40, (3, 5, 7))),
-    ("whole maps", SM_90, Shape(5, 7, 7, 17, (3, 5, 7), normalize=True)),
-    ("whole maps", SM_90, Shape(1, 56, 56, 4, (3, 5, 7))),
-    ("whole maps", SM_90, Shape(1, 17, 9, 36, (3, 5, 7, 9), normalize=True)),
+    ("planes", SM_90, Shape(2, 14, 14, 40, (3, 5, 7))),
+    ("planes", SM_90, Shape(21, 7, 7, 17, (3, 5, 7), normalize=True)),
+    ("planes", Device(227, 228, 1), Shape(5, 28, 28, 12, (3, 5, 7))),
+    ("planes", SM_90, Shape(1, 56, 56, 4, (3, 5, 7))),
+    ("planes", Device(227, 228, 1), Shape(3, 43, 48, 9, (5, 7, 9), normalize=True)),
+    ("planes", SM_90, Shape(3, 17, 19, 36, (3, 5, 7, 9), normalize=True)),
+    ("planes", SM_86, Shape(3, 5, 8, 8, ((15, 1), (9, 9)))),
+    ("whole maps", SM_86, Shape(17, 1, 1, 12, (9,))),
+    ("whole maps", SM_90, Shape(2, 14, 14, 40, (3, 5, 11))),
+    ("whole maps", SM_90, Shape(5, 7, 7, 17, (3, 5, 11), normalize=True)),
     ("whole maps", SM_80, Shape(1, 19, 22, 17, (11, 13, 15))),
     ("whole maps", SM_86, Shape(3, 5, 41, 8, ((3, 15), (9, 1)))),
-    ("whole maps", SM_86, Shape(17, 1, 1, 12, (9,))),
+    ("whole maps", SM_86, Shape(2, 57, 35, 12, (3, 5))),
     ("tiles", SMALL, Shape(1, 48, 57, 9, (3, 5), normalize=True)),
     ("tiles", SMALL, Shape(2, 63, 49, 8, (3, 3, 3, 3))),
     ("tiles", Device(64, 100, 4), Shape(1, 53, 61, 7, (11, 13))),
@@ -144,6 +154,29 @@ def test_forward_on_tensor_cores_obeys_the_rule(run, shape, dtype):
 @low_dtypes
 def test_every_path_of_forward_on_tensor_cores_obeys_the_rule(run, path, device, shape, dtype):
     assert check_forward(run, shape, dtype, device, tensor_cores=True) == path
+
+
+@low_dtypes
+def test_gelu_on_tensor_cores_over_its_whole_range(run, dtype):
+    """A 1x1 kernel of ones and a gate of one make the operator GELU itself. The rule holds from each power of two to
+    the next, in the tail below -4 an absolute bound."""
+    z = torch.arange(2**15, dtype=torch.int16).view(dtype)
+    z = z[(z >= 2**-10) & (z <= 64)]
+    shape = (2, 56, 56, 8)
+    ctx = torch.cat([z, -z]).repeat(25)[: math.prod(shape)].view(shape)
+    gates = torch.tensor([1.0, 0.0], dtype=dtype).expand(*shape[:3], 2)
+    packed = torch.cat([ctx, gates], -1)
+    weights = [torch.ones(8, 1, 1, 1, dtype=dtype)]
+    options = {"device": Device(227, 228, 1), "tensor_cores": True}
+    path, (agg,) = run(packed[..., :8], packed[..., 8:], weights, False, **options)
+    assert path == "planes"
+    z, mine = ctx.flatten(), agg.flatten()
+    exact, low = torch.nn.functional.gelu(z.double()), torch.nn.functional.gelu(z)
+    for power in range(-10, 6):
+        for sign in (1, -1) if power < 2 else (1,):
+            held = (sign * z >= 2.0**power) & (sign * z < 2.0 ** (power + 1))
+            assert_rule(f"GELU from {sign * 2.0**power}", mine[held], low[held], exact[held])
+    assert (mine - exact)[z <= -4].abs().max() <= 2**-13
 
 
 # Backward has two paths; what fits as whole planes in one launch goes level by level on a device with less memory.
@@ -295,6 +328,11 @@ def test_nan_stays_within_its_channel_and_image(run, dtype, tensor_cores):
 BARRIERS = {
     "between the levels": ("gated_aggregation_fwd.cu", "        inside = outputs;\n        __syncthreads();\n"),
     "behind the zeros": ("toeplitz_fwd.cu", "    __syncthreads();\n    load_planes(b);\n"),
+    "behind the zeros of the planes": (
+        "toeplitz_fwd_planes.cu",
+        "        __syncthreads();\n        with_width<T>(p.ctx_",
+    ),
+    "behind the sums": ("toeplitz_fwd_planes.cu", "    __syncwarp();  // the sums are there\n"),
 }
 
 
@@ -303,12 +341,15 @@ def test_a_barrier_that_is_missing_is_seen(program, tmp_path, barrier):
     """With one of the barriers turned off the numbers are wrong: the tests above would fail."""
     source, line = BARRIERS[barrier]
     text = (CUDA / source).read_text()
-    changed = text.replace(line, line.replace("__syncthreads();", ""))
+    changed = text.replace(line, re.sub(r"__sync\w+\(\);", "", line))
     assert changed != text
     broken = shutil.copytree(program.parent, tmp_path / "broken")
     (broken / source).write_text(changed)
     program = compile_sources(broken, [broken / source])
-    tensor_cores = source == "toeplitz_fwd.cu"
-    shape, dtype = Shape(1, 14, 14, 32, (3, 5, 7)), DTYPES[tensor_cores]
+    tensor_cores = source.startswith("toeplitz_fwd")
+    kernels = (3, 5, 11) if source == "toeplitz_fwd.cu" else (3, 5, 7)
+    shape, dtype, device = Shape(4, 14, 14, 32, kernels), DTYPES[tensor_cores], Device(227, 228, 1)
     with pytest.raises(AssertionError, match="agg"):
-        check_forward(lambda *a, **o: call(program, tmp_path, *a, **o), shape, dtype, tensor_cores=tensor_cores)
+        check_forward(
+            lambda *a, **o: call(program, tmp_path, *a, **o), shape, dtype, device, tensor_cores=tensor_cores
+        )

@@ -19,7 +19,7 @@ pytestmark = [
 
 ARCHITECTURES = (80, 90, 100)
 # 512 threads of a block; two blocks of 256.
-MAX_REGISTERS = {"toeplitz_fwd": 128, "toeplitz_bwd": 128, "toeplitz_bwd_levels": 128}
+MAX_REGISTERS = {"toeplitz_fwd": 128, "toeplitz_fwd_planes": 128, "toeplitz_bwd": 128, "toeplitz_bwd_levels": 128}
 OUTPUTS = 4  # a lane and block of columns
 BLOCKS = 7  # 56 columns
 KERNELS = (3, 5, 7)
@@ -28,6 +28,7 @@ MAX_INSTRUCTIONS = 102
 # The same of backward's tiles: three levels up and down, with the derivative of GELU and dweights. Passes over
 # positions (GELU, dgates, agg, loads and stores) come on top.
 MAX_BACKWARD_INSTRUCTIONS = 222
+MAX_PLANES_INSTRUCTIONS = 50  # with the sum of gates in registers
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +114,17 @@ def test_instructions_an_output_of_backward(backward_loops):
     total = sum(up[1] + kernel * (up[0] + down[0]) + trips[kernel] * product for kernel in KERNELS)
     total += (len(KERNELS) - 1) * down[1] + dctx[1]
     assert total / (OUTPUTS * BLOCKS) <= MAX_BACKWARD_INSTRUCTIONS
+
+
+def test_instructions_an_output_of_small_maps(compiled):
+    """56 x 56: a warp's four tiles of a level are one pass through the code, with a loop over kernel rows in each."""
+    if sass.cuobjdump() is None:
+        pytest.skip("needs cuobjdump, of the CUDA toolkit or the triton package")
+    binary, _ = compiled("toeplitz_fwd_planes", 90)
+    code = sass.instructions(binary, f"toeplitz_fwd_planes_kernelI13__nv_bfloat16Li{BLOCKS}E")
+    loops = [tuple(sum(part.values()) for part in pair) for pair in sass.product_loops(code)]
+    assert len(loops) == 4
+    rows = sum(inner for inner, _ in loops)
+    level = sum(loops[0]) - rows
+    per_output = sum(level + kernel * rows for kernel in KERNELS) / (7 * 2 * BLOCKS)
+    assert per_output <= MAX_PLANES_INSTRUCTIONS

@@ -239,6 +239,14 @@ inline void run_block(int threads) {
 
 inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::Fiber::kAtBarrier); }
 
+// Four of the eight bytes of two words: b has the upper four.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned which) {
+    const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(both >> 8 * (which >> 4 * i & 7) & 0xff) << 8 * i;
+    return result;
+}
+
 inline float __shfl_xor_sync(unsigned mask, float value, int lanes) {
     using namespace cuda_on_cpu;
     if (mask != 0xffffffffu) fail("only whole warps shuffle here");

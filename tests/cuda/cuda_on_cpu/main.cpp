@@ -61,6 +61,7 @@ void check(Status status) {
 }
 
 const char* path_of(const Problem& p) {
+    if (p.tensor_cores && planes_forward(p)) return "planes";
     if (p.tensor_cores) return plan_toeplitz(p).whole_map() ? "whole maps" : "tiles";
     const ForwardPlan plan = plan_forward(p);
     return plan.whole_map ? "whole map" : plan.groups > 1 ? "levels" : "tiles";
@@ -84,7 +85,9 @@ void print(const char* what, const Tiling& t) {
 int print_plans(const Problem& p) {
     const ForwardPlan plan = plan_forward(p);
     std::cout << path_of(p) << "\n" << backward_path_of(p) << "\n";
-    if (const ToeplitzTiling t = plan_toeplitz(p); p.tensor_cores)
+    if (const ToeplitzPlanesTiling t = plan_toeplitz_planes(p); p.tensor_cores && planes_forward(p))
+        print("forward", kToeplitzPlaneChannels, p.H, p.W, 32 * kToeplitzPlaneChannels, t.shared_bytes, t.cost);
+    else if (const ToeplitzTiling t = plan_toeplitz(p); p.tensor_cores)
         print("forward", t.block_c, t.tile_h, t.tile_w, t.threads(), t.shared_bytes, t.cost);
     for (int i = 0; i < plan.groups && !p.tensor_cores; ++i) print("forward", plan.group[i].tiling);
     if (const ToeplitzBackwardTiling t = plan_toeplitz_backward(p); p.tensor_cores && whole_maps_backward(p)) {
