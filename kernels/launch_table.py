@@ -106,6 +106,7 @@ WHOLE_PLANE_ROWS = 64
 LOW_PLANE_ROWS = 32
 FEW_PLANES_ROWS = 16
 MANY_LEVELS = 4
+FLOAT16_ROWS_OF_MANY_LEVELS = 4
 # Channels of the narrowest tile, for few images; twice as many before Hopper and where there are MANY_LEVELS.
 NARROWEST = 16
 
@@ -119,14 +120,15 @@ HALVES = (torch.bfloat16, torch.float16)
 ROWS = (
     (7, FLOAT16, 16, 8, 2),
     (9, HALVES, ANY, 8, 4),
-    (9, FLOAT32, ANY, 8, 2),
+    (7, FLOAT32, ANY, 8, 2),
+    (9, FLOAT32, ANY, 4, 2),
     (11, HALVES, ANY, 8, 4),
     (11, FLOAT32, ANY, 4, 2),
     (13, HALVES, ANY, 4, 2),
     (15, HALVES, 16, 8, 4),
     (15, FLOAT32, 16, 4, 4),
 )
-# (largest kernel, dtypes, oldest architecture, whole planes alone, back_rows) where registers suffice for more rows.
+# (largest kernel, dtypes, oldest architecture, whole planes alone, back_rows) where more rows fit the registers.
 MORE_BACK_ROWS = ((5, BFLOAT16, 90, False, 8), (7, BFLOAT16, 90, True, 8))
 
 FORWARD, BACKWARD = "forward", "backward"
@@ -160,7 +162,7 @@ def level_config(
 ) -> LevelConfig:
     """The rows of the tables for such a map and such kernels; few channels make a narrower tile.
 
-    So do few images: tiles become narrower until every processor of the ``device`` has one, or a tile is one warp.
+    So do few images: tiles become narrower until every processor of the ``device`` has one, or a tile is two warps.
     Without a device the choice is that of an H100 with work enough.
     """
     config = next(
@@ -173,9 +175,11 @@ def level_config(
     fills = 2 * batch * -(-channels // block_c) > processors
     whole_plane = height <= _whole_plane_rows(arch, len(kernel_heights), fills)
     narrowest = 2 * NARROWEST if arch < 90 or len(kernel_heights) >= MANY_LEVELS else NARROWEST
-    while block_c > narrowest and config.block_w * block_c > 128 and batch * -(-channels // block_c) < processors:
+    while block_c > narrowest and config.block_w * block_c > 256 and batch * -(-channels // block_c) < processors:
         block_c //= 2
     rows, back_rows = _rows(kernel_heights, dtype, block_c)
+    if dtype in FLOAT16 and len(kernel_heights) >= MANY_LEVELS:
+        rows = min(rows, FLOAT16_ROWS_OF_MANY_LEVELS)
     for tallest, dtypes, oldest, whole_planes_alone, more in MORE_BACK_ROWS:
         if max(kernel_heights) <= tallest and dtype in dtypes and arch >= oldest and whole_plane >= whole_planes_alone:
             back_rows = more
