@@ -338,8 +338,8 @@ struct BestBackward {
         if (t.shared_bytes > static_cast<size_t>(p.limits.shared_per_block)) return;
         const int all = blocks_for(p.C, t.block_c);
         // Two blocks for every multiprocessor, or all that there are.
-        const int filling = blocks_for(2 * p.limits.multiprocessors, blocks_for(static_cast<int>(p.B), t.images));
-        const int fewest = std::min(all, std::max(1, filling));
+        const int groups = std::max(1, blocks_for(static_cast<int>(p.B), t.images));
+        const int fewest = std::min(all, blocks_for(2 * p.limits.multiprocessors, groups));
         for (int splits = fewest; splits <= std::max(fewest, std::min(all, 32)); ++splits) {
             t.chunks = std::max(1, all / splits);
             t.cost = cost_of(p, t);
