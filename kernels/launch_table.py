@@ -126,7 +126,7 @@ ROWS = (
     (11, FLOAT32, ANY, 4, 2),
     (13, HALVES, ANY, 4, 2),
     (15, HALVES, 16, 8, 4),
-    (15, FLOAT32, 16, 4, 4),
+    (15, FLOAT32, 16, 4, 2),
 )
 # (largest kernel, dtypes, oldest architecture, whole planes alone, back_rows) where more rows fit the registers.
 MORE_BACK_ROWS = ((5, BFLOAT16, 90, False, 8), (7, BFLOAT16, 90, True, 8))
