@@ -126,7 +126,7 @@ ROWS = (
     (11, FLOAT32, ANY, 4, 2),
     (13, HALVES, ANY, 4, 2),
     (15, HALVES, 16, 8, 4),
-    (15, FLOAT32, 16, 4, 2),
+    (15, FLOAT32, 16, 4, 4),
 )
 # (largest kernel, dtypes, oldest architecture, whole planes alone, back_rows) where more rows fit the registers.
 MORE_BACK_ROWS = ((5, BFLOAT16, 90, False, 8), (7, BFLOAT16, 90, True, 8))
@@ -190,6 +190,11 @@ def level_config(
         back_rows=min(back_rows, config.back_rows),
         whole_plane=whole_plane,
     )
+
+
+def backward_would_spill(kernel_heights: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether no tile leaves a thread registers enough: float32, three levels and more, the largest kernels."""
+    return dtype in FLOAT32 and len(kernel_heights) > 2 and max(kernel_heights) > 11
 
 
 def _rows(kernel_heights: tuple[int, ...], dtype: torch.dtype, block_c: int) -> list[int] | None:

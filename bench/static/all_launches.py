@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from bytes_moved import case_of, plan_of
 from compiled import Pointer
+from focalnet.kernels.launch_table import backward_would_spill
 from focalnet.kernels.plan import A100, B200, H100, RTX_3090, RTX_4090, RTX_5090, Device, Launch
 
 from focalnet.benchmark.floors import OPERATORS, Stage, stages
@@ -44,6 +45,8 @@ def launches(arch: int, dtypes: tuple[torch.dtype, ...] = DTYPES) -> dict[tuple,
     for stage, batch in published():
         for dtype in dtypes:
             for operator in OPERATORS:
+                if operator.endswith("_bwd") and backward_would_spill(stage.kernels, dtype):
+                    continue  # the backend refuses it
                 plan = plan_of(operator, case_of(operator, stage, batch, dtype), device)
                 types = plan.dtype_of()
                 for launch in plan.launches:

@@ -68,9 +68,17 @@ def why_not(problem: Problem) -> str | None:
         return f"{len(problem.kernel_sizes)} levels are more than {MAX_LEVELS}"
     if max(map(max, problem.kernel_sizes)) > MAX_KERNEL:
         return f"kernel {max(map(max, problem.kernel_sizes))} is larger than {MAX_KERNEL}"
+    if problem.operator.endswith("_bwd") and _would_spill(problem):
+        return "gradients of three levels or more in float32 with kernels above 11 do not fit the registers"
     if problem.batch * problem.height * problem.width >= 2**31:
         return "there are 2^31 positions or more"
     return None
+
+
+def _would_spill(problem: Problem) -> bool:
+    from ..kernels.launch_table import backward_would_spill
+
+    return backward_would_spill(tuple(height for height, _ in problem.kernel_sizes), problem.dtype)
 
 
 # Calls whose launch this device refused, with the reason.

@@ -138,11 +138,11 @@ def test_a_forward_asks_for_no_less_than_its_maps(stage):
 
 # Bars that the committed rows miss. A bar that is met, and one that is not met any more, both change this list.
 MISSED = {
-    *(f"aggregation forward, stage {stage}, us" for stage in (1, 2, 3, 4)),
-    *(f"focal_modulation backward, stage {stage}, us" for stage in (1, 2, 3, 4)),
-    "large_fl3 stage 1, 32 images: focal_modulation backward, us",
+    "focal_modulation backward, stage 3, us",
+    "focal_modulation backward, stage 4, us",
     "sum_dgates_kernel of cuda, fewest programs",
     "sum_partials_kernel of cuda, fewest programs",
+    "add_global_kernel of triton, fewest programs",
     "dagg_kernel of triton, fewest programs",
     "dweight_kernel of triton, fewest programs",
     "modulator_bwd_kernel of triton, fewest programs",
