@@ -31,10 +31,18 @@ LARGEST_SIDES, LARGEST_BATCHES = (8, 16, 32), (4, 32)
 BACKENDS = {"T": "triton", "C": "cuda", ".": DEFAULT[0]}
 # -- written by bench/static/backend_order.py
 FIRST: dict[tuple[str | None, str, str], str] = {
-    ("H100", "bfloat16", "gated_aggregation"): "..T ..C ..C ..C",
-    ("H100", "bfloat16", "gated_aggregation_bwd"): "..T ..T ..C ..C",
-    ("H100", "bfloat16", "focal_modulation"): "..T ..T ..C ..C",
-    ("H100", "bfloat16", "focal_modulation_bwd"): "..T ..T ..C ..C",
+    ("A100", "bfloat16", "gated_aggregation"): "..C ..C ..C ..C",
+    ("A100", "bfloat16", "gated_aggregation_bwd"): "..C ..C ..C ..C",
+    ("A100", "bfloat16", "focal_modulation"): "..C ..C ..C ..C",
+    ("A100", "bfloat16", "focal_modulation_bwd"): "..C ..C ..C ..C",
+    ("H100", "bfloat16", "gated_aggregation"): "CCC CCC CCC CCC",
+    ("H100", "bfloat16", "gated_aggregation_bwd"): "CCC CCC CCC CCC",
+    ("H100", "bfloat16", "focal_modulation"): "CCC CCC CCC CCC",
+    ("H100", "bfloat16", "focal_modulation_bwd"): "CCC CCC CCC CCC",
+    ("B200", "bfloat16", "gated_aggregation"): "..C ..C ..C ..C",
+    ("B200", "bfloat16", "gated_aggregation_bwd"): "..C ..C ..C ..C",
+    ("B200", "bfloat16", "focal_modulation"): "..C ..C ..C ..C",
+    ("B200", "bfloat16", "focal_modulation_bwd"): "..C ..C ..C ..C",
 }
 # -- end
 

@@ -142,7 +142,6 @@ MISSED = {
     "focal_modulation backward, stage 4, us",
     "sum_dgates_kernel of cuda, fewest programs",
     "sum_partials_kernel of cuda, fewest programs",
-    "add_global_kernel of triton, fewest programs",
     "dagg_kernel of triton, fewest programs",
     "dweight_kernel of triton, fewest programs",
     "modulator_bwd_kernel of triton, fewest programs",

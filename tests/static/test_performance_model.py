@@ -253,8 +253,8 @@ def test_what_is_covered_and_what_is_left_out_are_every_published_size():
 MAX_LAUNCHES = {"focal_modulation": 4, "focal_modulation_bwd": 12}
 MAX_US = {
     ("gated_aggregation", 1): 320, ("gated_aggregation", 2): 185, ("gated_aggregation", 3): 100,
-    ("gated_aggregation", 4): 55, ("focal_modulation_bwd", 1): 1680, ("focal_modulation_bwd", 2): 920,
-    ("focal_modulation_bwd", 3): 555, ("focal_modulation_bwd", 4): 365,
+    ("gated_aggregation", 4): 55, ("focal_modulation_bwd", 1): 1715, ("focal_modulation_bwd", 2): 920,
+    ("focal_modulation_bwd", 3): 555, ("focal_modulation_bwd", 4): 370,
 }  # fmt: skip
 
 
