@@ -93,8 +93,7 @@ class FocalModulation(nn.Module):
     def _give_room(self) -> None:
         """Let the parameters of projection_in lie where a product can go on reading rows of zeros."""
         for own in self.projection_in.parameters(recurse=False):
-            shared = own.device.type == "cpu" and own.is_shared()  # then it must stay where it is
-            if type(own) is nn.Parameter and not shared and not has_room(own):
+            if own.is_cuda and type(own) is nn.Parameter and not has_room(own):
                 own.data = with_room(own.data)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FocalModulation:

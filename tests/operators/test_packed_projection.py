@@ -174,38 +174,6 @@ def test_a_backend_with_kernels_for_the_aggregation_alone_writes_dq_into_the_gra
 
 # ---- rows that nobody copies ----------------------------------------------------------------------------------------
 
-MOVES = {
-    "made": lambda module: module,
-    "cast": lambda module: module.bfloat16(),
-    "from meta": lambda module: focalnet.FocalModulation(8).to("meta").to_empty(device="cpu"),
-    "loaded": lambda module: module.load_state_dict(focalnet.FocalModulation(8).state_dict()) and module,
-    "shared": lambda module: module.share_memory(),
-}
-
-
-@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
-def test_the_product_of_a_module_reads_its_parameters_where_they_lie(move, padding):
-    module = focalnet.FocalModulation(8)
-    module = move(module) or module
-    x = torch.randn(1, 2, 3, 8, dtype=module.projection_in.weight.dtype)
-    with torch.no_grad(), Calls() as calls:
-        assert is_padded(norm_branches.linear(module.projection_in, x, None, True))
-    assert not calls.seen.keys() & set(COPIES)
-
-
-def test_parameters_without_room_give_the_same_and_shared_ones_stay_shared(padding):
-    module, x = focalnet.FocalModulation(8), torch.randn(1, 2, 3, 8)
-    with torch.no_grad():
-        expected = module(x)
-        module.load_state_dict(module.state_dict(), assign=True)
-        tight = {name: p.clone() for name, p in module.state_dict().items()}
-        module.load_state_dict(tight, assign=True)
-        torch.testing.assert_close(module(x), expected)
-        place = module.share_memory().projection_in.weight.data_ptr()
-        assert module.float().projection_in.weight.data_ptr() == place
-        torch.testing.assert_close(module(x), expected)
-
-
 def test_what_is_saved_has_the_published_shapes(tmp_path):
     module, other = focalnet.FocalModulation(8), focalnet.FocalModulation(8)
     for path, save, load in (
