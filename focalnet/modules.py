@@ -15,7 +15,7 @@ from .fusion.context_parts import convolutions, parameter, unusual_context, weig
 from .fusion.module_checks import is_proxy
 from .fusion.norm_branches import linear, may_pad, norm_linear
 from .onednn import guarded
-from .operators.norm_linear import has_room, with_room
+from .operators.norm_linear import wants_room, with_room
 
 # torch.fx cannot trace through the function, so it becomes one node of the graph.
 torch.fx.wrap("focal_modulation")
@@ -93,13 +93,15 @@ class FocalModulation(nn.Module):
     def _give_room(self) -> None:
         """Let the parameters of projection_in lie where a product can go on reading rows of zeros."""
         for own in self.projection_in.parameters(recurse=False):
-            if own.is_cuda and type(own) is nn.Parameter and not has_room(own):
+            if type(own) is nn.Parameter and wants_room(own):
                 own.data = with_room(own.data)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FocalModulation:
-        """Called by ``to``, ``half`` and the like, which give parameters new memory."""
+        """Called by ``to``, ``half`` and the like. Parameters that got new memory get room there."""
+        before = [own.data_ptr() for own in self.projection_in.parameters(recurse=False)]
         super()._apply(fn, recurse)
-        self._give_room()
+        if before != [own.data_ptr() for own in self.projection_in.parameters(recurse=False)]:
+            self._give_room()
         return self
 
     @staticmethod

@@ -110,7 +110,7 @@ def packed_focal_modulation_bwd(
     """[dprojected, dweight, dbias, *dfocal_weights]; the rows of dprojected are padded (see `padded_empty`)."""
     need_projected, *needs = output_mask
     q, ctx, gates = _parts(projected, weight)
-    dprojected = padded_empty(projected, projected.shape) if need_projected else projected.new_empty(0)
+    dprojected = _gradient_of(projected, need_projected)
     out = _parts(dprojected, weight) if need_projected else None
     run = choose("focal_modulation_bwd", ctx, focal_weights, backend, out)
     mask = [need_projected] * 3 + needs
@@ -119,6 +119,10 @@ def packed_focal_modulation_bwd(
         if gradient is not part:
             part.copy_(gradient)
     return [dprojected, *pack(gradients[3:], projected)]
+
+
+def _gradient_of(projected: Tensor, wanted: bool) -> Tensor:
+    return padded_empty(projected, projected.shape) if wanted else projected.new_empty(0)
 
 
 def _parts(projected: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -188,7 +192,7 @@ def _packed_bwd_fake(
     need_projected, need_weight, need_bias, need_focal = output_mask
     bias_like = weight[0] if bias is None else bias
     wanted = [need_weight, need_bias, *[need_focal] * len(focal_weights)]
-    dprojected = padded_empty(projected, projected.shape) if need_projected else projected.new_empty(0)
+    dprojected = _gradient_of(projected, need_projected)
     return [dprojected, *_fake_gradients([weight, bias_like, *focal_weights], wanted, projected)]
 
 

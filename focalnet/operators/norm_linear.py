@@ -56,7 +56,12 @@ def with_room(parameter: Tensor) -> Tensor:
     return parameter.new_zeros((_padded(rows), *size))[:rows].copy_(parameter)
 
 
-def has_room(parameter: Tensor) -> bool:
+def wants_room(parameter: Tensor) -> bool:
+    """Whether `padded_linear` would copy ``parameter`` (N, ...) on its device: rows are padded on a GPU alone."""
+    return parameter.is_cuda and not _has_room(parameter)
+
+
+def _has_room(parameter: Tensor) -> bool:
     """Whether the memory of ``parameter`` (N, ...) goes on to a multiple of `ROW_ELEMENTS` rows."""
     rows, *size = parameter.shape
     end = parameter.storage_offset() + _padded(rows) * math.prod(size)
@@ -65,7 +70,7 @@ def has_room(parameter: Tensor) -> bool:
 
 def _with_rows(parameter: Tensor, rows: int) -> Tensor:
     """``parameter`` (N, ...) and ``rows`` - N more: what lies behind it, or its last row again where nothing does."""
-    if not torch.compiler.is_compiling() and has_room(parameter):
+    if not torch.compiler.is_compiling() and _has_room(parameter):
         return parameter.as_strided((rows, *parameter.shape[1:]), parameter.stride())
     return torch.cat([parameter, parameter[-1:].expand(rows - parameter.shape[0], *parameter.shape[1:])])
 

@@ -16,9 +16,11 @@ from small_models import theirs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import focalnet
+from focalnet import modules as modules_of_focalnet
 from focalnet import reference
 from focalnet.backends import composed, cuda, registry
 from focalnet.fusion import norm_branches
+from focalnet.operators import norm_linear
 from focalnet.operators.norm_linear import ROW_ELEMENTS, padded_empty, padded_linear
 
 OPS = torch.ops.focalnet
@@ -174,7 +176,51 @@ def test_a_backend_with_kernels_for_the_aggregation_alone_writes_dq_into_the_gra
 
 # ---- rows that nobody copies ----------------------------------------------------------------------------------------
 
-def test_what_is_saved_has_the_published_shapes(tmp_path):
+
+@pytest.fixture
+def room(monkeypatch):
+    """A CPU's parameters get room, as those of a GPU do."""
+    monkeypatch.setattr(modules_of_focalnet, "wants_room", lambda p: not norm_linear._has_room(p))
+
+
+MOVES = {
+    "made": lambda module: module,
+    "cast": lambda module: module.bfloat16(),
+    "from meta": lambda module: focalnet.FocalModulation(8).to("meta").to_empty(device="cpu"),
+    "loaded": lambda module: module.load_state_dict(focalnet.FocalModulation(8).state_dict()) and module,
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_the_product_of_a_module_reads_its_parameters_where_they_lie(move, padding, room):
+    module = focalnet.FocalModulation(8)
+    module = move(module) or module
+    x = torch.randn(1, 2, 3, 8, dtype=module.projection_in.weight.dtype)
+    with torch.no_grad(), Calls() as calls:
+        assert is_padded(norm_branches.linear(module.projection_in, x, None, True))
+    assert not calls.seen.keys() & set(COPIES)
+
+
+def test_parameters_without_room_give_the_same_and_those_that_stay_keep_their_place(padding, room):
+    module, x = focalnet.FocalModulation(8), torch.randn(1, 2, 3, 8)
+    with torch.no_grad():
+        expected = module(x)
+        module.load_state_dict(module.state_dict(), assign=True)
+        tight = {name: p.clone() for name, p in module.state_dict().items()}
+        module.load_state_dict(tight, assign=True)
+        torch.testing.assert_close(module(x), expected)
+        place = module.projection_in.weight.data_ptr()
+        assert module.float().projection_in.weight.data_ptr() == place
+        torch.testing.assert_close(module(x), expected)
+
+
+def test_on_a_cpu_parameters_have_no_room(padding):
+    """Nothing pads there, and their storages are of their size."""
+    for parameter in focalnet.FocalModulation(8).float().parameters():
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+
+
+def test_what_is_saved_has_the_published_shapes(tmp_path, room):
     module, other = focalnet.FocalModulation(8), focalnet.FocalModulation(8)
     for path, save, load in (
         (tmp_path / "a.pt", torch.save, torch.load),
