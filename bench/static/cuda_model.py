@@ -61,13 +61,14 @@ console = Console(width=180)
 
 @dataclass(frozen=True)
 class Launch:
-    """``name`` as in ptxas.py's table; ``arguments``: the bytes of each parameter."""
+    """``name`` as in ptxas.py's table; ``arguments``: the bytes of each parameter; ``memory``: where tensors lie."""
 
     name: str
     grid: int
     threads: int
     shared: int
     arguments: tuple[bytes, ...]
+    memory: range
 
     @property
     def kernel(self) -> str:
@@ -129,10 +130,13 @@ def _symbols() -> dict[int, str]:
 def launches(call: Call) -> list[Launch]:
     """In order, for contiguous maps and the padded projection."""
     found = []
-    for line in _lines(call, "-", "launches"):
+    head, *lines = _lines(call, "-", "launches")
+    first, size = map(int, head.split())
+    memory = range(first, first + size + 1)
+    for line in lines:
         place, grid, threads, shared, *arguments = line.split()
         name = _symbols()[int(place)]
-        found.append(Launch(name, int(grid), int(threads), int(shared), tuple(map(bytes.fromhex, arguments))))
+        found.append(Launch(name, int(grid), int(threads), int(shared), tuple(map(bytes.fromhex, arguments)), memory))
     return found
 
 
@@ -209,15 +213,15 @@ class _Used:
 def executed(launch: Launch, arch: int, programs: int = SAMPLE) -> list[Executed]:
     """What some programs of a launch execute."""
     made, grid = _compiled(launch.name, arch), (launch.grid, 1, 1)
-    given = warp.Launch(_apart(packed(made.parameters, launch.arguments)), grid, launch.threads)
+    given = warp.Launch(_apart(packed(made.parameters, launch.arguments), launch.memory), grid, launch.threads)
     return [made.kernel.executed(given, one, load_cycles(in_l2=1)) for one in sample_of(grid, programs)]
 
 
-def _apart(parameters: bytes) -> bytes:
+def _apart(parameters: bytes, memory: range) -> bytes:
     """The parameters with every address in a stretch of its own: the program gives all tensors the same one."""
     words = [parameters[first : first + 8] for first in range(0, len(parameters), 8)]
     for number, word in enumerate(words):
-        if 1 << 40 <= int.from_bytes(word, "little") < 1 << 48:
+        if int.from_bytes(word, "little") in memory:
             words[number] = (number + 1 << 40).to_bytes(8, "little")
     return b"".join(words)
 

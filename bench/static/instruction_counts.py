@@ -20,7 +20,8 @@ class Executed:
     ``mma`` by instructions of one warp, ``tensor`` by those of a group of warps.
 
     ``chain``: cycles that its warps need with nobody else on the processor, the slowest between any two barriers.
-    ``opcodes``: instructions of warps by opcode; ``operations``: float32 ones of a warp on average, two for a
+    ``pipes`` has every instruction that is issued; ``opcodes`` leaves out requests, products and barriers whose guard
+    is off in a whole warp, which keep no unit busy. ``operations``: float32 ones of a warp on average, two for a
     multiply-add; ``conflicts``: wavefronts beyond the least; ``sectors``: different ones of device memory.
     """
 
@@ -63,33 +64,41 @@ class Kernel:
         times = np.repeat(run.entered.sum(axis=1), self._sizes)
         pipes: Counter[str] = Counter()
         opcodes: Counter[str] = Counter()
-        for one, unit, count in zip(self.machine.instructions, self._pipes, times.tolist(), strict=True):
-            pipes[unit] += count
+        ran = self._ran(run, times)
+        for one, unit, issued, count in zip(
+            self.machine.instructions, self._pipes, times.tolist(), ran.tolist(), strict=True
+        ):
+            pipes[unit] += issued
             opcodes[one.opcode] += count
-        wavefronts, conflicts = self._wavefronts(run, times)
+        wavefronts, conflicts = self._wavefronts(run, ran)
         return Executed(
             pipes={name: float(count) for name, count in pipes.items() if count},
-            tensor=float(times @ (self._tensor * self._of_groups)),
+            tensor=float(ran @ (self._tensor * self._of_groups)),
             wavefronts=float(wavefronts),
             chain=self._chain(run, load),
-            mma=float(times @ (self._tensor * ~self._of_groups)),
+            mma=float(ran @ (self._tensor * ~self._of_groups)),
             operations=float(times @ self._floats) / warps,
             conflicts=float(conflicts),
             sectors=float(run.different_sectors()),
             opcodes={name: count for name, count in opcodes.items() if count},
         )
 
-    def _wavefronts(self, run: Run, times: np.ndarray) -> tuple[int, int]:
+    def _ran(self, run: Run, times: np.ndarray) -> np.ndarray:
+        """How often each instruction ran in some thread of a warp, where its guard is known; else it always did."""
+        ran = times.copy()
+        for numbers, counts in ((self.machine.followed, run.requests), (self.machine.guarded, run.passed)):
+            for number in numbers:
+                ran[number] = counts[number]
+        return ran
+
+    def _wavefronts(self, run: Run, ran: np.ndarray) -> tuple[int, int]:
         """(all, those beyond the least). A request whose address is not known is taken to meet no conflict."""
-        followed = np.zeros(len(times), bool)
+        followed = np.zeros(len(ran), bool)
         followed[list(self.machine.followed)] = True
-        found = np.zeros(len(times), np.int64)
-        asked = np.zeros(len(times), np.int64)
+        found = np.zeros(len(ran), np.int64)
         for number, count in run.wavefronts.items():
             found[number] = count
-        for number, count in run.requests.items():
-            asked[number] = count
-        least = np.where(followed, asked, times) * self._alone
+        least = ran * self._alone
         total = np.where(followed, found, least)
         return int(total.sum()), int(np.maximum(total - least, 0).sum())
 

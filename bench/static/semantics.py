@@ -3,7 +3,8 @@
 A register is an array of 32 bits for every thread, a predicate one of truth values. Here stand integer arithmetic,
 comparisons, moves, and the float steps that integer divisions take: what branches and addresses are made of. An
 instruction that is not here is only counted; `computed` gives None for it. Sources: "CUDA Binary Utilities" for the
-names, "PTX ISA" for what the operations mean.
+names, "PTX ISA" for what the operations mean. One list of opcodes, a function for each family: it is longer than other
+files, since it has one place to look.
 """
 
 from __future__ import annotations

@@ -16,6 +16,10 @@ BRANCHES = ("BRA", "EXIT", "RET", "CALL", "BRX", "BREAK", "JMP", "JMX", "KILL")
 _REQUESTS = ("LDS", "STS", "LDSM", "STSM", "ATOMS", "LDG", "STG", "LD", "ST", "ATOMG", "ATOM", "RED", "REDG", "LDGSTS")
 
 
+# Whether one runs is counted thread by thread, since an idle one keeps no unit busy: products and barriers.
+_UNITS = ("HMMA", "IMMA", "BAR")
+
+
 @dataclass(frozen=True)
 class Step:
     """An instruction of the slice: ``assignments`` of what it computes; ``known``: its needs are computed as well."""
@@ -29,6 +33,15 @@ class Step:
 def is_request(one: Sass) -> bool:
     """Whether it asks shared or device memory for something."""
     return one.opcode in _REQUESTS
+
+
+def is_branch(one: Sass) -> bool:
+    return one.opcode in BRANCHES
+
+
+def is_guarded_unit(one: Sass) -> bool:
+    """Whether a guard decides if a product or a barrier runs."""
+    return one.opcode in _UNITS and one.guard is not None
 
 
 def steps_of(code: Code) -> list[list[Step]]:
@@ -55,12 +68,14 @@ class _Fact:
     @staticmethod
     def of(one: Sass, code: Code) -> _Fact:
         needs = 0
-        if one.opcode in BRANCHES and code.is_followed(one):
+        if is_branch(one) and code.is_followed(one):
             needs = one.guards | sum(bits(source.split("`")[0], 1) for source in one.operands)
         elif is_request(one):
             needs = one.guards
             for source in one.operands:
                 needs |= bits(source, 2 if ".64" in source else 1) if "[" in source else 0
+        elif is_guarded_unit(one):
+            needs = one.guards
         assignments = computed(one) if one.writes else None
         reads = 0 if one.opcode in CONSTANT else one.reads
         return _Fact(one, assignments, one.writes, reads | one.guards, needs, _masked(one))
@@ -222,7 +237,7 @@ def _steps(seen: list[_Seen], needed: int, first: int) -> list[Step]:
     for number in reversed(range(len(seen))):
         one, fact = seen[number], seen[number].fact
         inside = one.computes and bool(fact.writes & needed)
-        if inside or is_request(fact.one) or fact.one.opcode in BRANCHES:
+        if inside or is_request(fact.one) or is_guarded_unit(fact.one) or is_branch(fact.one):
             found.append(Step(fact.one, first + number, fact.assignments if inside else None, one.known))
         needed = one.before(needed)
     return found[::-1]

@@ -19,7 +19,7 @@ import numpy as np
 from assembly import Code, Sass
 from lanes import NAMES
 from semantics import predicate, value
-from slices import Step, is_request, steps_of
+from slices import Step, is_branch, is_guarded_unit, is_request, steps_of
 
 WARP = 32
 MAX_BLOCKS = 5_000_000
@@ -43,6 +43,7 @@ class Run:
     """Of one program. ``entered``: by block and warp; ``trace``: (block, its warps), in the order of time.
 
     ``requests``, ``wavefronts``, ``sectors``: by instruction, all warps together. ``asked``: numbers of sectors.
+    ``passed``: warps in which a product's or a barrier's guard holds.
     """
 
     entered: np.ndarray
@@ -50,6 +51,7 @@ class Run:
     requests: Counter[int] = field(default_factory=Counter)
     wavefronts: Counter[int] = field(default_factory=Counter)
     sectors: Counter[int] = field(default_factory=Counter)
+    passed: Counter[int] = field(default_factory=Counter)
     asked: list[np.ndarray] = field(default_factory=list)
 
     def different_sectors(self) -> int:
@@ -67,10 +69,10 @@ class Machine:
         self.constants = np.frombuffer(constants[: len(constants) // 4 * 4] or bytes(4), np.uint32)
         self.instructions = [one for block in code.blocks for one in block.instructions]
         self._steps = steps_of(code)
-        # Numbers of the requests whose addresses are computed.
-        self.followed = {
-            step.number for steps in self._steps for step in steps if step.known and is_request(step.instruction)
-        }
+        # Numbers of the requests whose addresses are computed, and of the products and barriers whose guards are.
+        known = [step for steps in self._steps for step in steps if step.known]
+        self.followed = {step.number for step in known if is_request(step.instruction)}
+        self.guarded = {step.number for step in known if is_guarded_unit(step.instruction)}
         self._texts: dict[tuple[int, bool], object] = {}
 
     def run(self, launch: Launch, program: Sequence[int]) -> Run:
@@ -91,7 +93,7 @@ class Machine:
     def refused(self, block: int) -> Sass | None:
         """The branch at the end of a block, if it depends on what is not known."""
         last = self._steps[block][-1] if self._steps[block] else None
-        return last.instruction if last and not last.known and not is_request(last.instruction) else None
+        return last.instruction if last and not last.known and is_branch(last.instruction) else None
 
 
 # ---- the slice as text ----------------------------------------------------------------------------------------------
@@ -103,7 +105,7 @@ def _function(steps: Sequence[Step], whole: bool) -> str:
     condition = "None"
     for step in steps:
         lines += _lines(step, whole)
-        if not is_request(step.instruction) and step.assignments is None and step.known:
+        if is_branch(step.instruction) and step.known:
             condition = _condition(step.instruction)
     return "\n    ".join([*lines, f"return {condition}"])
 
@@ -112,6 +114,8 @@ def _lines(step: Step, whole: bool) -> list[str]:
     one = step.instruction
     if is_request(one):
         return _ask(step, whole) if step.known else []
+    if is_guarded_unit(one):
+        return [f"passing({step.number}, m & {predicate(one.guard)})"] if step.known else []
     if step.assignments is None:
         return []
     guard = predicate(one.guard) if one.guard else ""
@@ -314,6 +318,9 @@ class _Program:
         self.result.wavefronts[number] += wavefronts
         self.result.sectors[number] += sectors
 
+    def _pass(self, number: int, active: np.ndarray) -> None:
+        self.result.passed[number] += int(active.reshape(-1, WARP).any(1).sum())
+
     def _namespace(self, launch: Launch, program: Sequence[int]) -> dict[str, object]:
         count = len(self.lanes)
         banks = {0: _constant_bank(launch, self.machine.arch), 2: self.machine.constants}
@@ -341,6 +348,7 @@ class _Program:
         registers = {kind: [zeros if kind in "RU" else false] * size for kind, size in _COUNTS.items()}
         return {
             **NAMES, **registers, "n": number, "k": word, "gather": gather, "s": special_register, "ask": self._ask,
+            "passing": self._pass,
             "z": zeros, "z64": np.zeros(count, np.uint64), "true": ~false, "false": false,
         }  # fmt: skip
 

@@ -105,8 +105,9 @@ int print_plans(const Problem& p) {
     return 0;
 }
 
-// The launches of a contiguous problem: a line each, with the kernel's address, grid, threads, shared memory, and the
-// bytes of the arguments. Nothing is computed; pointers are whatever they are, but null where nothing is wanted.
+// The launches of a contiguous problem: the first address and the bytes of what they are given, then a line each, with
+// the kernel's address, grid, threads, shared memory, and the bytes of the arguments. Nothing is computed; pointers
+// are whatever they are, but null where nothing is wanted.
 int print_launches(Problem p, bool backward, Gradients out, bool want_agg) {
     cuda_on_cpu::records = true;
     alignas(16) static char somewhere[16];
@@ -115,7 +116,11 @@ int print_launches(Problem p, bool backward, Gradients out, bool want_agg) {
     p.gates = p.ctx;
     for (int l = 0; l < p.L; ++l) p.weights[l].data = somewhere;
     const Map map = contiguous(somewhere, p, p.C);
+    const auto memory = [&](size_t bytes) {
+        std::cout << reinterpret_cast<uintptr_t>(somewhere) << " " << bytes << "\n";
+    };
     if (!backward) {
+        memory(forward_scratch_bytes(p));
         check(gated_aggregation(p, map, somewhere, nullptr));
         return 0;
     }
@@ -123,6 +128,7 @@ int print_launches(Problem p, bool backward, Gradients out, bool want_agg) {
     if (out.want_gates) out.dgates = contiguous(somewhere, p, p.L + 1);
     if (want_agg) out.agg = map;
     for (int l = 0; l < p.L; ++l) out.dweights[l] = somewhere;
+    memory(backward_scratch_bytes(p, out));
     check(gated_aggregation_backward(p, map, out, somewhere, nullptr));
     return 0;
 }
