@@ -35,6 +35,11 @@ SHARED_BYTES = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 
 ROW_ELEMENTS = 16
 
 
+def padded_row(features: int) -> int:
+    """Elements of a row of so many features."""
+    return math.ceil(features / ROW_ELEMENTS) * ROW_ELEMENTS
+
+
 # Planes that a program walks over within one chunk, at most: this bounds the scratch of a large batch.
 MAX_ITEMS = 16
 
@@ -136,7 +141,7 @@ class Case:
         cls, batch: int, height: int, width: int, channels: int, kernels: tuple, dtype: torch.dtype, **rest: object
     ) -> Case:
         """q, ctx and gates as views of one projection of 2 C + L + 1 features, padded as a model pads its rows."""
-        pitch = math.ceil((2 * channels + len(kernels) + 1) / ROW_ELEMENTS) * ROW_ELEMENTS
+        pitch = padded_row(2 * channels + len(kernels) + 1)
         kernel_sizes = tuple((k, k) if isinstance(k, int) else tuple(k) for k in kernels)
         pitches = {"ctx_pitch": pitch, "gates_pitch": pitch, "q_pitch": pitch}
         return cls(batch, height, width, channels, kernel_sizes, dtype, **(pitches | rest))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -20,7 +19,7 @@ from typing import Annotated
 import torch
 import typer
 from focalnet.kernels import focal_modulation, gated_aggregation, gated_aggregation_bwd, launch_table
-from focalnet.kernels.plan import ROW_ELEMENTS, Case, Device, Launch, Plan
+from focalnet.kernels.plan import Case, Device, Launch, Plan, padded_row
 from gpu_numbers import DTYPES, SHAPES
 
 from focalnet.benchmark.floors import OPERATORS, stages
@@ -50,7 +49,7 @@ def _case(
 ) -> Case:
     """As a model makes it: views of one projection with padded rows, or, ``padded`` false, as gpu_numbers makes it."""
     features = 2 * size[3] + len(kernels) + 1
-    pitch = math.ceil(features / ROW_ELEMENTS) * ROW_ELEMENTS if padded else features
+    pitch = padded_row(features) if padded else features
     has_product = operator.startswith("focal_modulation")
     return Case(
         *size, tuple((k, k) for k in kernels), dtype, False, pitch, pitch, pitch if has_product else 0, has_product,
