@@ -237,6 +237,7 @@ def plan() -> tuple[list[Extension], type[build_ext], dict[str, object]]:
         compiler = find_compiler()
         info["compiler"] = compiler_version(compiler)
         info["torch"] = import_torch()
+        pybind11_headers = import_pybind11()
     except CannotBuild as error:
         return [], build_ext, info | {"reason": give_up(str(error))}
 
@@ -246,7 +247,7 @@ def plan() -> tuple[list[Extension], type[build_ext], dict[str, object]]:
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     cuda, reason = plan_cuda()
     info["cuda"] = {"built": False, "reason": reason}
-    return [extension(str(info["torch"]))], build_command(cuda), info | {"built": True}
+    return [extension(str(info["torch"]), pybind11_headers)], build_command(cuda), info | {"built": True}
 
 
 def give_up(reason: str, what: str = "the extension") -> str:
@@ -299,7 +300,16 @@ def compile_cuda(cuda: Cuda, folder: Path, torch_version: str) -> list[str]:
         return list(pool.map(compile_one, cuda_sources()))
 
 
-def extension(torch_version: str) -> Extension:
+def import_pybind11() -> str:
+    """The folder of pybind11's headers. Raises CannotBuild if it is not installed."""
+    try:
+        import pybind11
+    except ImportError as error:
+        raise CannotBuild(f"{error}; install pybind11") from error
+    return pybind11.get_include()
+
+
+def extension(torch_version: str, pybind11_headers: str) -> Extension:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     defines = [
@@ -307,14 +317,16 @@ def extension(torch_version: str) -> Extension:
         # ninja does not track system headers. This flag makes it recompile everything when torch changes.
         ("FOCALNET_BUILT_WITH_TORCH", f'"{torch_version}"'),
     ]
+    # pybind11's own headers come first: the copy in torch 2.10 and 2.11 rejects code for the stable ABI.
+    headers = [pybind11_headers, *include_paths()]
     if os.name == "nt":
-        flags, include_dirs = ["/O2", "/std:c++20", "/W3"], include_paths()
+        flags, include_dirs = ["/O2", "/std:c++20", "/W3"], headers
     else:
         flags = ["-O3", "-std=c++20", "-Wall", "-Wextra", "-fvisibility=hidden", "-g0"]
         # The binary must not depend on the path of the sources.
         flags += [f"-ffile-prefix-map={ROOT}{os.sep}="]
-        # Treat torch's headers, including pybind11, as system headers to silence their warnings.
-        flags += [flag for path in include_paths() for flag in ("-isystem", path)]
+        # Treat the headers of others as system headers to silence their warnings.
+        flags += [flag for path in headers for flag in ("-isystem", path)]
         include_dirs = []
     # torch's CppExtension would link libtorch_python, whose ABI changes between versions.
     return Extension(
