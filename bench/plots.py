@@ -133,7 +133,9 @@ def roofline(device: str) -> Path | None:
 def _operators(device: str) -> list[dict]:
     """Rows of focal_modulation, of one variant, batch and dtype: the first's."""
     everything = rows.read("operators", device) + rows.read("kernels", device)
-    found = [row for row in everything if row["operator"].startswith("focal_modulation") and "median_s" in row]
+    # Rows of a device, of its clocks and of single launches have no count of operations.
+    counted = [row for row in everything if "least_bytes" in row and "median_s" in row]
+    found = [row for row in counted if row["operator"].startswith("focal_modulation")]
     shared = ("variant", "batch", "dtype")
     return [row for row in found if all(row[name] == found[0][name] for name in shared)]
 

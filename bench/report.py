@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable
 from itertools import groupby
 
+import gpu_tables
 import learning_curves
 import plots
 from learning_curves import Curve, curves
@@ -24,7 +25,6 @@ from focalnet.benchmark.environment import ROOT
 
 PAGE = ROOT / "docs" / "performance.md"
 MISSING = "Not measured yet."
-MISSING_GPU = "Not measured on a GPU yet."
 
 # The kinds of rows that plots show.
 DRAWN = ("models", "operators", "kernels", "scaling", "learning")
@@ -137,7 +137,7 @@ def gpu() -> str:
                 parts.append(
                     f"{device}, {variant}, {size} x {size}, {dtype}, {title}:\n\n{_runtime_table(list(of_case))}"
                 )
-    return "\n\n".join(parts) or MISSING_GPU
+    return "\n\n".join(parts) or gpu_tables.MISSING
 
 
 def _runtime_table(
@@ -326,6 +326,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "growth": _on_each("scaling", growth),
     "counters": counters,
     "gpu": gpu,
+    "gpu-operators": gpu_tables.operators,
+    "gpu-kernels": gpu_tables.kernels,
 }
 
 

@@ -2,6 +2,7 @@
 
 import re
 
+import gpu_tables
 import learning_curves
 import plots
 import pytest
@@ -143,6 +144,28 @@ def test_rows_of_a_gpu_have_tables_of_their_own(measured):
     assert "Some GPU" not in report.headline(DEVICE)
 
 
+def test_operators_and_kernels_of_a_gpu_stand_beside_the_compiled_reference_and_the_prediction(measured):
+    call = {
+        "device": "Some GPU", "driver": "1.2", "operator": "gated_aggregation", "variant": "tiny_lrf", "stage": 1,
+        "batch": 128, "dtype": "bfloat16",
+    }  # fmt: skip
+    seconds = {"focalnet, triton": 3e-4, "focalnet, cuda": 2e-4, "reference, torch.compile": 5e-4}
+    of_gpu = [call | {"case": "kernel", "runtime": name, "median_s": s} for name, s in seconds.items()]
+    of_gpu.append(
+        call
+        | {"case": "launches", "backend": "cuda", "subject": "some_kernel", "measured_us": 200.0, "predicted_us": 80.0}
+    )
+    of_gpu.append({"device": "Some GPU", "driver": "1.2", "case": "device", "subject": "copy", "median_s": 1e-3})
+    rows.write(of_gpu, "kernels", "Some GPU")
+    title, _, _, _, line = gpu_tables.operators().splitlines()
+    assert title.startswith("Some GPU, tiny_lrf, batch 128, bfloat16")
+    assert line == "| 1 | gated_aggregation |  | 200 | 300 | 500 |  | 2.50 |"
+    assert (
+        gpu_tables.kernels().splitlines()[-1] == "| 1 | gated_aggregation | cuda | `some_kernel` | 200 | 80 | 2.50 |"
+    )
+    assert plots.roofline("Some GPU") is None
+
+
 def test_every_processor_has_a_table_under_its_name(measured):
     other = DEVICE.replace("model 2", "model 3")
     twice = [row | {"device": other, "median_s": 2 * row["median_s"]} for row in rows.read("models", DEVICE)]
@@ -155,7 +178,8 @@ def test_every_processor_has_a_table_under_its_name(measured):
 def test_what_has_no_rows_says_so_and_is_not_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
     monkeypatch.setattr(plots, "PLOTS", tmp_path / "plots")
-    expected = dict.fromkeys(report.PARTS, "Not measured yet.") | {"gpu": "Not measured on a GPU yet."}
+    of_gpus = ("gpu", "gpu-operators", "gpu-kernels")
+    expected = dict.fromkeys(report.PARTS, "Not measured yet.") | dict.fromkeys(of_gpus, "Not measured on a GPU yet.")
     assert {name: part() for name, part in report.PARTS.items()} == expected
     assert plots.all_of(DEVICE) == []
     assert not plots.PLOTS.exists()
