@@ -177,9 +177,10 @@ def _registers(disassembly: str, name: str) -> int:
     return 1 + max(map(int, re.findall(r"\bR(\d+)\b", section)))
 
 
-def moved(launch: Launch, call: Call, sectors: float) -> Bytes:
-    """Of a launch whose programs ask for so many ``sectors`` each, on average.
+def moved(launch: Launch, call: Call, sectors: float, requested: float) -> Bytes:
+    """Of a launch whose programs ask for so many different ``sectors`` each, on average, in so many ``requested``.
 
+    Every request goes to the L2: shared memory leaves the L1 next to nothing.
     Memory is asked once for what several programs share: passes over maps, channels last or planar, and over dgates of
     every block of channels. A kernel that is not listed shares nothing.
     """
@@ -199,7 +200,8 @@ def moved(launch: Launch, call: Call, sectors: float) -> Bytes:
         "add_global_kernel": (2, 0, gates),
         "sum_dgates_kernel": (0, 0, (dgates + gates) * (levels + 1)),
     }.get(launch.kernel, (None, 0, 0))
-    return Bytes(asked, asked if last is None else min(asked, (last + planar) * plane + others))
+    memory = asked if last is None else min(asked, (last + planar) * plane + others)
+    return Bytes(32 * requested * launch.grid, memory)
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,8 @@ def predict_launch(launch: Launch, call: Call) -> Predicted:
     used = _Used(launch.name, _compiled(launch.name, arch).registers, launch.shared, launch.threads)
     found = executed(launch, arch)
     sectors = sum(one.sectors for one in found) / len(found)
-    return predict(call.processor, used, found, launch.grid, moved(launch, call, sectors))
+    requested = sum(one.requested_sectors for one in found) / len(found)
+    return predict(call.processor, used, found, launch.grid, moved(launch, call, sectors, requested))
 
 
 def rows_of(call: Call) -> list[dict]:

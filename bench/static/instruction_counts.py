@@ -22,7 +22,8 @@ class Executed:
     ``chain``: cycles that its warps need with nobody else on the processor, the slowest between any two barriers.
     ``pipes`` has every instruction that is issued; ``opcodes`` leaves out requests, products and barriers whose guard
     is off in a whole warp, which keep no unit busy. ``operations``: float32 ones of a warp on average, two for a
-    multiply-add; ``conflicts``: wavefronts beyond the least; ``sectors``: different ones of device memory.
+    multiply-add; ``conflicts``: wavefronts beyond the least; ``sectors``: different ones of device memory, and
+    ``requested_sectors`` as often as a request of a warp touches them.
     """
 
     pipes: Mapping[str, float]
@@ -33,6 +34,7 @@ class Executed:
     operations: float = 0.0
     conflicts: float = 0.0
     sectors: float = 0.0
+    requested_sectors: float = 0.0
     opcodes: Mapping[str, int] | None = None
 
     @property
@@ -80,6 +82,7 @@ class Kernel:
             operations=float(times @ self._floats) / warps,
             conflicts=float(conflicts),
             sectors=float(run.different_sectors()),
+            requested_sectors=float(run.sectors.total()),
             opcodes={name: count for name, count in opcodes.items() if count},
         )
 
