@@ -8,6 +8,7 @@ no more than the share `MORE`.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -37,7 +38,7 @@ NOISY = 1.25
 
 
 class Runtime:
-    """A worker process that has loaded one runtime. ``absent`` is the reason why it could not, or None."""
+    """A worker process that loads one runtime."""
 
     def __init__(self, name: str, case: Case) -> None:
         self.name = name
@@ -54,8 +55,12 @@ class Runtime:
             stderr=log,
             text=True,
         )
-        answer = self._read()
-        self.absent = None if answer[0] == "ready" else str(answer[1])
+
+    @functools.cached_property
+    def absent(self) -> str | None:
+        """Why the runtime could not be loaded, or None. Waits until it was."""
+        what, value = self._read()
+        return None if what == "ready" else str(value)
 
     def warm_up(self) -> None:
         """Make a run that is not counted, and compute how many runs fit into a turn."""
@@ -75,6 +80,8 @@ class Runtime:
 
     def run(self) -> float:
         """Seconds of one run."""
+        if self.absent is not None:
+            raise RuntimeError(f"{self.name}: {self.absent}")
         self._write("run")
         what, value = self._read()
         if what != "seconds":
@@ -97,11 +104,13 @@ def compare(
 
     ``rounds`` is at least 2. ``on_step`` is called ``steps(names, rounds)`` times.
     """
-    runtimes = []
-    for name in names:
-        runtimes.append(Runtime(name, case))
+    # All load their libraries side by side: on a machine with many cores that takes as long as the slowest.
+    runtimes = [Runtime(name, case) for name in names]
+    present = []
+    for runtime in runtimes:
+        if runtime.absent is None:
+            present.append(runtime)
         on_step()
-    present = [runtime for runtime in runtimes if runtime.absent is None]
     _take_turns(present, rounds, on_step)
     for runtime in runtimes:
         runtime.end()
