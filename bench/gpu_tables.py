@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 
+import plots
+
 from focalnet.benchmark import rows
 
 MISSING = "Not measured on a GPU yet."
@@ -20,7 +22,10 @@ OPERATORS = ("gated_aggregation", "gated_aggregation_bwd", "focal_modulation", "
 
 def operators() -> str:
     """Each operator at each stage: the floor, our backends, and the reference with and without torch.compile."""
-    return _tables("kernel", "focal operators, microseconds", _operator_table)
+    tables = _tables("kernel", "operators, microseconds", _operator_table)
+    drawn = [device for device in rows.devices("kernels") if plots.has_roofline(device)]
+    shown = [f"![Roofline of the stages, {one}](plots/{plots.name_of('roofline', one)})" for one in drawn]
+    return "\n\n".join([tables, *shown])
 
 
 def kernels() -> str:

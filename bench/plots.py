@@ -130,6 +130,10 @@ def roofline(device: str) -> Path | None:
     return _save(figure, name_of("roofline", device))
 
 
+def has_roofline(device: str) -> bool:
+    return _peaks(device, _operators(device)) is not None
+
+
 def _operators(device: str) -> list[dict]:
     """Rows of focal_modulation, of one variant, batch and dtype: the first's."""
     everything = rows.read("operators", device) + rows.read("kernels", device)

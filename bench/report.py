@@ -128,7 +128,7 @@ def _size(row: dict) -> dict[str, str]:
 
 
 def gpu() -> str:
-    """Models and training steps on every device whose peaks are known from a data sheet, or that has a driver."""
+    """Models and training steps on every device that has a driver."""
     parts = []
     for kind, title in (("models", "inference"), ("training", "a training step")):
         for device in rows.devices(kind):
@@ -137,6 +137,9 @@ def gpu() -> str:
                 parts.append(
                     f"{device}, {variant}, {size} x {size}, {dtype}, {title}:\n\n{_runtime_table(list(of_case))}"
                 )
+            if measured and kind == "models":
+                bars = f"Bars: the time of other runtimes over focalnet's, {device}"
+                parts.append(_image(bars, "inference", device).strip())
     return "\n\n".join(parts) or gpu_tables.MISSING
 
 
@@ -166,9 +169,13 @@ def _cells(chosen: list[dict], batch: int, row: dict | None) -> list[str]:
     if row is None:
         return ["", "", *("" for _ in memory)]
     ours = _find(chosen, runtime=OURS, batch=batch)
-    times = f"{row['median_s'] * 1e3:.0f} / {row['fastest_s'] * 1e3:.0f}"
+    times = f"{_milliseconds(row['median_s'])} / {_milliseconds(row['fastest_s'])}"
     megabytes = [f"{row[name] / 1e6:.0f}" if row.get(name) is not None else "" for name in memory]
     return [times, f"{ratio_of(row, ours):.2f}", *megabytes]
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.{1 if seconds < 0.02 else 0}f}"
 
 
 def ratios(device: str) -> str:

@@ -11,10 +11,11 @@ A launch is compiled for the device; `instruction_counts` runs its machine code 
     l2, dram  bytes of the launch over the bandwidth (launch_bytes.py)
 
 Kernels that hold whole planes have few warps on a multiprocessor and wait at barriers, so the resources take turns
-more than they overlap: the time is that of the busiest (processor, L1, L2 or memory) and ``EXPOSED`` of what the others
-take, but at least the chain. An operator takes the sum over its launches and ``GAP`` between two of them. The floor is
-that of `floors.work`; "inductor >=" is the least that the reference takes under torch.compile (torch_launches.py). No
-figure here is measured: every one is a prediction. Rows: bench/results/without-gpu/predicted.json.
+more than they overlap: the time is that of the busiest (processor, L1, L2 or memory) and ``EXPOSED`` of what the
+others take, but at least the chain. An operator takes the sum over its launches and ``GAP`` between two of them. The
+floor is that of `floors.work`; "inductor >=" is the least that the reference takes under torch.compile
+(torch_launches.py). No figure here is measured: every one is a prediction. Rows:
+bench/results/without-gpu/predicted.json.
 """
 
 from __future__ import annotations

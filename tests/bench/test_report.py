@@ -140,7 +140,8 @@ def test_rows_of_a_gpu_have_tables_of_their_own(measured):
     rows.write(of_gpu, "models", "Some GPU")
     title, _, *table = report.gpu().splitlines()
     assert title == "Some GPU, tiny_lrf, 224 x 224, bfloat16, inference:"
-    assert table[2:] == ["| focalnet | 20 / 20 | 1.00 | 1000 |", "| transformers | 50 / 50 | 2.50 | 1000 |"]
+    assert table[-1].startswith("![Bars") and plots.speedup("Some GPU").name in table[-1]
+    assert table[2:-2] == ["| focalnet | 20 / 20 | 1.00 | 1000 |", "| transformers | 50 / 50 | 2.50 | 1000 |"]
     assert "Some GPU" not in report.headline(DEVICE)
 
 
