@@ -41,9 +41,10 @@ struct ToeplitzTiling {
     __host__ __device__ int sums() const { return sum_rows * sum_pitch; }
 };
 
-// How forward takes small maps (toeplitz_fwd_planes.cu): a block owns kToeplitzPlaneChannels channels, and of the
-// groups of `images` images every one in `programs`.
+// How forward takes small maps (toeplitz_fwd_planes.cu): a block owns `channels` channels, and of the groups of
+// `images` images every one in `programs`.
 struct ToeplitzPlanesTiling {
+    int channels;  // 8, or 16: positions of the maps are then read and written in whole sectors of 32 bytes
     int images;
     int blocks;  // of eight columns
     int programs;
@@ -54,17 +55,29 @@ struct ToeplitzPlanesTiling {
     double cost;  // 0: it does not take the maps
 };
 
-constexpr int kToeplitzPlaneChannels = 8, kToeplitzPlaneRows = 56, kToeplitzPlaneColumns = 56;
+constexpr int kToeplitzPlaneRows = 56, kToeplitzPlaneColumns = 56;
 constexpr int kToeplitzImageGap = 8;  // rows from an image to the next: conflicts of ldmatrix stay away
 // Several images: registers of the lanes hold where their rows lie.
 constexpr __host__ __device__ bool toeplitz_planes_stacked(int blocks) { return blocks <= 4; }
 // Of blocks of threads on a multiprocessor, by their registers.
-constexpr __host__ __device__ int toeplitz_planes_resident(int blocks) { return blocks == 1 ? 3 : 2; }
+constexpr __host__ __device__ int toeplitz_planes_resident(int blocks, int channels) {
+    if (channels > 8) return blocks == 1 ? 2 : 1;
+    return blocks == 1 ? 3 : 2;
+}
 constexpr __host__ __device__ int toeplitz_plane_sums(int blocks) {
     return toeplitz_planes_stacked(blocks) ? kToeplitzPlaneRows : 8;
 }
-// Bytes of a row of one channel, an odd number of 16 bytes.
-constexpr __host__ __device__ int toeplitz_plane_pitch(int blocks) { return ((blocks + 1) | 1) * 16; }
+// Bytes of a row of one channel: four columns before the map, and four behind.
+constexpr __host__ __device__ int toeplitz_plane_pitch(int blocks) { return (blocks + 1) * 16; }
+// Bytes from the first channel of a row to another. Eight channels lie a multiple of 128 bytes apart; the gap puts
+// those of the upper half, which neighbouring lanes write, into the other half of the banks.
+constexpr __host__ __device__ int toeplitz_plane_channel(int blocks, int channel) {
+    return channel * toeplitz_plane_pitch(blocks) + channel / 8 * 64;
+}
+// Bytes of a row of all channels, an odd number of 16 bytes.
+constexpr __host__ __device__ int toeplitz_plane_row(int blocks, int channels) {
+    return toeplitz_plane_channel(blocks, channels - 1) + toeplitz_plane_pitch(blocks) + 16;
+}
 // Blocks of a row of gates.
 constexpr __host__ __device__ int toeplitz_gate_blocks(int blocks) { return blocks > 4 ? 8 : blocks > 2 ? 4 : blocks; }
 

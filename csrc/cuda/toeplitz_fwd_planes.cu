@@ -21,9 +21,9 @@ namespace focalnet::cuda {
 namespace {
 
 // What a lane has of its channel: its row in each half of a tile, in BLOCKS blocks of two columns.
-template <typename T, int BLOCKS>
+template <typename T, int BLOCKS, int CHANNELS>
 struct PlanesWarp {
-    using Size = Sizes<BLOCKS>;
+    using Size = Sizes<BLOCKS, CHANNELS>;
     static constexpr int kAddresses = Size::kStacked ? 4 : 1, kPlaces = Size::kStacked ? kHalves : 1;
     int limit;                          // a half that begins before it has the lane's row
     uint32_t mask;                      // of the last block: columns that exist
@@ -32,7 +32,7 @@ struct PlanesWarp {
     int gates, taps;
     uint32_t agg[kHalves][BLOCKS];
 
-    __device__ __forceinline__ PlanesWarp(const PlanesBlock<T, BLOCKS>& b) {
+    __device__ __forceinline__ PlanesWarp(const PlanesBlock<T, BLOCKS, CHANNELS>& b) {
         const int lane = this->lane(), channel = this->channel();
         const int column = 8 * (BLOCKS - 1) + 2 * (lane % 4);
         mask = (column < b.p.W ? 0xffffu : 0u) | (column + 1 < b.p.W ? 0xffff0000u : 0u);
@@ -42,16 +42,17 @@ struct PlanesWarp {
 #pragma unroll
         for (int i = 0; i < kAddresses; ++i) {
             const int row = Size::kStacked ? min(16 * i + lane % 16, last) : lane % 16;
-            sources[i] = shared_address(b.memory + b.plane_row(row) + channel * Size::kPitch + 16 * (lane / 16));
+            sources[i] = shared_address(b.memory + b.plane_row(row) + toeplitz_plane_channel(BLOCKS, channel) +
+                                        16 * (lane / 16));
         }
 #pragma unroll
         for (int i = 0; i < kPlaces; ++i)
-            places[i] = b.plane_row(Size::kStacked ? min(8 * i + lane / 4, last) : lane / 4) + channel * Size::kPitch +
-                        2 * kToeplitzPadding + 4 * (lane % 4);
+            places[i] = b.plane_row(Size::kStacked ? min(8 * i + lane / 4, last) : lane / 4) +
+                        toeplitz_plane_channel(BLOCKS, channel) + 2 * kToeplitzPadding + 4 * (lane % 4);
     }
     __device__ __forceinline__ int lane() const { return threadIdx.x % kWarp; }
     __device__ __forceinline__ int channel() const { return threadIdx.x / kWarp; }
-    __device__ __forceinline__ int sums(const PlanesBlock<T, BLOCKS>& b) const {
+    __device__ __forceinline__ int sums(const PlanesBlock<T, BLOCKS, CHANNELS>& b) const {
         return b.sums() + 4 * channel() * Size::kSums;
     }
     __device__ __forceinline__ SharedAddress source(int tile) const {
@@ -87,10 +88,10 @@ __device__ __forceinline__ void add_kernel_row(float (&z)[TILES][BLOCKS][4], con
     }
 }
 
-template <typename T, int BLOCKS, int TILES>
+template <typename T, int BLOCKS, int TILES, int ROW>
 __device__ __forceinline__ void convolve_tiles(float (&z)[TILES][BLOCKS][4], SharedAddress (&rows)[TILES],
                                                const unsigned char* taps, int kh) {
-    constexpr int kRow = Sizes<BLOCKS>::kRow, kTapRow = 8 * kTapEntries;
+    constexpr int kRow = ROW, kTapRow = 8 * kTapEntries;
     // Seven blocks leave no registers for two rows of the kernel at once.
     constexpr int kAtOnce = BLOCKS > 4 ? 1 : 2, kFirst = kAtOnce - 1;
     if constexpr (kFirst == 1) add_kernel_row<T, BLOCKS, TILES>(z, rows, 0, taps);
@@ -129,10 +130,11 @@ __device__ __forceinline__ void for_each_gate(const unsigned char* gates, int la
     }
 }
 
-template <typename T, int BLOCKS>
-__device__ __forceinline__ void store_half(const PlanesBlock<T, BLOCKS>& b, const PlanesWarp<T, BLOCKS>& w, int half,
+template <typename T, int BLOCKS, int CHANNELS>
+__device__ __forceinline__ void store_half(const PlanesBlock<T, BLOCKS, CHANNELS>& b,
+                                           const PlanesWarp<T, BLOCKS, CHANNELS>& w, int half,
                                            const uint32_t (&pairs)[BLOCKS]) {
-    if (Sizes<BLOCKS>::kStacked ? 8 * half >= w.limit : 8 * half + w.lane() / 4 >= b.rows()) return;
+    if (Sizes<BLOCKS, CHANNELS>::kStacked ? 8 * half >= w.limit : 8 * half + w.lane() / 4 >= b.rows()) return;
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) word_at(b.memory, w.place_of(half) + 16 * j) = pairs[j];
 }
@@ -148,13 +150,14 @@ __device__ __forceinline__ void add_rows(float (&sum)[4], const uint32_t (&pairs
 }
 
 // The sums of the lane's rows in a tile.
-template <typename T, int BLOCKS>
-__device__ __forceinline__ void keep_sums(const PlanesBlock<T, BLOCKS>& b, const PlanesWarp<T, BLOCKS>& w, int tile,
-                                          float upper, float lower) {
+template <typename T, int BLOCKS, int CHANNELS>
+__device__ __forceinline__ void keep_sums(const PlanesBlock<T, BLOCKS, CHANNELS>& b,
+                                          const PlanesWarp<T, BLOCKS, CHANNELS>& w, int tile, float upper,
+                                          float lower) {
     if (w.lane() % 4 != 0) return;
     const int row = 16 * tile + w.lane() / 4;
     float* sums = reinterpret_cast<float*>(b.memory + w.sums(b));
-    if constexpr (Sizes<BLOCKS>::kStacked) {
+    if constexpr (Sizes<BLOCKS, CHANNELS>::kStacked) {
         sums[row] = upper;
         if (2 * tile + 1 < kHalves) sums[row + 8] = lower;
     } else {
@@ -164,9 +167,10 @@ __device__ __forceinline__ void keep_sums(const PlanesBlock<T, BLOCKS>& b, const
 }
 
 // A level of the warp's channel. The last one leaves the sums of its rows instead of a plane.
-template <typename T, int BLOCKS>
-__device__ __forceinline__ void run_plane_level(const PlanesBlock<T, BLOCKS>& b, PlanesWarp<T, BLOCKS>& w, int level) {
-    using Size = Sizes<BLOCKS>;
+template <typename T, int BLOCKS, int CHANNELS>
+__device__ __forceinline__ void run_plane_level(const PlanesBlock<T, BLOCKS, CHANNELS>& b,
+                                                PlanesWarp<T, BLOCKS, CHANNELS>& w, int level) {
+    using Size = Sizes<BLOCKS, CHANNELS>;
     constexpr int kTiles = Size::kTiles;
     const PlanesParams& p = b.p;
     const bool is_last = level + 1 == p.L;
@@ -180,7 +184,7 @@ __device__ __forceinline__ void run_plane_level(const PlanesBlock<T, BLOCKS>& b,
         SharedAddress rows[kTiles];
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) rows[tile] = w.source(chunk * kTiles + tile) - kh / 2 * Size::kRow;
-        convolve_tiles<T, BLOCKS, kTiles>(z, rows, taps, kh);
+        convolve_tiles<T, BLOCKS, kTiles, Size::kRow>(z, rows, taps, kh);
         __syncwarp();  // nobody reads the rows above any more
         if (chunk > 0 && !is_last) store_half(b, w, 2 * kTiles * chunk - 1, held);
 #pragma unroll
@@ -218,9 +222,10 @@ __device__ __forceinline__ void run_plane_level(const PlanesBlock<T, BLOCKS>& b,
 
 // Puts GELU of its image's mean, twice in a word, in the place of each sum. Equal shares of the warp's lanes take an
 // image each.
-template <typename T, int BLOCKS>
-__device__ __forceinline__ void form_means(const PlanesBlock<T, BLOCKS>& b, const PlanesWarp<T, BLOCKS>& w) {
-    using Size = Sizes<BLOCKS>;
+template <typename T, int BLOCKS, int CHANNELS>
+__device__ __forceinline__ void form_means(const PlanesBlock<T, BLOCKS, CHANNELS>& b,
+                                           const PlanesWarp<T, BLOCKS, CHANNELS>& w) {
+    using Size = Sizes<BLOCKS, CHANNELS>;
     const PlanesParams& p = b.p;
     const int share = Size::kStacked ? kWarp / p.tiling.images : kWarp, image = Size::kStacked ? w.lane() / share : 0;
     const int count = Size::kStacked ? p.H : Size::kSums, first = w.lane() % share;
@@ -234,9 +239,10 @@ __device__ __forceinline__ void form_means(const PlanesBlock<T, BLOCKS>& b, cons
     __syncwarp();
 }
 
-template <typename T, int BLOCKS>
-__device__ __forceinline__ void finish_planes(const PlanesBlock<T, BLOCKS>& b, PlanesWarp<T, BLOCKS>& w) {
-    using Size = Sizes<BLOCKS>;
+template <typename T, int BLOCKS, int CHANNELS>
+__device__ __forceinline__ void finish_planes(const PlanesBlock<T, BLOCKS, CHANNELS>& b,
+                                              PlanesWarp<T, BLOCKS, CHANNELS>& w) {
+    using Size = Sizes<BLOCKS, CHANNELS>;
     const PlanesParams& p = b.p;
     const unsigned char* gates = b.memory + w.gates + p.L * Size::kGatePlane;
     const unsigned char* means = b.memory + w.sums(b) + 4 * (w.lane() / 4);
@@ -259,30 +265,65 @@ __device__ __forceinline__ void finish_planes(const PlanesBlock<T, BLOCKS>& b, P
     }
 }
 
-template <typename T, int BLOCKS>
-__global__ void __launch_bounds__(kBlockThreads, toeplitz_planes_resident(BLOCKS))
+template <typename T, int BLOCKS, int CHANNELS>
+__device__ __forceinline__ void compute_group(const PlanesBlock<T, BLOCKS, CHANNELS>& b,
+                                              PlanesWarp<T, BLOCKS, CHANNELS>& w) {
+    w.limit = b.rows() - w.lane() / 4;
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half)
+#pragma unroll
+        for (int j = 0; j < BLOCKS; ++j) w.agg[half][j] = 0;
+#pragma unroll 1
+    for (int level = 0; level < b.p.L; ++level) run_plane_level(b, w, level);
+    form_means(b, w);
+    finish_planes(b, w);
+}
+
+template <typename T, int BLOCKS, int CHANNELS>
+__device__ __forceinline__ void set_up(const PlanesBlock<T, BLOCKS, CHANNELS>& b, int channel) {
+    zero(reinterpret_cast<T*>(b.memory), b.gates() / 2, threadIdx.x, Sizes<BLOCKS, CHANNELS>::kThreads);
+    // Beyond C nothing is stored, whatever the warp makes of taps that it does not have.
+    if (b.first_c() + channel < b.p.C) write_plane_taps(b, channel);
+}
+
+template <typename T, int BLOCKS, int CHANNELS>
+__global__ void __launch_bounds__(CHANNELS* kWarp, toeplitz_planes_resident(BLOCKS, CHANNELS))
     toeplitz_fwd_planes_kernel(const PlanesParams p) {
     FOCALNET_SHARED_MEMORY(memory);
-    PlanesBlock<T, BLOCKS> b(p, memory);
-    PlanesWarp<T, BLOCKS> w(b);
-    zero(reinterpret_cast<T*>(memory), b.gates() / 2, threadIdx.x, kBlockThreads);
-    // Beyond C nothing is stored, whatever the warp makes of taps that it does not have.
-    if (b.first_c() + w.channel() < p.C) write_plane_taps(b, w.channel());
-    for (; b.take_group(); b.group += p.tiling.programs) {
-        __syncthreads();
-        with_width<T>(p.ctx_width, [&](auto width) { read_group<T, BLOCKS, decltype(width)::value>(b); });
-        __syncthreads();
-        w.limit = b.rows() - w.lane() / 4;
-#pragma unroll
-        for (int half = 0; half < kHalves; ++half)
-#pragma unroll
-            for (int j = 0; j < BLOCKS; ++j) w.agg[half][j] = 0;
+    PlanesBlock<T, BLOCKS, CHANNELS> b(p, memory);
+    PlanesWarp<T, BLOCKS, CHANNELS> w(b);
+    const int first = b.first_group();
 #pragma unroll 1
-        for (int level = 0; level < p.L; ++level) run_plane_level(b, w, level);
-        form_means(b, w);
-        finish_planes(b, w);
+    for (int group = first;; group += p.tiling.programs) {
+        const bool more = group < p.groups;
+        Fetched<BLOCKS, CHANNELS> fetched{};
+        if (more) {
+            if (p.ctx_width == kPart) fetch_ctx(b, group, fetched);
+            if (p.four_gates)
+                fetch_gates<T, BLOCKS, CHANNELS, true>(b, group, fetched);
+            else
+                fetch_gates<T, BLOCKS, CHANNELS, false>(b, group, fetched);
+        }
+        if (group == first) {
+            set_up(b, w.channel());
+        } else {
+            __syncthreads();
+            with_width<T>(p.agg_width,
+                          [&](auto width) { write_group<T, BLOCKS, CHANNELS, decltype(width)::value>(b); });
+        }
+        if (!more) return;
         __syncthreads();
-        with_width<T>(p.agg_width, [&](auto width) { write_group<T, BLOCKS, decltype(width)::value>(b); });
+        b.take(group);
+        if (p.ctx_width == kPart)
+            place_ctx(b, fetched);
+        else if (p.ctx_width == 4)
+            read_ctx<T, BLOCKS, CHANNELS, 4>(b);
+        else
+            read_ctx<T, BLOCKS, CHANNELS, 1>(b);
+        place_gates(b, fetched);
+        __syncthreads();
+        prefetch_group(b, group + p.tiling.programs);
+        compute_group(b, w);
     }
 }
 
@@ -316,20 +357,36 @@ PlanesParams params_of(const Problem& p, const ToeplitzPlanesTiling& tiling, con
     params.four_gates = p.L == 3 && widest_vector(p.element, 4, {p.gates}) == 4;
     params.scales = p.scale != 1.0f;
     params.scale = p.scale;
-    params.channel_blocks = (p.C + kChannels - 1) / kChannels;
+    params.channel_blocks = (p.C + tiling.channels - 1) / tiling.channels;
     params.groups = static_cast<int>((p.B + tiling.images - 1) / tiling.images);
-    params.gates_at = tiling.rows * (kChannels * toeplitz_plane_pitch(tiling.blocks) + 16);
+    params.gates_at = tiling.rows * toeplitz_plane_row(tiling.blocks, tiling.channels);
     params.taps_at = params.gates_at + (p.L + 1) * kRows * 16 * toeplitz_gate_blocks(tiling.blocks);
-    params.sums_at = params.taps_at + kChannels * row * 8 * kTapEntries;
+    params.sums_at = params.taps_at + tiling.channels * row * 8 * kTapEntries;
     params.tiling = tiling;
     return params;
 }
 
-template <typename T, int BLOCKS>
+template <typename T, int BLOCKS, int CHANNELS>
 Status launch_planes(const PlanesParams& params, cudaStream_t stream) {
     const int64_t blocks = static_cast<int64_t>(params.tiling.programs) * params.channel_blocks;
-    return launch("toeplitz_fwd_planes_kernel", toeplitz_fwd_planes_kernel<T, BLOCKS>, blocks, kBlockThreads,
-                  params.tiling.shared_bytes, stream, params);
+    return launch("toeplitz_fwd_planes_kernel", toeplitz_fwd_planes_kernel<T, BLOCKS, CHANNELS>, blocks,
+                  CHANNELS * kWarp, params.tiling.shared_bytes, stream, params);
+}
+
+template <typename T, int CHANNELS>
+Status launch_channels(const PlanesParams& params, cudaStream_t stream) {
+    switch (params.tiling.blocks) {
+        case 1:
+            return launch_planes<T, 1, CHANNELS>(params, stream);
+        case 2:
+            return launch_planes<T, 2, CHANNELS>(params, stream);
+        case 3:
+            return launch_planes<T, 3, CHANNELS>(params, stream);
+        case 4:
+            return launch_planes<T, 4, CHANNELS>(params, stream);
+        default:
+            return launch_planes<T, 7, CHANNELS>(params, stream);
+    }
 }
 
 }  // namespace
@@ -337,18 +394,8 @@ Status launch_planes(const PlanesParams& params, cudaStream_t stream) {
 template <typename T>
 Status toeplitz_planes(const Problem& p, const Map& agg, cudaStream_t stream) {
     const PlanesParams params = params_of(p, plan_toeplitz_planes(p), agg);
-    switch (params.tiling.blocks) {
-        case 1:
-            return launch_planes<T, 1>(params, stream);
-        case 2:
-            return launch_planes<T, 2>(params, stream);
-        case 3:
-            return launch_planes<T, 3>(params, stream);
-        case 4:
-            return launch_planes<T, 4>(params, stream);
-        default:
-            return launch_planes<T, 7>(params, stream);
-    }
+    if (params.tiling.channels == 16) return launch_channels<T, 16>(params, stream);
+    return launch_channels<T, 8>(params, stream);
 }
 
 template Status toeplitz_planes<__half>(const Problem&, const Map&, cudaStream_t);

@@ -13,6 +13,7 @@ namespace focalnet::cuda {
 namespace {
 
 constexpr int kReservedBytes = 1024;  // of shared memory, by the driver, for every block
+constexpr int kSector = 32;           // bytes: the unit in which global memory is read and written
 constexpr int kResidentWarps = 16;    // on a multiprocessor: 65536 registers, 128 a thread
 constexpr int kRowsOfTile = 16;
 constexpr int kMaxGroupWarps = 16;    // of a block
@@ -166,8 +167,9 @@ int plane_blocks(int W) {
     return W >= kToeplitzPlaneColumns - 8 && W <= kToeplitzPlaneColumns ? 7 : 0;
 }
 
-ToeplitzPlanesTiling cut_planes(const Problem& p, int images) {
+ToeplitzPlanesTiling cut_planes(const Problem& p, int channels, int images) {
     ToeplitzPlanesTiling t{};
+    t.channels = channels;
     t.images = images;
     t.blocks = plane_blocks(p.W);
     for (int l = 0; l < p.L; ++l) {
@@ -176,10 +178,10 @@ ToeplitzPlanesTiling cut_planes(const Problem& p, int images) {
     }
     t.rows = images * (p.H + kToeplitzImageGap) - kToeplitzImageGap + 2 * t.halo;
     t.inverse = images > 1 ? (65536u + p.H - 1) / p.H : 0u;
-    const size_t row = kToeplitzPlaneChannels * toeplitz_plane_pitch(t.blocks) + 16;
-    t.shared_bytes =
-        t.rows * row + static_cast<size_t>(p.L + 1) * kToeplitzPlaneRows * 16 * toeplitz_gate_blocks(t.blocks) +
-        kToeplitzPlaneChannels * (112 * static_cast<size_t>(t.tap_rows) + 4 * toeplitz_plane_sums(t.blocks));
+    const size_t row = toeplitz_plane_row(t.blocks, channels);
+    t.shared_bytes = t.rows * row +
+                     static_cast<size_t>(p.L + 1) * kToeplitzPlaneRows * 16 * toeplitz_gate_blocks(t.blocks) +
+                     channels * (112 * static_cast<size_t>(t.tap_rows) + 4 * toeplitz_plane_sums(t.blocks));
     // A lane reads rows beyond the only image, for outputs that nobody stores.
     if (!toeplitz_planes_stacked(t.blocks))
         t.shared_bytes = std::max(t.shared_bytes, (kToeplitzPlaneRows + 8 + 2 * t.halo) * row);
@@ -192,38 +194,62 @@ double group_cost(const Problem& p, const ToeplitzPlanesTiling& t) {
     double instructions = 0;
     for (int l = 0; l < p.L; ++l)
         instructions += kPerLevel + 7 * kPerPair * t.blocks + 4.0 * p.weights[l].kh * (2 * t.blocks + 4);
-    return instructions + kPerPosition * t.images * p.H * blocks_for(p.W, 2) / 32 / kToeplitzPlaneChannels +
-           21 * t.blocks;
+    return instructions + kPerPosition * t.images * p.H * blocks_for(p.W, 2) / 32 / 8 + 21 * t.blocks;
+}
+
+// Clocks of a scheduler for what L2 moves of a group of images: whole sectors of ctx and agg, and the gates'.
+double group_traffic(const Problem& p, const ToeplitzPlanesTiling& t) {
+    return 3.0 * kSector * t.images * p.H * p.W / (4.0 * kBytesPerInstruction);
+}
+
+// The tiling's own cost is that of instructions, as plan_toeplitz's; among planes, what L2 moves decides too.
+struct CostedPlanes {
+    ToeplitzPlanesTiling tiling{};
+    double total = 0;  // 0: nothing fits
+    void consider(const CostedPlanes& other) {
+        if (other.total > 0 && (total == 0 || other.total < total)) *this = other;
+    }
+};
+
+CostedPlanes best_programs(const Problem& p, ToeplitzPlanesTiling t) {
+    const auto fitting = static_cast<int>(p.limits.shared_per_multiprocessor / (t.shared_bytes + kReservedBytes));
+    const int resident = std::max(1, std::min(toeplitz_planes_resident(t.blocks, t.channels), fitting));
+    const int groups = blocks_for(static_cast<int>(p.B), t.images), blocks = blocks_for(p.C, t.channels);
+    const double warps = t.channels, setup = 40.0 * t.tap_rows + 0.3 * t.rows * (t.blocks + 1);
+    // More than a few rounds of blocks gain nothing.
+    const int most = std::min(groups, 4 * resident * p.limits.multiprocessors);
+    CostedPlanes best;
+    for (int programs = 1; programs <= most; ++programs) {
+        const int turns = blocks_for(groups, programs);
+        const int rounds = blocks_for(programs * blocks, p.limits.multiprocessors * resident);
+        const double used =
+            std::min<double>(resident, std::ceil(static_cast<double>(programs) * blocks / p.limits.multiprocessors));
+        // Fewer than 16 warps leave slots empty.
+        const double filled = std::min(1.0, 0.4 + 0.6 * used * warps / kResidentWarps);
+        t.cost = rounds * used * (setup + turns * group_cost(p, t)) * warps / 4 / filled;
+        t.programs = programs;
+        best.consider({t, t.cost + rounds * used * turns * group_traffic(p, t)});
+    }
+    return best;
 }
 
 ToeplitzPlanesTiling make_planes(const Problem& p) {
     if (plane_blocks(p.W) == 0 || p.H > kToeplitzPlaneRows) return {};
     for (int l = 0; l < p.L; ++l)
         if (toeplitz_steps(p.weights[l].kw) > 1) return {};
-    ToeplitzPlanesTiling best{};
-    for (int images : {1, 2, 4, 8}) {
-        if (images > 1 && (!toeplitz_planes_stacked(plane_blocks(p.W)) || images * p.H > kToeplitzPlaneRows)) break;
-        if (images > 1 && images >= 2 * p.B) break;
-        ToeplitzPlanesTiling t = cut_planes(p, images);
-        if (t.shared_bytes > static_cast<size_t>(p.limits.shared_per_block)) break;
-        const auto fitting = static_cast<int>(p.limits.shared_per_multiprocessor / (t.shared_bytes + kReservedBytes));
-        const int resident = std::max(1, std::min(toeplitz_planes_resident(t.blocks), fitting));
-        const int groups = blocks_for(static_cast<int>(p.B), images), blocks = blocks_for(p.C, kToeplitzPlaneChannels);
-        const double warps = kToeplitzPlaneChannels, setup = 40.0 * t.tap_rows + 0.3 * t.rows * (t.blocks + 1);
-        // More than a few rounds of blocks gain nothing.
-        const int most = std::min(groups, 4 * resident * p.limits.multiprocessors);
-        for (int programs = 1; programs <= most; ++programs) {
-            const double each = setup + blocks_for(groups, programs) * group_cost(p, t);
-            const int rounds = blocks_for(programs * blocks, p.limits.multiprocessors * resident);
-            const double used = std::min<double>(
-                resident, std::ceil(static_cast<double>(programs) * blocks / p.limits.multiprocessors));
-            // Fewer than 16 warps leave slots empty.
-            t.cost = rounds * used * each * warps / 4 / std::min(1.0, 0.4 + 0.6 * used * warps / kResidentWarps);
-            t.programs = programs;
-            if (best.cost == 0 || t.cost < best.cost) best = t;
+    CostedPlanes best;
+    for (int channels : {16, 8}) {
+        if (channels > 8 && p.C < channels) continue;
+        for (int images : {1, 2, 4, 8}) {
+            if (images > 1 && (!toeplitz_planes_stacked(plane_blocks(p.W)) || images * p.H > kToeplitzPlaneRows))
+                break;
+            if (images > 1 && images >= 2 * p.B) break;
+            const ToeplitzPlanesTiling t = cut_planes(p, channels, images);
+            if (t.shared_bytes > static_cast<size_t>(p.limits.shared_per_block)) break;
+            best.consider(best_programs(p, t));
         }
     }
-    return best;
+    return best.tiling;
 }
 
 int bits_of(int power) {

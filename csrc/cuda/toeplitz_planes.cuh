@@ -1,11 +1,16 @@
 // What a block of toeplitz_fwd_planes.cu keeps in shared memory, and how it fills and empties it: planes and gates of
 // a group of images, and the taps.
 //
-//     planes     [row][8 channels][pitch], 16 bytes more a row: an odd number of 16 bytes, so that eight rows lie in
-//                eight quarters of the banks. Images begin H + 8 rows apart. A channel's column -4 comes first
+//     planes     [row][channels][pitch], 16 bytes more a row and 64 more after eight channels: an odd number of 16
+//                bytes, so that eight rows lie in eight quarters of the banks. Images begin H + 8 rows apart. A
+//                channel's column -4 comes first
 //     gates      [level][56 rows][4][PADDED blocks] of pairs: a lane's pairs of neighbouring blocks in one access
 //     taps       [channel][rows of all kernels][14] of four: what the lanes with the same u hold of T, b0 and b1
 //     sums       [channel][56] in float32, of the last level's rows; of the only image, eight
+//
+// A thread has two neighbouring columns and eight channels of every kRowsAtOnce-th row. Of sixteen channels, two
+// neighbouring lanes take the two halves of a position's 32 bytes. A group is fetched into registers, all loads at
+// once, while the one before it is written.
 
 #pragma once
 
@@ -15,9 +20,9 @@
 
 namespace focalnet::cuda {
 
-constexpr int kChannels = kToeplitzPlaneChannels, kRows = kToeplitzPlaneRows;
+constexpr int kRows = kToeplitzPlaneRows;
 constexpr int kHalves = kRows / 8;  // of tiles: a lane has one row in each
-constexpr int kBlockThreads = kChannels * kWarp;
+constexpr int kPart = 8;            // channels of a thread: 16 bytes of a position
 constexpr int kTapEntries = 14;
 
 struct PlanesLevel {
@@ -41,21 +46,29 @@ struct PlanesParams {
     ToeplitzPlanesTiling tiling;
 };
 
-template <int BLOCKS>
+constexpr int trips(int rows_at_once) { return (kRows + rows_at_once - 1) / rows_at_once; }
+
+template <int BLOCKS, int CHANNELS>
 struct Sizes {
+    static constexpr int kThreads = CHANNELS * kWarp, kParts = CHANNELS / kPart;
     static constexpr bool kStacked = toeplitz_planes_stacked(BLOCKS);
     static constexpr int kTiles = BLOCKS <= 2 ? 4 : BLOCKS <= 4 ? 2 : 1;  // of sixteen rows, at once
     static constexpr int kChunks = (kHalves + 1) / 2 / kTiles;
     // Sums of the last level that a warp keeps: of every row, or of every eighth of the only image.
     static constexpr int kSums = toeplitz_plane_sums(BLOCKS);
     static constexpr int kPitch = toeplitz_plane_pitch(BLOCKS);  // bytes, as all that follows
-    static constexpr int kRow = kChannels * kPitch + 16;
+    static constexpr int kRow = toeplitz_plane_row(BLOCKS, CHANNELS);
     static constexpr int kPadded = toeplitz_gate_blocks(BLOCKS);
     static constexpr int kGateRow = 16 * kPadded;
     static constexpr int kGatePlane = kRows * kGateRow;
-    // Of positions, two columns each: lanes side by side, and rows that a block takes at once.
+    // Of positions, two columns each: lanes side by side, times kParts, and rows that a block takes at once.
     static constexpr int kAcross = BLOCKS == 1 ? 4 : BLOCKS == 2 ? 8 : BLOCKS <= 4 ? 16 : 32;
-    static constexpr int kRowsAtOnce = kBlockThreads / kAcross;
+    static constexpr int kRowsAtOnce = kThreads / (kAcross * kParts), kTrips = trips(kRowsAtOnce);
+    // A warp's rows, and from one to the next: its words of a channel then lie in different banks.
+    static constexpr int kWarpRows = kAcross * kParts < kWarp ? kWarp / (kAcross * kParts) : 1;
+    static constexpr int kWarpStep = kWarpRows > 1 ? kAcross / 4 : 1;
+    // Of gates, where a lane has a position alone.
+    static constexpr int kGateRowsAtOnce = kThreads / kAcross, kGateTrips = trips(kGateRowsAtOnce);
 };
 
 __device__ __forceinline__ uint32_t& word_at(unsigned char* memory, int at) {
@@ -85,28 +98,31 @@ __device__ __forceinline__ uint32_t pair_word(typename PairOf<T>::type pair) {
 }
 
 // The block's share of the problem, and where everything lies in shared memory, in bytes.
-template <typename T, int BLOCKS>
+template <typename T, int BLOCKS, int CHANNELS>
 struct PlanesBlock {
-    using Size = Sizes<BLOCKS>;
+    using Size = Sizes<BLOCKS, CHANNELS>;
     const PlanesParams& p;
     unsigned char* memory;
-    int group;                    // of images
+    int group;                    // of images: the one in the planes
     int stacked_rows, stacked_c;  // where registers are left for them
 
     __device__ __forceinline__ PlanesBlock(const PlanesParams& p, unsigned char* memory)
-        : p(p),
-          memory(memory),
-          group(blockIdx.x / p.channel_blocks),
-          stacked_c(blockIdx.x % p.channel_blocks * kChannels) {}
-    __device__ __forceinline__ bool take_group() {
-        if (group >= p.groups) return false;
-        stacked_rows = static_cast<int>(min(static_cast<int64_t>(p.tiling.images), p.B - first_image())) * p.H;
-        return true;
+        : p(p), memory(memory), stacked_c(blockIdx.x % p.channel_blocks * CHANNELS) {}
+    __device__ __forceinline__ void take(int next) {
+        group = next;
+        stacked_rows = rows_of(next);
+    }
+    __device__ __forceinline__ int first_group() const { return blockIdx.x / p.channel_blocks; }
+    __device__ __forceinline__ int64_t first_image(int group) const {
+        return static_cast<int64_t>(group) * p.tiling.images;
+    }
+    __device__ __forceinline__ int rows_of(int group) const {
+        if constexpr (!Size::kStacked) return p.H;
+        return static_cast<int>(min(static_cast<int64_t>(p.tiling.images), p.B - first_image(group))) * p.H;
     }
     __device__ __forceinline__ int rows() const { return Size::kStacked ? stacked_rows : p.H; }
-    __device__ __forceinline__ int64_t first_image() const { return static_cast<int64_t>(group) * p.tiling.images; }
     __device__ __forceinline__ int first_c() const {
-        return Size::kStacked ? stacked_c : blockIdx.x % p.channel_blocks * kChannels;
+        return Size::kStacked ? stacked_c : blockIdx.x % p.channel_blocks * CHANNELS;
     }
     __device__ __forceinline__ int gates() const { return p.gates_at; }
     __device__ __forceinline__ int taps() const { return p.taps_at; }
@@ -118,14 +134,53 @@ struct PlanesBlock {
     __device__ __forceinline__ int plane_row(int row) const {
         return (p.tiling.halo + row + kToeplitzImageGap * image(row)) * Size::kRow;
     }
+    __device__ __forceinline__ int ctx_row(int row) const {
+        const int image = this->image(row);
+        return image * p.ctx_image + (row - image * p.H) * p.ctx_h;
+    }
+    __device__ __forceinline__ int gates_row(int row) const {
+        const int image = this->image(row);
+        return image * p.gates_image + (row - image * p.H) * p.gates_h;
+    }
 };
 
-// Of two neighbouring columns and eight channels, from `from` on: those before C.
+// What a thread reads and writes of ctx and agg: two columns, eight channels, and a row in every trip.
+template <typename T, int BLOCKS, int CHANNELS>
+struct PlanesThread {
+    using Size = Sizes<BLOCKS, CHANNELS>;
+    const PlanesBlock<T, BLOCKS, CHANNELS>& b;
+    int part, x, first_row, channels;
+
+    __device__ __forceinline__ PlanesThread(const PlanesBlock<T, BLOCKS, CHANNELS>& b) : b(b) {
+        constexpr int kWarpRows = Size::kWarpRows, kStep = Size::kWarpStep;
+        part = threadIdx.x % Size::kParts;
+        x = 2 * (threadIdx.x / Size::kParts % Size::kAcross);
+        const int slot = threadIdx.x / (Size::kParts * Size::kAcross), turn = slot / kWarpRows;
+        first_row = turn / kStep * kStep * kWarpRows + turn % kStep + slot % kWarpRows * kStep;
+        channels = b.p.C - b.first_c() - kPart * part;
+    }
+    __device__ __forceinline__ bool is_inside() const { return x < b.p.W && channels > 0; }
+    __device__ __forceinline__ bool has_both() const { return x + 1 < b.p.W; }
+    __device__ __forceinline__ int row(int trip) const { return first_row + trip * Size::kRowsAtOnce; }
+    __device__ __forceinline__ int place(int row) const {
+        return b.plane_row(row) + toeplitz_plane_channel(BLOCKS, kPart) * part + 2 * kToeplitzPadding + 2 * x;
+    }
+};
+
+// A thread's share of a group on its way from global to shared memory. Zeros where it has no position.
+template <int BLOCKS, int CHANNELS>
+struct Fetched {
+    using Size = Sizes<BLOCKS, CHANNELS>;
+    uint4 left[Size::kTrips], right[Size::kTrips];
+    uint2 left_gates[Size::kGateTrips], right_gates[Size::kGateTrips];
+};
+
+// Eight channels of a position; zeros beyond the last.
 template <typename T, int N>
 __device__ __forceinline__ uint4 load_eight(const T* from, int channels) {
-    T values[kChannels] = {};
+    T values[kPart] = {};
 #pragma unroll
-    for (int c = 0; c < kChannels; c += N)
+    for (int c = 0; c < kPart; c += N)
         if (c < channels) {
             T part[N];
             load_raw<N>(from + c, part);
@@ -136,98 +191,233 @@ __device__ __forceinline__ uint4 load_eight(const T* from, int channels) {
     return result;
 }
 
+// One instruction, where nvcc would make four of a uint4 that is stored in an unrolled loop.
+__device__ __forceinline__ void store_vector(void* to, const uint4& v) {
+#ifdef __CUDACC__
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(v.x), "r"(v.y),
+                 "r"(v.z), "r"(v.w)
+                 : "memory");
+#else
+    *static_cast<uint4*>(to) = v;
+#endif
+}
+
 template <typename T, int N>
 __device__ __forceinline__ void store_eight(T* to, const uint4& from, int channels) {
-    using Raw = typename RawOf<N * sizeof(T)>::type;
-    T values[kChannels];
-    memcpy(values, &from, sizeof values);
+    if constexpr (N == kPart) {
+        store_vector(to, from);
+    } else if constexpr (N == 4) {
+        *reinterpret_cast<uint2*>(to) = uint2{from.x, from.y};
+        if (channels > 4) *reinterpret_cast<uint2*>(to + 4) = uint2{from.z, from.w};
+    } else {
+        T values[kPart];
+        memcpy(values, &from, sizeof values);
 #pragma unroll
-    for (int c = 0; c < kChannels; c += N)
-        if (c < channels) {
-            Raw raw;
-            memcpy(&raw, values + c, sizeof raw);
-            *reinterpret_cast<Raw*>(to + c) = raw;
-        }
+        for (int c = 0; c < kPart; ++c)
+            if (c < channels) to[c] = values[c];
+    }
 }
 
-// Calls f(row, x) for every row of the group and every second column.
-template <int BLOCKS, typename F>
-__device__ __forceinline__ void for_each_pair(int rows, int columns, F f) {
-    using Size = Sizes<BLOCKS>;
+// All loads of ctx at once, where a position's eight channels are aligned to 16 bytes. A thread without a position
+// loads another's, so that no branch lies between the loads.
+template <typename T, int BLOCKS, int CHANNELS>
+__device__ __forceinline__ void fetch_ctx(const PlanesBlock<T, BLOCKS, CHANNELS>& b, int group,
+                                          Fetched<BLOCKS, CHANNELS>& fetched) {
+    const PlanesParams& p = b.p;
+    const PlanesThread<T, BLOCKS, CHANNELS> thread(b);
+    const int last = b.rows_of(group) - 1;
+    const T* ctx = static_cast<const T*>(p.ctx) + b.first_image(group) * p.ctx_b + b.first_c() +
+                   (thread.channels > 0 ? kPart * thread.part : 0) + min(thread.x, p.W - 1) * p.ctx_w;
+#pragma unroll
+    for (int trip = 0; trip < Sizes<BLOCKS, CHANNELS>::kTrips; ++trip) {
+        const T* from = ctx + b.ctx_row(min(thread.row(trip), last));
+        fetched.left[trip] = *reinterpret_cast<const uint4*>(from);
+        if (thread.has_both()) fetched.right[trip] = *reinterpret_cast<const uint4*>(from + p.ctx_w);
+    }
+}
+
+// Up to four gates of a position.
+template <typename T>
+__device__ __forceinline__ uint2 load_gates(const PlanesParams& p, const T* from) {
+    T values[4] = {};
+#pragma unroll
+    for (int l = 0; l < 4; ++l)
+        if (l <= p.L) values[l] = from[l];
+    uint2 result;
+    memcpy(&result, values, sizeof result);
+    return result;
+}
+
+// Calls f(trip, row, x) for the thread's positions.
+template <int BLOCKS, int CHANNELS, typename F>
+__device__ __forceinline__ void for_each_gate_pair(int rows, int columns, F f) {
+    using Size = Sizes<BLOCKS, CHANNELS>;
     const int x = 2 * (threadIdx.x % Size::kAcross);
     if (x >= columns) return;
-#pragma unroll 2
-    for (int row = threadIdx.x / Size::kAcross; row < rows; row += Size::kRowsAtOnce) f(row, x);
+#pragma unroll
+    for (int trip = 0; trip < Size::kGateTrips; ++trip) {
+        const int row = threadIdx.x / Size::kAcross + trip * Size::kGateRowsAtOnce;
+        if (row < rows) f(trip, row, x);
+    }
 }
 
-template <typename T, int BLOCKS, int N>
-__device__ __forceinline__ void read_group(const PlanesBlock<T, BLOCKS>& b) {
-    using Size = Sizes<BLOCKS>;
+template <typename T, int BLOCKS, int CHANNELS, bool FOUR>
+__device__ __forceinline__ void fetch_gates(const PlanesBlock<T, BLOCKS, CHANNELS>& b, int group,
+                                            Fetched<BLOCKS, CHANNELS>& fetched) {
+    using Size = Sizes<BLOCKS, CHANNELS>;
     const PlanesParams& p = b.p;
-    const T* ctx = static_cast<const T*>(p.ctx) + b.first_image() * p.ctx_b + b.first_c();
-    const T* gates = static_cast<const T*>(p.gates) + b.first_image() * p.gates_b;
-    for_each_pair<BLOCKS>(b.rows(), p.W, [&](int row, int x) {
-        const int image = b.image(row), y = row - image * p.H;
-        const bool both = x + 1 < p.W;
-        const T* from = ctx + (image * p.ctx_image + y * p.ctx_h + x * p.ctx_w);
-        const uint4 left = load_eight<T, N>(from, p.C - b.first_c());
-        uint4 right{0, 0, 0, 0};
-        if (both) right = load_eight<T, N>(from + p.ctx_w, p.C - b.first_c());
+    const int last = b.rows_of(group) - 1, x = 2 * (threadIdx.x % Size::kAcross);
+    const bool has_both = x + 1 < p.W;
+    const T* gates = static_cast<const T*>(p.gates) + b.first_image(group) * p.gates_b + min(x, p.W - 1) * p.gates_w;
+#pragma unroll
+    for (int trip = 0; trip < Size::kGateTrips; ++trip) {
+        const int row = threadIdx.x / Size::kAcross + trip * Size::kGateRowsAtOnce;
+        const T* from = gates + b.gates_row(min(row, last));
+        if constexpr (FOUR) {
+            fetched.left_gates[trip] = *reinterpret_cast<const uint2*>(from);
+            if (has_both) fetched.right_gates[trip] = *reinterpret_cast<const uint2*>(from + p.gates_w);
+        } else {
+            fetched.left_gates[trip] = load_gates(p, from);
+            if (has_both) fetched.right_gates[trip] = load_gates(p, from + p.gates_w);
+        }
+    }
+}
 
-        const T* gate = gates + (image * p.gates_image + y * p.gates_h + x * p.gates_w);
+__device__ __forceinline__ void prefetch_sector(const void* from) {
+#ifdef __CUDACC__
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
+#else
+    *static_cast<const volatile unsigned char*>(from);
+#endif
+}
+
+// Brings a group to L2 while the one before it is computed: all blocks fetch at about the same time, and memory would
+// rest in between. The gates by the blocks of the first channels, for all.
+template <typename T, int BLOCKS, int CHANNELS>
+__device__ __forceinline__ void prefetch_group(const PlanesBlock<T, BLOCKS, CHANNELS>& b, int group) {
+    using Size = Sizes<BLOCKS, CHANNELS>;
+    const PlanesParams& p = b.p;
+    if (group >= p.groups) return;
+    const PlanesThread<T, BLOCKS, CHANNELS> thread(b);
+    const int last = b.rows_of(group) - 1, x = min(thread.x + thread.part, p.W - 1);
+    const T* ctx = static_cast<const T*>(p.ctx) + b.first_image(group) * p.ctx_b + b.first_c() + x * p.ctx_w;
+    const T* gates = static_cast<const T*>(p.gates) + b.first_image(group) * p.gates_b + x * p.gates_w;
+    // One thread of a position takes both columns, two take one each.
+    const bool both = Size::kParts == 1 && thread.has_both();
+#pragma unroll
+    for (int trip = 0; trip < Size::kTrips; ++trip) {
+        const T* from = ctx + b.ctx_row(min(thread.row(trip), last));
+        prefetch_sector(from);
+        if (both) prefetch_sector(from + p.ctx_w);
+    }
+    if (b.first_c() > 0) return;
+#pragma unroll 1
+    for (int trip = 0; trip < Size::kTrips; ++trip) {
+        const T* from = gates + b.gates_row(min(thread.row(trip), last));
+        prefetch_sector(from);
+        if (both) prefetch_sector(from + p.gates_w);
+    }
+}
+
+template <typename T, int BLOCKS, int CHANNELS>
+__device__ __forceinline__ void place_pairs(const PlanesThread<T, BLOCKS, CHANNELS>& thread, int row,
+                                            const uint4& left, const uint4& right) {
+    constexpr int kPitch = Sizes<BLOCKS, CHANNELS>::kPitch;
+    const int at = thread.place(row);
+    const uint32_t l[] = {left.x, left.y, left.z, left.w}, r[] = {right.x, right.y, right.z, right.w};
+#pragma unroll
+    for (int c = 0; c < kPart; c += 2) {
+        word_at(thread.b.memory, at + c * kPitch) = lows(l[c / 2], r[c / 2]);
+        word_at(thread.b.memory, at + (c + 1) * kPitch) = highs(l[c / 2], r[c / 2]);
+    }
+}
+
+template <typename T, int BLOCKS, int CHANNELS>
+__device__ __forceinline__ void place_ctx(const PlanesBlock<T, BLOCKS, CHANNELS>& b,
+                                          const Fetched<BLOCKS, CHANNELS>& fetched) {
+    const PlanesThread<T, BLOCKS, CHANNELS> thread(b);
+    if (!thread.is_inside()) return;
+#pragma unroll
+    for (int trip = 0; trip < Sizes<BLOCKS, CHANNELS>::kTrips; ++trip)
+        if (thread.row(trip) < b.rows())
+            place_pairs(thread, thread.row(trip), fetched.left[trip], fetched.right[trip]);
+}
+
+// ctx of the group that was taken, where narrower loads are wanted.
+template <typename T, int BLOCKS, int CHANNELS, int N>
+__device__ __forceinline__ void read_ctx(const PlanesBlock<T, BLOCKS, CHANNELS>& b) {
+    const PlanesParams& p = b.p;
+    const PlanesThread<T, BLOCKS, CHANNELS> thread(b);
+    if (!thread.is_inside()) return;
+    const T* ctx = static_cast<const T*>(p.ctx) + b.first_image(b.group) * p.ctx_b + b.first_c() + kPart * thread.part;
+#pragma unroll 1
+    for (int row = thread.first_row; row < b.rows(); row += Sizes<BLOCKS, CHANNELS>::kRowsAtOnce) {
+        const T* from = ctx + (b.ctx_row(row) + thread.x * p.ctx_w);
+        const uint4 left = load_eight<T, N>(from, thread.channels);
+        uint4 right{0, 0, 0, 0};
+        if (thread.has_both()) right = load_eight<T, N>(from + p.ctx_w, thread.channels);
+        place_pairs(thread, row, left, right);
+    }
+}
+
+// The gates that were fetched. Those beyond the fourth come from global memory.
+template <typename T, int BLOCKS, int CHANNELS>
+__device__ __forceinline__ void place_gates(const PlanesBlock<T, BLOCKS, CHANNELS>& b,
+                                            const Fetched<BLOCKS, CHANNELS>& fetched) {
+    using Size = Sizes<BLOCKS, CHANNELS>;
+    const PlanesParams& p = b.p;
+    for_each_gate_pair<BLOCKS, CHANNELS>(b.rows(), p.W, [&](int trip, int row, int x) {
         const int swap = BLOCKS > 4 ? row % 2 * 4 : 0;
         const int to = b.gates() + row * Size::kGateRow + 4 * (x % 8 / 2 * Size::kPadded + (x / 8 ^ swap));
-        if (p.four_gates) {
-            const uint2 l = *reinterpret_cast<const uint2*>(gate);
-            uint2 r{0, 0};
-            if (both) r = *reinterpret_cast<const uint2*>(gate + p.gates_w);
-            word_at(b.memory, to) = lows(l.x, r.x);
-            word_at(b.memory, to + Size::kGatePlane) = highs(l.x, r.x);
-            word_at(b.memory, to + 2 * Size::kGatePlane) = lows(l.y, r.y);
-            word_at(b.memory, to + 3 * Size::kGatePlane) = highs(l.y, r.y);
-        } else {
-            for (int l = 0; l <= p.L; ++l) {
-                const T pair[] = {gate[l], both ? gate[l + p.gates_w] : from_float<T>(0.0f)};
-                memcpy(b.memory + to + l * Size::kGatePlane, pair, sizeof pair);
-            }
-        }
-
-        const int at = b.plane_row(row) + 2 * kToeplitzPadding + 2 * x;
-        const uint32_t l[] = {left.x, left.y, left.z, left.w}, r[] = {right.x, right.y, right.z, right.w};
+        const uint2 &l = fetched.left_gates[trip], &r = fetched.right_gates[trip];
+        const uint32_t four[] = {lows(l.x, r.x), highs(l.x, r.x), lows(l.y, r.y), highs(l.y, r.y)};
 #pragma unroll
-        for (int c = 0; c < kChannels; c += 2) {
-            word_at(b.memory, at + c * Size::kPitch) = lows(l[c / 2], r[c / 2]);
-            word_at(b.memory, at + (c + 1) * Size::kPitch) = highs(l[c / 2], r[c / 2]);
+        for (int level = 0; level < 4; ++level)
+            if (level <= p.L) word_at(b.memory, to + level * Size::kGatePlane) = four[level];
+        if (p.L < 4) return;
+        const T* from =
+            static_cast<const T*>(p.gates) + b.first_image(b.group) * p.gates_b + (b.gates_row(row) + x * p.gates_w);
+#pragma unroll 1
+        for (int level = 4; level <= p.L; ++level) {
+            const T pair[] = {from[level], x + 1 < p.W ? from[level + p.gates_w] : from_float<T>(0.0f)};
+            memcpy(b.memory + to + level * Size::kGatePlane, pair, sizeof pair);
         }
     });
 }
 
-template <typename T, int BLOCKS, int N>
-__device__ __forceinline__ void write_group(const PlanesBlock<T, BLOCKS>& b) {
-    using Size = Sizes<BLOCKS>;
+template <typename T, int BLOCKS, int CHANNELS, int N>
+__device__ __forceinline__ void write_group(const PlanesBlock<T, BLOCKS, CHANNELS>& b) {
+    using Size = Sizes<BLOCKS, CHANNELS>;
     const PlanesParams& p = b.p;
-    T* agg = static_cast<T*>(p.agg) + b.first_image() * p.H * p.W * p.C + b.first_c();
-    for_each_pair<BLOCKS>(b.rows(), p.W, [&](int row, int x) {
-        const int at = b.plane_row(row) + 2 * kToeplitzPadding + 2 * x;
-        uint32_t pairs[kChannels];
+    const PlanesThread<T, BLOCKS, CHANNELS> thread(b);
+    if (!thread.is_inside()) return;
+    T* const agg = static_cast<T*>(p.agg) + b.first_image(b.group) * p.H * p.W * p.C + b.first_c() +
+                   kPart * thread.part + thread.x * p.C;
+    const int row_size = p.W * p.C;
 #pragma unroll
-        for (int c = 0; c < kChannels; ++c) pairs[c] = word_at(b.memory, at + c * Size::kPitch);
-        T* to = agg + static_cast<int64_t>(row * p.W + x) * p.C;
+    for (int trip = 0; trip < Size::kTrips; ++trip) {
+        const int row = thread.row(trip);
+        if (row >= b.rows()) break;
+        const int at = thread.place(row);
+        uint32_t pairs[kPart];
+#pragma unroll
+        for (int c = 0; c < kPart; ++c) pairs[c] = word_at(b.memory, at + c * Size::kPitch);
+        T* const to = agg + static_cast<int64_t>(row) * row_size;
         store_eight<T, N>(to,
                           uint4{lows(pairs[0], pairs[1]), lows(pairs[2], pairs[3]), lows(pairs[4], pairs[5]),
                                 lows(pairs[6], pairs[7])},
-                          p.C - b.first_c());
-        if (x + 1 < p.W)
+                          thread.channels);
+        if (thread.has_both())
             store_eight<T, N>(to + p.C,
                               uint4{highs(pairs[0], pairs[1]), highs(pairs[2], pairs[3]), highs(pairs[4], pairs[5]),
                                     highs(pairs[6], pairs[7])},
-                              p.C - b.first_c());
-    });
+                              thread.channels);
+    }
 }
 
 // The taps of the warp's channel, for every u = 2 * (lane % 4) + 7 - lane / 4 (toeplitz.cuh). Half a warp takes a row.
-template <typename T, int BLOCKS>
-__device__ __forceinline__ void write_plane_taps(const PlanesBlock<T, BLOCKS>& b, int channel) {
+template <typename T, int BLOCKS, int CHANNELS>
+__device__ __forceinline__ void write_plane_taps(const PlanesBlock<T, BLOCKS, CHANNELS>& b, int channel) {
     const PlanesParams& p = b.p;
     const int lane = threadIdx.x % kWarp, u = lane % 16;
     if (u >= kTapEntries) return;
