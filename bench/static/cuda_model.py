@@ -96,7 +96,8 @@ class Call:
         numbers += [one.height, one.width, one.channels, one.levels, 0, int(self.dtype != torch.float32)]
         # Shared memory that a block may have, and that a multiprocessor has.
         numbers += [gpu.device.shared_bytes, gpu.shared_bytes, gpu.device.sm_count] + [0] * 15
-        numbers += [size for kernel in one.kernels for size in (kernel, kernel)] + [1, 1, 1, 1]
+        numbers += [size for kernel in one.kernels for size in (kernel, kernel)]
+        numbers += [1, 1, 1, 1, one.channels]
         return cuda_program.case(numbers)
 
 

@@ -23,8 +23,8 @@ Status sum_dgates(const Problem& p, const float* partials, int blocks, void* dga
 // The global level's share, in scratch.
 struct GlobalTerm {
     int tiles, chunks;
-    float* level_sums;     // [B][tiles][C], of the last level
-    float* gate_sums;      // [B][chunks][C], of dagg * gate
+    float* level_sums;      // [B][tiles][C], of the last level
+    float* gate_sums;       // [B][chunks][C], of dagg * gate
     float *global, *dmean;  // [B][C]: GELU(mean), and what every position of the last level receives
 
     GlobalTerm() = default;
@@ -41,6 +41,16 @@ struct GlobalTerm {
 template <typename T>
 Status global_gradient(const Problem& p, const Map& dagg, const GlobalTerm& term, bool wants_dmean,
                        cudaStream_t stream);
+
+// A map, channels last and planar (toeplitz.h).
+struct TurnedMap {
+    Map last;
+    void* planar;
+};
+
+// One or two maps of C channels made planar, what lies beyond W zero, or with `back` channels last (toeplitz_turn.cu).
+template <typename T>
+Status turn_maps(const Problem& p, const TurnedMap* maps, int count, bool back, cudaStream_t stream);
 
 // On tensor cores, level by level (toeplitz_bwd_levels.cu).
 template <typename T>

@@ -107,6 +107,13 @@ __device__ __forceinline__ void load_raw(const T* from, T (&to)[N]) {
     memcpy(to, &raw, sizeof raw);
 }
 
+template <int N, typename T>
+__device__ __forceinline__ void store_raw(T* to, const T (&from)[N]) {
+    typename RawOf<N * sizeof(T)>::type raw;
+    memcpy(&raw, from, sizeof raw);
+    *reinterpret_cast<decltype(raw)*>(to) = raw;
+}
+
 // Calls f(row, column, c) for every row, every second column and every N-th of block_c channels.
 template <int N, typename F>
 __device__ __forceinline__ void for_each_two_columns(int rows, int columns, int block_c, F f) {

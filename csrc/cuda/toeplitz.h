@@ -103,7 +103,8 @@ struct ToeplitzBackwardTiling {
     int odd_pitch;                      // of what a warp copies of dz (toeplitz_correlate.cuh)
     int product;                        // floats of a warp's sums for dweights
     int tap_rows, tap_pitch;
-    int below;  // rows that are read below the last image
+    int below;    // rows that are read below the last image
+    bool planar;  // ctx and dagg are read from planar copies, dctx and agg written there (toeplitz_turn.cu)
     size_t shared_bytes;
     double cost;  // 0: nothing fits
 

@@ -237,10 +237,15 @@ __device__ __forceinline__ void store_dctx(const BackwardBlock<T>& b, const Tile
 template <int BLOCKS, typename T>
 __device__ __forceinline__ void run_forward(const BackwardBlock<T>& b, bool first) {
     const BackwardParams& p = b.p;
-    load_ctx(b);
-    load_dagg(b);
+    if (p.tiling.planar) {
+        copy_planar(b, true, true);
+    } else {
+        load_ctx(b);
+        load_dagg(b);
+    }
     for (int l = 0; l < p.L; ++l) {
         load_taps<T>(b, p.level[l].weight, p.level[l].kh, p.level[l].kw, false);
+        if (l == 0) wait_for_copies();
         __syncthreads();
         convolve_level<BLOCKS>(b, b.context, l, [&](const Tile<BLOCKS>& tile) { store_level(b, l, tile); });
         __syncthreads();
@@ -251,7 +256,10 @@ __device__ __forceinline__ void run_forward(const BackwardBlock<T>& b, bool firs
     finish_last(b, first);
     if (!p.agg.data) return;
     __syncthreads();
-    store(b, b.agg, p.agg, p.agg_width);
+    if (p.tiling.planar)
+        store_planar(b, b.agg, p.planar_dagg);
+    else
+        store(b, b.agg, p.agg, p.agg_width);
     if (!p.level[0].dweights) return;
     __syncthreads();
     zero(b.odd, p.tiling.odd(), threadIdx.x, blockDim.x);
@@ -265,11 +273,14 @@ __device__ __forceinline__ void run_backward(const BackwardBlock<T>& b) {
         const BackwardLevel& own = p.level[l];
         T* dz = b.z + l * p.tiling.block_c * p.tiling.plane();
         const bool used = l + 1 < p.L && wants_weights;  // context holds what another level needed
+        const bool reads_ctx = l == 0 && used;
+        if (reads_ctx && p.tiling.planar) copy_planar(b, true, false);  // while dctx is made
         if (l > 0)
             convolve_level<BLOCKS>(b, dz, l, [&](const Tile<BLOCKS>& tile) { store_dz(b, l - 1, used, tile); });
         else if (p.dctx.data)
             convolve_level<BLOCKS>(b, dz, l, [&](const Tile<BLOCKS>& tile) { store_dctx(b, tile); });
-        if (l == 0 && used) load_ctx(b);
+        if (reads_ctx && !p.tiling.planar) load_ctx(b);
+        wait_for_copies();
         __syncthreads();
         if (wants_weights)
             correlate<BLOCKS, T>(
@@ -278,7 +289,11 @@ __device__ __forceinline__ void run_backward(const BackwardBlock<T>& b) {
         __syncthreads();
         if (wants_weights) sum_products(b, own.dweights + b.group * own.kh * own.kw * p.C, own.kh, own.kw, own.by_kw);
     }
-    if (p.dctx.data) store(b, b.dagg, p.dctx, p.dctx_width);
+    if (!p.dctx.data) return;
+    if (p.tiling.planar)
+        store_planar(b, b.dagg, p.planar_ctx);
+    else
+        store(b, b.dagg, p.dctx, p.dctx_width);
 }
 
 template <typename T, int BLOCKS>
@@ -306,6 +321,7 @@ int splits_of(const Problem& p, const ToeplitzBackwardTiling& t) { return blocks
 struct BackwardScratch {
     float* dgates;
     float* dweights[kMaxLevels];
+    void* planar[2];  // of ctx and then dctx, of dagg and then agg
     int64_t bytes;
 
     BackwardScratch(const Problem& p, const ToeplitzBackwardTiling& t, const Gradients& out, void* memory) {
@@ -315,6 +331,8 @@ struct BackwardScratch {
             dweights[l] = out.want_weights
                               ? scratch.take<float>(groups_of(p, t) * p.weights[l].kh * p.weights[l].kw * p.C)
                               : nullptr;
+        for (void*& map : planar)
+            map = t.planar ? scratch.take<uint16_t>(p.B * p.C * p.H * planar_pitch(p.W)) : nullptr;
         bytes = scratch.bytes;
     }
 };
@@ -333,6 +351,8 @@ BackwardParams params_of(const Problem& p, const ToeplitzBackwardTiling& t, cons
     params.dctx = out.want_ctx ? out.dctx : Map{};
     params.agg = out.agg;
     params.dgates = scratch.dgates;
+    params.planar_ctx = scratch.planar[0];
+    params.planar_dagg = scratch.planar[1];
     for (int l = 0; l < p.L; ++l) {
         const FocalWeight& w = p.weights[l];
         params.level[l] = {w.data, scratch.dweights[l], w.kh, w.kw, Division(w.kw)};
@@ -344,9 +364,21 @@ BackwardParams params_of(const Problem& p, const ToeplitzBackwardTiling& t, cons
     params.gates_aligned = p.L == 3 && reinterpret_cast<uintptr_t>(p.gates.data) % 8 == 0 &&
                            p.gates.stride_b % 4 == 0 && p.gates.stride_h % 4 == 0 && p.gates.stride_w % 4 == 0;
     params.by_pairs = Division((p.W + 1) / 2);
+    params.by_eights = Division(planar_pitch(p.W) / 8);
     params.scale = p.scale;
     params.tiling = t;
     return params;
+}
+
+// What the kernel left where the planar copies were.
+template <typename T>
+Status turn_back(const Problem& p, const ToeplitzBackwardTiling& t, const Gradients& out,
+                 const BackwardScratch& scratch, cudaStream_t stream) {
+    TurnedMap written[2];
+    int count = 0;
+    if (t.planar && out.want_ctx) written[count++] = {out.dctx, scratch.planar[0]};
+    if (t.planar && out.agg.data) written[count++] = {out.agg, scratch.planar[1]};
+    return turn_maps<T>(p, written, count, true, stream);
 }
 
 template <typename T>
@@ -358,9 +390,12 @@ Status backward(const Problem& p, const Map& dagg, const Gradients& out, void* m
                         : t.blocks == 2 ? toeplitz_bwd_kernel<T, 2>
                         : t.blocks == 4 ? toeplitz_bwd_kernel<T, 4>
                                         : toeplitz_bwd_kernel<T, 7>;
+    const TurnedMap read[] = {{p.ctx, scratch.planar[0]}, {dagg, scratch.planar[1]}};
+    if (Status s = turn_maps<T>(p, read, t.planar ? 2 : 0, false, stream)) return s;
     if (Status s = launch("toeplitz_bwd_kernel", kernel, groups_of(p, t) * splits_of(p, t), t.threads(),
                           t.shared_bytes, stream, params))
         return s;
+    if (Status s = turn_back<T>(p, t, out, scratch, stream)) return s;
     if (out.want_gates)
         if (Status s = sum_dgates<T>(p, scratch.dgates, splits_of(p, t), out.dgates.data, stream)) return s;
     for (int l = 0; l < p.L && out.want_weights; ++l)

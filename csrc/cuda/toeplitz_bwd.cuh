@@ -153,14 +153,6 @@ __device__ __forceinline__ void with_steps(int kw, F f) {
         f(std::integral_constant<int, 2>{});
 }
 
-// N channels of a position, as they lie.
-template <int N, typename T>
-__device__ __forceinline__ void store_raw(T* to, const T (&from)[N]) {
-    typename RawOf<N * sizeof(T)>::type raw;
-    memcpy(&raw, from, sizeof raw);
-    *reinterpret_cast<decltype(raw)*>(to) = raw;
-}
-
 // Two positions of N channels, planar, into a channels-last map; `at` points to the first of them.
 template <typename T, int N>
 __device__ __forceinline__ void write_channels(T* at, int64_t stride, bool both, const float2 (&values)[N]) {

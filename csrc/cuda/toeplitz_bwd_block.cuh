@@ -1,5 +1,6 @@
 // A block of toeplitz_bwd.cu: its share of the problem, where everything lies in shared memory, and the passes that
-// turn maps from channels last to planes and back. In these a thread owns two neighbouring columns of N channels.
+// read and write maps. Channels last a thread owns two neighbouring columns of N channels, and turns them; planar it
+// owns eight columns of a channel.
 //
 //     planes of T, block_c of each: context, z_1 .. z_L (with halos), dagg
 //     the gates, a plane each; taps of one level
@@ -7,6 +8,7 @@
 
 #pragma once
 
+#include "async_copy.cuh"
 #include "toeplitz_bwd.cuh"
 
 namespace focalnet::cuda {
@@ -22,12 +24,14 @@ struct BackwardParams {
     int64_t B;
     int H, W, C, L;
     Map ctx, gates, dagg;
-    Map dctx, agg;  // no data: not wanted
-    float* dgates;  // [splits of channels][B][H * W][L + 1]; null: not wanted
+    Map dctx, agg;                   // no data: not wanted
+    void *planar_ctx, *planar_dagg;  // copies of ctx and dagg; dctx and agg take their places. Null: channels last
+    float* dgates;                   // [splits of channels][B][H * W][L + 1]; null: not wanted
     BackwardLevel level[kMaxLevels];
     int ctx_width, dagg_width, dctx_width, agg_width;
     bool gates_aligned;  // to 8 bytes, and four of them
     Division by_pairs;   // of columns
+    Division by_eights;
     float scale;
     ToeplitzBackwardTiling tiling;
 };
@@ -144,6 +148,63 @@ __device__ __forceinline__ void load(const BackwardBlock<T>& b, T* first, int pl
                 *reinterpret_cast<uint32_t*>(to + k * plane) = word;
             }
         });
+    });
+}
+
+// f(c, row, x) for every channel, row and eighth column of the block's planar maps.
+template <typename T, typename F>
+__device__ __forceinline__ void for_each_eight(const BackwardBlock<T>& b, F f) {
+    const int eights = planar_pitch(b.p.W) / 8, rows = b.count(), threads = blockDim.x;
+    const int step_y = b.p.by_eights(threads), step_x = threads - step_y * eights;
+    int c = 0, y = b.p.by_eights(threadIdx.x), x = threadIdx.x - y * eights;
+#pragma unroll 4
+    while (true) {
+        for (; y >= rows; y -= rows) ++c;
+        if (c >= b.p.tiling.block_c) break;
+        f(c, y, 8 * x);
+        y += step_y;
+        x += step_x;
+        if (x >= eights) {
+            x -= eights;
+            ++y;
+        }
+    }
+}
+
+// Of a planar map: eight columns of the block's channel c.
+template <typename T>
+__device__ __forceinline__ T* eight_of(const BackwardBlock<T>& b, void* map, int c, int row, int x) {
+    const int image = b.rows.image(row);
+    const int64_t plane = (b.first_image + image) * b.p.C + b.first_c + c;
+    return static_cast<T*>(map) + (plane * b.p.H + row - image * b.p.H) * planar_pitch(b.p.W) + x;
+}
+
+// Planar maps -> planes of shared memory, in flight when this returns (async_copy.cuh); zeros for channels beyond C.
+template <typename T>
+__device__ __forceinline__ void copy_planar(const BackwardBlock<T>& b, bool ctx, bool dagg) {
+    for_each_eight(b, [&](int c, int row, int x) {
+        T *context = b.context_of(c) + b.rows.offset(row) + x, *sum = b.dagg + c * b.sums() + b.sum_at(row, x);
+        if (b.first_c + c < b.p.C) {
+            if (ctx) {
+                const T* from = eight_of(b, b.p.planar_ctx, c, row, x);
+                copy_async<8>(context, from);
+                copy_async<8>(context + 4, from + 4);
+            }
+            if (dagg) copy_async<16>(sum, eight_of(b, b.p.planar_dagg, c, row, x));
+        } else {
+            if (ctx) reinterpret_cast<uint2*>(context)[0] = reinterpret_cast<uint2*>(context)[1] = uint2{0, 0};
+            if (dagg) *reinterpret_cast<uint4*>(sum) = uint4{0, 0, 0, 0};
+        }
+    });
+}
+
+// Planes of sums -> a planar map.
+template <typename T>
+__device__ __forceinline__ void store_planar(const BackwardBlock<T>& b, const T* planes, void* map) {
+    for_each_eight(b, [&](int c, int row, int x) {
+        if (b.first_c + c >= b.p.C) return;
+        *reinterpret_cast<uint4*>(eight_of(b, map, c, row, x)) =
+            *reinterpret_cast<const uint4*>(planes + c * b.sums() + b.sum_at(row, x));
     });
 }
 

@@ -27,6 +27,11 @@ constexpr double kPerTile = 60.0, kPerOutputs = 110.0, kPerKernelRow = 12.0, kPe
 constexpr double kBytesPerInstruction = 6.0;
 // Clocks from the end of a launch to the work of the next, and from memory to the first result.
 constexpr double kPerLaunch = 6000.0;
+// That memory moves in a clock, for a multiprocessor: 2.5e12 a second.
+constexpr double kBytesPerClock = 11.0;
+// Where fewer channels than fill half a sector are read and written at a time, the others come when it has left L2
+// (measured: H100, 56x56x96, batch 128).
+constexpr double kFetchedAgain = 4.0;
 
 int round_up(int n, int to) { return (n + to - 1) / to * to; }
 int blocks_for(int n, int size) { return (n + size - 1) / size; }
@@ -337,9 +342,18 @@ struct ChunkCost {
         instructions += rounds * t.block_c * ((p.L - 1) * kPerActive + kPerFinished) + rounds * p.L * 30.0;
         instructions += 24.0 * t.block_c * rows * p.W / t.threads();
         instructions *= t.warps;
-        bytes = 5.0 * std::max(32, 2 * t.block_c) * rows * p.W;
+        // Twice ctx, dagg, dctx and agg.
+        const int channels_held = std::min(t.block_c, p.C);
+        bytes = 5.0 * rows * p.W * (t.planar ? 2 * channels_held : std::max(2 * channels_held, std::min(32, 2 * p.C)));
+        if (!t.planar && t.block_c < std::min(8, p.C)) bytes *= kFetchedAgain;
     }
 };
+
+// ctx and dagg, dctx and agg: read and written, on the way to planar maps or back.
+double turning_cost(const Problem& p) {
+    const double map = 2.0 * static_cast<double>(p.B) * p.C * p.H * (p.W + (p.W + 7) / 8 * 8);
+    return 2 * kPerLaunch + 4 * map / (kBytesPerClock * p.limits.multiprocessors);
+}
 
 // `chunks` blocks of channels one after the other, gates and dgates' partials once.
 double cost_of(const Problem& p, const ToeplitzBackwardTiling& t) {
@@ -354,7 +368,8 @@ double cost_of(const Problem& p, const ToeplitzBackwardTiling& t) {
     const double rounds = std::ceil(blocks / (static_cast<double>(p.limits.multiprocessors) * resident));
     // A block alone idles at its barriers.
     const double filled = std::min(1.0, 0.3 + 0.7 * resident * t.warps / kResidentWarps) * (resident > 1 ? 1.0 : 0.85);
-    return rounds * resident * (instructions / (4 * filled) + bytes / (4 * kBytesPerInstruction));
+    return rounds * resident * (instructions / (4 * filled) + bytes / (4 * kBytesPerInstruction)) +
+           (t.planar ? turning_cost(p) : 0.0);
 }
 
 struct BestBackward {
@@ -368,8 +383,11 @@ struct BestBackward {
         const int fewest = std::min(all, blocks_for(2 * p.limits.multiprocessors, groups));
         for (int splits = fewest; splits <= std::max(fewest, std::min(all, 32)); ++splits) {
             t.chunks = std::max(1, all / splits);
-            t.cost = cost_of(p, t);
-            if (tiling.cost == 0 || t.cost < tiling.cost) tiling = t;
+            for (bool planar : {false, true}) {
+                t.planar = planar;
+                t.cost = cost_of(p, t);
+                if (tiling.cost == 0 || t.cost < tiling.cost) tiling = t;
+            }
         }
     }
 };

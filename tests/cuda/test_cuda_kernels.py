@@ -66,11 +66,11 @@ def check_forward(run, shape, dtype, device=SM_90, seed=0, tensor_cores=False):
     return path
 
 
-def check_backward(run, shape, dtype, device=SM_90, mask=(True,) * 4, seed=0, tensor_cores=False):
+def check_backward(run, shape, dtype, device=SM_90, mask=(True,) * 4, tensor_cores=False, **options):
     """``mask`` is of ctx, gates, agg, focal_weights. Returns the path that was taken."""
     _, ctx, gates, focal_weights, *_ = operands(shape, dtype)
     dagg = gradient_of(ctx, dtype)
-    options = {"dagg": dagg, "mask": mask, "device": device, "seed": seed, "tensor_cores": tensor_cores}
+    options |= {"dagg": dagg, "mask": mask, "device": device, "tensor_cores": tensor_cores}
     path, mine = run(ctx, gates, focal_weights, shape.normalize, **options)
 
     def expected(dtype):
@@ -198,8 +198,10 @@ def test_every_path_of_backward_obeys_the_rule(run, path, device, shape, dtype):
     assert check_backward(run, shape, dtype, device) == path
 
 
-# As for forward; what does not fit as whole maps goes level by level in bands of rows: one band and several, kernels
-# of two steps, odd channels and columns, kernels of one row.
+# As for forward; whole maps that few channels of fit go through planar copies: one image of a block and several, odd
+# columns, more channels than a warp turns, channels that do not fill a block. What does not fit as whole maps goes
+# level by level in bands of rows: one band and several, kernels of two steps, odd channels and columns, kernels of one
+# row.
 BACKWARD_ON_TENSOR_CORES = [
     ("whole maps", SM_90, Shape(2, 14, 14, 20, (3, 5, 7))),
     ("whole maps", SM_90, Shape(5, 7, 7, 9, (3, 5, 7), normalize=True)),
@@ -208,6 +210,13 @@ BACKWARD_ON_TENSOR_CORES = [
     ("whole maps", SM_80, Shape(1, 19, 22, 7, (11, 13, 15))),
     ("whole maps", SM_86, Shape(3, 5, 41, 8, ((3, 15), (9, 1)))),
     ("whole maps", SM_86, Shape(17, 1, 1, 12, (9,))),
+    ("planar", Device(227, 228, 1), Shape(2, 56, 56, 9, (3, 5, 7))),
+    ("planar", SM_90, Shape(1, 56, 56, 20, (3, 5, 7), normalize=True)),
+    ("planar", SM_90, Shape(3, 39, 43, 9, (3, 5, 7, 9))),
+    ("planar", SM_90, Shape(1, 50, 51, 34, (5,))),
+    ("planar", SM_86, Shape(5, 25, 24, 35, (3, 5), normalize=True)),
+    ("planar", Device(227, 228, 1), Shape(1, 40, 37, 34, (11, 13))),
+    ("planar", Device(32, 48, 4), Shape(9, 7, 7, 36, (3, 5))),
     ("bands", SMALL, Shape(1, 40, 37, 9, (3, 5, 7), normalize=True)),
     ("bands", SMALL, Shape(2, 50, 24, 6, (5, 7, 9))),
     ("bands", SMALL, Shape(1, 33, 57, 5, ((1, 15), (13, 3)))),
@@ -244,11 +253,30 @@ def test_backward_computes_what_is_asked_for(run, path, device, shape, mask):
 @pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize(
     ("path", "device", "shape"),
-    [("whole maps", SM_90, Shape(2, 9, 10, 12, (3, 5, 7))), ("bands", SMALL, Shape(1, 40, 37, 8, (3, 5, 7)))],
-    ids=["whole maps", "bands"],
+    [
+        ("whole maps", SM_90, Shape(2, 9, 10, 12, (3, 5, 7))),
+        ("planar", SM_86, Shape(5, 25, 23, 35, (3, 5))),
+        ("bands", SMALL, Shape(1, 40, 37, 8, (3, 5, 7))),
+    ],
+    ids=["whole maps", "planar", "bands"],
 )
 def test_backward_on_tensor_cores_computes_what_is_asked_for(run, path, device, shape, mask):
     assert check_backward(run, shape, torch.bfloat16, device, mask, tensor_cores=True) == path
+
+
+@pytest.mark.parametrize("pitch", [72, 68, 69])
+@pytest.mark.parametrize(
+    ("path", "device", "shape"),
+    [
+        ("whole maps", SM_90, Shape(2, 14, 14, 32, (3, 5, 7))),
+        ("planar", SM_86, Shape(2, 24, 25, 64, (3, 5))),
+        ("bands", SMALL, Shape(1, 40, 37, 16, (3, 5, 7))),
+    ],
+    ids=["whole maps", "planar", "bands"],
+)
+def test_dctx_is_written_into_rows_of_any_pitch(run, path, device, shape, pitch):
+    """In vectors of eight, of four and of one channel; what lies between stays as it was."""
+    assert check_backward(run, shape, torch.bfloat16, device, tensor_cores=True, dctx_pitch=pitch) == path
 
 
 # The stages of the published variants at their image sizes, and detection maps.
@@ -306,7 +334,7 @@ def test_views_with_any_strides(run, dtype, tensor_cores):
 def test_results_do_not_depend_on_the_order_of_threads_and_blocks(run, dtype, tensor_cores):
     _, ctx, gates, focal_weights, *_ = operands(Shape(2, 17, 20, 20, (3, 5)), dtype)
     dagg = gradient_of(ctx, dtype)
-    devices = [SM_90, Device(32, 48, 4)] if tensor_cores else [SMALL]
+    devices = [SM_90, Device(64, 100, 1), Device(32, 48, 4)] if tensor_cores else [SMALL]
     for options in ({"device": device} | more for device in devices for more in ({}, {"dagg": dagg})):
         options |= {"tensor_cores": tensor_cores}
         (_, first), (_, second) = (run(ctx, gates, focal_weights, False, seed=seed, **options) for seed in (1, 2))

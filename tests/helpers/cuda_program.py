@@ -102,7 +102,7 @@ def plan(program, folder, shape, dtype, device, tensor_cores=False):
     numbers += [int(tensor_cores), *device.numbers(), *[0] * 15]
     for sizes in shape.kernel_sizes:
         numbers += sizes
-    (folder / "case").write_bytes(case([*numbers, 1, 1, 1, 1]))
+    (folder / "case").write_bytes(case([*numbers, 1, 1, 1, 1, shape.channels]))
     forward, backward, *cuts = run([str(program), str(folder / "case")]).splitlines()
     fields = (line.split() for line in cuts)
     return forward, backward, [Cut(what, *map(int, rest[:-1]), rest[-1] == "1") for what, *rest in fields]
@@ -120,8 +120,12 @@ def call(
     device=SM_90,
     seed=0,
     tensor_cores=False,
+    dctx_pitch=None,
 ):
-    """(path taken, outputs): agg, or with ``dagg`` what ``mask`` wants of [dctx, dgates, agg, *dfocal_weights]."""
+    """(path taken, outputs): agg, or with ``dagg`` what ``mask`` wants of [dctx, dgates, agg, *dfocal_weights].
+
+    A position of dctx lies ``dctx_pitch`` elements after the last, by default as many as there are channels.
+    """
     packed = storage_of(ctx, gates)
     dout = ctx.new_empty(ctx.shape) if dagg is None else dagg
     numbers = [int(dagg is not None), seed, ELEMENTS[ctx.dtype], *ctx.shape, len(focal_weights), int(normalize)]
@@ -130,7 +134,9 @@ def call(
     numbers += [*layout(ctx, packed.numel()), *layout(gates, packed.numel()), *layout(dout, storage_of(dout).numel())]
     for weight in focal_weights:
         numbers += weight.shape[2:]
-    numbers += map(int, mask)
+    channels = ctx.shape[-1]
+    pitch = dctx_pitch or channels
+    numbers += [*map(int, mask), pitch]
     data = case(numbers) + raw(packed) + b"".join(map(raw, focal_weights))
     if dagg is not None:
         data += raw(storage_of(dagg))
@@ -140,10 +146,15 @@ def call(
     outputs = [ctx.shape]
     if dagg is not None:
         wanted = [*mask[:3], *[mask[3]] * len(focal_weights)]
-        shapes = [ctx.shape, gates.shape, ctx.shape, *(weight.shape for weight in focal_weights)]
+        shapes = [(*ctx.shape[:-1], pitch), gates.shape, ctx.shape, *(weight.shape for weight in focal_weights)]
         outputs = [shape if want else (0,) for shape, want in zip(shapes, wanted, strict=True)]
     counts = [torch.Size(shape).numel() for shape in outputs]
     data = bytearray((folder / "result").read_bytes())
     flat = torch.frombuffer(data, dtype=ctx.dtype) if data else torch.empty(0, dtype=ctx.dtype)
     assert flat.numel() == sum(counts)
-    return path, [part.view(shape) for part, shape in zip(flat.split(counts), outputs, strict=True)]
+    parts = [part.view(shape) for part, shape in zip(flat.split(counts), outputs, strict=True)]
+    if dagg is not None and mask[0]:
+        beyond = parts[0][..., channels:].flatten().view(torch.uint8)
+        assert (beyond == 0xFF).all(), "dctx is written beyond its channels"
+        parts[0] = parts[0][..., :channels]
+    return path, parts

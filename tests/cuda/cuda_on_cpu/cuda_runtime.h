@@ -154,6 +154,12 @@ struct Fiber {
     float shuffled = 0;
     const void* address = nullptr;  // of the row that ldmatrix is to read
     uint32_t registers[6] = {};     // of A and B, as mma takes them
+    struct Copy {
+        void* to;
+        const void* from;
+        int bytes;
+    };
+    std::vector<Copy> copies;  // asked for, not made yet
 };
 
 inline std::vector<std::unique_ptr<Fiber>> fibers;  // kept from block to block
@@ -194,6 +200,7 @@ inline void prepare(Fiber& fiber) {
     static_assert((kReturn + 1) % 2 == 1);
 #endif
     fiber.state = Fiber::kReady;
+    if (!fiber.copies.empty()) fail("a thread ended with copies that it did not wait for");
 }
 
 inline void resume(int thread) {
@@ -235,6 +242,19 @@ inline void run_block(int threads) {
     }
 }
 
+}  // namespace cuda_on_cpu
+
+namespace cuda_on_cpu {
+inline void copy_async(void* to, const void* from, int bytes) {
+    for (const void* at : {static_cast<const void*>(to), from})
+        if (reinterpret_cast<uintptr_t>(at) % bytes) fail("a copy that is not aligned");
+    fibers[threadIdxOf]->copies.push_back({to, from, bytes});
+}
+
+inline void wait_for_copies() {
+    for (const auto& copy : fibers[threadIdxOf]->copies) std::memcpy(copy.to, copy.from, copy.bytes);
+    fibers[threadIdxOf]->copies.clear();
+}
 }  // namespace cuda_on_cpu
 
 inline void __syncthreads() { cuda_on_cpu::wait(cuda_on_cpu::Fiber::kAtBarrier); }

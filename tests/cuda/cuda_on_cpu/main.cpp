@@ -68,7 +68,7 @@ const char* path_of(const Problem& p) {
 }
 
 const char* backward_path_of(const Problem& p) {
-    if (p.tensor_cores && whole_maps_backward(p)) return "whole maps";
+    if (p.tensor_cores && whole_maps_backward(p)) return plan_toeplitz_backward(p).planar ? "planar" : "whole maps";
     if (p.tensor_cores && plan_toeplitz_bands(p).cost > 0) return "bands";
     return plan_backward_map(p).cost > 0 ? "whole map" : "levels";
 }
@@ -166,6 +166,7 @@ int main(int count, char** argv) {
     out.want_gates = input.number();
     const bool want_agg = input.number();
     out.want_weights = input.number();
+    const int64_t dctx_pitch = input.number();  // from a position of dctx to the next
 
     if (count == 2) return print_plans(p);
     if (count == 4) return print_launches(p, backward, out, want_agg);
@@ -189,16 +190,16 @@ int main(int count, char** argv) {
         std::free(scratch);
     } else {
         void* dagg_storage = input.elements(dagg.size * size);
-        void* dctx = unwritten(out.want_ctx ? positions * p.C * size : 0);
+        void* dctx = unwritten(out.want_ctx ? positions * dctx_pitch * size : 0);
         void* dgates = unwritten(out.want_gates ? positions * (p.L + 1) * size : 0);
         void* agg = unwritten(want_agg ? positions * p.C * size : 0);
         if (want_agg) out.agg = contiguous(agg, p, p.C);
-        out.dctx = contiguous(dctx, p, p.C);
+        out.dctx = contiguous(dctx, p, dctx_pitch);
         out.dgates = contiguous(dgates, p, p.L + 1);
         for (int l = 0; l < p.L; ++l) out.dweights[l] = unwritten(out.want_weights ? taps[l] * p.C * size : 0);
         void* scratch = unwritten(static_cast<int64_t>(backward_scratch_bytes(p, out)));
         check(gated_aggregation_backward(p, dagg.map(dagg_storage, size), out, scratch, nullptr));
-        write(dctx, out.want_ctx ? positions * p.C : 0);
+        write(dctx, out.want_ctx ? positions * dctx_pitch : 0);
         write(dgates, out.want_gates ? positions * (p.L + 1) : 0);
         write(agg, want_agg ? positions * p.C : 0);
         for (int l = 0; l < p.L; ++l) write(out.dweights[l], out.want_weights ? taps[l] * p.C : 0);
