@@ -1,4 +1,5 @@
-"""What PyTorch's own launches take by the performance model: around the backend `cuda`, and of the reference.
+"""What launches that nobody compiled here take by the performance model: around the aggregation of the backend `cuda`,
+and of the reference.
 
 A launch takes the longest of its bytes over the bandwidth, its float32 multiply-adds over their rate, and its product
 over the tensor cores' rate, and `GAP` until the next. No launch can be faster; cuDNN's and cuBLAS's are slower. So the
@@ -50,12 +51,12 @@ def product(stage: Stage) -> TorchLaunch:
 
 
 def around_aggregation(operator: str, stage: Stage) -> list[TorchLaunch]:
-    """What focalnet/backends/composed.py launches beside the aggregation."""
+    """What composed.py launches beside the aggregation: products of matrices by cuBLAS, the rest by modulate.cu."""
     if operator == "focal_modulation":
         return [product(stage), TorchLaunch(3)]
     if operator == "focal_modulation_bwd":
-        # dmodulator, its sum, dagg; the modulator again times dout; dweight
-        return [TorchLaunch(3), TorchLaunch(1), product(stage), product(stage), TorchLaunch(3), product(stage)]
+        # dmodulator with partial sums of it, and their sum; dagg; the modulator again, times dout; dweight
+        return [TorchLaunch(3), TorchLaunch(0), product(stage), product(stage), TorchLaunch(3), product(stage)]
     return []
 
 

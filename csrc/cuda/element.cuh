@@ -87,13 +87,16 @@ template <typename T, int N>
 struct Vector {
     using Raw = typename RawOf<N * sizeof(T)>::type;
 
-    static __device__ __forceinline__ void load(const T* from, float (&to)[N]) {
-        const Raw raw = *reinterpret_cast<const Raw*>(from);
+    static __device__ __forceinline__ Raw read(const T* from) { return *reinterpret_cast<const Raw*>(from); }
+
+    static __device__ __forceinline__ void unpack(const Raw& raw, float (&to)[N]) {
         T values[N];
         memcpy(values, &raw, sizeof raw);
 #pragma unroll
         for (int i = 0; i < N; ++i) to[i] = to_float(values[i]);
     }
+
+    static __device__ __forceinline__ void load(const T* from, float (&to)[N]) { unpack(read(from), to); }
 
     static __device__ __forceinline__ void store(T* to, const float (&from)[N]) {
         T values[N];

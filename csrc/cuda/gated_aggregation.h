@@ -54,7 +54,7 @@ struct Problem {
 
 struct Gradients {
     bool want_ctx, want_gates, want_weights;
-    Map dctx, dgates;            // contiguous, of the inputs' element type
+    Map dctx, dgates;            // of the inputs' element type; the rows of dgates at one pitch, stride_w
     void* dweights[kMaxLevels];  // contiguous (C, 1, kh, kw), of the inputs' element type
     Map agg;                     // forward's result once more, contiguous; no data: not wanted
 };

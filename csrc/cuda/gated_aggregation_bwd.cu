@@ -22,8 +22,8 @@
 namespace focalnet::cuda {
 namespace {
 
-constexpr int kSumColumns = 64;      // channels of a block of gate_sums_kernel
-constexpr int kPartialColumns = 32;  // channels of a block of sum_partials_kernel
+constexpr int kSumColumns = 64;     // channels of a block of gate_sums_kernel
+constexpr int kPartialColumns = 8;  // channels of a block of sum_partials_kernel: a sector of a row
 
 // A block owns kSumPositions of an image and kSumColumns channels: its threads take vectors of N channels of a
 // position, side by side, and positions in turn. sums [B][chunks][C] = sum over the positions of dagg * gate.
@@ -85,7 +85,7 @@ struct DgatesParams {
     Map dagg;
     const void* z[kMaxLevels];
     const float* global;
-    void* dgates;
+    Map dgates;
     int64_t positions;
     int H, W, C, L;
     float scale;
@@ -123,7 +123,8 @@ __global__ void __launch_bounds__(kThreads) dgates_kernel(const DgatesParams p) 
         for (int lanes = 16; lanes > 0; lanes /= 2) sum[l] += __shfl_xor_sync(0xffffffffu, sum[l], lanes);
         if (lane == (l == kMaxLevels ? p.L : l)) mine = sum[l];
     }
-    if (lane <= p.L) static_cast<T*>(p.dgates)[position * (p.L + 1) + lane] = from_float<T>(p.scale * mine);
+    if (lane <= p.L)
+        static_cast<T*>(p.dgates.data)[position * p.dgates.stride_w + lane] = from_float<T>(p.scale * mine);
 }
 
 struct LevelParams {
@@ -135,10 +136,10 @@ struct LevelParams {
     const void* z;       // of the last level
     const float* dmean;  // [B][C]
     const void* weight;
-    void* dinput;     // contiguous: dctx, or dz of the level below; null: not wanted
+    Map dinput;       // dctx, or dz of the level below, contiguous; no data: not wanted
     float* partials;  // [B][tiles][taps][C]; null: not wanted
     int kh, kw, dz_width, input_width;
-    bool dagg_paired;
+    bool dagg_paired, dinput_paired;
     float scale;
     Tiling tiling;
 };
@@ -206,23 +207,24 @@ __global__ void __launch_bounds__(kThreads, 2) focal_level_bwd_kernel(const Leve
     load_weights<T>(weights, p.weight, taps, block_c, first_c, p.C);
     __syncthreads();
 
-    if (p.dinput) {
+    if (p.dinput.data) {
         const bool paired = p.C % 2 == 0;
         const T* dagg = static_cast<const T*>(p.dagg.data) + at.image * p.dagg.stride_b + first_c;
         const T* gates = static_cast<const T*>(p.gates.data) + at.image * p.gates.stride_b + p.level - 1;
         const T* z = static_cast<const T*>(p.input.data) + image + first_c;  // read for level > 0 only
-        T* dinput = static_cast<T*>(p.dinput) + image + first_c;
+        T* dinput = static_cast<T*>(p.dinput.data) + at.image * p.dinput.stride_b + first_c;
         const Taps turned{weights + (taps - 1) * block_c, -block_c, p.kh, p.kw};
         for_each_convolved(dz, held, turned, at.tile, [&](int y, int x, int c, float2 d) {
-            const int64_t offset = y * row + static_cast<int64_t>(x) * p.C + c;
             if (p.level > 0) {
                 const float g = p.scale * to_float(gates[y * p.gates.stride_h + x * p.gates.stride_w]);
                 const float2 direct = load_channels(dagg + y * p.dagg.stride_h + x * p.dagg.stride_w + c, first_c + c,
                                                     p.C, p.dagg_paired);
-                const float2 below = load_channels(z + offset, first_c + c, p.C, paired);
+                const float2 below =
+                    load_channels(z + y * row + static_cast<int64_t>(x) * p.C + c, first_c + c, p.C, paired);
                 d = {fmaf(g, direct.x, d.x) * gelu_grad(below.x), fmaf(g, direct.y, d.y) * gelu_grad(below.y)};
             }
-            store_channels(dinput + offset, d, first_c + c, p.C, paired);
+            store_channels(dinput + y * p.dinput.stride_h + x * p.dinput.stride_w + c, d, first_c + c, p.C,
+                           p.dinput_paired);
         });
     }
     if (p.partials)
@@ -232,34 +234,34 @@ __global__ void __launch_bounds__(kThreads, 2) focal_level_bwd_kernel(const Leve
             first_c, sums);
 }
 
-// A block owns a tap and kPartialColumns channels: 8 rows of threads take every eighth part, then add up in order.
+// A block owns a tap and kPartialColumns channels: 32 rows of threads take every 32nd part, then add up in order. Few
+// parts for a thread, because it waits for each load: there are some hundred parts and few blocks.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    sum_partials_kernel(const float* partials, T* dweight, int64_t parts, int taps, int C) {
+    sum_partials_kernel(const float* partials, T* out, int64_t parts, int taps, int C) {
     __shared__ float sums[kThreads];
     const int columns = (C + kPartialColumns - 1) / kPartialColumns, tap = blockIdx.x / columns;
     const int c = blockIdx.x % columns * kPartialColumns + threadIdx.x % kPartialColumns;
     constexpr int kRows = kThreads / kPartialColumns;
     float sum = 0.0f;
     if (c < C)
+#pragma unroll 8
         for (int64_t part = threadIdx.x / kPartialColumns; part < parts; part += kRows)
             sum += partials[(part * taps + tap) * C + c];
     sums[threadIdx.x] = sum;
     __syncthreads();
     if (static_cast<int>(threadIdx.x) >= kPartialColumns || c >= C) return;
     for (int i = 1; i < kRows; ++i) sum += sums[i * kPartialColumns + threadIdx.x];
-    dweight[static_cast<int64_t>(c) * taps + tap] = from_float<T>(sum);
+    out[static_cast<int64_t>(c) * taps + tap] = from_float<T>(sum);
 }
 
 }  // namespace
 
 template <typename T>
-Status sum_partials(const Problem& p, int level, const float* partials, int64_t parts, void* dweight,
-                    cudaStream_t stream) {
-    const int taps = p.weights[level].kh * p.weights[level].kw;
+Status sum_partials(const float* partials, int64_t parts, int taps, int C, void* sum, cudaStream_t stream) {
     return launch("sum_partials_kernel", sum_partials_kernel<T>,
-                  static_cast<int64_t>(taps) * blocks_for(p.C, kPartialColumns), kThreads, 0, stream, partials,
-                  static_cast<T*>(dweight), parts, taps, p.C);
+                  static_cast<int64_t>(taps) * blocks_for(C, kPartialColumns), kThreads, 0, stream, partials,
+                  static_cast<T*>(sum), parts, taps, C);
 }
 
 template <typename T>
@@ -283,9 +285,9 @@ template Status global_gradient<float>(const Problem&, const Map&, const GlobalT
 template Status global_gradient<__half>(const Problem&, const Map&, const GlobalTerm&, bool, cudaStream_t);
 template Status global_gradient<__nv_bfloat16>(const Problem&, const Map&, const GlobalTerm&, bool, cudaStream_t);
 
-template Status sum_partials<float>(const Problem&, int, const float*, int64_t, void*, cudaStream_t);
-template Status sum_partials<__half>(const Problem&, int, const float*, int64_t, void*, cudaStream_t);
-template Status sum_partials<__nv_bfloat16>(const Problem&, int, const float*, int64_t, void*, cudaStream_t);
+template Status sum_partials<float>(const float*, int64_t, int, int, void*, cudaStream_t);
+template Status sum_partials<__half>(const float*, int64_t, int, int, void*, cudaStream_t);
+template Status sum_partials<__nv_bfloat16>(const float*, int64_t, int, int, void*, cudaStream_t);
 
 namespace {
 
@@ -336,7 +338,7 @@ template <typename T>
 Status gates_gradient(const Problem& p, const Map& dagg, const Gradients& out, const Workspace<T>& w,
                       cudaStream_t stream) {
     Status status;
-    DgatesParams params{dagg, {}, w.global.global, out.dgates.data, p.B * p.H * p.W, p.H, p.W, p.C, p.L, p.scale};
+    DgatesParams params{dagg, {}, w.global.global, out.dgates, p.B * p.H * p.W, p.H, p.W, p.C, p.L, p.scale};
     for (int l = 0; l < p.L; ++l) params.z[l] = w.z[l];
     with_width_on_host<T>(widest_vector(p.element, p.C, {dagg}), [&](auto n) {
         constexpr int N = decltype(n)::value;
@@ -365,7 +367,8 @@ Status level_gradients(const Problem& p, const Map& dagg, const Gradients& out, 
     params.z = w.z[level];
     params.dmean = w.global.dmean;
     params.weight = weight.data;
-    params.dinput = level > 0 ? w.dz[(level - 1) % 2] : out.want_ctx ? out.dctx.data : nullptr;
+    params.dinput = level > 0 ? contiguous_map(p, w.dz[(level - 1) % 2]) : out.want_ctx ? out.dctx : Map{};
+    params.dinput_paired = is_paired(p.element, p.C, params.dinput);
     params.partials = out.want_weights ? w.partials : nullptr;
     params.kh = weight.kh;
     params.kw = weight.kw;

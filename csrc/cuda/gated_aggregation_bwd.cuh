@@ -11,14 +11,20 @@ inline constexpr int kSumPositions = 1024;  // of a block of gate_sums_kernel
 
 inline int blocks_for(int64_t n, int64_t size) { return static_cast<int>((n + size - 1) / size); }
 
-// dweight of one level: the sum of partials [parts][taps][C] in a fixed order.
+// sum [C][taps] of partials [parts][taps][C], in a fixed order.
+template <typename T>
+Status sum_partials(const float* partials, int64_t parts, int taps, int C, void* sum, cudaStream_t stream);
+
+// dweight of one level.
 template <typename T>
 Status sum_partials(const Problem& p, int level, const float* partials, int64_t parts, void* dweight,
-                    cudaStream_t stream);
+                    cudaStream_t stream) {
+    return sum_partials<T>(partials, parts, p.weights[level].kh * p.weights[level].kw, p.C, dweight, stream);
+}
 
-// dgates, contiguous: the sum of partials [blocks][B * H * W][L + 1], times the scale.
+// dgates: the sum of partials [blocks][B * H * W][L + 1], times the scale.
 template <typename T>
-Status sum_dgates(const Problem& p, const float* partials, int blocks, void* dgates, cudaStream_t stream);
+Status sum_dgates(const Problem& p, const float* partials, int blocks, const Map& dgates, cudaStream_t stream);
 
 // The global level's share, in scratch.
 struct GlobalTerm {

@@ -33,11 +33,13 @@ struct PlaneParams {
     int64_t B;
     int H, W, C, L, taps, columns;  // columns: the most that correlate sums at once
     Map ctx, gates, dagg;
-    void *dctx, *agg;  // contiguous; null: not wanted
-    float* dgates;     // [blocks of channels][B][H * W][L + 1]; null: not wanted
+    Map dctx;       // no data: not wanted
+    void* agg;      // contiguous; null: not wanted
+    float* dgates;  // [blocks of channels][B][H * W][L + 1]; null: not wanted
     PlaneLevel level[kMaxLevels];
     Tiling tiling;
     int ctx_width, dagg_width, agg_width;
+    bool dctx_paired;
     float scale;
 };
 
@@ -221,38 +223,41 @@ __global__ void __launch_bounds__(512, 1) plane_bwd_kernel(const PlaneParams p) 
     form_global(b, level_sum, sum_global_gate(b));
     if (p.agg) form_agg(b);
     if (p.dgates) form_dgates(b, block);
-    if (!p.dctx && !p.level[0].dweights) return;
+    if (!p.dctx.data && !p.level[0].dweights) return;
 
     for_each_vector<2>(b.map, block_c,
                        [&](int y, int x, int c) { form_dz(b, p.L - 1, y, x, c, {b.dmean[c], b.dmean[c + 1]}); });
     __syncthreads();
-    const bool paired = p.C % 2 == 0;
-    T* dctx = static_cast<T*>(p.dctx) + image * p.H * p.W * p.C + b.first_c;
+    T* dctx = static_cast<T*>(p.dctx.data) + image * p.dctx.stride_b + b.first_c;
     for (int l = p.L - 1; l >= 0; --l) {
         const PlaneLevel& level = p.level[l];
         if (level.dweights)
             correlate(b.context(l), b.dz(l), b.map, b.map,
                       {level.kh, level.kw, p.C, level.dweights + image * level.kh * level.kw * p.C}, b.first_c, sums);
-        if (l == 0 && !p.dctx) return;
+        if (l == 0 && !p.dctx.data) return;
         // One call for all levels, so that the code holds one copy of the convolution for each width.
         for_each_convolved(b.dz(l), b.map, b.taps(l, true), b.map, [&](int y, int x, int c, float2 d) {
             if (l > 0)
                 form_dz(b, l - 1, y, x, c, d);
             else
-                store_channels(dctx + (static_cast<int64_t>(y) * p.W + x) * p.C + c, d, b.first_c + c, p.C, paired);
+                store_channels(dctx + y * p.dctx.stride_h + x * p.dctx.stride_w + c, d, b.first_c + c, p.C,
+                               p.dctx_paired);
         });
         __syncthreads();
     }
 }
 
-// A thread owns a gate of a position: partials [blocks][count] -> dgates [count], in a fixed order.
+// A thread owns a gate of a position, a block of threads whole positions: partials [blocks][positions][gates], in a
+// fixed order, to rows of dgates `pitch` elements apart.
 template <typename T>
-__global__ void sum_dgates_kernel(const float* partials, T* dgates, int64_t count, int blocks, float scale) {
-    const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+__global__ void sum_dgates_kernel(const float* partials, T* dgates, int64_t pitch, int64_t positions, int gates,
+                                  int blocks, float scale) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, count = positions * gates;
     if (i >= count) return;
     float sum = 0.0f;
     for (int block = 0; block < blocks; ++block) sum += partials[block * count + i];
-    dgates[i] = from_float<T>(scale * sum);
+    const int64_t position = static_cast<int64_t>(blockIdx.x) * (blockDim.x / gates) + threadIdx.x / gates;
+    dgates[position * pitch + threadIdx.x % gates] = from_float<T>(scale * sum);
 }
 
 struct PlaneScratch {
@@ -281,7 +286,8 @@ PlaneParams params_of(const Problem& p, const Map& dagg, const Gradients& out, c
     params.ctx = p.ctx;
     params.gates = p.gates;
     params.dagg = dagg;
-    params.dctx = out.want_ctx ? out.dctx.data : nullptr;
+    params.dctx = out.want_ctx ? out.dctx : Map{};
+    params.dctx_paired = is_paired(p.element, p.C, params.dctx);
     params.agg = out.agg.data;
     params.agg_width = widest_vector(p.element, p.C, {});
     params.dgates = scratch.dgates;
@@ -302,10 +308,12 @@ PlaneParams params_of(const Problem& p, const Map& dagg, const Gradients& out, c
 }  // namespace
 
 template <typename T>
-Status sum_dgates(const Problem& p, const float* partials, int blocks, void* dgates, cudaStream_t stream) {
-    const int64_t count = p.B * p.H * p.W * (p.L + 1);
-    return launch("sum_dgates_kernel", sum_dgates_kernel<T>, blocks_for(count, kThreads), kThreads, 0, stream,
-                  partials, static_cast<T*>(dgates), count, blocks, p.scale);
+Status sum_dgates(const Problem& p, const float* partials, int blocks, const Map& dgates, cudaStream_t stream) {
+    const int64_t positions = p.B * p.H * p.W;
+    const int gates = p.L + 1, together = kThreads / gates;
+    return launch("sum_dgates_kernel", sum_dgates_kernel<T>, (positions + together - 1) / together, together * gates,
+                  0, stream, partials, static_cast<T*>(dgates.data), dgates.stride_w, positions, gates, blocks,
+                  p.scale);
 }
 
 template <typename T>
@@ -322,15 +330,15 @@ Status backward_of_planes(const Problem& p, const Map& dagg, const Gradients& ou
                           params.tiling.shared_bytes, stream, params))
         return s;
     if (out.want_gates)
-        if (Status s = sum_dgates<T>(p, scratch.dgates, blocks, out.dgates.data, stream)) return s;
+        if (Status s = sum_dgates<T>(p, scratch.dgates, blocks, out.dgates, stream)) return s;
     for (int l = 0; l < p.L && out.want_weights; ++l)
         if (Status s = sum_partials<T>(p, l, scratch.dweights[l], p.B, out.dweights[l], stream)) return s;
     return {};
 }
 
-#define FOCALNET_INSTANTIATE(T)                                                            \
-    template Status sum_dgates<T>(const Problem&, const float*, int, void*, cudaStream_t); \
-    template size_t scratch_bytes_of_planes<T>(const Problem&, const Gradients&);          \
+#define FOCALNET_INSTANTIATE(T)                                                                 \
+    template Status sum_dgates<T>(const Problem&, const float*, int, const Map&, cudaStream_t); \
+    template size_t scratch_bytes_of_planes<T>(const Problem&, const Gradients&);               \
     template Status backward_of_planes<T>(const Problem&, const Map&, const Gradients&, void*, cudaStream_t);
 FOCALNET_INSTANTIATE(float)
 FOCALNET_INSTANTIATE(__half)

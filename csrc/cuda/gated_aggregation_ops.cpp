@@ -2,8 +2,6 @@
 // turned into plain pointers and strides, results and scratch from torch's allocator, the device and the stream. The
 // kernels are in gated_aggregation_fwd.cu and gated_aggregation_bwd.cu.
 
-#include <cuda_runtime.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -11,48 +9,18 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "arguments.h"
 #include "gated_aggregation.h"
+#include "operator.h"
 #include "stream.h"
 #include "toeplitz.h"
 
 namespace focalnet::cuda {
 namespace {
-
-Element element_of(const Tensor& ctx) {
-    switch (ctx.scalar_type()) {
-        case ScalarType::Float:
-            return Element::kFloat32;
-        case ScalarType::BFloat16:
-            return Element::kBFloat16;
-        case ScalarType::Half:
-            return Element::kFloat16;
-        default:
-            STD_TORCH_CHECK(false, "ctx has dtype ", torch::headeronly::toString(ctx.scalar_type()),
-                            "; expected float32, bfloat16 or float16");
-    }
-    return Element::kFloat32;
-}
-
-void check(cudaError_t error, const char* what) {
-    STD_TORCH_CHECK(error == cudaSuccess, what, " failed: ", cudaGetErrorString(error), " (", cudaGetErrorName(error),
-                    ")");
-}
-
-int attribute(cudaDeviceAttr attribute, int device) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
-    return value;
-}
-
-Limits limits_of(int device) {
-    return {attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-            attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
-            attribute(cudaDevAttrMultiProcessorCount, device)};
-}
 
 Map map_of(const Tensor& t) { return {const_cast<void*>(t.const_data_ptr()), t.stride(0), t.stride(1), t.stride(2)}; }
 
@@ -83,7 +51,7 @@ void check_tensor_cores(const Problem& p) {
 
 Arguments parse(const Tensor& ctx, const Tensor& gates, const std::vector<Tensor>& focal_weights, bool normalize,
                 bool tensor_cores) {
-    const Element element = element_of(ctx);
+    const Element element = element_of("ctx", ctx);
     const auto levels = static_cast<int64_t>(focal_weights.size());
     check_ctx_and_gates(ctx, gates, levels);
     // A position's number within its image is an int in the kernels; offsets into the tensors are not.
@@ -117,24 +85,6 @@ Arguments parse(const Tensor& ctx, const Tensor& gates, const std::vector<Tensor
     return args;
 }
 
-Tensor scratch_of(const Tensor& like, size_t bytes) {
-    return torch::stable::new_empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
-}
-
-void check(const Status& status) {
-    STD_TORCH_CHECK(!status, "focalnet: the launch of ", status.kernel, " failed: ", cudaGetErrorString(status.error),
-                    " (", cudaGetErrorName(status.error), ")");
-}
-
-// Makes a device current for torch and for this module's own copy of the runtime.
-class DeviceGuard {
-  public:
-    explicit DeviceGuard(int device) : guard_(device) { check(cudaSetDevice(device), "cudaSetDevice"); }
-
-  private:
-    torch::stable::accelerator::DeviceGuard guard_;
-};
-
 Tensor cuda_gated_aggregation(const Tensor& ctx, const Tensor& gates, std::vector<Tensor> focal_weights,
                               bool normalize_modulator, bool tensor_cores) {
     STD_TORCH_CHECK(ctx.is_cuda(), "ctx is not on a GPU; expected a CUDA tensor");
@@ -147,10 +97,27 @@ Tensor cuda_gated_aggregation(const Tensor& ctx, const Tensor& gates, std::vecto
     return agg;
 }
 
-// Returns dctx, dgates, agg (for the modulator's own gradients, which want it again), dfocal_weights.
+// What the kernels write instead of a new tensor.
+void check_output(const std::string& name, const Tensor& given, const Tensor& input, bool wanted) {
+    STD_TORCH_CHECK(wanted, name, " is given, but output_mask does not ask for it; pass None");
+    check_map(name, given, input);
+    STD_TORCH_CHECK(given.size(3) == input.size(3), name, " has shape ", shape_text(given), "; expected ",
+                    shape_text(input));
+    check_output_rows(name, given);
+}
+
+// The rows of an output lie at one pitch, also where a dimension of 1 has another stride.
+Map output_rows_of(const Tensor& t) {
+    const int64_t pitch = *row_pitch(t);
+    return {t.mutable_data_ptr(), t.size(1) * t.size(2) * pitch, t.size(2) * pitch, pitch};
+}
+
+// Returns dctx, dgates, agg (for the modulator's own gradients, which want it again), dfocal_weights. dctx and dgates
+// that are given are written, and are empty in the list.
 std::vector<Tensor> cuda_gated_aggregation_bwd(const Tensor& dagg, const Tensor& ctx, const Tensor& gates,
                                                std::vector<Tensor> focal_weights, bool normalize_modulator,
-                                               bool tensor_cores, std::vector<bool> output_mask) {
+                                               bool tensor_cores, std::vector<bool> output_mask,
+                                               std::optional<Tensor> dctx, std::optional<Tensor> dgates) {
     STD_TORCH_CHECK(ctx.is_cuda(), "ctx is not on a GPU; expected a CUDA tensor");
     const DeviceGuard guard(ctx.get_device_index());
     const Arguments args = parse(ctx, gates, focal_weights, normalize_modulator, tensor_cores);
@@ -158,16 +125,18 @@ std::vector<Tensor> cuda_gated_aggregation_bwd(const Tensor& dagg, const Tensor&
     STD_TORCH_CHECK(output_mask.size() == 4, "output_mask has ", output_mask.size(),
                     " entries; expected four: ctx, gates, agg, focal_weights");
     const Tensor dagg_view = with_unit_channel_stride(dagg);
-    std::vector<Tensor> grads{empty_like_if(ctx, output_mask[0]), empty_like_if(gates, output_mask[1]),
-                              empty_like_if(ctx, output_mask[2])};
+    if (dctx) check_output("dctx", *dctx, ctx, output_mask[0]);
+    if (dgates) check_output("dgates", *dgates, gates, output_mask[1]);
+    std::vector<Tensor> grads{empty_like_if(ctx, output_mask[0] && !dctx),
+                              empty_like_if(gates, output_mask[1] && !dgates), empty_like_if(ctx, output_mask[2])};
     for (const Tensor& w : args.weights) grads.push_back(empty_like_if(w, output_mask[3]));
 
     Gradients out{};
     out.want_ctx = output_mask[0];
     out.want_gates = output_mask[1];
     out.want_weights = output_mask[3];
-    if (out.want_ctx) out.dctx = output_map_of(grads[0]);
-    if (out.want_gates) out.dgates = output_map_of(grads[1]);
+    if (out.want_ctx) out.dctx = output_rows_of(dctx ? *dctx : grads[0]);
+    if (out.want_gates) out.dgates = output_rows_of(dgates ? *dgates : grads[1]);
     if (output_mask[2]) out.agg = output_map_of(grads[2]);
     for (size_t l = 0; l < args.weights.size(); ++l) out.dweights[l] = grads[3 + l].mutable_data_ptr();
     const Tensor scratch = scratch_of(ctx, backward_scratch_bytes(args.problem, out));
@@ -185,7 +154,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(focalnet, m) {
         "bool tensor_cores) -> Tensor");
     m.def(
         "cuda_gated_aggregation_bwd(Tensor dagg, Tensor ctx, Tensor gates, Tensor[] focal_weights, "
-        "bool normalize_modulator, bool tensor_cores, bool[] output_mask) -> Tensor[]");
+        "bool normalize_modulator, bool tensor_cores, bool[] output_mask, Tensor(a!)? dctx=None, Tensor(b!)? "
+        "dgates=None) "
+        "-> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(focalnet, CUDA, m) {

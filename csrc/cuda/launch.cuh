@@ -73,6 +73,12 @@ inline int widest_vector(Element element, int C, std::initializer_list<Map> maps
     return 1;
 }
 
+// Pairs of channels may be read and written as one word.
+inline bool is_paired(Element element, int C, const Map& m) {
+    return C % 2 == 0 && reinterpret_cast<uintptr_t>(m.data) % (2 * size_of(element)) == 0 && m.stride_b % 2 == 0 &&
+           m.stride_h % 2 == 0 && m.stride_w % 2 == 0;
+}
+
 inline Map contiguous_map(const Problem& p, void* data) {
     const int64_t row = static_cast<int64_t>(p.W) * p.C;
     return {data, p.H * row, row, p.C};

@@ -397,7 +397,7 @@ Status backward(const Problem& p, const Map& dagg, const Gradients& out, void* m
         return s;
     if (Status s = turn_back<T>(p, t, out, scratch, stream)) return s;
     if (out.want_gates)
-        if (Status s = sum_dgates<T>(p, scratch.dgates, splits_of(p, t), out.dgates.data, stream)) return s;
+        if (Status s = sum_dgates<T>(p, scratch.dgates, splits_of(p, t), out.dgates, stream)) return s;
     for (int l = 0; l < p.L && out.want_weights; ++l)
         if (Status s = sum_partials<T>(p, l, scratch.dweights[l], groups_of(p, t), out.dweights[l], stream)) return s;
     return {};

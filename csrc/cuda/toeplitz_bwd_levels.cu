@@ -439,7 +439,7 @@ Status toeplitz_backward_bands(const Problem& p, const Map& dagg, const Gradient
         if (Status s = launch_level<T>(p, out, w, level, stream)) return s;
     }
     if (!out.want_gates) return {};
-    return sum_dgates<T>(p, w.dgates, blocks_for(p.C, w.plan.block_c), out.dgates.data, stream);
+    return sum_dgates<T>(p, w.dgates, blocks_for(p.C, w.plan.block_c), out.dgates, stream);
 }
 
 template size_t toeplitz_bands_scratch_bytes<__half>(const Problem&, const Gradients&);

@@ -1,14 +1,13 @@
-"""Focal modulation for backends that have kernels for the aggregation only. PyTorch computes the matrix products.
+"""Focal modulation for backends that have kernels for the aggregation and for steps around the modulator's product.
 
-``aggregate(ctx, gates, focal_weights, normalize_modulator)`` returns agg. ``aggregate_bwd(dagg, ctx, gates,
-focal_weights, normalize_modulator, mask)`` returns [dctx, dgates, agg, *dfocal_weights]. ``mask`` selects among ctx,
-gates, agg and the focal weights; the others are None. Backward returns agg too, because it recomputes the levels and
-gets agg at little extra cost. ``product`` and ``linear_bwd`` are `times_linear` and `linear_bwd`, or faster versions.
+A backend gives its kernels as `Steps`; PyTorch computes the rest. Backward recomputes the modulator. It asks the
+aggregation's backward for agg too, which recomputes the levels and gets agg at little extra cost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +23,11 @@ def times_linear(
     return torch.mul(made, factor, out=made if out is None else out)
 
 
+def times_and_sum(dout: Tensor, q: Tensor, need_sum: bool) -> tuple[Tensor, Tensor | None]:
+    """``dout * q`` (B, H, W, C), and None: `linear_bwd` computes the sum."""
+    return dout * q, None
+
+
 def linear_bwd(dout: Tensor, rows: Tensor, weight: Tensor, mask: Sequence[bool]) -> list[Tensor | None]:
     """[drows, dweight, dbias] of a linear layer for rows (n, K); ``mask`` selects among them."""
     need_rows, need_weight, need_bias = mask
@@ -34,9 +38,28 @@ def linear_bwd(dout: Tensor, rows: Tensor, weight: Tensor, mask: Sequence[bool])
     ]
 
 
+@dataclass(frozen=True)
+class Steps:
+    """What a backend does of focal modulation. The last three are those of this file, or faster ones.
+
+    ``aggregate(ctx, gates, focal_weights, normalize_modulator)`` returns agg. ``aggregate_bwd(dagg, ctx, gates,
+    focal_weights, normalize_modulator, mask)`` returns [dctx, dgates, agg, *dfocal_weights]; ``mask`` selects among
+    ctx, gates, agg and the focal weights, and the others are None. ``times_and_sum(dout, q, need_sum)`` returns their
+    product and, if it is wanted, the sum of that over all positions (C,), or None if `linear_bwd` is to compute it.
+
+    If the backend takes ``out`` (see `registry.Backend`), so must ``times_linear``, for dq, and ``aggregate_bwd``, for
+    dctx and dgates; they return it.
+    """
+
+    aggregate: Callable[..., Tensor]
+    aggregate_bwd: Callable[..., Sequence[Tensor | None]]
+    times_linear: Callable[..., Tensor] = times_linear
+    times_and_sum: Callable[..., tuple[Tensor, Tensor | None]] = times_and_sum
+    linear_bwd: Callable[..., Sequence[Tensor | None]] = linear_bwd
+
+
 def focal_modulation(
-    aggregate: Callable[..., Tensor],
-    product: Callable[..., Tensor],
+    steps: Steps,
     q: Tensor,
     ctx: Tensor,
     gates: Tensor,
@@ -45,15 +68,12 @@ def focal_modulation(
     bias: Tensor | None,
     normalize_modulator: bool,
 ) -> Tensor:
-    agg = aggregate(ctx, gates, focal_weights, normalize_modulator)
-    return product(agg, weight, bias, q)
+    agg = steps.aggregate(ctx, gates, focal_weights, normalize_modulator)
+    return steps.times_linear(agg, weight, bias, q)
 
 
 def focal_modulation_bwd(
-    aggregate: Callable[..., Tensor],
-    aggregate_bwd: Callable[..., list[Tensor | None]],
-    product: Callable[..., Tensor],
-    linear_bwd: Callable[..., Sequence[Tensor | None]],
+    steps: Steps,
     dout: Tensor,
     q: Tensor,
     ctx: Tensor,
@@ -65,22 +85,29 @@ def focal_modulation_bwd(
     output_mask: Sequence[bool],
     out: Sequence[Tensor] | None = None,
 ) -> list[Tensor | None]:
-    """``out``: see `registry.Backend`. Only dq is written there, for which ``product`` must take ``out``."""
+    """``out``: see `registry.Backend`."""
     need_q, need_ctx, need_gates, need_weight, need_bias, need_focal = output_mask
-    need_agg = need_q or need_weight
-    dq = dctx = dgates = None
-    agg: Any = None  # a tensor wherever it is needed
+    need_dagg, need_agg = need_ctx or need_gates or need_focal, need_q or need_weight
+    to_dq, to_dctx = ({}, {}) if out is None else ({"out": out[0]}, {"out": out[1:]})
+    inputs = ctx, gates, focal_weights, normalize_modulator
+    dq = dctx = dgates = dweight = dbias = None
+    agg: Any = None  # tensors wherever they are needed
+    dmodulator: Any = None
     dfocal_weights: Sequence[Tensor | None] = [None] * len(focal_weights)
-    dmodulator = (dout * q).flatten(0, 2)
-    if need_ctx or need_gates or need_focal:
+    if need_dagg or need_weight or need_bias:
+        dmodulator, dbias = steps.times_and_sum(dout, q, need_bias)
+        dmodulator = dmodulator.flatten(0, 2)
+    if need_dagg:
+        dagg: Any = steps.linear_bwd(dmodulator, dmodulator, weight, (True, False, False))[0]
         mask = [need_ctx, need_gates, need_agg, need_focal]
-        dagg: Any = linear_bwd(dmodulator, dmodulator, weight, (True, False, False))[0]  # a tensor: it is asked for
-        dagg = dagg.view(ctx.shape)
-        dctx, dgates, agg, *dfocal_weights = aggregate_bwd(dagg, ctx, gates, focal_weights, normalize_modulator, mask)
+        dctx, dgates, agg, *dfocal_weights = steps.aggregate_bwd(dagg.view(ctx.shape), *inputs, mask, **to_dctx)
     elif need_agg:
-        agg = aggregate(ctx, gates, focal_weights, normalize_modulator)
+        agg = steps.aggregate(*inputs)
     if need_q:
-        dq = product(agg, weight, bias, dout) if out is None else product(agg, weight, bias, dout, out=out[0])
-    rows = dmodulator if agg is None else agg.flatten(0, 2)
-    _, dweight, dbias = linear_bwd(dmodulator, rows, weight, (False, need_weight, need_bias))
+        dq = steps.times_linear(agg, weight, bias, dout, **to_dq)
+    need_sum = need_bias and dbias is None
+    if need_weight or need_sum:
+        rows = dmodulator if agg is None else agg.flatten(0, 2)
+        _, dweight, summed = steps.linear_bwd(dmodulator, rows, weight, (False, need_weight, need_sum))
+        dbias = summed if need_sum else dbias
     return [dq, dctx, dgates, dweight, dbias, *dfocal_weights]

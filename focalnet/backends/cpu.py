@@ -120,10 +120,9 @@ def _linear_bwd(dout: Tensor, rows: Tensor, weight: Tensor, mask: Sequence[bool]
     return run(dout, rows, weight, mask)
 
 
-focal_modulation = functools.partial(composed.focal_modulation, gated_aggregation, _times_linear)
-focal_modulation_bwd = functools.partial(
-    composed.focal_modulation_bwd, gated_aggregation, _bwd_with_agg, _times_linear, _linear_bwd
-)
+_STEPS = composed.Steps(gated_aggregation, _bwd_with_agg, times_linear=_times_linear, linear_bwd=_linear_bwd)
+focal_modulation = functools.partial(composed.focal_modulation, _STEPS)
+focal_modulation_bwd = functools.partial(composed.focal_modulation_bwd, _STEPS)
 
 # Operators of the extension that only this backend has. They are None if the extension is missing, but then `missing`
 # rejects the backend first.

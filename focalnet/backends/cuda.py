@@ -1,4 +1,7 @@
-"""The backend `cuda`: aggregation by the CUDA C++ kernels of csrc/cuda, the modulator's matrix product by PyTorch."""
+"""The backend `cuda`: CUDA C++ kernels (csrc/cuda) for the aggregation and for products with the modulator.
+
+PyTorch computes the modulator and the other matrix products.
+"""
 
 from __future__ import annotations
 
@@ -115,15 +118,31 @@ def _bwd_with_agg(
     focal_weights: Sequence[Tensor],
     normalize_modulator: bool,
     output_mask: Sequence[bool],
+    out: Sequence[Tensor] = (),
 ) -> list[Tensor | None]:
+    """[dctx, dgates, agg, *dfocal_weights]; ``out``: where dctx and dgates go, or nothing."""
     tensor_cores = _uses_tensor_cores("gated_aggregation_bwd", ctx, focal_weights)
-    return torch.ops.focalnet.cuda_gated_aggregation_bwd(
-        dagg, ctx, gates, focal_weights, normalize_modulator, tensor_cores, output_mask
+    made = torch.ops.focalnet.cuda_gated_aggregation_bwd(
+        dagg, ctx, gates, focal_weights, normalize_modulator, tensor_cores, output_mask, *out
     )
+    return [*out, *made[len(out) :]]
+
+
+def _times_linear(
+    rows: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor, out: Tensor | None = None
+) -> Tensor:
+    modulator = F.linear(rows, weight, bias)
+    out = modulator if out is None else out
+    torch.ops.focalnet.cuda_modulate(modulator, factor, out)
+    return out
+
+
+def _times_and_sum(dout: Tensor, q: Tensor, need_sum: bool) -> tuple[Tensor, Tensor | None]:
+    dmodulator, total = torch.ops.focalnet.cuda_modulate_bwd(dout, q, need_sum)
+    return dmodulator, total if need_sum else None
 
 
 OPTIONAL = {"padded_linear": F.linear}
-focal_modulation = functools.partial(composed.focal_modulation, gated_aggregation, composed.times_linear)
-focal_modulation_bwd = functools.partial(
-    composed.focal_modulation_bwd, gated_aggregation, _bwd_with_agg, composed.times_linear, composed.linear_bwd
-)
+_STEPS = composed.Steps(gated_aggregation, _bwd_with_agg, _times_linear, _times_and_sum)
+focal_modulation = functools.partial(composed.focal_modulation, _STEPS)
+focal_modulation_bwd = functools.partial(composed.focal_modulation_bwd, _STEPS)

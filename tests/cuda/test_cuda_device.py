@@ -1,12 +1,16 @@
 """The backend `cuda` on a GPU: the numbers of test_cuda_kernels.py on the device itself, and what only one shows."""
 
+import re
+
 import pytest
 import torch
 from operands import SHAPES, Shape, operands
+from rule import assert_within_rule
 
 import focalnet
 from focalnet.backends import cuda
 from focalnet.backends.problem import Problem
+from focalnet.operators.norm_linear import padded_empty
 
 pytestmark = [
     pytest.mark.gpu,
@@ -87,6 +91,86 @@ def test_sixteen_bit_types_run_on_tensor_cores(shape, dtype):
     named += [dctx, dgates, *dfocal_weights]
     mine = call(ctx, gates, focal_weights, dagg)
     assert all(torch.equal(a, b) for a, b in zip(mine, named, strict=True))
+
+
+def packed(shape, dtype):
+    """(dout, q, ctx, gates, focal_weights, weight, bias, normalize_modulator), with views of a padded projection."""
+    q, ctx, gates, *weights = operands(shape, dtype, "cuda")
+    rows = torch.cat([q, ctx, gates], -1)
+    parts = padded_empty(rows, rows.shape).copy_(rows).split([q.shape[-1], q.shape[-1], gates.shape[-1]], -1)
+    return torch.randn_like(q, memory_format=torch.contiguous_format), *parts, *weights, shape.normalize
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, *STAGES], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_packed_gradient_gets_the_same_bits_and_nothing_beside_them(shape, dtype):
+    call = *packed(shape, dtype), (True,) * 6
+    expected = cuda.focal_modulation_bwd(*call)
+    like, sizes = call[0], [part.shape[-1] for part in call[1:4]]
+    rows = padded_empty(like, (*like.shape[:-1], sum(sizes)))
+    whole = rows.as_strided((*rows.shape[:-1], rows.stride(-2)), rows.stride()).fill_(7)
+    parts = rows.split(sizes, -1)
+    made = cuda.focal_modulation_bwd(*call, out=parts)
+    assert all(gradient is part for gradient, part in zip(made, parts, strict=False))
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True) if b is not None)
+    assert (whole[..., sum(sizes) :] == 7).all()
+
+
+@pytest.mark.parametrize("shape", STAGES[:4], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_products_with_the_modulator_have_pytorchs_bits(shape, dtype):
+    dout, q, *_ = packed(shape, dtype)
+    dmodulator, total = torch.ops.focalnet.cuda_modulate_bwd(dout, q, True)
+    assert torch.equal(dmodulator, dout * q)
+    exact = (dout.double() * q.double()).sum((0, 1, 2))
+    assert_within_rule("sum", total, (dout * q).sum((0, 1, 2)), exact)
+    torch.ops.focalnet.cuda_modulate(dmodulator, q, dmodulator)
+    assert torch.equal(dmodulator, dout * q * q)
+
+
+@pytest.mark.parametrize("change", ["transposed", "expanded", "channels apart"])
+def test_factors_may_have_any_strides(change):
+    dout, q, *_ = packed(Shape(2, 6, 5, 24, (3, 5)), torch.bfloat16)
+    dout = {
+        "transposed": dout.transpose(1, 2).contiguous().transpose(1, 2),
+        "expanded": dout[:1, :1, :1, :1].expand(dout.shape),
+        "channels apart": torch.stack([dout, dout], -1)[..., 0],
+    }[change]
+    dmodulator, _ = torch.ops.focalnet.cuda_modulate_bwd(dout, q, False)
+    assert torch.equal(dmodulator, dout * q)
+
+
+BAD = {
+    "factor has shape (2, 6, 5, 23); expected that of modulator": lambda m, q: (m, q[..., :-1], m),
+    "factor has dtype": lambda m, q: (m, q.float(), m),
+    "factor is not on modulator's device": lambda m, q: (m, q.cpu(), m),
+    "modulator has dtype Double": lambda m, q: (m.double(), q.double(), m.double()),
+    "out has strides": lambda m, q: (m, q, m.transpose(1, 2).contiguous().transpose(1, 2)),
+    "out has shape": lambda m, q: (m, q, m[0]),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_factors_are_named(message):
+    modulator, q, *_ = packed(Shape(2, 6, 5, 24, (3, 5)), torch.bfloat16)
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        torch.ops.focalnet.cuda_modulate(*BAD[message](modulator, q))
+
+
+def test_bad_outputs_of_the_aggregations_gradients_are_named():
+    dagg, _, ctx, gates, focal_weights, *_ = packed(Shape(2, 6, 5, 24, (3, 5)), torch.bfloat16)
+    arguments = dagg, ctx, gates, focal_weights, False, True
+    for mask, outputs, message in (
+        (
+            [False, True, False, True],
+            (torch.empty_like(dagg), None),
+            "dctx is given, but output_mask does not ask for it",
+        ),
+        ([True] * 4, (dagg[..., 1:], None), "dctx has shape (2, 6, 5, 23); expected (2, 6, 5, 24)"),
+        ([True] * 4, (None, gates.transpose(1, 2).contiguous().transpose(1, 2)), "dgates has strides"),
+    ):
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            torch.ops.focalnet.cuda_gated_aggregation_bwd(*arguments, mask, *outputs)
 
 
 @pytest.mark.parametrize("shape", STAGES, ids=str)

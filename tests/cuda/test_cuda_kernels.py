@@ -29,11 +29,6 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 SMALL = Device(48, 64, 4)
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    return compile_sources(tmp_path_factory.mktemp("cuda"))
-
-
 @pytest.fixture
 def run(program, tmp_path):
     def run(*arguments, **options):
@@ -237,6 +232,34 @@ def test_every_path_of_backward_on_tensor_cores_obeys_the_rule(run, path, device
     assert check_backward(run, shape, dtype, device, tensor_cores=True) == path
 
 
+# One of each path of backward.
+PACKED = [
+    (False, "whole map", SM_90, Shape(2, 6, 7, 12, (3, 5))),
+    (False, "levels", SMALL, Shape(1, 40, 37, 10, (3, 5, 7))),
+    (True, "whole maps", SM_90, Shape(2, 9, 10, 12, (3, 5, 7))),
+    (True, "planar", SM_86, Shape(2, 24, 25, 64, (3, 5))),
+    (True, "planar", SM_86, Shape(2, 24, 25, 35, (3, 5))),
+    (True, "bands", SMALL, Shape(1, 40, 37, 9, (3, 5), normalize=True)),
+]
+
+
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "unpadded"])
+@pytest.mark.parametrize(("tensor_cores", "path", "device", "shape"), PACKED, ids=str)
+def test_a_packed_gradient_gets_the_same_bits_and_nothing_beside_them(run, tensor_cores, path, device, shape, padded):
+    """Rows at multiples of 16 elements, and rows that follow each other, whose parts are aligned to one element."""
+    dtype = torch.bfloat16 if tensor_cores else torch.float32
+    _, ctx, gates, focal_weights, *_ = operands(shape, dtype)
+    options = {"dagg": gradient_of(ctx, dtype), "device": device, "tensor_cores": tensor_cores}
+    _, (dctx, dgates, *expected) = run(ctx, gates, focal_weights, shape.normalize, **options)
+    used = 2 * shape.channels + len(shape.kernels) + 1
+    pitch = math.ceil(used / 16) * 16 if padded else used
+    taken, (rows, *made) = run(ctx, gates, focal_weights, shape.normalize, gradient_pitch=pitch, **options)
+    assert taken == path
+    dq, *parts, padding = rows.split([shape.channels, shape.channels, len(shape.kernels) + 1, pitch - used], -1)
+    assert all(torch.equal(a, b) for a, b in zip([*parts, *made], [dctx, dgates, *expected], strict=True))
+    assert dq.isnan().all() and padding.isnan().all()
+
+
 MASKS = [tuple(position == wanted for position in range(4)) for wanted in range(4)]
 
 
@@ -262,21 +285,6 @@ def test_backward_computes_what_is_asked_for(run, path, device, shape, mask):
 )
 def test_backward_on_tensor_cores_computes_what_is_asked_for(run, path, device, shape, mask):
     assert check_backward(run, shape, torch.bfloat16, device, mask, tensor_cores=True) == path
-
-
-@pytest.mark.parametrize("pitch", [72, 68, 69])
-@pytest.mark.parametrize(
-    ("path", "device", "shape"),
-    [
-        ("whole maps", SM_90, Shape(2, 14, 14, 32, (3, 5, 7))),
-        ("planar", SM_86, Shape(2, 24, 25, 64, (3, 5))),
-        ("bands", SMALL, Shape(1, 40, 37, 16, (3, 5, 7))),
-    ],
-    ids=["whole maps", "planar", "bands"],
-)
-def test_dctx_is_written_into_rows_of_any_pitch(run, path, device, shape, pitch):
-    """In vectors of eight, of four and of one channel; what lies between stays as it was."""
-    assert check_backward(run, shape, torch.bfloat16, device, tensor_cores=True, dctx_pitch=pitch) == path
 
 
 # The stages of the published variants at their image sizes, and detection maps.

@@ -120,11 +120,12 @@ def call(
     device=SM_90,
     seed=0,
     tensor_cores=False,
-    dctx_pitch=None,
+    gradient_pitch=0,
 ):
     """(path taken, outputs): agg, or with ``dagg`` what ``mask`` wants of [dctx, dgates, agg, *dfocal_weights].
 
-    A position of dctx lies ``dctx_pitch`` elements after the last, by default as many as there are channels.
+    With ``gradient_pitch`` dctx and dgates are written into a packed gradient (B, H, W, pitch), behind C elements of a
+    row for dq. It takes their places in the list, and what is not written is NaN.
     """
     packed = storage_of(ctx, gates)
     dout = ctx.new_empty(ctx.shape) if dagg is None else dagg
@@ -134,9 +135,7 @@ def call(
     numbers += [*layout(ctx, packed.numel()), *layout(gates, packed.numel()), *layout(dout, storage_of(dout).numel())]
     for weight in focal_weights:
         numbers += weight.shape[2:]
-    channels = ctx.shape[-1]
-    pitch = dctx_pitch or channels
-    numbers += [*map(int, mask), pitch]
+    numbers += [*map(int, mask), gradient_pitch]
     data = case(numbers) + raw(packed) + b"".join(map(raw, focal_weights))
     if dagg is not None:
         data += raw(storage_of(dagg))
@@ -146,15 +145,32 @@ def call(
     outputs = [ctx.shape]
     if dagg is not None:
         wanted = [*mask[:3], *[mask[3]] * len(focal_weights)]
-        shapes = [(*ctx.shape[:-1], pitch), gates.shape, ctx.shape, *(weight.shape for weight in focal_weights)]
+        shapes = [ctx.shape, gates.shape, ctx.shape, *(weight.shape for weight in focal_weights)]
         outputs = [shape if want else (0,) for shape, want in zip(shapes, wanted, strict=True)]
-    counts = [torch.Size(shape).numel() for shape in outputs]
+        if gradient_pitch:
+            outputs[:2] = [(*ctx.shape[:3], gradient_pitch)]
+    return path, results(folder, ctx.dtype, outputs)
+
+
+def results(folder, dtype, shapes):
+    """The tensors that the program wrote."""
+    counts = [torch.Size(shape).numel() for shape in shapes]
     data = bytearray((folder / "result").read_bytes())
-    flat = torch.frombuffer(data, dtype=ctx.dtype) if data else torch.empty(0, dtype=ctx.dtype)
+    flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
     assert flat.numel() == sum(counts)
-    parts = [part.view(shape) for part, shape in zip(flat.split(counts), outputs, strict=True)]
-    if dagg is not None and mask[0]:
-        beyond = parts[0][..., channels:].flatten().view(torch.uint8)
-        assert (beyond == 0xFF).all(), "dctx is written beyond its channels"
-        parts[0] = parts[0][..., :channels]
-    return path, parts
+    return [part.view(shape) for part, shape in zip(flat.split(counts), shapes, strict=True)]
+
+
+def modulate(program, folder, a, b, out=None, want_sum=False, multiprocessors=132, seed=0):
+    """(the storage of a * b, its sum over the rows or nothing, (launches, blocks of the last one)), for rows (n, C).
+
+    ``out`` says how the product lies in a storage of its own; without it the product replaces ``a``.
+    """
+    place = a if out is None else out
+    numbers = [2, seed, ELEMENTS[a.dtype], *a.shape, multiprocessors, int(want_sum), int(out is None)]
+    for rows in (a, b, place):
+        numbers += [storage_of(rows).numel(), rows.storage_offset(), rows.stride(0)]
+    (folder / "case").write_bytes(case(numbers) + raw(storage_of(a)) + raw(storage_of(b)))
+    counts = run([str(program), str(folder / "case"), str(folder / "result")]).split()
+    shapes = [(storage_of(place).numel(),), (a.shape[1] * want_sum,)]
+    return *results(folder, a.dtype, shapes), tuple(map(int, counts))

@@ -17,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import focalnet
 from focalnet import modules as modules_of_focalnet
-from focalnet import reference
-from focalnet.backends import composed, cuda, registry
+from focalnet.backends import registry
 from focalnet.fusion import norm_branches
 from focalnet.operators import norm_linear
 from focalnet.operators.norm_linear import ROW_ELEMENTS, padded_empty, padded_linear
@@ -141,37 +140,6 @@ def test_opcheck(mask):
     detached = (projected.detach(), [w.detach() for w in focal_weights], weight.detach(), bias.detach())
     dout = torch.randn(projected[..., :8].shape)
     torch.library.opcheck(OPS.packed_focal_modulation_bwd, (dout, *detached, True, mask, "reference"))
-
-
-def test_a_backend_with_kernels_for_the_aggregation_alone_writes_dq_into_the_gradient(monkeypatch):
-    """As `cuda` does: its product writes dq; its aggregation returns dctx and dgates, which are copied."""
-
-    def aggregate_bwd(dagg, ctx, gates, focal_weights, normalize_modulator, mask):
-        need_ctx, need_gates, _, need_focal = mask
-        wanted = (need_ctx, need_gates, need_focal)
-        dctx, dgates, *rest = reference.gated_aggregation_bwd(
-            dagg, ctx, gates, focal_weights, normalize_modulator, wanted
-        )
-        return [dctx, dgates, reference.gated_aggregation(ctx, gates, focal_weights, normalize_modulator), *rest]
-
-    def recording(*arguments, out):
-        made = composed.focal_modulation_bwd(
-            reference.gated_aggregation, aggregate_bwd, composed.times_linear, composed.linear_bwd, *arguments, out=out
-        )
-        in_place.extend(gradient is part for gradient, part in zip(made, out, strict=False))
-        return made
-
-    in_place = []
-    operators = registry._REGISTRY["cuda"].operators | {"focal_modulation_bwd": recording}
-    able = registry.Backend("cuda", operators, lambda: None, lambda _: None, cuda.TAKES_OUT)
-    arguments = [a if isinstance(a, list) else a.detach() for a in packed(Shape())]
-    arguments[1] = [weight.detach() for weight in arguments[1]]
-    call = (torch.randn(2, 5, 7, 8), *arguments, True, [True] * 4)
-    expected = OPS.packed_focal_modulation_bwd(*call, "reference")
-    monkeypatch.setitem(registry._REGISTRY, "cuda", able)
-    for mine, value in zip(OPS.packed_focal_modulation_bwd(*call, "cuda"), expected, strict=True):
-        torch.testing.assert_close(mine, value)
-    assert in_place == [True, False, False]
 
 
 # ---- rows that nobody copies ----------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 // Runs one call of csrc/cuda's launchers: `main CASE RESULT`. CASE is a list of int64 (see main), then the elements of
 // the tensors; RESULT receives the outputs' elements. Every tensor, and the scratch, is a heap block of its exact
 // size. Prints the path that is taken, and how many bank conflicts ldmatrix met. `main CASE` reads the numbers alone
-// and prints how every launch cuts the maps; `main CASE - launches` prints the launches themselves.
+// and prints how every launch cuts the maps; `main CASE - launches` prints the launches themselves. The first number
+// of a case says what is called: the aggregation, its backward, or a product by rows (modulate.h).
 
 #include <fstream>
 #include <iostream>
 
 #include "gated_aggregation.h"
+#include "modulate.h"
 #include "toeplitz.h"
 #include "warp_matrix.h"
 
@@ -133,11 +135,85 @@ int print_launches(Problem p, bool backward, Gradients out, bool want_agg) {
     return 0;
 }
 
+// dctx and dgates: contiguous, or parts of rows of `pitch` elements, as those of a packed gradient.
+class InputGradients {
+  public:
+    InputGradients(const Problem& p, Gradients& out, int64_t pitch)
+        : positions_(p.B * p.H * p.W), size_(size_of(p.element)) {
+        const auto make = [&](bool wanted, int64_t channels) {
+            counts_.push_back(wanted ? positions_ * channels : 0);
+            storages_.push_back(unwritten(counts_.back() * size_));
+            return storages_.back();
+        };
+        if (pitch > 0) {
+            char* rows = static_cast<char*>(make(true, pitch));
+            out.dctx = {rows + p.C * size_, p.H * p.W * pitch, p.W * pitch, pitch};
+            out.dgates = {rows + 2 * p.C * size_, p.H * p.W * pitch, p.W * pitch, pitch};
+        } else {
+            out.dctx = contiguous(make(out.want_ctx, p.C), p, p.C);
+            out.dgates = contiguous(make(out.want_gates, p.L + 1), p, p.L + 1);
+        }
+    }
+
+    template <typename F>
+    void write(F write_elements) {
+        for (size_t i = 0; i < storages_.size(); ++i) write_elements(storages_[i], counts_[i]);
+    }
+
+  private:
+    int64_t positions_, size_;
+    std::vector<void*> storages_;
+    std::vector<int64_t> counts_;
+};
+
+// The rows of two factors and of the product, which lies in a storage of its own or, `place` = 1, in that of the first
+// factor; then the sum over the rows, if it is wanted. Prints the grid.
+int run_modulate(Case& input, std::ofstream& result) {
+    cuda_on_cpu::generator.seed(static_cast<unsigned>(input.number()));
+    RowsProblem p{};
+    p.element = static_cast<Element>(input.number());
+    p.rows = input.number();
+    p.C = static_cast<int>(input.number());
+    p.multiprocessors = static_cast<int>(input.number());
+    const bool want_sum = input.number(), in_place = input.number();
+    const int size = size_of(p.element);
+    int64_t sizes[3], offsets[3], pitches[3];
+    for (int i = 0; i < 3; ++i) {
+        sizes[i] = input.number() * size;
+        offsets[i] = input.number() * size;
+        pitches[i] = input.number();
+    }
+    void* storages[3] = {input.elements(sizes[0]), input.elements(sizes[1]), nullptr};
+    storages[2] = in_place ? storages[0] : unwritten(sizes[2]);
+    Rows rows[3];
+    for (int i = 0; i < 3; ++i) rows[i] = {static_cast<char*>(storages[i]) + offsets[i], pitches[i]};
+    void* sum = unwritten(want_sum ? p.C * size : 0);
+    if (want_sum) {
+        const size_t bytes = modulate_and_sum_scratch_bytes(p);
+        void* scratch = unwritten(static_cast<int64_t>(bytes));
+        check(modulate_and_sum(p, rows[0], rows[1], rows[2], sum, scratch, nullptr));
+        std::free(scratch);
+    } else {
+        check(modulate(p, rows[0], rows[1], rows[2], nullptr));
+    }
+    result.write(static_cast<char*>(storages[2]), sizes[2]);
+    result.write(static_cast<char*>(sum), want_sum ? p.C * size : 0);
+    std::free(sum);
+    for (int i = 0; i < 3 - in_place; ++i) std::free(storages[i]);
+    std::cout << cuda_on_cpu::launches << " " << gridDim.x << "\n";
+    return 0;
+}
+
 }  // namespace
 
 int main(int count, char** argv) {
     Case input(argv[1]);
-    const bool backward = input.number();
+    const int64_t operation = input.number();
+    const bool backward = operation == 1;
+    if (operation == 2) {
+        std::ofstream result(argv[2], std::ios::binary);
+        return run_modulate(input, result);
+    }
     cuda_on_cpu::generator.seed(static_cast<unsigned>(input.number()));
     Problem p{};
     p.element = static_cast<Element>(input.number());
@@ -166,11 +242,11 @@ int main(int count, char** argv) {
     out.want_gates = input.number();
     const bool want_agg = input.number();
     out.want_weights = input.number();
-    const int64_t dctx_pitch = input.number();  // from a position of dctx to the next
 
     if (count == 2) return print_plans(p);
     if (count == 4) return print_launches(p, backward, out, want_agg);
 
+    const int64_t gradient_pitch = input.number();
     std::ofstream result(argv[2], std::ios::binary);
     void* packed = input.elements(ctx.size * size);
     p.ctx = ctx.map(packed, size);
@@ -190,17 +266,13 @@ int main(int count, char** argv) {
         std::free(scratch);
     } else {
         void* dagg_storage = input.elements(dagg.size * size);
-        void* dctx = unwritten(out.want_ctx ? positions * dctx_pitch * size : 0);
-        void* dgates = unwritten(out.want_gates ? positions * (p.L + 1) * size : 0);
+        InputGradients input_gradients(p, out, gradient_pitch);
         void* agg = unwritten(want_agg ? positions * p.C * size : 0);
         if (want_agg) out.agg = contiguous(agg, p, p.C);
-        out.dctx = contiguous(dctx, p, dctx_pitch);
-        out.dgates = contiguous(dgates, p, p.L + 1);
         for (int l = 0; l < p.L; ++l) out.dweights[l] = unwritten(out.want_weights ? taps[l] * p.C * size : 0);
         void* scratch = unwritten(static_cast<int64_t>(backward_scratch_bytes(p, out)));
         check(gated_aggregation_backward(p, dagg.map(dagg_storage, size), out, scratch, nullptr));
-        write(dctx, out.want_ctx ? positions * dctx_pitch : 0);
-        write(dgates, out.want_gates ? positions * (p.L + 1) : 0);
+        input_gradients.write(write);
         write(agg, want_agg ? positions * p.C : 0);
         for (int l = 0; l < p.L; ++l) write(out.dweights[l], out.want_weights ? taps[l] * p.C : 0);
         std::free(scratch);
