@@ -16,6 +16,7 @@ from . import reference
 from .backends.registry import requested
 from .operators import eager
 from .operators import focal_modulation as _ops  # noqa: F401  (registers the operators)
+from .operators.autocast import autocast_dtype
 
 
 def focal_modulation(
@@ -188,9 +189,8 @@ def _prepare(tensors: dict[str, Tensor], levels: int, images: tuple[str, ...]) -
         if tensor.layout is not torch.strided:
             raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}; call .to_dense() on it")
     first_name, first = next(iter(tensors.items()))
-    device_type = first.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        tensors = _autocast(tensors, torch.get_autocast_dtype(device_type))
+    if (dtype := autocast_dtype(first.device.type)) is not None:
+        tensors = _autocast(tensors, dtype)
         first = tensors[first_name]
     for name, tensor in tensors.items():
         if tensor.dtype != first.dtype:

@@ -33,10 +33,19 @@ from .tiles import INTERPRETED, rounded
 
 @triton.jit
 def dot(left, right, acc, PRECISION: tl.constexpr):
-    if INTERPRETED:  # its tl.dot takes the bits of bfloat16 for integers
-        left = left.to(tl.float32)
-        right = right.to(tl.float32)
-    return tl.dot(left, right, acc, input_precision=PRECISION)
+    """acc + left @ right. Of float32 in full precision each step is a sum of its own, then added.
+
+    Multiply-adds are a chain: through all steps the error of a long sum would grow with its length, and be more than
+    twice that of a BLAS library. The limit on imprecise sums means nothing to float32; Triton leaves the addition
+    outside the step where there is one.
+    """
+    if PRECISION == "ieee" and left.dtype == tl.float32:
+        acc += tl.dot(left, right, input_precision=PRECISION, max_num_imprecise_acc=left.shape[1])
+    elif INTERPRETED:  # its tl.dot takes the bits of bfloat16 for integers
+        acc = tl.dot(left.to(tl.float32), right.to(tl.float32), acc, input_precision=PRECISION)
+    else:
+        acc = tl.dot(left, right, acc, input_precision=PRECISION)
+    return acc
 
 
 @triton.jit

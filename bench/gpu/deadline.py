@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 WORTHWHILE_S = 3.0  # a part with less time than this is not started
-GRACE_S = 2.0  # between SIGTERM and SIGKILL of a part, within its time
+INTERRUPT_S = 6.0  # between SIGINT, on which pytest prints what failed, and SIGTERM of a part, within its time
+GRACE_S = 2.0  # between SIGTERM and SIGKILL
 SHOWN_LINES = 4
 POLL_S = 0.05
 
@@ -97,7 +98,8 @@ class _Running:
 
     def __init__(self, part: Part, allowed: float, log: Path, environment: Mapping[str, str]) -> None:
         self.part, self.allowed, self.log = part, allowed, log
-        self.start, self.process, self.late = time.monotonic(), None, False
+        self.start, self.process = time.monotonic(), None
+        self.asked: list[int] = []  # signals that it was sent
         self.ended = Ended(part.name, "interrupted", 0.0, round(max(0.0, allowed), 1))
         if allowed < WORTHWHILE_S:
             self._end("no time left")
@@ -113,18 +115,24 @@ class _Running:
             self._end("failed (could not start)")
 
     def goes_on(self) -> bool:
-        """Whether the part runs still. One that is late is asked to end, and after the grace it is made to."""
+        """Whether the part runs still. One that is late is asked to end, twice, and then it is made to."""
         if self.ended.status != "interrupted" or self.process is None:
             return False
-        seconds, status = time.monotonic() - self.start, self.process.poll()
-        if status is not None and not self.late:
+        left, status = self.start + self.allowed - time.monotonic(), self.process.poll()
+        if status is not None and not self.asked:
             self._end("passed" if status == 0 else f"failed ({status})")
-        elif status is not None or seconds > self.allowed:
+        elif status is not None or left < 0:
             self._end("out of time")
-        elif seconds > self.allowed - GRACE_S and not self.late:
-            self.late = True
-            _signal(self.process, signal.SIGTERM)
+        elif left < GRACE_S:
+            self._ask(signal.SIGTERM)
+        elif left < GRACE_S + min(INTERRUPT_S, self.allowed / 4):
+            self._ask(signal.SIGINT)
         return self.ended.status == "interrupted"
+
+    def _ask(self, number: int) -> None:
+        if number not in self.asked:
+            self.asked.append(number)
+            _signal(self.process, number)
 
     def _end(self, status: str) -> None:
         seconds = 0.0 if self.process is None else time.monotonic() - self.start

@@ -1,7 +1,7 @@
 """The time of each kernel of a call, from PyTorch's profiler, beside what was predicted for it.
 
     python bench/gpu/gpu_launches.py [--device cpu]
-    python bench/gpu/gpu_launches.py --once --stage 1 --operator gated_aggregation --backend cuda    what ncu watches
+    python bench/gpu/gpu_launches.py --once --stage 1 --operator gated_aggregation      what ncu watches
 
 Rows in bench/results/<device>/kernels.json, one for each kernel of each operator, stage and backend, and one of their
 sum, with the error of the performance model's prediction where there is one for this kind of GPU.
@@ -9,14 +9,16 @@ sum, with the error of the performance model's prediction where there is one for
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable
-from typing import Annotated
+import itertools
+import time
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any
 
 import torch
 import typer
 from gpu_kernels import Case, ours
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from focalnet.backends.gpu_order import device_class
 from focalnet.benchmark.environment import facts
@@ -25,29 +27,55 @@ from focalnet.benchmark.operators import able_backends
 from focalnet.benchmark.rows import NOWHERE, read, write
 
 CALLS = 5
+# What a call of `--once` is announced with, and the kernel that stands before its kernels.
+ONCE, MARKER = "call of ", "spin_kernel"
 
 
-def kernel_seconds(call: Callable[[], object], device: str) -> dict[str, tuple[float, float]]:
-    """{kernel: (seconds of one call, launches of one call)}; on a CPU PyTorch's operators stand for kernels."""
-    call()
-    activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
-    with profile(activities=[activity]) as profiler:
-        for _ in range(CALLS):
-            call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-    found: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for event in profiler.key_averages():
-        microseconds = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
-        if microseconds:
-            found[short(event.key)][0] += 1e-6 * microseconds / CALLS
-            found[short(event.key)][1] += event.count / CALLS
-    return {name: (seconds, launches) for name, (seconds, launches) in found.items()}
+def kernel_seconds(calls: dict[str, Callable[[], object]], device: str) -> dict[str, dict[str, tuple[float, float]]]:
+    """{name of a call: {kernel: (seconds of one call, launches of one call)}}, all in one session of the profiler.
+
+    A session costs a second or two. Calls are told apart by the ranges that they are made in, whose launches the
+    profiler ties to the kernels. On a CPU PyTorch's operators stand for kernels.
+    """
+    for call in calls.values():
+        call()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    with profile(activities=activities, acc_events=True) as profiler:
+        for name, call in calls.items():
+            with record_function(MARK + name):
+                for _ in range(CALLS):
+                    call()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+    return by_call(profiler.events(), device)
+
+
+MARK = "call: "
+
+
+def by_call(events: Iterable[Any], device: str) -> dict[str, dict[str, tuple[float, float]]]:
+    """Kernels by the range, of one thread and waited for at its end, in whose time they ran."""
+    events = list(events)
+    ranges = [event for event in events if event.name.startswith(MARK) and event.device_type == DeviceType.CPU]
+    wanted = DeviceType.CUDA if device == "cuda" else DeviceType.CPU
+    found: dict[str, dict[str, list[float]]] = {event.name.removeprefix(MARK): {} for event in ranges}
+    for event in events:
+        if event.device_type != wanted or event.name.startswith(MARK):
+            continue
+        microseconds = event.time_range.elapsed_us() if device == "cuda" else event.self_cpu_time_total
+        middle = (event.time_range.start + event.time_range.end) / 2
+        inside = next((r for r in ranges if r.time_range.start <= middle <= r.time_range.end), None)
+        if inside is not None and microseconds:
+            sums = found[inside.name.removeprefix(MARK)].setdefault(short(event.name), [0.0, 0.0])
+            sums[0] += 1e-6 * microseconds / CALLS
+            sums[1] += 1 / CALLS
+    return {name: {kernel: (s, n) for kernel, (s, n) in kernels.items()} for name, kernels in found.items()}
 
 
 def short(name: str) -> str:
-    """A kernel's name without template arguments and parameters."""
-    return name.removeprefix("void ").split("<")[0].split("(")[0].split("::")[-1] or name
+    """A kernel's name without its type, namespaces, template arguments and parameters."""
+    plain = name.removeprefix("void ").replace("(anonymous namespace)::", "")
+    return plain.split("<")[0].split("(")[0].split("::")[-1].strip() or name
 
 
 def predicted() -> dict[tuple, float]:
@@ -65,10 +93,11 @@ def _key(row: dict, backend: str, kernel: str) -> tuple:
     return (*(row[name] for name in ("operator", "variant", "stage", "batch", "dtype")), backend, kernel)
 
 
-def rows_of(case: Case, backend: str, expected: dict[tuple, float]) -> list[dict]:
-    """A row for each kernel, and one for all of them."""
-    found = kernel_seconds(ours(case, backend), case.device)
-    found["all"] = sum(seconds for seconds, _ in found.values()), sum(launches for _, launches in found.values())
+def rows_of(
+    case: Case, backend: str, found: dict[str, tuple[float, float]], expected: dict[tuple, float]
+) -> list[dict]:
+    """A row for each kernel of a call, and one for all of them."""
+    found = found | {"all": (sum(s for s, _ in found.values()), sum(launches for _, launches in found.values()))}
     head = {
         "case": "launches",
         "operator": case.operator,
@@ -93,28 +122,52 @@ def main(
     stage: Annotated[list[int] | None, typer.Option(help="Stages, from 1; all.")] = None,
     operator: Annotated[list[str] | None, typer.Option(help="Operators; all.")] = None,
     backend: Annotated[list[str] | None, typer.Option(help="Backends; all that run here.")] = None,
-    once: Annotated[bool, typer.Option("--once", help="Run each call twice, measure and write nothing.")] = False,
+    once: Annotated[
+        bool, typer.Option("--once", help="Run each call once for ncu, measure and write nothing.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cuda, or cpu to try the script.")] = "cuda",
 ) -> None:
     """Measure, print a line for each kernel, and write the rows of each call as soon as they are known."""
     environment = facts(device)
     expected = predicted() if device == "cuda" else {}
     names = backend or [name for name in able_backends(device) if name != "reference"]
+    waiting: dict[str, Callable[[], object]] = {}
     for one in stages(variant):
         if stage and one.index + 1 not in stage:
             continue
-        for name in operator or OPERATORS:
-            for chosen in names:
-                case = Case(name, one, batch, getattr(torch, dtype), device)
-                if once:
-                    call = ours(case, chosen)
-                    for _ in range(2):
-                        call()
-                    continue
-                rows = rows_of(case, chosen, expected)
-                show(rows)
-                if device == "cuda":
-                    write([row | environment for row in rows], "kernels", str(environment["device"]))
+        cases = {
+            f"{name}, {chosen}": (Case(name, one, batch, getattr(torch, dtype), device), chosen)
+            for name, chosen in itertools.product(operator or OPERATORS, names)
+        }
+        if once:
+            waiting |= {
+                f"{case.operator}, stage {one.index + 1}, {name}": ours(case, name) for case, name in cases.values()
+            }
+            continue
+        start = time.monotonic()
+        found = kernel_seconds({name: ours(*case) for name, case in cases.items()}, device)
+        for name, case in cases.items():
+            rows = rows_of(*case, found[name], expected)
+            show(rows)
+            if device == "cuda":
+                write([row | environment for row in rows], "kernels", str(environment["device"]))
+        print(f"stage {one.index + 1}: {time.monotonic() - start:.1f} s", flush=True)
+    if once:
+        run_once(waiting)
+
+
+def run_once(calls: dict[str, Callable[[], object]]) -> None:
+    """Each call once where a profiler watches, after a first one that compiles and fills caches."""
+    for call in calls.values():
+        call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    for name, call in calls.items():
+        print(f"{ONCE}{name}", flush=True)
+        torch.cuda._sleep(1)  # launches MARKER
+        call()
+        torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
 
 
 def show(rows: list[dict]) -> None:

@@ -9,19 +9,19 @@ so and is no failure.
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import itertools
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 import typer
-from gpu_launches import short
+from gpu_launches import MARKER, ONCE, short
 
 from focalnet.benchmark.environment import facts
-from focalnet.benchmark.operators import able_backends
 from focalnet.benchmark.rows import write
 
 SCRIPT = Path(__file__).with_name("gpu_launches.py")
@@ -44,30 +44,38 @@ METRICS = (
     "dram__bytes.sum",
     *(f"smsp__average_warps_issue_stalled_{name}_per_issue_active.ratio" for name in STALLS),
 )
-# Not the products and sums around them.
-LEVELS = "regex:gated_aggregation|toeplitz"
-# (operator, stage), the ones that matter most first.
-CALLS = tuple(itertools.product(("gated_aggregation", "gated_aggregation_bwd"), (1, 3)))
-LIMIT_S = 30.0
+# Not the products and sums around them; MARKER tells the calls apart.
+KERNELS = f"regex:gated_aggregation|toeplitz|{MARKER}"
+OPERATORS, STAGES = ("gated_aggregation", "gated_aggregation_bwd"), (1, 3)
+MOST_LAUNCHES = 60
+LIMIT_S = 60.0
 
 
-def command(ncu: str, operator: str, stage: int, backend: str) -> list[str]:
-    watch = [ncu, "--csv", "--metrics", ",".join(METRICS), "--kernel-name", LEVELS, "--launch-count", "4"]
-    call = ["--once", "--operator", operator, "--stage", str(stage), "--backend", backend]
-    return [*watch, sys.executable, str(SCRIPT), *call]
+def command(ncu: str) -> list[str]:
+    """All calls in one process: each start of Python and torch costs seconds."""
+    watch = [ncu, "--csv", "--profile-from-start", "off", "--metrics", ",".join(METRICS)]
+    watch += ["--kernel-name", KERNELS, "--launch-count", str(MOST_LAUNCHES)]
+    calls = [word for name in OPERATORS for word in ("--operator", name)]
+    calls += [word for stage in STAGES for word in ("--stage", str(stage))]
+    return [*watch, sys.executable, str(SCRIPT), "--once", *calls]
 
 
-def parsed(text: str) -> dict[str, dict[str, float]]:
-    """{kernel: {metric: value}} of what ncu prints, of the last launch of each kernel."""
+def parsed(text: str) -> dict[str, dict[str, dict[str, float]]]:
+    """{call: {kernel: {metric: value}}} of what ncu and the script print, of the last launch of each kernel."""
     lines = text.splitlines()
+    calls = [line.removeprefix(ONCE) for line in lines if line.startswith(ONCE)]
     first = next((number for number, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, dict[str, float]]] = {call: {} for call in calls}
+    markers: set[str] = set()
     for row in csv.DictReader(lines[first:]):
-        try:
-            value = float(row["Metric Value"].replace(",", ""))
-        except (ValueError, AttributeError):  # "n/a", and lines of the program after the table
+        if not row.get("Kernel Name") or not row.get("Metric Value"):
+            continue  # lines of the program after the table
+        if (kernel := short(row["Kernel Name"])) == MARKER:
+            markers.add(row["ID"])
             continue
-        found.setdefault(short(row["Kernel Name"]), {})[row["Metric Name"]] = value
+        with contextlib.suppress(ValueError):  # "n/a"
+            value = float(row["Metric Value"].replace(",", ""))
+            found[calls[len(markers) - 1]].setdefault(kernel, {})[row["Metric Name"]] = value
     return found
 
 
@@ -75,31 +83,33 @@ def main() -> None:
     """Count, print a line for each kernel, and write the rows."""
     environment = facts("cuda")
     torch.cuda.current_device()
-    ncu = shutil.which("ncu")
+    ncu, start = shutil.which("ncu"), time.monotonic()
     if ncu is None:
         print("ncu is not installed: no counters")
         return
-    for (operator, stage), backend in itertools.product(CALLS, able_backends("cuda")[:-1]):
-        try:
-            ended = subprocess.run(
-                command(ncu, operator, stage, backend), capture_output=True, text=True, check=False, timeout=LIMIT_S
-            )
-        except subprocess.TimeoutExpired:
-            print(f"{operator}, stage {stage}, {backend}: not counted in {LIMIT_S:.0f} s", flush=True)
-            continue
-        if "ERR_NVGPUCTRPERM" in ended.stdout + ended.stderr:
-            print("the driver keeps the counters to administrators: no counters")
-            return
-        rows = [
-            {"case": "counters", "operator": operator, "variant": "tiny_lrf", "stage": stage, "batch": 128}
-            | {"dtype": "bfloat16", "backend": backend, "subject": kernel, "metrics": metrics, **environment}
-            for kernel, metrics in parsed(ended.stdout).items()
-        ]
-        for row in rows:
-            print(f"{operator}, stage {stage}, {backend}: {row['subject']}: {row['metrics']}", flush=True)
-        if not rows:
-            print(f"{operator}, stage {stage}, {backend}: ncu counted nothing: {(ended.stdout + ended.stderr)[-300:]}")
-        write(rows, "kernels", str(environment["device"]))
+    try:
+        ended = subprocess.run(command(ncu), capture_output=True, text=True, check=False, timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        print(f"not counted in {LIMIT_S:.0f} s", flush=True)
+        return
+    if "ERR_NVGPUCTRPERM" in ended.stdout + ended.stderr:
+        print("the driver keeps the counters to administrators: no counters")
+        return
+    found = parsed(ended.stdout)
+    rows = [row_of(call, kernel, metrics) | environment for call in found for kernel, metrics in found[call].items()]
+    for row in rows:
+        print(f"{row['operator']}, stage {row['stage']}, {row['backend']}: {row['subject']}: {row['metrics']}")
+    if not rows:
+        print(f"ncu counted nothing: {(ended.stdout + ended.stderr)[-600:]}")
+    print(f"{len(rows)} kernels: {time.monotonic() - start:.1f} s", flush=True)
+    write(rows, "kernels", str(environment["device"]))
+
+
+def row_of(call: str, kernel: str, metrics: dict[str, float]) -> dict[str, object]:
+    operator, stage, backend = call.split(", ")
+    head = {"case": "counters", "operator": operator, "variant": "tiny_lrf", "stage": int(stage.split()[-1])}
+    head |= {"batch": 128, "dtype": "bfloat16", "backend": backend}
+    return head | {"subject": kernel, "metrics": metrics}
 
 
 if __name__ == "__main__":

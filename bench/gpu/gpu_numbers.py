@@ -1,4 +1,4 @@
-"""The numbers of every backend at the sizes of real stages, against the reference in float64 on the same device.
+"""The numbers of every backend at the sizes of real stages, against the reference in float64 on the CPU.
 
     python bench/gpu/gpu_numbers.py [--device cpu]
 
@@ -9,7 +9,9 @@ dtype in bench/results/<device>/numbers.json, written as soon as it is known; ex
 
 from __future__ import annotations
 
+import functools
 import itertools
+import time
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -79,11 +81,22 @@ def results(given: list[Tensor], dtype: torch.dtype, backend: str) -> dict[str, 
     return {"out": out.detach()} | {f"d {name}": gradient for name, gradient in zip(leaves, gradients, strict=True)}
 
 
+@functools.lru_cache(maxsize=1)
+def references(shape: Shape, dtype: torch.dtype, device: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of the reference: in float64 on the CPU, and in ``dtype`` on the device, both on the CPU.
+
+    Without cuDNN, which would choose kernels for seconds, and round float32 to TF32.
+    """
+    exact = results(operands(shape, dtype, "cpu"), torch.float64, "reference")
+    with torch.backends.cudnn.flags(enabled=False):
+        rounded = results(operands(shape, dtype, device), dtype, "reference")
+    return exact, {name: tensor.cpu() for name, tensor in rounded.items()}
+
+
 def compared(shape: Shape, dtype: torch.dtype, backend: str, device: str) -> dict[str, object]:
     """The row: for each tensor the error over what the rule allows."""
-    given = operands(shape, dtype, device)
-    exact = results(given, torch.float64, "reference")
-    rounded, mine = (results(given, dtype, name) for name in ("reference", backend))
+    exact, rounded = references(shape, dtype, device)
+    mine = {name: tensor.cpu() for name, tensor in results(operands(shape, dtype, device), dtype, backend).items()}
     shares = {}
     for name, wanted in exact.items():
         ulp = torch.finfo(dtype).eps * 2 ** wanted.abs().max().log2().floor()
@@ -110,6 +123,7 @@ def main(device: Annotated[str, typer.Option(help="cuda, or cpu to try the scrip
 
 def _one(shape: Shape, dtype: torch.dtype, backend: str, device: str, environment: dict[str, object]) -> bool:
     """Whether the numbers are right. A call that fails is reported like wrong numbers: the others still run."""
+    start = time.monotonic()
     try:
         row = compared(shape, dtype, backend, device)
     except Exception as error:
@@ -119,7 +133,8 @@ def _one(shape: Shape, dtype: torch.dtype, backend: str, device: str, environmen
     shares = row.get("error_over_allowed", {})
     worst = max(shares, key=lambda name: shares[name], default=None)
     shown = row.get("failed") or f"{shares[worst]:.2f} of what is allowed ({worst})"
-    print(f"{'ok   ' if row['obeys'] else 'WRONG'} {backend}, {row['dtype']}, {shape}: {shown}", flush=True)
+    verdict, seconds = "ok   " if row["obeys"] else "WRONG", time.monotonic() - start
+    print(f"{verdict} {backend}, {row['dtype']}, {shape}: {shown}, {seconds:.1f} s", flush=True)
     if device == "cuda":
         write([row | environment], "numbers", str(environment["device"]))
     return bool(row["obeys"])

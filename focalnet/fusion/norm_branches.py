@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..backends.registry import pads, requested
 from ..operators import norm_mlp as _norm_mlp  # noqa: F401  (registers the operators)
+from ..operators.autocast import autocast_dtype
 from ..operators.norm_linear import padded_linear
 from .gate import why_not_fused
 from .module_checks import is_changed, is_exact_gelu, is_plain, is_proxy
@@ -59,7 +60,7 @@ def may_pad(layer: nn.Module, hidden_state: Tensor, backend: str | None = None) 
     """
     if is_proxy(hidden_state) or hidden_state.dtype == torch.float64:
         return False
-    dtype = _autocast_dtype(hidden_state)
+    dtype = autocast_dtype(hidden_state.device.type)
     if not pads(hidden_state.device, dtype or hidden_state.dtype, backend) or not is_plain(layer, nn.Linear):
         return False
     if torch.compiler.is_compiling():
@@ -76,7 +77,7 @@ def _padded(layer: Any, hidden_state: Tensor, backend: str | None) -> Tensor:
     weight, bias = layer.weight, layer.bias
     if not torch.is_grad_enabled():
         return padded_linear(hidden_state, weight, bias)
-    if (dtype := _autocast_dtype(hidden_state)) is not None:
+    if (dtype := autocast_dtype(hidden_state.device.type)) is not None:
         hidden_state, weight, bias = hidden_state.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     return torch.ops.focalnet.norm_linear(hidden_state, None, None, None, weight, bias, backend, True)
 
@@ -133,7 +134,7 @@ def _operands(
     parameters = [p for p in (norm_weight, norm_bias, *weights) if p is not None]
     if any(p.device.type != hidden_state.device.type for p in parameters):
         return None
-    if (dtype := _autocast_dtype(hidden_state)) is not None:
+    if (dtype := autocast_dtype(hidden_state.device.type)) is not None:
         if any(p.dtype != torch.float32 for p in parameters) or hidden_state.dtype == torch.float64:
             return None
         hidden_state = hidden_state.to(dtype if norm is None else torch.float32)
@@ -141,14 +142,6 @@ def _operands(
     if any(p.dtype != hidden_state.dtype for p in parameters):
         return None
     return hidden_state, norm_weight, norm_bias, weights
-
-
-def _autocast_dtype(hidden_state: Tensor) -> torch.dtype | None:
-    """The dtype that autocast gives products on the device of ``hidden_state``; None if it is off."""
-    device_type = hidden_state.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return None
 
 
 def _weight_and_bias(module: Any) -> tuple[Tensor | None, Tensor | None]:

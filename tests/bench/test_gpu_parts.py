@@ -1,5 +1,7 @@
 """The parts of bench/gpu.sh, as far as they can be seen without a GPU: what they compile, compare, parse and write."""
 
+from types import SimpleNamespace
+
 import gpu_launches
 import gpu_ncu
 import gpu_numbers
@@ -43,28 +45,35 @@ def test_the_checked_sizes_are_the_real_stages_and_a_large_map():
 
 
 NCU = """==PROF== Connected to process 7
+call of gated_aggregation, stage 1, triton
+call of gated_aggregation_bwd, stage 3, cuda
 ==PROF== Disconnected from process 7
 "ID","Process ID","Kernel Name","Context","Stream","Metric Name","Metric Unit","Metric Value"
-"0","7","gated_aggregation_fwd_kernel","1","7","dram__bytes.sum","byte","1,234,567"
-"0","7","gated_aggregation_fwd_kernel","1","7","lts__t_sector_hit_rate.pct","%","n/a"
-"1","7","void focalnet::cuda::toeplitz_fwd_kernel<__nv_bfloat16, 7>(int)","1","7","dram__bytes.sum","byte","5"
-"""
+"0","7","at::cuda::(anonymous namespace)::spin_kernel(long)","1","7","dram__bytes.sum","byte","0"
+"0","7","at::cuda::(anonymous namespace)::spin_kernel(long)","1","7","lts__t_sector_hit_rate.pct","%","0"
+"1","7","gated_aggregation_fwd_kernel","1","7","dram__bytes.sum","byte","1,234,567"
+"1","7","gated_aggregation_fwd_kernel","1","7","lts__t_sector_hit_rate.pct","%","n/a"
+"2","7","at::cuda::(anonymous namespace)::spin_kernel(long)","1","7","dram__bytes.sum","byte","0"
+"3","7","void focalnet::cuda::(anonymous namespace)::toeplitz_bwd_kernel<__nv_bfloat16, 7>(int)","1","7","dram__bytes.sum","byte","5"
+"""  # noqa: E501
 
 
-def test_what_ncu_prints_is_read_by_kernel_and_metric():
+def test_what_ncu_prints_is_read_by_call_kernel_and_metric():
     assert gpu_ncu.parsed(NCU) == {
-        "gated_aggregation_fwd_kernel": {"dram__bytes.sum": 1234567.0},
-        "toeplitz_fwd_kernel": {"dram__bytes.sum": 5.0},
+        "gated_aggregation, stage 1, triton": {"gated_aggregation_fwd_kernel": {"dram__bytes.sum": 1234567.0}},
+        "gated_aggregation_bwd, stage 3, cuda": {"toeplitz_bwd_kernel": {"dram__bytes.sum": 5.0}},
     }
     assert gpu_ncu.parsed("==ERROR== ERR_NVGPUCTRPERM\n") == {}
+    row = gpu_ncu.row_of("gated_aggregation_bwd, stage 3, cuda", "toeplitz_bwd_kernel", {})
+    assert (row["operator"], row["stage"], row["backend"]) == ("gated_aggregation_bwd", 3, "cuda")
 
 
 def test_ncu_watches_the_script_of_the_launches_in_options_that_it_has():
-    words = gpu_ncu.command("ncu", "gated_aggregation", 3, "cuda")
+    words = gpu_ncu.command("ncu")
     script = words.index(str(gpu_ncu.SCRIPT))
     assert gpu_ncu.SCRIPT.exists()
     options = {word for word in words[script + 1 :] if word.startswith("--")}
-    assert options == {"--once", "--operator", "--stage", "--backend"}
+    assert options == {"--once", "--operator", "--stage"}
 
 
 @pytest.mark.parametrize(
@@ -72,19 +81,60 @@ def test_ncu_watches_the_script_of_the_launches_in_options_that_it_has():
     [
         ("void at::native::vectorized_elementwise_kernel<4, x>(int)", "vectorized_elementwise_kernel"),
         ("modulator_fwd_kernel", "modulator_fwd_kernel"),
+        (
+            "void focalnet::cuda::(anonymous namespace)::toeplitz_fwd_planes_kernel<__nv_bfloat16, 7>"
+            "(focalnet::cuda::PlanesParams)",
+            "toeplitz_fwd_planes_kernel",
+        ),
+        (
+            "void focalnet::cuda::(anonymous namespace)::sum_dgates_kernel<__nv_bfloat16>(float const*, "
+            "__nv_bfloat16*, long, int, float)",
+            "sum_dgates_kernel",
+        ),
+        ("nvjet_sm90_tst_96x384_64x3_1x2_h_bz_coopA_bias_TNN", "nvjet_sm90_tst_96x384_64x3_1x2_h_bz_coopA_bias_TNN"),
+        ("Memset (Device)", "Memset"),
     ],
 )
 def test_kernels_go_by_their_plain_names(name, expected):
     assert gpu_launches.short(name) == expected
 
 
-def test_the_sum_of_a_calls_kernels_is_a_row_and_predictions_stand_beside_what_was_measured(monkeypatch):
-    monkeypatch.setattr(gpu_launches, "ours", lambda case, backend: None)
-    monkeypatch.setattr(gpu_launches, "kernel_seconds", lambda call, device: {"a": (2e-6, 1.0), "b": (3e-6, 2.0)})
+def event(name, device_type, start, end):
+    span = SimpleNamespace(start=start, end=end, elapsed_us=lambda: end - start)
+    return SimpleNamespace(name=name, device_type=device_type, time_range=span)
+
+
+def test_kernels_of_one_session_go_to_the_calls_in_whose_ranges_they_ran():
+    cpu, cuda = gpu_launches.DeviceType.CPU, gpu_launches.DeviceType.CUDA
+    events = [
+        event("call: a", cpu, 0, 100), event("call: b", cpu, 100, 300), event("aten::mm", cpu, 10, 20),
+        event("call: a", cuda, 12, 90), event("void one<int>(int)", cuda, 12, 22), event("one", cuda, 50, 90),
+        event("one", cuda, 110, 120), event("two", cuda, 130, 180), event("stray", cuda, 400, 500),
+    ]  # fmt: skip
+    found = gpu_launches.by_call(events, "cuda")
+    times = gpu_launches.CALLS
+    assert found == {
+        "a": {"one": (pytest.approx(50e-6 / times), pytest.approx(2 / times))},
+        "b": {
+            "one": (pytest.approx(10e-6 / times), pytest.approx(1 / times)),
+            "two": (pytest.approx(50e-6 / times), pytest.approx(1 / times)),
+        },
+    }
+
+
+def test_a_session_tells_calls_apart():
+    numbers = torch.ones(8)
+    calls = {"sums": lambda: numbers.sum(), "sines": lambda: numbers.sin()}
+    found = gpu_launches.kernel_seconds(calls, "cpu")
+    assert found["sums"].keys() >= {"sum"} and "sin" not in found["sums"]
+    assert found["sines"]["sin"][1] == pytest.approx(1.0)
+
+
+def test_the_sum_of_a_calls_kernels_is_a_row_and_predictions_stand_beside_what_was_measured():
     stage = gpu_launches.stages("tiny_lrf")[0]
     case = gpu_launches.Case("gated_aggregation", stage, 128, torch.bfloat16, "cuda")
     expected = {("gated_aggregation", "tiny_lrf", 1, 128, "bfloat16", "triton", "all"): 10.0}
-    a, b, whole = gpu_launches.rows_of(case, "triton", expected)
+    a, b, whole = gpu_launches.rows_of(case, "triton", {"a": (2e-6, 1.0), "b": (3e-6, 2.0)}, expected)
     assert (whole["subject"], whole["measured_us"], whole["launches"]) == ("all", 5.0, 3.0)
     assert whole["predicted_over_measured"] == 2.0
     assert "predicted_us" not in a and b["launches"] == 2.0

@@ -22,7 +22,8 @@ from focalnet.benchmark import rows
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch):
-    monkeypatch.setattr(deadline, "WORTHWHILE_S", 1.0)
+    monkeypatch.setattr(deadline, "WORTHWHILE_S", 1.5)
+    monkeypatch.setattr(deadline, "INTERRUPT_S", 0.1)
     monkeypatch.setattr(deadline, "GRACE_S", 0.5)
 
 
@@ -94,10 +95,23 @@ def test_somebody_is_told_when_a_part_has_ended(tmp_path):
     assert told == parts
 
 
+def test_a_part_that_is_late_may_say_first_how_far_it_came(tmp_path, monkeypatch):
+    """As pytest does when it is interrupted."""
+    monkeypatch.setattr(deadline, "INTERRUPT_S", 2.0)
+    code = (
+        "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: time.sleep(0.2); print('two failed', flush=True)"
+    )
+    ended, _, said = run([python("tests", code, limit=8), sleeping("after", 0)], 60, folder=tmp_path)
+    assert [one.status for one in ended.values()] == ["out of time", "passed"]
+    assert "two failed" in said
+
+
 RESISTS = """
 import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 child = subprocess.Popen([sys.executable, "-S", "-c", "import signal, time; "
+    "signal.signal(signal.SIGINT, signal.SIG_IGN); "
     "signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"], stdout=subprocess.PIPE)
 child.stdout.readline()
 print(child.pid, flush=True)

@@ -1,6 +1,7 @@
 """The backend `cuda` on a GPU: the numbers of test_cuda_kernels.py on the device itself, and what only one shows."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,12 +47,22 @@ def results(arguments, dtype, normalize, backend, device="cuda"):
     return [t.detach().cpu() for t in (out, *gradients)]
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, *STAGES], ids=str)
+def rounded_results(arguments, dtype, normalize):
+    """Those of the reference in ``dtype``. cuDNN would choose kernels for seconds, and round float32 to TF32."""
+    with torch.backends.cudnn.flags(enabled=False):
+        return results(arguments, dtype, normalize, "reference")
+
+
+# The rule compares two largest errors, and of the few numbers of a 1x1 map these are chance: it gets more images.
+MANY = [replace(shape, batch=64) if shape.height * shape.width == 1 else shape for shape in SHAPES]
+
+
+@pytest.mark.parametrize("shape", [*STAGES, *MANY], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_outputs_and_gradients_obey_the_rule(shape, dtype):
     arguments = operands(shape, dtype)
     exact = results(arguments, torch.float64, shape.normalize, "reference", "cpu")
-    rounded = results(arguments, dtype, shape.normalize, "reference")
+    rounded = rounded_results(arguments, dtype, shape.normalize)
     mine = results(arguments, dtype, shape.normalize, "cuda")
     for position, (m, r, e) in enumerate(zip(mine, rounded, exact, strict=True)):
         if e.numel():

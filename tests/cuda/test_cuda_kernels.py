@@ -174,6 +174,27 @@ def test_gelu_on_tensor_cores_over_its_whole_range(run, dtype):
     assert (mine - exact)[z <= -4].abs().max() <= 2**-13
 
 
+def test_the_slope_of_gelu_in_float32_is_what_the_formula_gives_in_float32(run):
+    """A 1x1 kernel of ones, a gate and a gradient of one make dctx GELU' itself. The rule holds in every interval of
+    length one, against the formula as PyTorch writes it for a GPU, which is more exact than its CPU's below zero;
+    below -6 an absolute bound."""
+    shape = (1, 28, 28, 8)
+    ctx = torch.linspace(-8, 8, math.prod(shape))[torch.randperm(math.prod(shape))].view(shape)
+    gates = torch.tensor([1.0, 0.0]).expand(*shape[:3], 2)
+    packed = torch.cat([ctx, gates], -1)
+    options = {"dagg": torch.ones(shape), "mask": (True, False, False, False)}
+    _, (dctx, *_) = run(packed[..., :8], packed[..., 8:], [torch.ones(8, 1, 1, 1)], False, **options)
+
+    def formula(z):
+        return 0.5 * (1 + torch.erf(z * 0.5**0.5)) + z * torch.exp(-0.5 * z * z) * (2 * math.pi) ** -0.5
+
+    exact = formula(ctx.double())
+    assert (dctx - exact)[ctx < -6].abs().max() <= 2**-28
+    for first in range(-6, 8):
+        held = (ctx >= first) & (ctx < first + 1)
+        assert_rule(f"GELU' from {first}", dctx[held], formula(ctx)[held], exact[held])
+
+
 # Backward has two paths; what fits as whole planes in one launch goes level by level on a device with less memory.
 BACKWARD = [
     ("whole map", SM_90, Shape(2, 14, 14, 40, (3, 5, 7))),

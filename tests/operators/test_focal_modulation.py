@@ -152,6 +152,18 @@ def test_compiles_as_one_graph_forward_and_backward(dynamic):
             torch.testing.assert_close(mine.grad, theirs.grad)
 
 
+def test_compiles_as_one_graph_where_torch_cannot_trace_whether_a_device_has_autocast(monkeypatch):
+    """As torch 2.10 and 2.11 cannot; with autocast on, off, and on a device that has none."""
+    monkeypatch.setattr(torch.amp, "is_autocast_available", torch.compiler.disable(torch.amp.is_autocast_available))
+    torch.compiler.reset()
+    compiled = torch.compile(focalnet.focal_modulation, fullgraph=True, backend="eager")
+    arguments = operands(Shape())
+    assert torch.equal(compiled(*arguments), focalnet.focal_modulation(*arguments))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert compiled(*arguments).dtype == torch.bfloat16
+    assert compiled(*operands(Shape(), device="meta")).dtype == torch.float32
+
+
 @pytest.mark.slow
 def test_compiles_with_inductor():
     compiled = torch.compile(focalnet.focal_modulation, fullgraph=True)

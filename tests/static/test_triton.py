@@ -65,6 +65,24 @@ def test_the_walk_over_tiles_and_steps_of_a_product_is_one_pipelined_loop(kernel
     assert "isAsync = true" in loop or arch != 90
 
 
+@needs_triton
+@pytest.mark.parametrize("kernel", ["modulator_fwd_kernel", "modulator_bwd_kernel", "dagg_kernel", "dweight_kernel"])
+@pytest.mark.parametrize("dtype, begins_at_zero", [(torch.float32, True), (torch.bfloat16, False)], ids=str)
+def test_a_step_of_a_float32_product_is_a_sum_of_its_own(kernel, dtype, begins_at_zero):
+    """Triton would join a product and the addition after it to a chain; tensor cores go on from the sum so far."""
+    from focalnet.kernels import focal_modulation
+    from focalnet.kernels.plan import H100, Case
+
+    case = Case.packed(8, 14, 14, 128, (3,), dtype, has_bias=True, mask=(True,) * 6)
+    make = focal_modulation.forward_plan if kernel == "modulator_fwd_kernel" else focal_modulation.backward_plan
+    plan = make(case, H100)
+    launch = next(launch for launch in plan.launches if launch.name == kernel)
+    ttir = compiled(launch, plan.dtype_of()).asm["ttir"]
+    (accumulator,) = re.findall(r"tt\.dot %\w+, %\w+, (%\w+)", ttir)
+    zeros = re.findall(r"(%\w+) = arith\.constant dense<0\.0+e\+00>", ttir)
+    assert (accumulator in zeros) == begins_at_zero
+
+
 # ---- what the backend takes ----------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import os
 import sys
 import types
 
+import numpy as np
 import torch
 
 IS_INTERPRETED = not torch.cuda.is_available()
@@ -31,6 +32,15 @@ elif IS_INTERPRETED:
         return types.SimpleNamespace(restore=lambda: None)
 
     interpreter._patch_lang = _patch_once
+
+    def _chained_dot(builder, left, right, acc, input_precision, max_num_imprecise_acc):
+        """A product as a GPU's multiply-adds make it: a chain of float32 sums that starts at the accumulator."""
+        total = acc.data.astype(np.float32)
+        for column, row in zip(left.data.T.astype(np.float64), right.data.astype(np.float64), strict=True):
+            total = (total + column[:, None] * row).astype(np.float32)
+        return interpreter.TensorHandle(total, acc.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = _chained_dot
 
 
 def pytest_report_header():

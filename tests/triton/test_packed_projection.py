@@ -9,9 +9,11 @@ from focalnet.kernels.launch_table import LevelConfig
 from focalnet.kernels.level_launch import alignment
 from focalnet.kernels.plan import H100, Case
 from operands import Shape, operands
+from rule import assert_same_numbers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import focalnet
+from focalnet import reference
 from focalnet.backends import triton as triton_backend
 from focalnet.backends import triton_plans
 from focalnet.fusion import gpu_block
@@ -51,6 +53,18 @@ SHAPES = [
 ]
 
 
+def references(shape, dtype, dout):
+    """The gradients of the specification in ``dtype`` and, of the same numbers, in float64, on the CPU."""
+    arguments = [
+        [w.to(dtype) for w in a] if isinstance(a, list) else a.to(dtype) for a in operands(shape, torch.float32)
+    ]
+    exact = [[w.double() for w in a] if isinstance(a, list) else a.double() for a in arguments]
+    return [
+        reference.focal_modulation_bwd(dout.to("cpu", given[0].dtype), *given, shape.normalize, (True,) * 6)
+        for given in (arguments, exact)
+    ]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernels_write_into_the_packed_gradient_what_they_make_otherwise_and_nothing_beside_it(shape, dtype):
@@ -58,11 +72,13 @@ def test_kernels_write_into_the_packed_gradient_what_they_make_otherwise_and_not
     dout = torch.randn(arguments[0].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     call = (dout, *arguments, shape.normalize, (True,) * 6)
     expected = triton_backend.focal_modulation_bwd(*call)
+    low, exact = references(shape, dtype, dout)
     whole, parts = a_packed_gradient(dout, shape)
     for _ in range(2):  # a first run compiles, a second one runs what was kept
         made = triton_backend.focal_modulation_bwd(*call, out=parts)
         assert all(gradient is part for gradient, part in zip(made, parts, strict=False))
-        assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+        for position, numbers in enumerate(zip(made, expected, low, exact, strict=True)):
+            assert_same_numbers(f"gradient {position}", *numbers)
         assert (whole[..., sum(part.shape[-1] for part in parts) :] == SENTINEL).all()
         whole[..., : sum(part.shape[-1] for part in parts)] = SENTINEL
 
@@ -76,12 +92,14 @@ def test_every_chunk_of_images_writes_its_own_rows():
     case = Case(3, 4, 4, 8, ((3, 3),), torch.float32, False, pitch, pitch, pitch, True, (True,) * 6)
     config = replace(launch_table.level_config(4, 4, 8, (3,), torch.float32), chunks=3)
     expected = focal_modulation.backward_plan(case, H100, config).run(given, q.device)
+    low, exact = references(shape, torch.float32, given["dout"])
     whole, parts = a_packed_gradient(q, shape)
     packed = replace(case, gradient_pitch=whole.shape[-1])
     chunks = focal_modulation.backward_plan(packed, H100, config)
     assert sum(launch.name == "gated_aggregation_bwd_kernel" for launch in chunks.launches) == 3
     chunks.run(given | dict(zip(GRADIENTS, parts, strict=True)), q.device)
-    assert all(torch.equal(part, expected[name]) for name, part in zip(GRADIENTS, parts, strict=True))
+    for name, part, *others in zip(GRADIENTS, parts, low[:3], exact[:3], strict=True):
+        assert_same_numbers(name, part, expected[name], *others)
 
 
 def test_models_pad_to_what_plans_of_a_padded_projection_say():

@@ -13,6 +13,7 @@ import pytest
 import torch
 from focalnet.kernels import plan
 from focalnet.kernels.plan import Device
+from rule import assert_same_numbers
 from small_models import SMALL, build
 
 from focalnet.backends import registry, triton
@@ -191,21 +192,29 @@ def test_an_empty_batch_has_gradients_of_zero():
 
 @pytest.mark.parametrize("asked", range(3))
 def test_one_gradient_alone_is_the_same_and_nothing_else_is_made(asked):
-    arguments = to(of((2, 3, 2, 8), "gamma kept norm", torch.float32), DEVICE)
-    hidden_state, update, gamma, kept, keep, weight, bias, eps = (
-        a.detach() if isinstance(a, torch.Tensor) else a for a in arguments
-    )
-    rest = (gamma, kept, keep, weight, bias, eps, torch.float32)
+    arguments = of((2, 3, 2, 8), "gamma kept norm", torch.float32)
     mask = [at == asked for at in range(3)]
-    every = OPS.residual_norm_bwd(hidden_state, update, update, update, *rest, [True] * 3)
-    alone = OPS.residual_norm_bwd(hidden_state, update, update, update, *rest, mask)
-    for at, (one, of_all) in enumerate(zip(alone, every, strict=True)):
-        assert torch.equal(one, of_all) if at == asked else not one.numel()
-    if asked < 2:
-        every = OPS.residual_bwd(hidden_state, update, *rest, [True] * 2)
-        alone = OPS.residual_bwd(hidden_state, update, *rest, mask[:2])
-        for at, (one, of_all) in enumerate(zip(alone, every, strict=True)):
-            assert torch.equal(one, of_all) if at == asked else not one.numel()
+    for operator, inputs, outputs in (("residual_norm_bwd", 4, 3), ("residual_bwd", 2, 2)):
+        every = gradients_of(operator, inputs, arguments, [True] * outputs, DEVICE, torch.float32)
+        alone = gradients_of(operator, inputs, arguments, mask[:outputs], DEVICE, torch.float32)
+        low, exact = (
+            gradients_of(operator, inputs, arguments, [True] * outputs, "cpu", dtype, "reference")
+            for dtype in (torch.float32, torch.float64)
+        )
+        for at, (one, *others) in enumerate(zip(alone, every, low, exact, strict=True)):
+            if at == asked:
+                assert_same_numbers(f"{operator} {at}", one, *others)
+            else:
+                assert not one.numel()
+
+
+def gradients_of(operator, inputs, arguments, mask, device, dtype, backend=None):
+    """What the backward makes of hidden_state and update, which stand for all its ``inputs`` of their shape."""
+    hidden_state, update, *rest = (
+        a.detach() if isinstance(a, torch.Tensor) else a for a in to(arguments, device, dtype)
+    )
+    images = (hidden_state, update, update, update)[:inputs]
+    return getattr(OPS, operator)(*images, *rest, dtype, mask, backend)
 
 
 def test_the_same_bits_run_after_run_and_whatever_the_views():
