@@ -13,6 +13,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from multiprocessing import get_context
 from typing import Annotated
 
@@ -42,6 +43,13 @@ def cases() -> Iterator[tuple[str, Case]]:
     for operator, shape, dtype in itertools.product(("focal_modulation", "focal_modulation_bwd"), SHAPES, DTYPES):
         size = (shape.batch, shape.height, shape.width, shape.channels)
         yield operator, _case(operator, size, shape.kernels, dtype, padded=False)
+        yield operator, _of_tensors(operator, size, shape.kernels, dtype)
+
+
+def _of_tensors(operator: str, size: tuple[int, ...], kernels: tuple, dtype: torch.dtype) -> Case:
+    """As tests/triton makes it: q, ctx and gates are tensors of their own."""
+    case, channels = _case(operator, size, kernels, dtype), size[3]
+    return replace(case, ctx_pitch=channels, gates_pitch=len(kernels) + 1, q_pitch=channels)
 
 
 def _case(

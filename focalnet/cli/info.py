@@ -16,6 +16,8 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")] = False,
@@ -31,8 +33,8 @@ def info(
     for section in ("versions", "machine", "extension"):
         console.print(_facts(section, gathered[section]))
     console.print(_backend_table(gathered["backends"], gathered["extension"]["reason"]))
-    for device, backend in gathered["automatic"].items():
-        console.print(f"Chosen automatically on {device}: {backend}")
+    for device in gathered["automatic"]:
+        console.print(automatic_line(device, gathered["automatic_by_dtype"][device]), soft_wrap=True)
     if requested := gathered["requested"]:
         effect = "overrides this" if requested in gathered["backends"] else "names no backend: no operator will run"
         console.print(f"FOCALNET_BACKEND={requested} {effect}", markup=False)
@@ -48,20 +50,32 @@ def gather() -> dict[str, Any]:
         "extension": _extension(),
         "backends": backends(),
         "automatic": {device: automatic_backend(device) for device in _devices()},
+        "automatic_by_dtype": {
+            device: {dtype: automatic_backend(device, dtype) for dtype in DTYPES} for device in _devices()
+        },
         "requested": os.environ.get("FOCALNET_BACKEND") or None,
     }
 
 
-def automatic_backend(device: str) -> str:
-    """The backend chosen automatically for a float32 call of a published size on a device ("cpu" or "cuda")."""
+def automatic_backend(device: str, dtype: str = "float32") -> str:
+    """The backend chosen automatically on a device ("cpu" or "cuda"), for a batch of the first stage of FocalNet-T."""
     import torch
 
     from ..backends.problem import Problem
     from ..backends.registry import automatic
 
     kernel_sizes = ((3, 3), (5, 5), (7, 7))
-    problem = Problem("focal_modulation", torch.device(device), torch.float32, 1, 56, 56, 96, kernel_sizes)
+    problem = Problem("focal_modulation", torch.device(device), getattr(torch, dtype), 128, 56, 56, 96, kernel_sizes)
     return automatic(problem)
+
+
+def automatic_line(device: str, by_dtype: dict[str, str]) -> str:
+    """What is chosen on a device: one backend, or one for each dtype, which the sizes of a call may change."""
+    if len(set(by_dtype.values())) == 1 and device != "cuda":
+        return f"Chosen automatically on {device}: {by_dtype['float32']}"
+    shown = ", ".join(f"{backend} in {dtype}" for dtype, backend in by_dtype.items())
+    table = "; other sizes: focalnet/backends/gpu_order.py" if device == "cuda" else ""
+    return f"Chosen automatically on {device}: {shown} (128 maps of 56 x 56 x 96{table})"
 
 
 def _versions() -> dict[str, str]:

@@ -184,6 +184,19 @@ def test_the_kernels_of_every_checked_call_are_compiled(h100):
             assert {key(launch, plan.dtype_of()) for launch in plan.launches} <= listed
 
 
+def test_the_kernels_of_the_stages_of_the_triton_tests_are_compiled(h100):
+    """tests/triton/test_production_tiles.py: the same shapes, its q, ctx and gates contiguous."""
+    from focalnet.backends import triton_plans
+
+    listed = {key(launch, types) for launch, types in gpu_precompile.launches(h100)}
+    for shape in gpu_numbers.SHAPES:
+        for operator, mask in (("focal_modulation", ()), ("focal_modulation_bwd", (True,) * 6)):
+            operands = {name: torch.empty_like(one).contiguous() for name, one in named(shape).items()}
+            case = triton_plans._case(operands, False, mask)
+            plan = triton_plans._with(None, operator, operands, case, precise=True)
+            assert {key(launch, plan.dtype_of()) for launch in plan.launches} <= listed
+
+
 def named(shape):
     """The operands of a call of gpu_numbers in bfloat16, as views of its projection."""
     channels, levels = shape.channels, len(shape.kernels)

@@ -223,8 +223,13 @@ def test_the_first_parts_run_side_by_side_and_what_follows_is_in_order():
     steps = gpu.full()
     assert {part.name for part in steps[0]} == {"build", "precompile", "device"}
     order = [part.name for part in gpu.every_part(steps[1:])]
-    wanted = ["convolutions", "inductor", "numbers", "launches", "sweep", "ncu", "models", "training", "replay"]
+    wanted = ["numbers", "launches", "models", "training", "models-compiled", "training-compiled", "tests-triton"]
     assert [name for name in order if name in wanted] == wanted
+
+
+def test_every_file_of_the_triton_tests_is_among_those_that_are_run():
+    files = {path.stem for path in (gpu.ROOT / "tests" / "triton").glob("test_*.py")}
+    assert files == set(gpu.TRITON_FILES)
 
 
 def test_the_script_says_where_there_is_no_gpu(tmp_path):

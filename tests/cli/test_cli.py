@@ -11,6 +11,7 @@ from command_line import assert_one_line_error, classify, run, save_photos, summ
 from safetensors.torch import load_file
 
 import focalnet
+from focalnet.cli.info import automatic_line
 
 
 @pytest.fixture
@@ -40,6 +41,11 @@ def test_info_is_readable():
     assert result.exit_code == 0
     assert all(name in result.stdout for name in [*focalnet.backends(), "transformers", "threads", "gpu"])
     assert "Chosen automatically on cpu: " in result.stdout
+
+
+def test_info_says_for_which_dtype_a_backend_is_chosen_on_a_gpu():
+    line = automatic_line("cuda", {"float32": "triton", "bfloat16": "cuda", "float16": "triton"})
+    assert "triton in float32, cuda in bfloat16, triton in float16" in line and "gpu_order.py" in line
 
 
 @pytest.mark.parametrize("name, suffix", [("authors", ".pth"), ("timm", ".safetensors")])

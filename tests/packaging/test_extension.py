@@ -66,6 +66,27 @@ def test_is_there_wherever_it_can_be():
         assert extension.missing() is None
 
 
+FLAGS_OF_THE_EXTENSION = """
+import json, runpy, setuptools
+setuptools.setup = lambda **options: print(json.dumps(options["ext_modules"][0].extra_compile_args))
+runpy.run_path("setup.py")
+"""
+
+
+@needs_extension
+def test_headers_of_pybind11_itself_come_before_the_copy_that_torch_brings():
+    """The copy of torch 2.10 and 2.11 rejects what is compiled for the stable ABI."""
+    pybind11 = pytest.importorskip("pybind11")
+    if os.name == "nt":
+        pytest.skip("the compiler takes another flag")
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "FOCALNET_BUILD": "cpu"}
+    command = [sys.executable, "-c", FLAGS_OF_THE_EXTENSION]
+    said = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    flags = json.loads(said.stdout.splitlines()[-1])
+    assert flags[flags.index("-isystem") + 1] == pybind11.get_include()
+
+
 @needs_extension
 def test_build_info():
     info = extension.build_info()
