@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any
 
@@ -56,11 +57,14 @@ MARK = "call: "
 def by_call(events: Iterable[Any], device: str) -> dict[str, dict[str, tuple[float, float]]]:
     """Kernels by the range, of one thread and waited for at its end, in whose time they ran."""
     events = list(events)
-    ranges = [event for event in events if event.name.startswith(MARK) and event.device_type == DeviceType.CPU]
+    on_cpu = [event for event in events if event.device_type == DeviceType.CPU]
+    ranges = [event for event in on_cpu if event.name.startswith(MARK)]
     wanted = DeviceType.CUDA if device == "cuda" else DeviceType.CPU
+    # Ranges of the CPU appear on the device once more, around their kernels.
+    repeated = {event.name for event in on_cpu} if device == "cuda" else set()
     found: dict[str, dict[str, list[float]]] = {event.name.removeprefix(MARK): {} for event in ranges}
     for event in events:
-        if event.device_type != wanted or event.name.startswith(MARK):
+        if event.device_type != wanted or event.name.startswith(MARK) or event.name in repeated:
             continue
         microseconds = event.time_range.elapsed_us() if device == "cuda" else event.self_cpu_time_total
         middle = (event.time_range.start + event.time_range.end) / 2
@@ -78,15 +82,28 @@ def short(name: str) -> str:
     return plain.split("<")[0].split("(")[0].split("::")[-1].strip() or name
 
 
-def predicted() -> dict[tuple, float]:
-    """Microseconds by (operator, variant, stage, batch, dtype, backend, kernel), for this kind of GPU."""
-    kind = device_class(torch.cuda.get_device_capability())
-    return {
-        _key(row, row.get("backend") or "triton", row["subject"]): row["predicted_us"]
-        for file in ("predicted", "predicted_cuda")
-        for row in read(file, NOWHERE)
-        if row["x"] == kind
-    }
+def predicted(kind: str | None = None) -> dict[tuple, float]:
+    """Microseconds by (operator, variant, stage, batch, dtype, backend, kernel), for this ``kind`` of GPU.
+
+    Kernels around an aggregation's are those of focal modulation too.
+    """
+    kind = kind or device_class(torch.cuda.get_device_capability())
+    found: dict[tuple, float] = defaultdict(float)
+    for row in [*read("predicted", NOWHERE), *read("predicted_cuda", NOWHERE)]:
+        if row["x"] != kind:
+            continue
+        # "3 sum_partials_kernel<bfloat16>" is the third launch: launches of one kernel are a sum, as when measured.
+        kernel = short(row["subject"].lstrip("0123456789 "))
+        for operator in _operators_with(row, kernel):
+            found[_key(row | {"operator": operator}, row.get("backend") or "triton", kernel)] += row["predicted_us"]
+    return dict(found)
+
+
+def _operators_with(row: dict, kernel: str) -> list[str]:
+    """The row's operator, and focal modulation where `cuda` runs the same kernel for it: its rows are of aggregations."""
+    operator = row["operator"]
+    shared = row.get("backend") == "cuda" and kernel.startswith("toeplitz")
+    return [operator, *([operator.replace("gated_aggregation", "focal_modulation")] if shared else [])]
 
 
 def _key(row: dict, backend: str, kernel: str) -> tuple:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -24,6 +26,10 @@ from focalnet.kernels.plan import Case, Device, Launch, Plan, padded_row
 from gpu_numbers import DTYPES, SHAPES
 
 from focalnet.benchmark.floors import OPERATORS, stages
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "static"))
+from residual_bytes import ends
+from residual_bytes import plans as plans_of_ends
 
 MEASURED = (("tiny_lrf", 128), ("tiny_lrf", 1), ("large_fl3", 32))
 PLANS = {
@@ -65,10 +71,23 @@ def _case(
     )  # fmt: skip
 
 
+# (stream's dtype, autocast's dtype, training) of the models that are measured.
+MODELS = ((torch.bfloat16, None, False), (torch.float32, torch.bfloat16, True))
+
+
+def plans_of_models(device: Device) -> Iterator[Plan]:
+    """The ends of residual branches and the LayerNorms."""
+    for dtype, lower, training in MODELS:
+        for end in ends("tiny_lrf", 128, dtype):
+            if end.training == training:
+                yield from filter(None, plans_of_ends(end, device, lower))
+
+
 def plans(device: Device) -> Iterator[Plan]:
-    """Those of the table for every call, then those that the sweep tries."""
+    """Those of the table for every call, those of models, then those that the sweep tries."""
     for operator, case in cases():
         yield PLANS[operator](case, device)
+    yield from plans_of_models(device)
     for stage, operator in itertools.product(stages("tiny_lrf"), ("focal_modulation", "focal_modulation_bwd")):
         case = _case(operator, (128, stage.height, stage.width, stage.channels), stage.kernels)
         for config in launch_table.level_candidates(

@@ -110,6 +110,7 @@ def test_kernels_of_one_session_go_to_the_calls_in_whose_ranges_they_ran():
         event("call: a", cpu, 0, 100), event("call: b", cpu, 100, 300), event("aten::mm", cpu, 10, 20),
         event("call: a", cuda, 12, 90), event("void one<int>(int)", cuda, 12, 22), event("one", cuda, 50, 90),
         event("one", cuda, 110, 120), event("two", cuda, 130, 180), event("stray", cuda, 400, 500),
+        event("inner range", cpu, 5, 95), event("inner range", cuda, 12, 90),
     ]  # fmt: skip
     found = gpu_launches.by_call(events, "cuda")
     times = gpu_launches.CALLS
@@ -138,6 +139,17 @@ def test_the_sum_of_a_calls_kernels_is_a_row_and_predictions_stand_beside_what_w
     assert (whole["subject"], whole["measured_us"], whole["launches"]) == ("all", 5.0, 3.0)
     assert whole["predicted_over_measured"] == 2.0
     assert "predicted_us" not in a and b["launches"] == 2.0
+
+
+def test_a_kernel_of_the_extension_finds_the_sum_of_its_predicted_launches():
+    found = gpu_launches.predicted("H100")
+    call = ("tiny_lrf", 1, 128, "bfloat16", "cuda")
+    rows = [row for row in gpu_launches.read("predicted_cuda", gpu_launches.NOWHERE) if row["x"] == "H100"]
+    rows = [row for row in rows if (row["variant"], row["stage"], row["batch"], row["dtype"]) == call[:4]]
+    sums = [row["predicted_us"] for row in rows if "sum_partials_kernel" in row["subject"]]
+    assert found["gated_aggregation_bwd", *call, "sum_partials_kernel"] == pytest.approx(sum(sums))
+    forward = found["gated_aggregation", *call, "toeplitz_fwd_planes_kernel"]
+    assert forward == found["focal_modulation", *call, "toeplitz_fwd_planes_kernel"] > 0
 
 
 def test_every_time_of_a_sweep_is_a_row():
