@@ -143,13 +143,17 @@ def test_the_sum_of_a_calls_kernels_is_a_row_and_predictions_stand_beside_what_w
 
 def test_a_kernel_of_the_extension_finds_the_sum_of_its_predicted_launches():
     found = gpu_launches.predicted("H100")
-    call = ("tiny_lrf", 1, 128, "bfloat16", "cuda")
     rows = [row for row in gpu_launches.read("predicted_cuda", gpu_launches.NOWHERE) if row["x"] == "H100"]
-    rows = [row for row in rows if (row["variant"], row["stage"], row["batch"], row["dtype"]) == call[:4]]
+    call = ("tiny_lrf", 1, 128, "bfloat16")
+    rows = [row for row in rows if (row["variant"], row["stage"], row["batch"], row["dtype"]) == call]
     sums = [row["predicted_us"] for row in rows if "sum_partials_kernel" in row["subject"]]
-    assert found["gated_aggregation_bwd", *call, "sum_partials_kernel"] == pytest.approx(sum(sums))
-    forward = found["gated_aggregation", *call, "toeplitz_fwd_planes_kernel"]
-    assert forward == found["focal_modulation", *call, "toeplitz_fwd_planes_kernel"] > 0
+
+    def of(operator, kernel):
+        return found[(operator, *call, "cuda", kernel)]
+
+    assert of("gated_aggregation_bwd", "sum_partials_kernel") == pytest.approx(sum(sums))
+    forward = "toeplitz_fwd_planes_kernel"
+    assert of("gated_aggregation", forward) == of("focal_modulation", forward) > 0
 
 
 def test_every_time_of_a_sweep_is_a_row():
