@@ -100,7 +100,7 @@ def predicted(kind: str | None = None) -> dict[tuple, float]:
 
 
 def _operators_with(row: dict, kernel: str) -> list[str]:
-    """The row's operator, and focal modulation where `cuda` runs the same kernel for it: it has rows of aggregations."""
+    """The operator, and focal modulation where `cuda` runs the same kernel for it: its rows are of aggregations."""
     operator = row["operator"]
     shared = row.get("backend") == "cuda" and kernel.startswith("toeplitz")
     return [operator, *([operator.replace("gated_aggregation", "focal_modulation")] if shared else [])]
