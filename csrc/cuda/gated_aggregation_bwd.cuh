@@ -16,9 +16,11 @@ template <typename T>
 Status sum_partials(const Problem& p, int level, const float* partials, int64_t parts, void* dweight,
                     cudaStream_t stream);
 
-// dgates, contiguous: the sum of partials [blocks][B * H * W][L + 1], times the scale.
+// dgates, contiguous: the sum of partials [blocks][B * H * W][L + 1], or if `planar` [blocks][B][L + 1][H * W], times
+// the scale.
 template <typename T>
-Status sum_dgates(const Problem& p, const float* partials, int blocks, void* dgates, cudaStream_t stream);
+Status sum_dgates(const Problem& p, const float* partials, int blocks, void* dgates, cudaStream_t stream,
+                  bool planar = false);
 
 // The global level's share, in scratch.
 struct GlobalTerm {
