@@ -6,7 +6,7 @@
 // (toeplitz_bwd.cuh); in a pass over positions a thread owns two neighbouring ones of all the block's channels. A
 // barrier after each line.
 //
-//     read     ctx -> context, dagg, gates, channels last, each once
+//     read     the taps of all levels; ctx -> context, dagg; the gates once for all channels
 //     level l  tiles: context -> mma -> z_l; of the last level also the sums of GELU(z_L) and of dagg * global gate
 //              positions: context = GELU(z_l); dgates_l of these channels; agg += gate * GELU(z_l), in T, as forward
 //     global   the mean and its gradient
@@ -20,10 +20,20 @@
 //              tiles: dweights_l of context and dz_l (toeplitz_correlate.cuh)
 //     write    dctx once
 //
-// Bytes: ctx read twice; dagg read, agg and dctx written once; the gates once for every `chunks` blocks of channels.
-// Partials: dgates, L + 1 numbers a position for as many, to which the block's later channels are added where they
-// lie; dweights, one kernel for the images of a block. Two small kernels (gated_aggregation_bwd.cu, _bwd_planes.cu)
-// add them up in a fixed order. z and dz are kept in T, sums in float32.
+// Maps are read and written channels last; or, where the few channels of a block fill little of a sector of 32 bytes,
+// planar (ToeplitzBackwardTiling::planar):
+//
+//     to_planar_kernel      ctx and dagg -> planar copies in scratch (toeplitz_turn.cu)
+//     toeplitz_bwd_kernel   copies rows to shared memory as they lie; dctx replaces ctx's copy, agg dagg's
+//     from_planar_kernel    dctx, and agg if it is wanted, channels last
+//
+// Launches: this one, or these three; and two small kernels (gated_aggregation_bwd.cu, _bwd_planes.cu) that add up the
+// partials in a fixed order, for dgates and for each level's dweights.
+//
+// Bytes: ctx read twice (once from L2, mostly); dagg read, agg and dctx written once; the gates once for every
+// `chunks` blocks of channels. Planar: each of the four maps read and written once more. Partials: dgates, a plane of
+// floats for each gate and `chunks` blocks of channels, to which the later ones are added where they lie; dweights,
+// one kernel for the images of a block. z and dz are kept in T, sums in float32.
 
 #include "gated_aggregation_bwd.cuh"
 #include "launch.cuh"
