@@ -9,18 +9,26 @@
 
 namespace focalnet::cuda {
 
-// BYTES, 8 or 16, aligned to that many on both sides.
+// BYTES, 4, 8 or 16, aligned to that many on both sides. Only the first `given` are read, the others become zero.
 template <int BYTES>
-__device__ __forceinline__ void copy_async(void* to, const void* from) {
-    static_assert(BYTES == 8 || BYTES == 16);
+__device__ __forceinline__ void copy_async(void* to, const void* from, int given = BYTES) {
+    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16);
 #ifndef __CUDACC__
-    cuda_on_cpu::copy_async(to, from, BYTES);
+    cuda_on_cpu::copy_async(to, from, BYTES, given);
 #else
     const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
     if constexpr (BYTES == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(given) : "memory");
     else
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(from) : "memory");
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address), "l"(from), "n"(BYTES), "r"(given)
+                     : "memory");
+#endif
+}
+
+// A sector of 32 bytes into L2, some time. Nothing depends on it.
+__device__ __forceinline__ void prefetch([[maybe_unused]] const void* from) {
+#ifdef __CUDACC__
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
 #endif
 }
 

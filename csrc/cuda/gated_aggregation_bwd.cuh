@@ -22,9 +22,10 @@ Status sum_partials(const Problem& p, int level, const float* partials, int64_t 
     return sum_partials<T>(partials, parts, p.weights[level].kh * p.weights[level].kw, p.C, dweight, stream);
 }
 
-// dgates: the sum of partials [blocks][B * H * W][L + 1], times the scale.
+// dgates: the sum of partials [blocks][B * H * W][L + 1], or if `planar` [blocks][B][L + 1][H * W], times the scale.
 template <typename T>
-Status sum_dgates(const Problem& p, const float* partials, int blocks, const Map& dgates, cudaStream_t stream);
+Status sum_dgates(const Problem& p, const float* partials, int blocks, const Map& dgates, cudaStream_t stream,
+                  bool planar = false);
 
 // The global level's share, in scratch.
 struct GlobalTerm {

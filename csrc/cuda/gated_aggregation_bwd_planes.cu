@@ -247,17 +247,26 @@ __global__ void __launch_bounds__(512, 1) plane_bwd_kernel(const PlaneParams p) 
     }
 }
 
-// A thread owns a gate of a position, a block of threads whole positions: partials [blocks][positions][gates], in a
-// fixed order, to rows of dgates `pitch` elements apart.
+// Where the partials of sum_dgates_kernel lie: [blocks][B * H * W][gates], or planar, [blocks][B][gates][H * W].
+struct DgatesPartials {
+    const float* data;
+    int64_t count;  // of a block
+    int blocks, positions, gates;
+    bool planar;
+};
+
+// A thread owns a gate of a position, and adds up in a fixed order. Rows of dgates are `pitch` elements apart.
 template <typename T>
-__global__ void sum_dgates_kernel(const float* partials, T* dgates, int64_t pitch, int64_t positions, int gates,
-                                  int blocks, float scale) {
-    const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x, count = positions * gates;
-    if (i >= count) return;
+__global__ void sum_dgates_kernel(const DgatesPartials p, T* dgates, int64_t pitch, int blocks_of_image, float scale) {
+    const int image = blockIdx.x / blocks_of_image;
+    const int i = (blockIdx.x - image * blocks_of_image) * blockDim.x + threadIdx.x, held = p.positions * p.gates;
+    if (i >= held) return;
+    const int position = i / p.gates, gate = i - position * p.gates;
+    const float* at = p.data + static_cast<int64_t>(image) * held + (p.planar ? gate * p.positions + position : i);
     float sum = 0.0f;
-    for (int block = 0; block < blocks; ++block) sum += partials[block * count + i];
-    const int64_t position = static_cast<int64_t>(blockIdx.x) * (blockDim.x / gates) + threadIdx.x / gates;
-    dgates[position * pitch + threadIdx.x % gates] = from_float<T>(scale * sum);
+#pragma unroll 4
+    for (int block = 0; block < p.blocks; ++block) sum += at[block * p.count];
+    dgates[(static_cast<int64_t>(image) * p.positions + position) * pitch + gate] = from_float<T>(scale * sum);
 }
 
 struct PlaneScratch {
@@ -308,12 +317,12 @@ PlaneParams params_of(const Problem& p, const Map& dagg, const Gradients& out, c
 }  // namespace
 
 template <typename T>
-Status sum_dgates(const Problem& p, const float* partials, int blocks, const Map& dgates, cudaStream_t stream) {
-    const int64_t positions = p.B * p.H * p.W;
-    const int gates = p.L + 1, together = kThreads / gates;
-    return launch("sum_dgates_kernel", sum_dgates_kernel<T>, (positions + together - 1) / together, together * gates,
-                  0, stream, partials, static_cast<T*>(dgates.data), dgates.stride_w, positions, gates, blocks,
-                  p.scale);
+Status sum_dgates(const Problem& p, const float* partials, int blocks, const Map& dgates, cudaStream_t stream,
+                  bool planar) {
+    const int held = p.H * p.W * (p.L + 1), blocks_of_image = blocks_for(held, kThreads);
+    const DgatesPartials given{partials, p.B * held, blocks, p.H * p.W, p.L + 1, planar};
+    return launch("sum_dgates_kernel", sum_dgates_kernel<T>, p.B * blocks_of_image, kThreads, 0, stream, given,
+                  static_cast<T*>(dgates.data), dgates.stride_w, blocks_of_image, p.scale);
 }
 
 template <typename T>
@@ -336,9 +345,9 @@ Status backward_of_planes(const Problem& p, const Map& dagg, const Gradients& ou
     return {};
 }
 
-#define FOCALNET_INSTANTIATE(T)                                                                 \
-    template Status sum_dgates<T>(const Problem&, const float*, int, const Map&, cudaStream_t); \
-    template size_t scratch_bytes_of_planes<T>(const Problem&, const Gradients&);               \
+#define FOCALNET_INSTANTIATE(T)                                                                       \
+    template Status sum_dgates<T>(const Problem&, const float*, int, const Map&, cudaStream_t, bool); \
+    template size_t scratch_bytes_of_planes<T>(const Problem&, const Gradients&);                     \
     template Status backward_of_planes<T>(const Problem&, const Map&, const Gradients&, void*, cudaStream_t);
 FOCALNET_INSTANTIATE(float)
 FOCALNET_INSTANTIATE(__half)

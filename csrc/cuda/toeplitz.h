@@ -103,14 +103,16 @@ struct ToeplitzBackwardTiling {
     int odd_pitch;                      // of what a warp copies of dz (toeplitz_correlate.cuh)
     int product;                        // floats of a warp's sums for dweights
     int tap_rows, tap_pitch;
-    int below;    // rows that are read below the last image
-    bool planar;  // ctx and dagg are read from planar copies, dctx and agg written there (toeplitz_turn.cu)
+    int all_taps;  // of a channel, of all levels
+    int below;     // rows that are read below the last image
+    bool planar;   // ctx and dagg are read from planar copies, dctx and agg written there (toeplitz_turn.cu)
     size_t shared_bytes;
     double cost;  // 0: nothing fits
 
     __host__ __device__ int threads() const { return warps * 32; }
     __host__ __device__ int plane() const { return (halo + (images - 1) * rows + below) * pitch; }
     __host__ __device__ int odd() const { return warps * 8 * odd_pitch; }
+    __host__ __device__ int raw() const { return (block_c * all_taps + 7) / 8 * 8; }  // taps as they lie
 };
 
 // How backward takes one level in bands of an image's rows, a multiple of sixteen or all.

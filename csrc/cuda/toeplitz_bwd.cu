@@ -6,7 +6,7 @@
 // (toeplitz_bwd.cuh); in a pass over positions a thread owns two neighbouring ones of all the block's channels. A
 // barrier after each line.
 //
-//     read     ctx -> context, dagg, gates, channels last, each once
+//     read     the taps of all levels; ctx -> context, dagg; the gates once for all channels
 //     level l  tiles: context -> mma -> z_l; of the last level also the sums of GELU(z_L) and of dagg * global gate
 //              positions: context = GELU(z_l); dgates_l of these channels; agg += gate * GELU(z_l), in T, as forward
 //     global   the mean and its gradient
@@ -20,10 +20,20 @@
 //              tiles: dweights_l of context and dz_l (toeplitz_correlate.cuh)
 //     write    dctx once
 //
-// Bytes: ctx read twice; dagg read, agg and dctx written once; the gates once for every `chunks` blocks of channels.
-// Partials: dgates, L + 1 numbers a position for as many, to which the block's later channels are added where they
-// lie; dweights, one kernel for the images of a block. Two small kernels (gated_aggregation_bwd.cu, _bwd_planes.cu)
-// add them up in a fixed order. z and dz are kept in T, sums in float32.
+// Maps are read and written channels last; or, where the few channels of a block fill little of a sector of 32 bytes,
+// planar (ToeplitzBackwardTiling::planar):
+//
+//     to_planar_kernel      ctx and dagg -> planar copies in scratch (toeplitz_turn.cu)
+//     toeplitz_bwd_kernel   copies rows to shared memory as they lie; dctx replaces ctx's copy, agg dagg's
+//     from_planar_kernel    dctx, and agg if it is wanted, channels last
+//
+// Launches: this one, or these three; and two small kernels (gated_aggregation_bwd.cu, _bwd_planes.cu) that add up the
+// partials in a fixed order, for dgates and for each level's dweights.
+//
+// Bytes: ctx read twice (once from L2, mostly); dagg read, agg and dctx written once; the gates once for every
+// `chunks` blocks of channels. Planar: each of the four maps read and written once more. Partials: dgates, a plane of
+// floats for each gate and `chunks` blocks of channels, to which the later ones are added where they lie; dweights,
+// one kernel for the images of a block. z and dz are kept in T, sums in float32.
 
 #include "gated_aggregation_bwd.cuh"
 #include "launch.cuh"
@@ -109,11 +119,31 @@ __device__ __forceinline__ void form_global(const BackwardBlock<T>& b) {
     }
 }
 
-// A sum over this chunk's channels of two neighbouring positions; those of earlier chunks lie there already.
-__device__ __forceinline__ void add_dgates(float* to, int stride, float2 sum, bool first, bool both) {
-    to[0] = first ? sum.x : to[0] + sum.x;
-    if (both) to[stride] = first ? sum.y : to[stride] + sum.y;
-}
+// Sums over channels of two neighbouring positions of a gate. What earlier chunks left is read before this chunk's
+// channels are summed, so that nobody waits for it.
+struct DgatesPair {
+    float* to;
+    bool both, aligned;
+    float2 before = {0.0f, 0.0f};
+
+    template <typename T>
+    __device__ __forceinline__ DgatesPair(const BackwardBlock<T>& b, int gate, int row, int x, bool first)
+        : to(b.dgates_at(gate, row, x)), both(x + 1 < b.p.W), aligned(b.p.W % 2 == 0) {
+        if (first || !b.p.dgates) return;
+        if (aligned) {
+            before = load_pair(to);
+        } else {
+            before.x = to[0];
+            if (both) before.y = to[1];
+        }
+    }
+    __device__ __forceinline__ void add(float2 sum) const {
+        sum = {before.x + sum.x, before.y + sum.y};
+        if (aligned) return store_pair(to, sum);
+        to[0] = sum.x;
+        if (both) to[1] = sum.y;
+    }
+};
 
 // A pair of agg as it lies in shared memory: gate * value is added, or put there.
 template <typename T>
@@ -137,6 +167,7 @@ __device__ __forceinline__ void activate(const BackwardBlock<T>& b, int level, b
         T *context = b.context_of(0) + at, *agg = b.agg + in;
         T gate[2];
         load_raw<2>(b.gate(level) + in, gate);
+        const DgatesPair dgates(b, level, row, x, first);
         float2 sum = {0.0f, 0.0f};
 #pragma unroll 4
         for (int c = 0; c < block_c; ++c, z += plane, context += plane, dagg += sums, agg += sums) {
@@ -145,7 +176,7 @@ __device__ __forceinline__ void activate(const BackwardBlock<T>& b, int level, b
             if (wants_agg) add_agg(agg, gate, v, level == 0);
             sum = {fmaf(d.x, v.x, sum.x), fmaf(d.y, v.y, sum.y)};
         }
-        if (p.dgates) add_dgates(b.dgates_at(row, x) + level, p.L + 1, sum, first, x + 1 < p.W);
+        if (p.dgates) dgates.add(sum);
     });
 }
 
@@ -176,8 +207,8 @@ __device__ __forceinline__ void finish_last(const BackwardBlock<T>& b, bool firs
         load_raw<2>(b.gate(level) + in, gate);
         const T* dagg = b.dagg + in;
         T *z = b.z_of(level, 0) + b.rows.offset(row) + x, *agg = b.agg + in;
+        const DgatesPair of_last(b, level, row, x, first), of_all(b, p.L, row, x, first);
         float2 last = {0.0f, 0.0f}, all = {0.0f, 0.0f};
-        const bool both = x + 1 < p.W;
 #pragma unroll 2
         for (int c = 0; c < block_c; ++c, z += plane, dagg += sums, agg += sums) {
             const float2 value = load_pair(z), d = load_pair(dagg), v = gelu_pair<T>(value.x, value.y);
@@ -191,13 +222,12 @@ __device__ __forceinline__ void finish_last(const BackwardBlock<T>& b, bool firs
             }
             if (!wants_dz) continue;
             float2 dz = form_dz<T>(value, d, g, {dmean[c], dmean[c]});
-            dz.y = both ? dz.y : 0.0f;
+            dz.y = of_last.both ? dz.y : 0.0f;
             store_pair(z, dz);
         }
         if (!p.dgates) return;
-        float* dgates = b.dgates_at(row, x);
-        add_dgates(dgates + level, p.L + 1, last, first, both);
-        add_dgates(dgates + p.L, p.L + 1, all, first, both);
+        of_last.add(last);
+        of_all.add(all);
     });
 }
 
@@ -235,17 +265,18 @@ __device__ __forceinline__ void store_dctx(const BackwardBlock<T>& b, const Tile
 
 // Everything up to the last level's dz, of one chunk of channels.
 template <int BLOCKS, typename T>
-__device__ __forceinline__ void run_forward(const BackwardBlock<T>& b, bool first) {
+__device__ __forceinline__ void run_forward(const BackwardBlock<T>& b, bool first, bool last) {
     const BackwardParams& p = b.p;
-    if (p.tiling.planar) {
+    load_raw_taps(b);
+    if (p.tiling.planar)
         copy_planar(b, true, true);
-    } else {
-        load_ctx(b);
-        load_dagg(b);
-    }
+    else
+        load_maps<true>(b);
+    wait_for_copies();
+    __syncthreads();
+    if (p.tiling.planar && !last) prefetch_planar(b);
     for (int l = 0; l < p.L; ++l) {
-        load_taps<T>(b, p.level[l].weight, p.level[l].kh, p.level[l].kw, false);
-        if (l == 0) wait_for_copies();
+        load_taps(b, b.raw_of(l), p.level[l].kh, p.level[l].kw, false);
         __syncthreads();
         convolve_level<BLOCKS>(b, b.context, l, [&](const Tile<BLOCKS>& tile) { store_level(b, l, tile); });
         __syncthreads();
@@ -279,13 +310,13 @@ __device__ __forceinline__ void run_backward(const BackwardBlock<T>& b) {
             convolve_level<BLOCKS>(b, dz, l, [&](const Tile<BLOCKS>& tile) { store_dz(b, l - 1, used, tile); });
         else if (p.dctx.data)
             convolve_level<BLOCKS>(b, dz, l, [&](const Tile<BLOCKS>& tile) { store_dctx(b, tile); });
-        if (reads_ctx && !p.tiling.planar) load_ctx(b);
+        if (reads_ctx && !p.tiling.planar) load_maps<false>(b);
         wait_for_copies();
         __syncthreads();
         if (wants_weights)
             correlate<BLOCKS, T>(
                 b, [&](int c) { return b.inside(dz, c); }, [&](int c) { return b.context_of(c); }, own.kh, own.kw);
-        if (l > 0) load_taps<T>(b, p.level[l - 1].weight, p.level[l - 1].kh, p.level[l - 1].kw, true);
+        if (l > 0) load_taps(b, b.raw_of(l - 1), p.level[l - 1].kh, p.level[l - 1].kw, true);
         __syncthreads();
         if (wants_weights) sum_products(b, own.dweights + b.group * own.kh * own.kw * p.C, own.kh, own.kw, own.by_kw);
     }
@@ -306,9 +337,9 @@ __global__ void __launch_bounds__(kMaxToeplitzBackwardThreads, 1) toeplitz_bwd_k
     load_gates(b);
     for (int chunk = 0; chunk < t.chunks && b.first_c < p.C; ++chunk, b.first_c += t.block_c) {
         if (chunk > 0) __syncthreads();
-        run_forward<BLOCKS>(b, chunk == 0);
+        run_forward<BLOCKS>(b, chunk == 0, chunk + 1 == t.chunks);
         if (!b.wants_dz()) continue;
-        load_taps<T>(b, p.level[p.L - 1].weight, p.level[p.L - 1].kh, p.level[p.L - 1].kw, true);
+        load_taps(b, b.raw_of(p.L - 1), p.level[p.L - 1].kh, p.level[p.L - 1].kw, true);
         __syncthreads();
         run_backward<BLOCKS>(b);
     }
@@ -353,9 +384,12 @@ BackwardParams params_of(const Problem& p, const ToeplitzBackwardTiling& t, cons
     params.dgates = scratch.dgates;
     params.planar_ctx = scratch.planar[0];
     params.planar_dagg = scratch.planar[1];
-    for (int l = 0; l < p.L; ++l) {
+    params.taps_aligned = true;
+    for (int l = 0, taps = 0; l < p.L; ++l) {
         const FocalWeight& w = p.weights[l];
-        params.level[l] = {w.data, scratch.dweights[l], w.kh, w.kw, Division(w.kw)};
+        params.level[l] = {w.data, scratch.dweights[l], w.kh, w.kw, taps, Division(w.kw)};
+        params.taps_aligned &= reinterpret_cast<uintptr_t>(w.data) % 4 == 0;
+        taps += w.kh * w.kw;
     }
     params.ctx_width = std::min(widest_vector(p.element, p.C, {p.ctx}), t.block_c);
     params.dagg_width = std::min(widest_vector(p.element, p.C, {dagg}), t.block_c);
@@ -397,7 +431,7 @@ Status backward(const Problem& p, const Map& dagg, const Gradients& out, void* m
         return s;
     if (Status s = turn_back<T>(p, t, out, scratch, stream)) return s;
     if (out.want_gates)
-        if (Status s = sum_dgates<T>(p, scratch.dgates, splits_of(p, t), out.dgates, stream)) return s;
+        if (Status s = sum_dgates<T>(p, scratch.dgates, splits_of(p, t), out.dgates, stream, true)) return s;
     for (int l = 0; l < p.L && out.want_weights; ++l)
         if (Status s = sum_partials<T>(p, l, scratch.dweights[l], groups_of(p, t), out.dweights[l], stream)) return s;
     return {};

@@ -91,14 +91,13 @@ __device__ __forceinline__ void write_tap_words(T* to, const T* from, int kh, in
     }
 }
 
-// The taps of a level for every channel of a block, shared out to its warps.
+// The taps of a level for every channel of a block, shared out to its warps. `first`: those of its first channel.
 template <typename T, typename Block>
-__device__ __forceinline__ void load_taps(const Block& b, const void* weight, int kh, int kw, bool turned) {
+__device__ __forceinline__ void load_taps(const Block& b, const T* first, int kh, int kw, bool turned) {
     const auto& t = b.p.tiling;
     for (int c = b.at.warp; c < t.block_c; c += b.at.warps)
-        write_tap_words<T>(b.taps + c * t.tap_rows * t.tap_pitch,
-                           static_cast<const T*>(weight) + static_cast<int64_t>(b.first_c + c) * kh * kw, kh, kw,
-                           toeplitz_steps(kw), b.first_c + c < b.p.C, turned, b.at.lane);
+        write_tap_words<T>(b.taps + c * t.tap_rows * t.tap_pitch, first + c * kh * kw, kh, kw, toeplitz_steps(kw),
+                           b.first_c + c < b.p.C, turned, b.at.lane);
 }
 
 // What a lane has of a tile: rows lane / 4 of both strips, columns column + 8 j, + 1.

@@ -3,7 +3,7 @@
 // owns eight columns of a channel.
 //
 //     planes of T, block_c of each: context, z_1 .. z_L (with halos), dagg
-//     the gates, a plane each; taps of one level
+//     the gates, a plane each; taps of one level; those of all levels as they lie in memory
 //     agg, or the copies of dz and then the sums for dweights (toeplitz_correlate.cuh); the sums over strips
 
 #pragma once
@@ -15,8 +15,8 @@ namespace focalnet::cuda {
 
 struct BackwardLevel {
     const void* weight;
-    float* dweights;  // [groups of images][taps][C]; null: not wanted
-    int kh, kw;
+    float* dweights;          // [groups of images][taps][C]; null: not wanted
+    int kh, kw, taps_before;  // of the levels before, of a channel
     Division by_kw;
 };
 
@@ -29,6 +29,7 @@ struct BackwardParams {
     float* dgates;                   // [splits of channels][B][H * W][L + 1]; null: not wanted
     BackwardLevel level[kMaxLevels];
     int ctx_width, dagg_width, dctx_width, agg_width;
+    bool taps_aligned;   // to 4 bytes
     bool gates_aligned;  // to 8 bytes, and four of them
     Division by_pairs;   // of columns
     Division by_eights;
@@ -44,7 +45,7 @@ struct BackwardBlock {
     WarpShare at;
     Strips strips;
     Rows rows;
-    T *context, *z, *dagg, *gates, *taps, *odd, *agg;  // agg where odd and products are later
+    T *context, *z, *dagg, *gates, *taps, *raw, *odd, *agg;  // agg where odd and products are later
     float *products, *strip_sums, *global, *dmean, *dgates;
 
     __device__ __forceinline__ BackwardBlock(const BackwardParams& p, unsigned char* memory)
@@ -63,7 +64,8 @@ struct BackwardBlock {
         dagg = z + p.L * t.block_c * t.plane();
         gates = dagg + t.block_c * sums();
         taps = gates + (p.L + 1) * sums();
-        agg = odd = taps + t.block_c * t.tap_rows * t.tap_pitch;
+        raw = taps + t.block_c * t.tap_rows * t.tap_pitch;
+        agg = odd = raw + t.raw();
         products = reinterpret_cast<float*>(odd + t.odd());
         const int after = max(t.odd() + 2 * t.block_c * t.sharers * t.product, t.block_c * sums());
         strip_sums = reinterpret_cast<float*>(odd + after);
@@ -89,7 +91,14 @@ struct BackwardBlock {
     __device__ __forceinline__ int sum_at(int row, int x) const { return row * p.tiling.sum_pitch + x; }
     __device__ __forceinline__ int sum_at(const StripRow& r, int x) const { return sum_at(r.image * p.H + r.y, x); }
     // Where a position's dgates lie, of this block's channels.
-    __device__ __forceinline__ float* dgates_at(int row, int x) const { return dgates + (row * p.W + x) * (p.L + 1); }
+    __device__ __forceinline__ float* dgates_at(int gate, int row, int x) const {
+        const int image = rows.image(row);
+        return dgates + ((image * (p.L + 1) + gate) * p.H + row - image * p.H) * p.W + x;
+    }
+    // The taps of a level as they lie.
+    __device__ __forceinline__ T* raw_of(int level) const {
+        return raw + p.level[level].taps_before * p.tiling.block_c;
+    }
     __device__ __forceinline__ bool wants_dz() const { return p.dctx.data || p.level[0].dweights; }
 };
 
@@ -126,29 +135,66 @@ __device__ __forceinline__ T* place_in(const BackwardBlock<T>& b, const Map& map
     return first + image * map.stride_b + y * map.stride_h + x * map.stride_w;
 }
 
-// Channels-last -> planar: two neighbouring columns of N channels become N words, at `first` + offset(row) + x.
-template <typename T, typename F>
-__device__ __forceinline__ void load(const BackwardBlock<T>& b, T* first, int plane, const Map& map, int width,
-                                     F offset) {
-    with_width<T>(width, [&](auto n) {
+// Two neighbouring columns of N channels, as they lie channels last.
+template <int N, typename T>
+struct TwoColumns {
+    T left[N] = {}, right[N] = {};
+
+    // Zeros for channels and columns beyond the map.
+    __device__ __forceinline__ TwoColumns(const BackwardBlock<T>& b, const Map& map, int row, int x, int c) {
+        if (b.first_c + c >= b.p.C) return;
+        const T* from = place_in(b, map, row, x) + c;
+        load_raw<N>(from, left);
+        if (x + 1 < b.p.W) load_raw<N>(from + map.stride_w, right);
+    }
+    // N words, one in each plane.
+    __device__ __forceinline__ void store_planar(T* to, int plane) const {
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            const T both[] = {left[k], right[k]};
+            uint32_t word;
+            memcpy(&word, both, sizeof word);
+            *reinterpret_cast<uint32_t*>(to + k * plane) = word;
+        }
+    }
+};
+
+// ctx, and dagg if it is wanted, channels last -> planes. The loads of both are in flight at once.
+template <bool DAGG, typename T>
+__device__ __forceinline__ void load_maps(const BackwardBlock<T>& b) {
+    const BackwardParams& p = b.p;
+    const int plane = p.tiling.plane(), sums = b.sums();
+    with_width<T>(DAGG ? min(p.ctx_width, p.dagg_width) : p.ctx_width, [&](auto n) {
         constexpr int N = decltype(n)::value;
         for_each_vector_of_pairs<N>(b, [&](int row, int x, int c) {
-            T left[N] = {}, right[N] = {};
-            if (b.first_c + c < b.p.C) {
-                const T* from = place_in(b, map, row, x) + c;
-                load_raw<N>(from, left);
-                if (x + 1 < b.p.W) load_raw<N>(from + map.stride_w, right);
-            }
-            T* to = first + c * plane + offset(row) + x;
-#pragma unroll
-            for (int k = 0; k < N; ++k) {
-                const T both[] = {left[k], right[k]};
-                uint32_t word;
-                memcpy(&word, both, sizeof word);
-                *reinterpret_cast<uint32_t*>(to + k * plane) = word;
+            const TwoColumns<N, T> ctx(b, p.ctx, row, x, c);
+            T* context = b.context_of(c) + b.rows.offset(row) + x;
+            if constexpr (DAGG) {
+                const TwoColumns<N, T> dagg(b, p.dagg, row, x, c);
+                ctx.store_planar(context, plane);
+                dagg.store_planar(b.dagg + c * sums + b.sum_at(row, x), sums);
+            } else {
+                ctx.store_planar(context, plane);
             }
         });
     });
+}
+
+// The taps of the block's channels, in flight when this returns.
+template <typename T>
+__device__ __forceinline__ void load_raw_taps(const BackwardBlock<T>& b) {
+    const BackwardParams& p = b.p;
+    const int channels = min(p.tiling.block_c, p.C - b.first_c);
+    for (int l = 0; l < p.L; ++l) {
+        const int taps = p.level[l].kh * p.level[l].kw, count = channels * taps;
+        const T* from = static_cast<const T*>(p.level[l].weight) + static_cast<int64_t>(b.first_c) * taps;
+        T* to = b.raw_of(l);
+        if (p.taps_aligned)
+            for (int i = 2 * threadIdx.x; i < count; i += 2 * blockDim.x)
+                copy_async<4>(to + i, from + i, i + 1 < count ? 4 : 2);
+        else
+            for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];
+    }
 }
 
 // f(c, row, x) for every channel, row and eighth column of the block's planar maps.
@@ -198,6 +244,21 @@ __device__ __forceinline__ void copy_planar(const BackwardBlock<T>& b, bool ctx,
     });
 }
 
+// The planes of the block's next channels: they come from memory while it computes.
+template <typename T>
+__device__ __forceinline__ void prefetch_planar(const BackwardBlock<T>& b) {
+    constexpr int kStep = 32 / sizeof(T);
+    const int next = b.first_c + b.p.tiling.block_c, channels = min(b.p.tiling.block_c, b.p.C - next);
+    const int plane = b.p.H * planar_pitch(b.p.W);
+    for (int image = 0; image < b.images; ++image) {
+        const int64_t first = ((b.first_image + image) * b.p.C + next) * plane;
+        for (int i = kStep * threadIdx.x; i < channels * plane; i += kStep * blockDim.x) {
+            prefetch(static_cast<const T*>(b.p.planar_ctx) + first + i);
+            prefetch(static_cast<const T*>(b.p.planar_dagg) + first + i);
+        }
+    }
+}
+
 // Planes of sums -> a planar map.
 template <typename T>
 __device__ __forceinline__ void store_planar(const BackwardBlock<T>& b, const T* planes, void* map) {
@@ -206,16 +267,6 @@ __device__ __forceinline__ void store_planar(const BackwardBlock<T>& b, const T*
         *reinterpret_cast<uint4*>(eight_of(b, map, c, row, x)) =
             *reinterpret_cast<const uint4*>(planes + c * b.sums() + b.sum_at(row, x));
     });
-}
-
-template <typename T>
-__device__ __forceinline__ void load_ctx(const BackwardBlock<T>& b) {
-    load(b, b.context_of(0), b.p.tiling.plane(), b.p.ctx, b.p.ctx_width, [&](int row) { return b.rows.offset(row); });
-}
-
-template <typename T>
-__device__ __forceinline__ void load_dagg(const BackwardBlock<T>& b) {
-    load(b, b.dagg, b.sums(), b.p.dagg, b.p.dagg_width, [&](int row) { return b.sum_at(row, 0); });
 }
 
 // Planar -> channels last, from planes of sums.

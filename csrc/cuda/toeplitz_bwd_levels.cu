@@ -297,7 +297,8 @@ __global__ void __launch_bounds__(kToeplitzBackwardThreads, 2) toeplitz_level_bw
     const bool wants_dz = p.dbelow || p.dctx.data || p.dweights, wants_input = p.dweights || (p.level > 0 && p.dgates);
     zero(b.dz, static_cast<int>(b.taps - b.dz), threadIdx.x, blockDim.x);
     __syncthreads();
-    if (p.dbelow || p.dctx.data) load_taps<T>(b, p.weight, p.kh, p.kw, true);
+    const T* weight = static_cast<const T*>(p.weight) + static_cast<int64_t>(b.first_c) * p.kh * p.kw;
+    if (p.dbelow || p.dctx.data) load_taps(b, weight, p.kh, p.kw, true);
     if (p.dbelow) load_gate(b.gate, t.sum_pitch, p, b, p.level - 1);
     __syncthreads();
     if (wants_dz) fill_from_planar(b, b.dz, p.dz, [](T(&)[8]) {});

@@ -284,6 +284,7 @@ ToeplitzBackwardTiling cut_backward(const Problem& p, int images, int block_c, i
         const int mine = toeplitz_steps(p.weights[l].kw);
         t.tap_rows = std::max(t.tap_rows, p.weights[l].kh);
         t.tap_pitch = std::max(t.tap_pitch, 2 * toeplitz_tap_width(mine));
+        t.all_taps += p.weights[l].kh * p.weights[l].kw;
         t.halo = std::max({t.halo, 1, backward_halo(p.weights[l])});
         t.below = std::max(t.below, rows_below(p.weights[l], p.H));
         t.product = std::max(t.product, toeplitz_wide(p.weights[l].kh, p.weights[l].kw) ? 256 : 128);
@@ -298,7 +299,7 @@ ToeplitzBackwardTiling cut_backward(const Problem& p, int images, int block_c, i
     t.odd_pitch = odd_pitch(columns + 28);
     const size_t sums = static_cast<size_t>(images) * p.H * t.sum_pitch;
     const size_t elements = static_cast<size_t>(block_c) * ((p.L + 1) * t.plane() + sums) + (p.L + 1) * sums +
-                            static_cast<size_t>(block_c) * t.tap_rows * t.tap_pitch;
+                            static_cast<size_t>(block_c) * t.tap_rows * t.tap_pitch + t.raw();
     // What dweights needs; before, agg lies there.
     const size_t shared =
         std::max(2 * t.odd() + 4 * static_cast<size_t>(block_c) * sharers * t.product, 2 * block_c * sums);

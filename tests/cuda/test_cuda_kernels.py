@@ -364,6 +364,28 @@ def test_views_with_any_strides(run, dtype, tensor_cores):
     assert torch.equal(agg, same)
 
 
+@pytest.mark.parametrize(
+    ("path", "device", "shape"),
+    [("whole maps", SM_90, Shape(2, 14, 14, 64, (3, 5))), ("planar", SM_86, Shape(2, 24, 25, 64, (3, 5)))],
+    ids=["whole maps", "planar"],
+)
+def test_backward_on_tensor_cores_of_a_projection_of_any_alignment(run, path, device, shape):
+    """It is read in vectors of one channel, of four and of eight."""
+    _, ctx, gates, focal_weights, *_ = operands(shape, torch.bfloat16)
+
+    def outputs(pitch):
+        packed = torch.cat([ctx, gates], -1)
+        packed = torch.nn.functional.pad(packed, (0, pitch - packed.shape[-1]))
+        options = {"dagg": gradient_of(ctx, torch.bfloat16), "device": device, "tensor_cores": True}
+        taken, results = run(packed[..., :64], packed[..., 64:67], focal_weights, False, **options)
+        assert taken == path
+        return results
+
+    first, *others = map(outputs, (67, 68, 72))
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
 @pytest.mark.parametrize(("dtype", "tensor_cores"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
 def test_results_do_not_depend_on_the_order_of_threads_and_blocks(run, dtype, tensor_cores):
     _, ctx, gates, focal_weights, *_ = operands(Shape(2, 17, 20, 20, (3, 5)), dtype)

@@ -19,7 +19,13 @@ pytestmark = [
 
 ARCHITECTURES = (80, 90, 100)
 # 512 threads of a block; two blocks of 256.
-MAX_REGISTERS = {"toeplitz_fwd": 128, "toeplitz_fwd_planes": 128, "toeplitz_bwd": 128, "toeplitz_bwd_levels": 128}
+MAX_REGISTERS = {
+    "toeplitz_fwd": 128,
+    "toeplitz_fwd_planes": 128,
+    "toeplitz_bwd": 128,
+    "toeplitz_bwd_levels": 128,
+    "toeplitz_turn": 64,
+}
 OUTPUTS = 4  # a lane and block of columns
 BLOCKS = 7  # 56 columns
 KERNELS = (3, 5, 7)

@@ -157,7 +157,7 @@ struct Fiber {
     struct Copy {
         void* to;
         const void* from;
-        int bytes;
+        int bytes, given;
     };
     std::vector<Copy> copies;  // asked for, not made yet
 };
@@ -245,14 +245,17 @@ inline void run_block(int threads) {
 }  // namespace cuda_on_cpu
 
 namespace cuda_on_cpu {
-inline void copy_async(void* to, const void* from, int bytes) {
+inline void copy_async(void* to, const void* from, int bytes, int given) {
     for (const void* at : {static_cast<const void*>(to), from})
         if (reinterpret_cast<uintptr_t>(at) % bytes) fail("a copy that is not aligned");
-    fibers[threadIdxOf]->copies.push_back({to, from, bytes});
+    fibers[threadIdxOf]->copies.push_back({to, from, bytes, given});
 }
 
 inline void wait_for_copies() {
-    for (const auto& copy : fibers[threadIdxOf]->copies) std::memcpy(copy.to, copy.from, copy.bytes);
+    for (const auto& copy : fibers[threadIdxOf]->copies) {
+        std::memset(copy.to, 0, copy.bytes);
+        std::memcpy(copy.to, copy.from, copy.given);
+    }
     fibers[threadIdxOf]->copies.clear();
 }
 }  // namespace cuda_on_cpu
