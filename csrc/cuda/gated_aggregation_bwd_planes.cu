@@ -255,18 +255,20 @@ struct DgatesPartials {
     bool planar;
 };
 
-// A thread owns a gate of a position, and adds up in a fixed order. Rows of dgates are `pitch` elements apart.
+// A thread owns a gate of a position, a block of threads whole positions of one image, and each adds up in a fixed
+// order. Rows of dgates are `pitch` elements apart.
 template <typename T>
 __global__ void sum_dgates_kernel(const DgatesPartials p, T* dgates, int64_t pitch, int blocks_of_image, float scale) {
-    const int image = blockIdx.x / blocks_of_image;
-    const int i = (blockIdx.x - image * blocks_of_image) * blockDim.x + threadIdx.x, held = p.positions * p.gates;
-    if (i >= held) return;
-    const int position = i / p.gates, gate = i - position * p.gates;
-    const float* at = p.data + static_cast<int64_t>(image) * held + (p.planar ? gate * p.positions + position : i);
+    const int64_t image = blockIdx.x / blocks_of_image, block_in_image = blockIdx.x - image * blocks_of_image;
+    const int together = blockDim.x / p.gates, gate = threadIdx.x % p.gates;
+    const int64_t position = block_in_image * together + threadIdx.x / p.gates;
+    if (position >= p.positions) return;
+    const float* at = p.data + image * p.positions * p.gates +
+                      (p.planar ? gate * static_cast<int64_t>(p.positions) + position : position * p.gates + gate);
     float sum = 0.0f;
 #pragma unroll 4
     for (int block = 0; block < p.blocks; ++block) sum += at[block * p.count];
-    dgates[(static_cast<int64_t>(image) * p.positions + position) * pitch + gate] = from_float<T>(scale * sum);
+    dgates[(image * p.positions + position) * pitch + gate] = from_float<T>(scale * sum);
 }
 
 struct PlaneScratch {
@@ -319,9 +321,10 @@ PlaneParams params_of(const Problem& p, const Map& dagg, const Gradients& out, c
 template <typename T>
 Status sum_dgates(const Problem& p, const float* partials, int blocks, const Map& dgates, cudaStream_t stream,
                   bool planar) {
-    const int held = p.H * p.W * (p.L + 1), blocks_of_image = blocks_for(held, kThreads);
-    const DgatesPartials given{partials, p.B * held, blocks, p.H * p.W, p.L + 1, planar};
-    return launch("sum_dgates_kernel", sum_dgates_kernel<T>, p.B * blocks_of_image, kThreads, 0, stream, given,
+    const int positions = p.H * p.W, gates = p.L + 1, together = kThreads / gates;
+    const int blocks_of_image = blocks_for(positions, together);
+    const DgatesPartials given{partials, p.B * positions * gates, blocks, positions, gates, planar};
+    return launch("sum_dgates_kernel", sum_dgates_kernel<T>, p.B * blocks_of_image, together * gates, 0, stream, given,
                   static_cast<T*>(dgates.data), dgates.stride_w, blocks_of_image, p.scale);
 }
 
