@@ -1,24 +1,33 @@
 // Gated aggregation, forward, on tensor cores, of small maps: up to 32 columns or 48 to 56, and up to 56 rows of
 // one image or of several one above the other. One launch, bfloat16 and float16, kernels of at most nine columns.
 //
-// toeplitz_fwd_planes_kernel: a block owns eight channels, a warp one of them, and takes groups of images in turn. A
-// warp needs nobody else between the first level and the last.
+// toeplitz_fwd_planes_kernel: a block owns sixteen channels or eight, a warp one of them, and takes groups of images
+// in turn. A warp needs nobody else between the first level and the last.
 //
+//     fetch          ctx, channels last, and gates of the next group: all loads at once, into the registers that agg
+//                    has left
 //     once a block   zeros into the planes, which leaves a halo around every image; the taps of all levels
-//     read           ctx of a group, channels last, turned into planes; its gates
+//     write          the group before: plane -> channels last
+//     place          what was fetched -> planes and gates in shared memory; the group after it is called to L2
 //     level l        sixteen rows at a time, for BLOCKS blocks of eight columns: plane -> mma -> GELU in registers ->
 //                    agg += gate * GELU in registers, and the same rows of the plane. Eight rows wait in registers
 //                    until the tile below, which reads them, is done, so one plane does for all levels
 //     mean           sums of the last level's rows: a product with ones
-//     write          agg + gate * GELU(mean) -> plane -> channels last
+//     finish         agg + gate * GELU(mean) -> plane
 //
-// Bytes: ctx read and agg written once; the gates, once for every eight channels. Two blocks of neighbouring channels
-// share sectors of 32 bytes.
+// Bytes: ctx read and agg written once, in whole sectors of 32 bytes with sixteen channels. With eight, which shared
+// memory may leave no choice but, two blocks share every sector: L2 moves twice as much. The gates, once for every
+// block of channels.
 
 #include "toeplitz_planes.cuh"
 
 namespace focalnet::cuda {
 namespace {
+
+// Where a lane's gates of the first four blocks lie, and of the others.
+struct LaneGates {
+    const unsigned char *first, *second;
+};
 
 // What a lane has of its channel: its row in each half of a tile, in BLOCKS blocks of two columns.
 template <typename T, int BLOCKS, int CHANNELS>
@@ -29,15 +38,12 @@ struct PlanesWarp {
     uint32_t mask;                      // of the last block: columns that exist
     SharedAddress sources[kAddresses];  // of the lane's row of ldmatrix, without the kernel's rows above it
     int places[kPlaces];                // of the lane's rows of outputs
-    int gates, taps;
     uint32_t agg[kHalves][BLOCKS];
 
     __device__ __forceinline__ PlanesWarp(const PlanesBlock<T, BLOCKS, CHANNELS>& b) {
-        const int lane = this->lane(), channel = this->channel();
+        const int thread = thread_index(), lane = thread % kWarp, channel = thread / kWarp;
         const int column = 8 * (BLOCKS - 1) + 2 * (lane % 4);
         mask = (column < b.p.W ? 0xffffu : 0u) | (column + 1 < b.p.W ? 0xffff0000u : 0u);
-        gates = b.gates() + lane / 4 * Size::kGateRow + lane % 4 * 4 * Size::kPadded;
-        taps = b.taps() + 8 * (channel * b.p.tiling.tap_rows * kTapEntries + 2 * (lane % 4) + 7 - lane / 4);
         const int last = b.p.tiling.images * b.p.H - 1;
 #pragma unroll
         for (int i = 0; i < kAddresses; ++i) {
@@ -52,6 +58,19 @@ struct PlanesWarp {
     }
     __device__ __forceinline__ int lane() const { return threadIdx.x % kWarp; }
     __device__ __forceinline__ int channel() const { return threadIdx.x / kWarp; }
+    // Made anew where they are wanted, so that no register holds them while products are summed.
+    // Of the lane's row in the first half, in a level. Odd rows have their second four blocks first: two rows in the
+    // same banks would be read in turn.
+    __device__ __forceinline__ LaneGates gates(const PlanesBlock<T, BLOCKS, CHANNELS>& b, int level) const {
+        const int lane = thread_index() % kWarp, swap = BLOCKS > 4 ? lane / 4 % 2 * 16 : 0;
+        const unsigned char* row =
+            b.memory + b.gates() + level * Size::kGatePlane + lane / 4 * Size::kGateRow + lane % 4 * 4 * Size::kPadded;
+        return {row + swap, row + (16 ^ swap)};
+    }
+    __device__ __forceinline__ int taps(const PlanesBlock<T, BLOCKS, CHANNELS>& b) const {
+        const int thread = thread_index(), lane = thread % kWarp;
+        return b.taps() + 8 * (thread / kWarp * b.p.tiling.tap_rows * kTapEntries + 2 * (lane % 4) + 7 - lane / 4);
+    }
     __device__ __forceinline__ int sums(const PlanesBlock<T, BLOCKS, CHANNELS>& b) const {
         return b.sums() + 4 * channel() * Size::kSums;
     }
@@ -107,21 +126,20 @@ __device__ __forceinline__ void convolve_tiles(float (&z)[TILES][BLOCKS][4], Sha
     }
 }
 
-// Calls f(block, pair of gates) for the lane's row in one half.
+// Calls f(block, pair of gates) for the lane's row in a half.
 template <int BLOCKS, typename F>
-__device__ __forceinline__ void for_each_gate(const unsigned char* gates, int lane, F f) {
+__device__ __forceinline__ void for_each_gate(const LaneGates& gates, int half, F f) {
+    constexpr int kHalf = 8 * 16 * toeplitz_gate_blocks(BLOCKS);
     if constexpr (BLOCKS == 1) {
-        f(0, load_word(gates));
+        f(0, load_word(gates.first + kHalf * half));
     } else if constexpr (BLOCKS == 2) {
-        const uint2 two = *reinterpret_cast<const uint2*>(gates);
+        const uint2 two = *reinterpret_cast<const uint2*>(gates.first + kHalf * half);
         f(0, two.x);
         f(1, two.y);
     } else {
 #pragma unroll
         for (int j = 0; j < BLOCKS; j += 4) {
-            // Odd rows have their second four blocks first: two rows in the same banks would be read in turn.
-            const int swap = BLOCKS > 4 ? lane / 4 % 2 * 16 : 0;
-            const uint4 four = *reinterpret_cast<const uint4*>(gates + (4 * j ^ swap));
+            const uint4 four = *reinterpret_cast<const uint4*>((j > 0 ? gates.second : gates.first) + kHalf * half);
             f(j, four.x);
             f(j + 1, four.y);
             if (j + 2 < BLOCKS) f(j + 2, four.z);
@@ -134,7 +152,7 @@ template <typename T, int BLOCKS, int CHANNELS>
 __device__ __forceinline__ void store_half(const PlanesBlock<T, BLOCKS, CHANNELS>& b,
                                            const PlanesWarp<T, BLOCKS, CHANNELS>& w, int half,
                                            const uint32_t (&pairs)[BLOCKS]) {
-    if (Sizes<BLOCKS, CHANNELS>::kStacked ? 8 * half >= w.limit : 8 * half + w.lane() / 4 >= b.rows()) return;
+    if (Sizes<BLOCKS, CHANNELS>::kStacked ? 8 * half >= w.limit : w.lane() / 4 >= b.rows() - 8 * half) return;
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) word_at(b.memory, w.place_of(half) + 16 * j) = pairs[j];
 }
@@ -175,8 +193,7 @@ __device__ __forceinline__ void run_plane_level(const PlanesBlock<T, BLOCKS, CHA
     const PlanesParams& p = b.p;
     const bool is_last = level + 1 == p.L;
     const int kh = p.level[level].kh;
-    const unsigned char* gates = b.memory + w.gates + level * Size::kGatePlane;
-    const unsigned char* taps = b.memory + w.taps + p.level[level].first_row * 8 * kTapEntries;
+    const unsigned char* taps = b.memory + w.taps(b) + p.level[level].first_row * 8 * kTapEntries;
     uint32_t held[BLOCKS] = {};
 #pragma unroll
     for (int chunk = 0; chunk < Size::kChunks; ++chunk) {
@@ -187,6 +204,7 @@ __device__ __forceinline__ void run_plane_level(const PlanesBlock<T, BLOCKS, CHA
         convolve_tiles<T, BLOCKS, kTiles, Size::kRow>(z, rows, taps, kh);
         __syncwarp();  // nobody reads the rows above any more
         if (chunk > 0 && !is_last) store_half(b, w, 2 * kTiles * chunk - 1, held);
+        const LaneGates gates = w.gates(b, level);
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
             uint32_t pairs[2][BLOCKS] = {};
@@ -199,7 +217,7 @@ __device__ __forceinline__ void run_plane_level(const PlanesBlock<T, BLOCKS, CHA
                     pairs[part][j] = pair_word<T>(gelu_packed<T>(z[tile][j][2 * part], z[tile][j][2 * part + 1]));
                 // What lies beyond the map's columns is zero for the next level.
                 pairs[part][BLOCKS - 1] &= w.mask;
-                for_each_gate<BLOCKS>(gates + 8 * half * Size::kGateRow, w.lane(), [&](int j, uint32_t gate) {
+                for_each_gate<BLOCKS>(gates, half, [&](int j, uint32_t gate) {
                     w.agg[half][j] = fma_pair<T>(gate, pairs[part][j], w.agg[half][j]);
                 });
                 if (is_last) continue;
@@ -244,12 +262,12 @@ __device__ __forceinline__ void finish_planes(const PlanesBlock<T, BLOCKS, CHANN
                                               PlanesWarp<T, BLOCKS, CHANNELS>& w) {
     using Size = Sizes<BLOCKS, CHANNELS>;
     const PlanesParams& p = b.p;
-    const unsigned char* gates = b.memory + w.gates + p.L * Size::kGatePlane;
+    const LaneGates gates = w.gates(b, p.L);
     const unsigned char* means = b.memory + w.sums(b) + 4 * (w.lane() / 4);
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
         const uint32_t mean = load_word(means + (Size::kStacked ? 32 * half : 0));
-        for_each_gate<BLOCKS>(gates + 8 * half * Size::kGateRow, w.lane(),
+        for_each_gate<BLOCKS>(gates, half,
                               [&](int j, uint32_t gate) { w.agg[half][j] = fma_pair<T>(gate, mean, w.agg[half][j]); });
         if (p.scales) {
 #pragma unroll
@@ -266,8 +284,8 @@ __device__ __forceinline__ void finish_planes(const PlanesBlock<T, BLOCKS, CHANN
 }
 
 template <typename T, int BLOCKS, int CHANNELS>
-__device__ __forceinline__ void compute_group(const PlanesBlock<T, BLOCKS, CHANNELS>& b,
-                                              PlanesWarp<T, BLOCKS, CHANNELS>& w) {
+__device__ __forceinline__ void compute_group(const PlanesBlock<T, BLOCKS, CHANNELS>& b) {
+    PlanesWarp<T, BLOCKS, CHANNELS> w(b);
     w.limit = b.rows() - w.lane() / 4;
 #pragma unroll
     for (int half = 0; half < kHalves; ++half)
@@ -280,8 +298,9 @@ __device__ __forceinline__ void compute_group(const PlanesBlock<T, BLOCKS, CHANN
 }
 
 template <typename T, int BLOCKS, int CHANNELS>
-__device__ __forceinline__ void set_up(const PlanesBlock<T, BLOCKS, CHANNELS>& b, int channel) {
-    zero(reinterpret_cast<T*>(b.memory), b.gates() / 2, threadIdx.x, Sizes<BLOCKS, CHANNELS>::kThreads);
+__device__ __forceinline__ void set_up(const PlanesBlock<T, BLOCKS, CHANNELS>& b) {
+    const int thread = thread_index(), channel = thread / kWarp;
+    zero(reinterpret_cast<T*>(b.memory), b.gates() / 2, thread, Sizes<BLOCKS, CHANNELS>::kThreads);
     // Beyond C nothing is stored, whatever the warp makes of taps that it does not have.
     if (b.first_c() + channel < b.p.C) write_plane_taps(b, channel);
 }
@@ -291,10 +310,9 @@ __global__ void __launch_bounds__(CHANNELS* kWarp, toeplitz_planes_resident(BLOC
     toeplitz_fwd_planes_kernel(const PlanesParams p) {
     FOCALNET_SHARED_MEMORY(memory);
     PlanesBlock<T, BLOCKS, CHANNELS> b(p, memory);
-    PlanesWarp<T, BLOCKS, CHANNELS> w(b);
-    const int first = b.first_group();
 #pragma unroll 1
-    for (int group = first;; group += p.tiling.programs) {
+    while (true) {
+        const int before = b.group(), group = before < 0 ? b.first_group() : before + p.tiling.programs;
         const bool more = group < p.groups;
         Fetched<BLOCKS, CHANNELS> fetched{};
         if (more) {
@@ -304,8 +322,8 @@ __global__ void __launch_bounds__(CHANNELS* kWarp, toeplitz_planes_resident(BLOC
             else
                 fetch_gates<T, BLOCKS, CHANNELS, false>(b, group, fetched);
         }
-        if (group == first) {
-            set_up(b, w.channel());
+        if (before < 0) {
+            set_up(b);
         } else {
             __syncthreads();
             with_width<T>(p.agg_width,
@@ -323,7 +341,7 @@ __global__ void __launch_bounds__(CHANNELS* kWarp, toeplitz_planes_resident(BLOC
         place_gates(b, fetched);
         __syncthreads();
         prefetch_group(b, group + p.tiling.programs);
-        compute_group(b, w);
+        compute_group(b);
     }
 }
 

@@ -6,7 +6,7 @@
 //                channel's column -4 comes first
 //     gates      [level][56 rows][4][PADDED blocks] of pairs: a lane's pairs of neighbouring blocks in one access
 //     taps       [channel][rows of all kernels][14] of four: what the lanes with the same u hold of T, b0 and b1
-//     sums       [channel][56] in float32, of the last level's rows; of the only image, eight
+//     sums       [channel][56] in float32, of the last level's rows; of the only image, eight. Then the group
 //
 // A thread has two neighbouring columns and eight channels of every kRowsAtOnce-th row. Of sixteen channels, two
 // neighbouring lanes take the two halves of a position's 32 bytes. A group is fetched into registers, all loads at
@@ -75,6 +75,17 @@ __device__ __forceinline__ uint32_t& word_at(unsigned char* memory, int at) {
     return *reinterpret_cast<uint32_t*>(memory + at);
 }
 
+// threadIdx.x, read anew: what is made of it would else be kept in registers while levels are computed.
+__device__ __forceinline__ int thread_index() {
+#ifdef __CUDACC__
+    int index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+#else
+    return threadIdx.x;
+#endif
+}
+
 // The low or the high elements of two pairs.
 __device__ __forceinline__ uint32_t lows(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 __device__ __forceinline__ uint32_t highs(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
@@ -103,13 +114,24 @@ struct PlanesBlock {
     using Size = Sizes<BLOCKS, CHANNELS>;
     const PlanesParams& p;
     unsigned char* memory;
-    int group;                    // of images: the one in the planes
-    int stacked_rows, stacked_c;  // where registers are left for them
+    int stacked_group, stacked_rows, stacked_c;  // where registers are left for them
 
     __device__ __forceinline__ PlanesBlock(const PlanesParams& p, unsigned char* memory)
-        : p(p), memory(memory), stacked_c(blockIdx.x % p.channel_blocks * CHANNELS) {}
+        : p(p), memory(memory), stacked_c(blockIdx.x % p.channel_blocks * CHANNELS) {
+        keep_group(-1);
+    }
+    // Of images: the one in the planes; -1 before the first.
+    __device__ __forceinline__ int group() const {
+        return Size::kStacked ? stacked_group : static_cast<int>(word_at(memory, group_at()));
+    }
+    __device__ __forceinline__ void keep_group(int group) {
+        if constexpr (Size::kStacked)
+            stacked_group = group;
+        else
+            word_at(memory, group_at()) = static_cast<uint32_t>(group);  // every thread the same
+    }
     __device__ __forceinline__ void take(int next) {
-        group = next;
+        keep_group(next);
         stacked_rows = rows_of(next);
     }
     __device__ __forceinline__ int first_group() const { return blockIdx.x / p.channel_blocks; }
@@ -122,11 +144,12 @@ struct PlanesBlock {
     }
     __device__ __forceinline__ int rows() const { return Size::kStacked ? stacked_rows : p.H; }
     __device__ __forceinline__ int first_c() const {
-        return Size::kStacked ? stacked_c : blockIdx.x % p.channel_blocks * CHANNELS;
+        return BLOCKS <= 2 ? stacked_c : blockIdx.x % p.channel_blocks * CHANNELS;
     }
     __device__ __forceinline__ int gates() const { return p.gates_at; }
     __device__ __forceinline__ int taps() const { return p.taps_at; }
     __device__ __forceinline__ int sums() const { return p.sums_at; }
+    __device__ __forceinline__ int group_at() const { return p.sums_at + 4 * CHANNELS * Size::kSums; }
     __device__ __forceinline__ int image(int row) const {
         return Size::kStacked ? static_cast<int>(row * p.tiling.inverse >> 16) : 0;
     }
@@ -153,9 +176,10 @@ struct PlanesThread {
 
     __device__ __forceinline__ PlanesThread(const PlanesBlock<T, BLOCKS, CHANNELS>& b) : b(b) {
         constexpr int kWarpRows = Size::kWarpRows, kStep = Size::kWarpStep;
-        part = threadIdx.x % Size::kParts;
-        x = 2 * (threadIdx.x / Size::kParts % Size::kAcross);
-        const int slot = threadIdx.x / (Size::kParts * Size::kAcross), turn = slot / kWarpRows;
+        const unsigned thread = thread_index();
+        part = thread % Size::kParts;
+        x = 2 * (thread / Size::kParts % Size::kAcross);
+        const int slot = thread / (Size::kParts * Size::kAcross), turn = slot / kWarpRows;
         first_row = turn / kStep * kStep * kWarpRows + turn % kStep + slot % kWarpRows * kStep;
         channels = b.p.C - b.first_c() - kPart * part;
     }
@@ -252,11 +276,12 @@ __device__ __forceinline__ uint2 load_gates(const PlanesParams& p, const T* from
 template <int BLOCKS, int CHANNELS, typename F>
 __device__ __forceinline__ void for_each_gate_pair(int rows, int columns, F f) {
     using Size = Sizes<BLOCKS, CHANNELS>;
-    const int x = 2 * (threadIdx.x % Size::kAcross);
+    const unsigned thread = thread_index();
+    const int x = 2 * (thread % Size::kAcross);
     if (x >= columns) return;
 #pragma unroll
     for (int trip = 0; trip < Size::kGateTrips; ++trip) {
-        const int row = threadIdx.x / Size::kAcross + trip * Size::kGateRowsAtOnce;
+        const int row = thread / Size::kAcross + trip * Size::kGateRowsAtOnce;
         if (row < rows) f(trip, row, x);
     }
 }
@@ -266,12 +291,13 @@ __device__ __forceinline__ void fetch_gates(const PlanesBlock<T, BLOCKS, CHANNEL
                                             Fetched<BLOCKS, CHANNELS>& fetched) {
     using Size = Sizes<BLOCKS, CHANNELS>;
     const PlanesParams& p = b.p;
-    const int last = b.rows_of(group) - 1, x = 2 * (threadIdx.x % Size::kAcross);
+    const unsigned thread = thread_index();
+    const int last = b.rows_of(group) - 1, x = 2 * (thread % Size::kAcross);
     const bool has_both = x + 1 < p.W;
     const T* gates = static_cast<const T*>(p.gates) + b.first_image(group) * p.gates_b + min(x, p.W - 1) * p.gates_w;
 #pragma unroll
     for (int trip = 0; trip < Size::kGateTrips; ++trip) {
-        const int row = threadIdx.x / Size::kAcross + trip * Size::kGateRowsAtOnce;
+        const int row = thread / Size::kAcross + trip * Size::kGateRowsAtOnce;
         const T* from = gates + b.gates_row(min(row, last));
         if constexpr (FOUR) {
             fetched.left_gates[trip] = *reinterpret_cast<const uint2*>(from);
@@ -287,7 +313,7 @@ __device__ __forceinline__ void prefetch_sector(const void* from) {
 #ifdef __CUDACC__
     asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
 #else
-    *static_cast<const volatile unsigned char*>(from);
+    (void)*static_cast<const volatile unsigned char*>(from);
 #endif
 }
 
@@ -349,7 +375,8 @@ __device__ __forceinline__ void read_ctx(const PlanesBlock<T, BLOCKS, CHANNELS>&
     const PlanesParams& p = b.p;
     const PlanesThread<T, BLOCKS, CHANNELS> thread(b);
     if (!thread.is_inside()) return;
-    const T* ctx = static_cast<const T*>(p.ctx) + b.first_image(b.group) * p.ctx_b + b.first_c() + kPart * thread.part;
+    const T* ctx =
+        static_cast<const T*>(p.ctx) + b.first_image(b.group()) * p.ctx_b + b.first_c() + kPart * thread.part;
 #pragma unroll 1
     for (int row = thread.first_row; row < b.rows(); row += Sizes<BLOCKS, CHANNELS>::kRowsAtOnce) {
         const T* from = ctx + (b.ctx_row(row) + thread.x * p.ctx_w);
@@ -376,7 +403,7 @@ __device__ __forceinline__ void place_gates(const PlanesBlock<T, BLOCKS, CHANNEL
             if (level <= p.L) word_at(b.memory, to + level * Size::kGatePlane) = four[level];
         if (p.L < 4) return;
         const T* from =
-            static_cast<const T*>(p.gates) + b.first_image(b.group) * p.gates_b + (b.gates_row(row) + x * p.gates_w);
+            static_cast<const T*>(p.gates) + b.first_image(b.group()) * p.gates_b + (b.gates_row(row) + x * p.gates_w);
 #pragma unroll 1
         for (int level = 4; level <= p.L; ++level) {
             const T pair[] = {from[level], x + 1 < p.W ? from[level + p.gates_w] : from_float<T>(0.0f)};
@@ -391,10 +418,11 @@ __device__ __forceinline__ void write_group(const PlanesBlock<T, BLOCKS, CHANNEL
     const PlanesParams& p = b.p;
     const PlanesThread<T, BLOCKS, CHANNELS> thread(b);
     if (!thread.is_inside()) return;
-    T* const agg = static_cast<T*>(p.agg) + b.first_image(b.group) * p.H * p.W * p.C + b.first_c() +
+    T* const agg = static_cast<T*>(p.agg) + b.first_image(b.group()) * p.H * p.W * p.C + b.first_c() +
                    kPart * thread.part + thread.x * p.C;
     const int row_size = p.W * p.C;
-#pragma unroll
+    [[maybe_unused]] constexpr int kUnrolled = N == kPart ? Size::kTrips : 1;
+#pragma unroll kUnrolled
     for (int trip = 0; trip < Size::kTrips; ++trip) {
         const int row = thread.row(trip);
         if (row >= b.rows()) break;
@@ -419,7 +447,7 @@ __device__ __forceinline__ void write_group(const PlanesBlock<T, BLOCKS, CHANNEL
 template <typename T, int BLOCKS, int CHANNELS>
 __device__ __forceinline__ void write_plane_taps(const PlanesBlock<T, BLOCKS, CHANNELS>& b, int channel) {
     const PlanesParams& p = b.p;
-    const int lane = threadIdx.x % kWarp, u = lane % 16;
+    const int lane = thread_index() % kWarp, u = lane % 16;
     if (u >= kTapEntries) return;
     for (int level = 0; level < p.L; ++level) {
         const PlanesLevel& own = p.level[level];

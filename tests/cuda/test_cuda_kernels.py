@@ -119,16 +119,30 @@ def test_every_path_obeys_the_rule(run, path, device, shape, dtype):
     assert check_forward(run, shape, dtype, device) == path
 
 
-# Planes: every number of blocks of columns, groups of images of which the last is not full, taken in turn by one block
-# of threads, rows beyond the only image, kernels that are tall and of one column; channels that do not fill a block.
+# One block of threads takes all groups, of sixteen channels each.
+ONE = Device(227, 228, 1)
+SIXTEEN = [
+    Shape(17, 7, 7, 32, (3, 5, 7)),
+    Shape(9, 7, 9, 20, (3, 5, 7)),
+    Shape(5, 13, 13, 33, (3, 5, 7, 9, 3), normalize=True),
+    Shape(3, 28, 20, 16, (3, 5, 7)),
+    Shape(5, 28, 28, 24, (3, 5)),
+    Shape(2, 43, 48, 17, (5, 7, 9), normalize=True),
+]
+# Planes: every number of blocks of columns, eight channels and sixteen; groups of images of which the last is
+# not full, taken in turn by one block of threads, rows beyond the only image, kernels that are tall and of one column,
+# more gates than four; channels that do not fill a block or half of one, and those that no wide load takes.
 # Whole maps and tiles: blocks of several images and of one, warps that share a channel, halo, kernels of two steps;
 # channels that are odd or do not fill a block; maps beyond 16 rows and 8 columns by one.
 TENSOR_CORES = [
     ("planes", SM_90, Shape(2, 14, 14, 40, (3, 5, 7))),
     ("planes", SM_90, Shape(21, 7, 7, 17, (3, 5, 7), normalize=True)),
-    ("planes", Device(227, 228, 1), Shape(5, 28, 28, 12, (3, 5, 7))),
+    ("planes", ONE, Shape(5, 28, 28, 12, (3, 5, 7))),
     ("planes", SM_90, Shape(1, 56, 56, 4, (3, 5, 7))),
-    ("planes", Device(227, 228, 1), Shape(3, 43, 48, 9, (5, 7, 9), normalize=True)),
+    ("planes", ONE, Shape(3, 43, 48, 9, (5, 7, 9), normalize=True)),
+    ("planes", ONE, Shape(3, 28, 28, 1, (3, 5, 7))),
+    ("planes", ONE, Shape(3, 43, 51, 13, (3, 5, 7))),
+    *[("planes", ONE, shape) for shape in SIXTEEN],
     ("planes", SM_90, Shape(3, 17, 19, 36, (3, 5, 7, 9), normalize=True)),
     ("planes", SM_86, Shape(3, 5, 8, 8, ((15, 1), (9, 9)))),
     ("whole maps", SM_86, Shape(17, 1, 1, 12, (9,))),
@@ -154,6 +168,22 @@ def test_forward_on_tensor_cores_obeys_the_rule(run, shape, dtype):
 @low_dtypes
 def test_every_path_of_forward_on_tensor_cores_obeys_the_rule(run, path, device, shape, dtype):
     assert check_forward(run, shape, dtype, device, tensor_cores=True) == path
+
+
+@pytest.mark.parametrize(
+    ("device", "shape", "channels"),
+    [
+        *[(ONE, shape, 16) for shape in SIXTEEN],
+        (SM_90, Shape(128, 56, 56, 96, (3, 5, 7)), 16),
+        (SM_80, Shape(128, 56, 56, 96, (3, 5, 7)), 8),
+        (SM_86, Shape(1, 28, 28, 96, (3, 5, 7)), 8),
+        (ONE, Shape(5, 28, 28, 15, (3, 5, 7)), 8),
+    ],
+    ids=str,
+)
+def test_planes_have_sixteen_channels_where_they_fit_and_fill_the_device(program, tmp_path, device, shape, channels):
+    path, _, (forward, *_rest) = plan(program, tmp_path, shape, torch.bfloat16, device, True)
+    assert (path, forward.block_c, forward.threads) == ("planes", channels, 32 * channels)
 
 
 @low_dtypes
@@ -414,8 +444,9 @@ BARRIERS = {
     "behind the zeros": ("toeplitz_fwd.cu", "    __syncthreads();\n    load_planes(b);\n"),
     "behind the zeros of the planes": (
         "toeplitz_fwd_planes.cu",
-        "        __syncthreads();\n        with_width<T>(p.ctx_",
+        "        __syncthreads();\n        b.take(group);\n",
     ),
+    "before planes are written": ("toeplitz_fwd_planes.cu", "            __syncthreads();\n            with_width"),
     "behind the sums": ("toeplitz_fwd_planes.cu", "    __syncwarp();  // the sums are there\n"),
 }
 

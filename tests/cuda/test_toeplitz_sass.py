@@ -127,7 +127,7 @@ def test_instructions_an_output_of_small_maps(compiled):
     if sass.cuobjdump() is None:
         pytest.skip("needs cuobjdump, of the CUDA toolkit or the triton package")
     binary, _ = compiled("toeplitz_fwd_planes", 90)
-    code = sass.instructions(binary, f"toeplitz_fwd_planes_kernelI13__nv_bfloat16Li{BLOCKS}E")
+    code = sass.instructions(binary, f"toeplitz_fwd_planes_kernelI13__nv_bfloat16Li{BLOCKS}ELi16E")
     loops = [tuple(sum(part.values()) for part in pair) for pair in sass.product_loops(code)]
     assert len(loops) == 4
     rows = sum(inner for inner, _ in loops)

@@ -49,6 +49,8 @@ def product_loops(code):
     """[(innermost loop, loop around it)] of each innermost loop with products of matrices, as instructions by name."""
     branches = ((address, re.search(r"\bBRA\S*\s.*?0x([0-9a-f]+)", line)) for address, line in code)
     spans = {(int(target[1], 16), address) for address, target in branches if target and int(target[1], 16) < address}
+    # A jump back from code behind the kernel's end crosses the loops that it returns to.
+    spans = {span for span in spans if not any(o[0] < span[0] <= o[1] < span[1] for o in spans)}
 
     def around(span):
         return [other for other in spans if other != span and other[0] <= span[0] and span[1] <= other[1]]
