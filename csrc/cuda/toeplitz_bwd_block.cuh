@@ -135,23 +135,28 @@ __device__ __forceinline__ T* place_in(const BackwardBlock<T>& b, const Map& map
     return first + image * map.stride_b + y * map.stride_h + x * map.stride_w;
 }
 
-// Two neighbouring columns of N channels, as they lie channels last.
+// Two neighbouring columns of N channels, as they lie channels last. They stay words until they are stored: taken apart
+// at once, the second map's load would wait for the first's.
 template <int N, typename T>
 struct TwoColumns {
-    T left[N] = {}, right[N] = {};
+    using Raw = typename RawOf<N * sizeof(T)>::type;
+    Raw left{}, right{};
 
     // Zeros for channels and columns beyond the map.
     __device__ __forceinline__ TwoColumns(const BackwardBlock<T>& b, const Map& map, int row, int x, int c) {
-        if (b.first_c + c >= b.p.C) return;
         const T* from = place_in(b, map, row, x) + c;
-        load_raw<N>(from, left);
-        if (x + 1 < b.p.W) load_raw<N>(from + map.stride_w, right);
+        const bool exists = b.first_c + c < b.p.C;
+        if (exists) left = *reinterpret_cast<const Raw*>(from);
+        if (exists && x + 1 < b.p.W) right = *reinterpret_cast<const Raw*>(from + map.stride_w);
     }
     // N words, one in each plane.
     __device__ __forceinline__ void store_planar(T* to, int plane) const {
+        T first[N], second[N];
+        memcpy(first, &left, sizeof left);
+        memcpy(second, &right, sizeof right);
 #pragma unroll
         for (int k = 0; k < N; ++k) {
-            const T both[] = {left[k], right[k]};
+            const T both[] = {first[k], second[k]};
             uint32_t word;
             memcpy(&word, both, sizeof word);
             *reinterpret_cast<uint32_t*>(to + k * plane) = word;
