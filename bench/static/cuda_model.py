@@ -97,7 +97,7 @@ class Call:
         # Shared memory that a block may have, and that a multiprocessor has.
         numbers += [gpu.device.shared_bytes, gpu.shared_bytes, gpu.device.sm_count] + [0] * 15
         numbers += [size for kernel in one.kernels for size in (kernel, kernel)]
-        numbers += [1, 1, 1, 1, one.channels]
+        numbers += [1, 1, 1, 1]
         return cuda_program.case(numbers)
 
 

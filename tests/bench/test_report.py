@@ -150,20 +150,20 @@ def test_operators_and_kernels_of_a_gpu_stand_beside_the_compiled_reference_and_
         "device": "Some GPU", "driver": "1.2", "operator": "gated_aggregation", "variant": "tiny_lrf", "stage": 1,
         "batch": 128, "dtype": "bfloat16",
     }  # fmt: skip
-    seconds = {"focalnet, triton": 3e-4, "focalnet, cuda": 2e-4, "reference, torch.compile": 5e-4}
-    of_gpu = [call | {"case": "kernel", "runtime": name, "median_s": s} for name, s in seconds.items()]
-    of_gpu.append(
-        call
-        | {"case": "launches", "backend": "cuda", "subject": "some_kernel", "measured_us": 200.0, "predicted_us": 80.0}
-    )
+    of_gpu = [call | {"case": "kernel", "runtime": "reference, torch.compile", "median_s": 5e-4}]
+    for backend, microseconds in (("cuda", 200.0), ("triton", 300.0)):
+        launches = call | {"case": "launches", "backend": backend, "operator": "focal_modulation"}
+        of_gpu.append(launches | {"operator": "gated_aggregation", "subject": "all", "measured_us": microseconds})
+        of_gpu.append(launches | {"subject": "some_kernel", "measured_us": microseconds, "predicted_us": 80.0})
+        of_gpu.append(launches | {"subject": "short_kernel", "measured_us": 2.0, "predicted_us": 1.0})
     of_gpu.append({"device": "Some GPU", "driver": "1.2", "case": "device", "subject": "copy", "median_s": 1e-3})
     rows.write(of_gpu, "kernels", "Some GPU")
-    title, _, _, _, line = gpu_tables.operators().splitlines()
+    title, _, _, _, line, _ = gpu_tables.operators().splitlines()
     assert title.startswith("Some GPU, tiny_lrf, batch 128, bfloat16")
-    assert line == "| 1 | gated_aggregation |  | 200 | 300 | 500 |  | 2.50 |"
-    assert (
-        gpu_tables.kernels().splitlines()[-1] == "| 1 | gated_aggregation | cuda | `some_kernel` | 200 | 80 | 2.50 |"
-    )
+    assert line == "| 1 | gated_aggregation |  | 200 | 300 | 500 |  | 2.5 |"
+    *_, cuda, triton = gpu_tables.kernels().splitlines()
+    assert cuda == "| 1 | focal_modulation | cuda | `some_kernel` | 200 | 80 | 2.50 |"
+    assert triton == "| 1 | focal_modulation | triton | `some_kernel` | 300 | 80 | 3.75 |"
     assert plots.roofline("Some GPU") is None
 
 
