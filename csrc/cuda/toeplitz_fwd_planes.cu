@@ -312,7 +312,7 @@ __global__ void __launch_bounds__(CHANNELS* kWarp, toeplitz_planes_resident(BLOC
     PlanesBlock<T, BLOCKS, CHANNELS> b(p, memory);
 #pragma unroll 1
     while (true) {
-        const int before = b.group(), group = before < 0 ? b.first_group() : before + p.tiling.programs;
+        const int group = b.next_group();
         const bool more = group < p.groups;
         Fetched<BLOCKS, CHANNELS> fetched{};
         if (more) {
@@ -322,7 +322,7 @@ __global__ void __launch_bounds__(CHANNELS* kWarp, toeplitz_planes_resident(BLOC
             else
                 fetch_gates<T, BLOCKS, CHANNELS, false>(b, group, fetched);
         }
-        if (before < 0) {
+        if (b.is_empty()) {
             set_up(b);
         } else {
             __syncthreads();
@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(CHANNELS* kWarp, toeplitz_planes_resident(BLOC
         }
         if (!more) return;
         __syncthreads();
-        b.take(group);
+        b.take_next();
         if (p.ctx_width == kPart)
             place_ctx(b, fetched);
         else if (p.ctx_width == 4)
@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(CHANNELS* kWarp, toeplitz_planes_resident(BLOC
             read_ctx<T, BLOCKS, CHANNELS, 1>(b);
         place_gates(b, fetched);
         __syncthreads();
-        prefetch_group(b, group + p.tiling.programs);
+        prefetch_group(b, b.next_group());
         compute_group(b);
     }
 }

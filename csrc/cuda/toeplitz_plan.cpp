@@ -186,7 +186,7 @@ ToeplitzPlanesTiling cut_planes(const Problem& p, int channels, int images) {
     const size_t row = toeplitz_plane_row(t.blocks, channels);
     t.shared_bytes = t.rows * row +
                      static_cast<size_t>(p.L + 1) * kToeplitzPlaneRows * 16 * toeplitz_gate_blocks(t.blocks) +
-                     channels * (112 * static_cast<size_t>(t.tap_rows) + 4 * toeplitz_plane_sums(t.blocks)) + 16;
+                     channels * (112 * static_cast<size_t>(t.tap_rows) + 4 * toeplitz_plane_sums(t.blocks));
     // A lane reads rows beyond the only image, for outputs that nobody stores.
     if (!toeplitz_planes_stacked(t.blocks))
         t.shared_bytes = std::max(t.shared_bytes, (kToeplitzPlaneRows + 8 + 2 * t.halo) * row);

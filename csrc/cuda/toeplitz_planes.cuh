@@ -6,7 +6,7 @@
 //                channel's column -4 comes first
 //     gates      [level][56 rows][4][PADDED blocks] of pairs: a lane's pairs of neighbouring blocks in one access
 //     taps       [channel][rows of all kernels][14] of four: what the lanes with the same u hold of T, b0 and b1
-//     sums       [channel][56] in float32, of the last level's rows; of the only image, eight. Then the group
+//     sums       [channel][56] in float32, of the last level's rows; of the only image, eight
 //
 // A thread has two neighbouring columns and eight channels of every kRowsAtOnce-th row. Of sixteen channels, two
 // neighbouring lanes take the two halves of a position's 32 bytes. A group is fetched into registers, all loads at
@@ -86,6 +86,17 @@ __device__ __forceinline__ int thread_index() {
 #endif
 }
 
+// blockIdx.x, likewise.
+__device__ __forceinline__ unsigned block_index() {
+#ifdef __CUDACC__
+    unsigned index;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+    return index;
+#else
+    return blockIdx.x;
+#endif
+}
+
 // The low or the high elements of two pairs.
 __device__ __forceinline__ uint32_t lows(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 __device__ __forceinline__ uint32_t highs(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
@@ -114,27 +125,26 @@ struct PlanesBlock {
     using Size = Sizes<BLOCKS, CHANNELS>;
     const PlanesParams& p;
     unsigned char* memory;
-    int stacked_group, stacked_rows, stacked_c;  // where registers are left for them
+    // Of the block's groups the one in the planes, by its number or by how many came before it; -1 before the first.
+    // Registers are scarce: each saves one where ptxas would otherwise spill, for sm_100.
+    static constexpr bool kCounts = !std::is_same_v<T, __half>;
+    int place, stacked_rows, stacked_c;  // where registers are left for them
 
     __device__ __forceinline__ PlanesBlock(const PlanesParams& p, unsigned char* memory)
-        : p(p), memory(memory), stacked_c(blockIdx.x % p.channel_blocks * CHANNELS) {
-        keep_group(-1);
-    }
-    // Of images: the one in the planes; -1 before the first.
+        : p(p), memory(memory), place(-1), stacked_c(blockIdx.x % p.channel_blocks * CHANNELS) {}
+    __device__ __forceinline__ bool is_empty() const { return place < 0; }
+    __device__ __forceinline__ int first_group() const { return block_index() / p.channel_blocks; }
     __device__ __forceinline__ int group() const {
-        return Size::kStacked ? stacked_group : static_cast<int>(word_at(memory, group_at()));
+        return kCounts ? first_group() + place * p.tiling.programs : place;
     }
-    __device__ __forceinline__ void keep_group(int group) {
-        if constexpr (Size::kStacked)
-            stacked_group = group;
-        else
-            word_at(memory, group_at()) = static_cast<uint32_t>(group);  // every thread the same
+    __device__ __forceinline__ int next_group() const {
+        if constexpr (kCounts) return first_group() + (place + 1) * p.tiling.programs;
+        return is_empty() ? first_group() : place + p.tiling.programs;
     }
-    __device__ __forceinline__ void take(int next) {
-        keep_group(next);
-        stacked_rows = rows_of(next);
+    __device__ __forceinline__ void take_next() {
+        place = kCounts ? place + 1 : next_group();
+        stacked_rows = rows_of(group());
     }
-    __device__ __forceinline__ int first_group() const { return blockIdx.x / p.channel_blocks; }
     __device__ __forceinline__ int64_t first_image(int group) const {
         return static_cast<int64_t>(group) * p.tiling.images;
     }
@@ -144,12 +154,11 @@ struct PlanesBlock {
     }
     __device__ __forceinline__ int rows() const { return Size::kStacked ? stacked_rows : p.H; }
     __device__ __forceinline__ int first_c() const {
-        return BLOCKS <= 2 ? stacked_c : blockIdx.x % p.channel_blocks * CHANNELS;
+        return BLOCKS <= 2 ? stacked_c : block_index() % p.channel_blocks * CHANNELS;
     }
     __device__ __forceinline__ int gates() const { return p.gates_at; }
     __device__ __forceinline__ int taps() const { return p.taps_at; }
     __device__ __forceinline__ int sums() const { return p.sums_at; }
-    __device__ __forceinline__ int group_at() const { return p.sums_at + 4 * CHANNELS * Size::kSums; }
     __device__ __forceinline__ int image(int row) const {
         return Size::kStacked ? static_cast<int>(row * p.tiling.inverse >> 16) : 0;
     }
