@@ -39,9 +39,9 @@ FIRST: dict[tuple[str | None, str, str], str] = {
     ("H100", "bfloat16", "gated_aggregation_bwd"): "CCC CCC CCC CCC",
     ("H100", "bfloat16", "focal_modulation"): "CCC CCC CCC CCC",
     ("H100", "bfloat16", "focal_modulation_bwd"): "CCC CCC CCC CCC",
-    ("B200", "bfloat16", "gated_aggregation"): "..C ..C ..C ..C",
-    ("B200", "bfloat16", "gated_aggregation_bwd"): "..C ..C ..C ..C",
-    ("B200", "bfloat16", "focal_modulation"): "..C ..C ..C ..C",
+    ("B200", "bfloat16", "gated_aggregation"): "... ... ... ..C",
+    ("B200", "bfloat16", "gated_aggregation_bwd"): "..T ..C ..C ..C",
+    ("B200", "bfloat16", "focal_modulation"): "... ... ... ..C",
     ("B200", "bfloat16", "focal_modulation_bwd"): "..C ..C ..C ..C",
 }
 # -- end
