@@ -195,6 +195,16 @@ def test_the_slowest_resource_decides():
     assert predict(H100, used, [one], 132, Bytes(0, 1e9)).bound == "dram"
 
 
+def test_the_other_resources_are_exposed_by_a_fitted_share():
+    used = Resources("kernel", 90, registers=64, local=0, shared=0, code=0, threads=128)
+    alone = Executed({"fma": 4000}, tensor=0, wavefronts=0, chain=0)
+    processor, l1 = 1000 / H100.clock, 500 / H100.clock
+    both = predict(H100, used, [replace(alone, wavefronts=500)], 132, Bytes(0, 0)).seconds
+    assert both == pytest.approx(processor + performance_model.EXPOSED * l1)
+    latency = predict(H100, used, [replace(alone, chain=5000)], 132, Bytes(0, 0)).seconds
+    assert latency == pytest.approx(5000 / H100.clock)
+
+
 # ---- the committed rows ---------------------------------------------------------------------------------------------
 
 
@@ -249,12 +259,13 @@ def test_what_is_covered_and_what_is_left_out_are_every_published_size():
     assert covered | left == set(itertools.product(VARIANTS, PREDICTED, performance_model.DTYPES, (1, 8, 128)))
 
 
-# Launches of a call, at most; microseconds on an H100, predicted, at batch 128 in bfloat16: no slower than these.
+# Launches of a call, at most; microseconds on an H100, predicted, at batch 128 in bfloat16: no slower than the kernels
+# were when the model began to take resources in turns.
 MAX_LAUNCHES = {"focal_modulation": 4, "focal_modulation_bwd": 12}
 MAX_US = {
-    ("gated_aggregation", 1): 320, ("gated_aggregation", 2): 185, ("gated_aggregation", 3): 100,
-    ("gated_aggregation", 4): 55, ("focal_modulation_bwd", 1): 1715, ("focal_modulation_bwd", 2): 920,
-    ("focal_modulation_bwd", 3): 555, ("focal_modulation_bwd", 4): 370,
+    ("gated_aggregation", 1): 595, ("gated_aggregation", 2): 320, ("gated_aggregation", 3): 150,
+    ("gated_aggregation", 4): 82, ("focal_modulation_bwd", 1): 3085, ("focal_modulation_bwd", 2): 1695,
+    ("focal_modulation_bwd", 3): 1005, ("focal_modulation_bwd", 4): 650,
 }  # fmt: skip
 
 
