@@ -9,6 +9,7 @@ fails, an option that is gone or a name that is misspelt is found here, not in t
 
 from __future__ import annotations
 
+import functools
 import runpy
 import sys
 import traceback
@@ -49,8 +50,10 @@ def main() -> int:
 
 
 def _stand_in(of: object) -> object:
-    """A class stays a class: annotations name some."""
-    return type(of.__name__, (), {"__new__": _reached}) if isinstance(of, type) else _reached
+    """A class stays a class, since annotations name some; each is an object of its own, since dynamo lists them."""
+    if isinstance(of, type):
+        return type(of.__name__, (), {"__new__": _reached})
+    return functools.partial(_reached)
 
 
 def _reached(*_: object, **__: object) -> NoReturn:
