@@ -6,9 +6,10 @@ gpu_kernels.py ("kernel", by events around a call).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 
+import page
 import plots
 import torch
 
@@ -66,7 +67,7 @@ def _operator_table(found: list[dict]) -> str:
         ratio = f"{compiled / min(ours.values()):.1f}" if compiled and ours else ""
         cells = [ours.get(name) for name in BACKENDS] + [theirs.get(name) for name in REFERENCES]
         lines.append([str(stage), operator, _shown(_floor(of_call[0])), *map(_shown, cells), ratio])
-    return _markdown(head, lines)
+    return page.table(head, lines, TEXT)
 
 
 def _floor(row: dict) -> float | None:
@@ -85,7 +86,7 @@ def _kernel_table(found: list[dict]) -> str:
     mine = [row for row in predicted if row["operator"].startswith("focal_modulation")]
     mine = [row for row in mine if row["measured_us"] >= SHORTEST_US]
     mine.sort(key=lambda row: (*_order((row["stage"], row["operator"])), row["backend"]))
-    return _markdown(head, [_kernel_line(row) for row in mine])
+    return page.table(head, [_kernel_line(row) for row in mine], TEXT)
 
 
 def _kernel_line(row: dict) -> list[str]:
@@ -100,8 +101,3 @@ def _order(call: tuple[int, str]) -> tuple[int, int]:
 
 def _shown(microseconds: float | None) -> str:
     return "" if microseconds is None else f"{microseconds:.0f}"
-
-
-def _markdown(head: list[str], lines: Iterable[list[str]]) -> str:
-    rule = ["---" if name in TEXT else "---:" for name in head]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *lines])

@@ -15,6 +15,7 @@ from itertools import groupby
 
 import gpu_tables
 import learning_curves
+import page
 import plots
 from learning_curves import Curve, curves
 from plots import OURS, order, ratio_of
@@ -107,7 +108,7 @@ def shared_cores(device: str) -> str:
         + [f"{row[name]:.2f}" for name in ("loaded_ratio", "loaded_p95_ratio", "two_share")]
         for row in rows.read("shared_cores", device)
     ]
-    return _markdown(head, lines)
+    return page.table(head, lines)
 
 
 def training(device: str) -> str:
@@ -157,7 +158,7 @@ def _runtime_table(
         if any(found):
             cells = [cell for batch, row in zip(batches, found, strict=True) for cell in _cells(chosen, batch, row)]
             lines.append([title, *facts(next(filter(None, found))).values(), *cells])
-    return _markdown(head, lines)
+    return page.table(head, lines)
 
 
 def _have_model_memory(chosen: list[dict]) -> bool:
@@ -206,7 +207,7 @@ def _ratios(kind: str, device: str) -> str:
             [variant, str(size), str(batch), f"{ours['median_s'] * 1e3:.0f}", share]
             + [f"{ratio_of(row, ours):.2f}" if row else "" for row in found]
         )
-    return _markdown(head, lines)
+    return page.table(head, lines)
 
 
 # ---- the operator, growth, counters ---------------------------------------------------------------------------------
@@ -224,7 +225,7 @@ def operators(device: str) -> str:
         times = [f"{by_backend[name]['median_s'] * 1e3:.1f}" for name in names]
         floor, ratio = by_backend[ours]["floor_s"], by_backend[reference]["ratio"]
         lines.append([stage, case, f"{floor * 1e3:.1f}", *times, f"{ratio:.2f}"])
-    return _markdown(head, lines) + _image(f"Roofline of the operator's stages, {device}", "roofline", device)
+    return page.table(head, lines) + _image(f"Roofline of the operator's stages, {device}", "roofline", device)
 
 
 def growth(device: str) -> str:
@@ -241,7 +242,7 @@ def growth(device: str) -> str:
     head = ["what grows", "of", "runtime", "range", "power p of time", "peak memory, MB"]
     series = dict.fromkeys(line[0]["series"] for line in grown)
     images = [_image(f"Cost against {name}, {device}", f"growth {name}", device) for name in series]
-    return _markdown(head, lines) + "".join(images)
+    return page.table(head, lines) + "".join(images)
 
 
 def counters() -> str:
@@ -255,7 +256,7 @@ def counters() -> str:
         + [f"{row[name] / 1e6:.1f}" for name in ("bytes_per_image", "saved_bytes_per_image")]
         for row in counted
     ]
-    return _markdown(head, lines)
+    return page.table(head, lines)
 
 
 # ---- learning -------------------------------------------------------------------------------------------------------
@@ -275,7 +276,7 @@ def learning(device: str) -> str:
         sizes = [f"{row['parameters'] / 1e3:.0f}", f"{row['flops'] / 1e6:.2f}", str(len(curve.accuracies))]
         reached = "" if epochs is None else str(epochs)
         lines.append([learning_curves.NAMES[curve.network], *sizes, step, _percent(curve), reached, seconds])
-    return _markdown(head, lines) + _image(f"Accuracy against epochs and seconds, {device}", "learning", device)
+    return page.table(head, lines) + _image(f"Accuracy against epochs and seconds, {device}", "learning", device)
 
 
 def pretraining(device: str) -> str:
@@ -289,7 +290,7 @@ def pretraining(device: str) -> str:
         name, seeds = learning_curves.NAMES[scratch.network], str(len(scratch.accuracies))
         lines.append([name, seeds, _percent(scratch), _percent(pretrained), gain])
     head = ["network", "seeds", "from scratch, mean (range), percent", "after SimMIM", "difference"]
-    return _markdown(head, lines) + _image(f"Accuracy with few labels, {device}", "pre-training", device)
+    return page.table(head, lines) + _image(f"Accuracy with few labels, {device}", "pre-training", device)
 
 
 def _percent(curve: Curve) -> str:
@@ -306,7 +307,7 @@ def waiting_for_data(device: str) -> str:
         + [f"{row['images_per_s']:.1f}", f"{row['images_per_s_alone']:.0f}"]
         for row in rows.read("waiting_for_data", device)
     ]
-    return _markdown(head, lines)
+    return page.table(head, lines)
 
 
 def _on_each(kind: str, part: Callable[[str], str]) -> Callable[[], str]:
@@ -344,11 +345,6 @@ def _of(row: dict, *names: str) -> tuple:
 
 def _find(among: Iterable[dict], **wanted: object) -> dict | None:
     return next((row for row in among if all(row[name] == value for name, value in wanted.items())), None)
-
-
-def _markdown(head: list[str], lines: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in [head, rule, *lines])
 
 
 def _image(text: str, what: str, device: str) -> str:

@@ -30,6 +30,8 @@ from focalnet.benchmark.rows import NOWHERE, read, write
 CALLS = 5
 # What a call of `--once` is announced with, and the kernel that stands before its kernels.
 ONCE, MARKER = "call of ", "spin_kernel"
+# Before the name of a call in the profiler.
+MARK = "call: "
 
 
 def kernel_seconds(calls: dict[str, Callable[[], object]], device: str) -> dict[str, dict[str, tuple[float, float]]]:
@@ -49,9 +51,6 @@ def kernel_seconds(calls: dict[str, Callable[[], object]], device: str) -> dict[
                 if device == "cuda":
                     torch.cuda.synchronize()
     return by_call(profiler.events(), device)
-
-
-MARK = "call: "
 
 
 def by_call(events: Iterable[Any], device: str) -> dict[str, dict[str, tuple[float, float]]]:

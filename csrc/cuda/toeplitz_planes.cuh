@@ -14,6 +14,7 @@
 
 #pragma once
 
+#include "async_copy.cuh"
 #include "launch.cuh"
 #include "toeplitz.cuh"
 #include "toeplitz.h"
@@ -318,14 +319,6 @@ __device__ __forceinline__ void fetch_gates(const PlanesBlock<T, BLOCKS, CHANNEL
     }
 }
 
-__device__ __forceinline__ void prefetch_sector(const void* from) {
-#ifdef __CUDACC__
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
-#else
-    (void)*static_cast<const volatile unsigned char*>(from);
-#endif
-}
-
 // Brings a group to L2 while the one before it is computed: all blocks fetch at about the same time, and memory would
 // rest in between. The gates by the blocks of the first channels, for all.
 template <typename T, int BLOCKS, int CHANNELS>
@@ -342,15 +335,15 @@ __device__ __forceinline__ void prefetch_group(const PlanesBlock<T, BLOCKS, CHAN
 #pragma unroll
     for (int trip = 0; trip < Size::kTrips; ++trip) {
         const T* from = ctx + b.ctx_row(min(thread.row(trip), last));
-        prefetch_sector(from);
-        if (both) prefetch_sector(from + p.ctx_w);
+        prefetch(from);
+        if (both) prefetch(from + p.ctx_w);
     }
     if (b.first_c() > 0) return;
 #pragma unroll 1
     for (int trip = 0; trip < Size::kTrips; ++trip) {
         const T* from = gates + b.gates_row(min(thread.row(trip), last));
-        prefetch_sector(from);
-        if (both) prefetch_sector(from + p.gates_w);
+        prefetch(from);
+        if (both) prefetch(from + p.gates_w);
     }
 }
 
