@@ -108,7 +108,7 @@ class _Running:
             with log.open("wb") as output:
                 self.process = subprocess.Popen(
                     part.command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                    env=dict(environment), start_new_session=True,
+                    env=dict(environment), start_new_session=True, preexec_fn=_heed_interrupts,
                 )  # fmt: skip
         except OSError as error:
             log.write_text(f"{error}\n")
@@ -147,6 +147,11 @@ class _Running:
 
     def last_lines(self) -> list[str]:
         return self.log.read_text(errors="replace").splitlines()[-SHOWN_LINES:] if self.log.exists() else []
+
+
+def _heed_interrupts() -> None:
+    """Commands that a shell starts in the background ignore SIGINT, and so would the parts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _signal(process: subprocess.Popen, number: int) -> None:

@@ -101,7 +101,7 @@ def test_a_part_that_is_late_may_say_first_how_far_it_came(tmp_path, monkeypatch
     code = (
         "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: time.sleep(0.2); print('two failed', flush=True)"
     )
-    ended, _, said = run([python("tests", code, limit=24), sleeping("after", 0)], 60, folder=tmp_path)
+    ended, _, said = run([python("tests", code, limit=8), sleeping("after", 0)], 60, folder=tmp_path)
     assert [one.status for one in ended.values()] == ["out of time", "passed"]
     assert "two failed" in said
 
