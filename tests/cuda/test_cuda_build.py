@@ -2,13 +2,13 @@
 where there is nvcc, that the result loads on a machine without CUDA and that no kernel spills registers.
 """
 
-import importlib.util
 import re
 import shutil
 import stat
 import sys
 from pathlib import Path
 
+import ptxas
 import pytest
 import torch
 from builds import (
@@ -23,6 +23,7 @@ from builds import (
     sources,  # noqa: F401
     wheel_info,
 )
+from nvcc import FLAGS, code
 
 pytestmark = [
     pytest.mark.slow,
@@ -138,40 +139,52 @@ def test_auto_leaves_the_kernels_out_where_torch_has_no_cuda(sources, toolkit, p
     }
 
 
-def reported(log):
-    """The kernels in ptxas' report, by the script that makes the table of them."""
-    path = ROOT / "bench" / "static" / "ptxas.py"
-    spec = importlib.util.spec_from_file_location("bench_ptxas", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.parent))
-    return module.kernels(log)
+KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_wheel_with_kernels_loads_without_cuda_and_nothing_spills(sources, python):
-    env = environment(
-        FOCALNET_BUILD="cuda", TORCH_CUDA_ARCH_LIST="9.0+PTX", NVCC_APPEND_FLAGS="-Xptxas=-v", CUDA_HOME=None
-    )
-    log = run(sys.executable, "setup.py", "bdist_wheel", cwd=sources, env=env)
-    (wheel,) = (sources / "dist").iterdir()
-    assert wheel.stat().st_size < WHEEL_LIMIT
-    assert wheel_info(wheel)["cuda"]["architectures"] == ["sm_90", "compute_90"]
+def names(reported):
+    return {re.sub("<.*", "", kernel["kernel"]) for kernel in reported}
 
-    kernels = reported(log)
-    assert {kernel["architecture"] for kernel in kernels} == {"sm_90"}
-    written = {
-        name
-        for path in (ROOT / "csrc" / "cuda").glob("*.cu")
-        for name in re.findall(r"(\w+_kernel)\(", path.read_text())
-    }
-    assert {re.sub("<.*", "", kernel["kernel"]) for kernel in kernels} == written
+
+def written(source):
+    """The kernels that a source defines."""
+    return set(re.findall(r"(\w+_kernel)\(", source.read_text()))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
+def test_no_kernel_spills(source):
+    kernels = ptxas.kernels((code(source, 90) / "ptxas.txt").read_text())
+    assert names(kernels) == written(source)
     for kernel in kernels:
         assert kernel["stack"] == kernel["spill_stores"] == kernel["spill_loads"] == 0, kernel
         assert kernel["static_shared"] <= SHARED_LIMIT, kernel
+
+
+def hurry():
+    """The option that makes nvcc take a quarter of its time, where it knows it."""
+    return "-Ofc=max" if "--Ofast-compile" in run("nvcc", "--help", cwd=ROOT) else ""
+
+
+@needs_nvcc
+def test_wheel_with_kernels_loads_without_cuda(sources, python):
+    """The code of its kernels is not that of a user's wheel, which the test above compiles with the same flags."""
+    flags = {"TORCH_CUDA_ARCH_LIST": "9.0+PTX", "NVCC_APPEND_FLAGS": f"-Xptxas=-v {hurry()}", "CUDA_HOME": None}
+    env = environment(FOCALNET_BUILD="cuda", **flags)
+    log = run(sys.executable, "setup.py", "bdist_wheel", cwd=sources, env=env)
+    (wheel,) = (sources / "dist").iterdir()
+    assert wheel_info(wheel)["cuda"]["architectures"] == ["sm_90", "compute_90"]
+    # No smaller than if a user's code were there beside this.
+    theirs = sum((code(source, 90) / "code.cubin").stat().st_size for source in KERNELS)
+    assert wheel.stat().st_size + theirs < WHEEL_LIMIT
+
+    lines = [line for line in log.splitlines() if re.search(r"\bnvcc\b.*\.cu\b", line)]
+    assert len(lines) == len(KERNELS)
+    for line in lines:
+        decisive = re.findall(r"\s(-O\S+|-std\S+|-Xptxas\S*|-Xcicc\S*|-+maxrregcount\S*)", line)
+        assert [*decisive, "-Xptxas=-v"] == list(FLAGS)
+    assert names(ptxas.kernels(log)) == set().union(*map(written, KERNELS))
 
     python.pip("install", wheel)
     facts = python.run("""
