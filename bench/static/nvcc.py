@@ -31,7 +31,7 @@ def code(source: Path, architecture: int, nvcc: str = "nvcc") -> Path:
                 raise RuntimeError(f"{source} for sm_{architecture}: {ended.stderr}")
         (folder / "ptxas.txt").write_text(ended.stderr)
 
-    return made_once([_version(nvcc), *FLAGS, str(architecture), *texts], make)
+    return made_once(["nvcc", _version(nvcc), *FLAGS, str(architecture), *texts], make)
 
 
 @functools.cache

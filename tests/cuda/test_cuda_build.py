@@ -15,6 +15,8 @@ from builds import (
     COMPILERS,
     ROOT,
     SUFFIX,
+    Python,
+    copy_few_sources,
     environment,
     packages,  # noqa: F401
     python,  # noqa: F401
@@ -55,6 +57,22 @@ def toolkit(tmp_path):
         return str(program.parent.parent)
 
     return make
+
+
+class Rebuilt:
+    """Sources that one Python builds again and again: a build finds the objects that the one before has left."""
+
+    def __init__(self, folder, packages, compiler):
+        self.sources, self.python = copy_few_sources(folder / "sources"), Python(folder / "venv", packages)
+        self.compiler = compiler
+
+    def wheel_and_log(self, **changes):
+        return self.python.wheel_and_log(self.sources, environment(CXX=self.compiler, **changes))
+
+
+@pytest.fixture(scope="module")
+def rebuilt(tmp_path_factory, packages, quick_compiler):
+    return Rebuilt(tmp_path_factory.mktemp("rebuilt"), packages, quick_compiler)
 
 
 def torch_of_cuda(folder, version):
@@ -111,10 +129,9 @@ def test_host_compiler_that_nvcc_does_not_take(sources, toolkit):
     assert "unsupported GNU version" in output and "set NVCC_CCBIN to a host compiler that this nvcc takes" in output
 
 
-def test_auto_installs_without_the_kernels_and_keeps_the_reason(sources, toolkit, python, quick_compiler, tmp_path):
+def test_auto_installs_without_the_kernels_and_keeps_the_reason(rebuilt, toolkit, python, tmp_path):
     torch_13 = torch_of_cuda(tmp_path / "site", "13.0")
-    env = environment(CUDA_HOME=toolkit(), PYTHONPATH=torch_13, CXX=quick_compiler)
-    wheel = python.wheel(sources, env=env)
+    wheel, _ = rebuilt.wheel_and_log(CUDA_HOME=toolkit(), PYTHONPATH=torch_13)
     info = wheel_info(wheel)
     assert info["built"] and not info["cuda"]["built"]
     assert "unsupported GNU version" in info["cuda"]["reason"]
@@ -130,8 +147,9 @@ def test_auto_installs_without_the_kernels_and_keeps_the_reason(sources, toolkit
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA: auto builds the kernels")
-def test_auto_leaves_the_kernels_out_where_torch_has_no_cuda(sources, toolkit, python, quick_compiler):
-    info = wheel_info(python.wheel(sources, env=environment(CUDA_HOME=toolkit(), CXX=quick_compiler)))
+def test_auto_leaves_the_kernels_out_where_torch_has_no_cuda(rebuilt, toolkit):
+    wheel, _ = rebuilt.wheel_and_log(CUDA_HOME=toolkit())
+    info = wheel_info(wheel)
     assert info["built"]
     assert info["cuda"] == {
         "built": False,
@@ -168,12 +186,10 @@ def hurry():
 
 
 @needs_nvcc
-def test_wheel_with_kernels_loads_without_cuda(sources, python):
+def test_wheel_with_kernels_loads_without_cuda(rebuilt, python):
     """The code of its kernels is not that of a user's wheel, which the test above compiles with the same flags."""
     flags = {"TORCH_CUDA_ARCH_LIST": "9.0+PTX", "NVCC_APPEND_FLAGS": f"-Xptxas=-v {hurry()}", "CUDA_HOME": None}
-    env = environment(FOCALNET_BUILD="cuda", **flags)
-    log = run(sys.executable, "setup.py", "bdist_wheel", cwd=sources, env=env)
-    (wheel,) = (sources / "dist").iterdir()
+    wheel, log = rebuilt.wheel_and_log(FOCALNET_BUILD="cuda", **flags)
     assert wheel_info(wheel)["cuda"]["architectures"] == ["sm_90", "compute_90"]
     # No smaller than if a user's code were there beside this.
     theirs = sum((code(source, 90) / "code.cubin").stat().st_size for source in KERNELS)
