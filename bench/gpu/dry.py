@@ -78,7 +78,8 @@ def each(file: Path) -> int:
     waiting, running = list(runs), {}
     while waiting or running:
         while waiting and len(running) < (os.cpu_count() or 1):
-            running[_forked(waiting[0])] = waiting.pop(0)
+            one = waiting.pop(0)
+            running[_forked(one)] = one
         child, status = os.wait()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)  # whatever it has started

@@ -6,7 +6,7 @@
 
 With --log it reads the output of an earlier build instead of compiling again. It needs nvcc and no GPU. The rows go to
 bench/results/nvcc-<release>/ptxas.json. The dynamic shared memory of a launch is chosen at run time;
-tests/cuda/test_cuda_kernels.py checks that it fits the device.
+tests/cuda/test_cuda_plans.py checks that it fits the device.
 """
 
 from __future__ import annotations
