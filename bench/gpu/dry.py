@@ -71,10 +71,10 @@ def run(arguments: Sequence[str]) -> int:
 
 def each(file: Path) -> int:
     """Run what the file lists, as many at a time as there are processors."""
-    for name in OTHERS:
+    runs = json.loads(file.read_text())
+    for name in OTHERS if len(runs) > 1 else ():
         with contextlib.suppress(Exception):  # whoever needs it will say so
             importlib.import_module(name)
-    runs = json.loads(file.read_text())
     waiting, running = list(runs), {}
     while waiting or running:
         while waiting and len(running) < (os.cpu_count() or 1):
