@@ -27,7 +27,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from deadline import Ended, Part, Step, parts_of, run_all
+from deadline import SHOWN_LINES, Ended, Part, Step, parts_of, run_all
 
 ROOT = Path(__file__).resolve().parents[2]
 # Seconds of the whole; a little under what is promised to people, for starting and ending.
@@ -169,20 +169,45 @@ def _python(name: str, arguments: tuple[str, ...], limit: float, promised: float
     return Part(name, (sys.executable, *arguments), limit, promised)
 
 
-def dry(steps: list[Step]) -> list[Step]:
-    """The same parts, as far as they get without a GPU, two at a time; nothing is built and nothing is written."""
-    parts = [replace(part, command=_dry_command(part), limit=DRY_S, promised=0.0) for part in every_part(steps)]
-    return [tuple(parts[first : first + 2]) for first in range(0, len(parts), 2)]
+def dry(parts: list[Part]) -> list[Part]:
+    """What is no script of this project, as far as it gets without a GPU; nothing is built and nothing is written."""
+    return [replace(part, command=_dry_command(part), limit=DRY_S, promised=0.0) for part in parts]
 
 
 def _dry_command(part: Part) -> tuple[str, ...]:
     if part.name == "build":
         return (sys.executable, "-c", CHECK_BUILD)
-    python = part.command.index(sys.executable)
-    arguments = part.command[python + 1 :]
-    if "pytest" in arguments:
-        return (sys.executable, *arguments, "--collect-only")
-    return (sys.executable, "bench/gpu/dry.py", *arguments)
+    return (sys.executable, *_arguments(part), "--collect-only")
+
+
+def _arguments(part: Part) -> tuple[str, ...]:
+    return part.command[part.command.index(sys.executable) + 1 :]
+
+
+def _is_script(part: Part) -> bool:
+    return part.name != "build" and "pytest" not in part.command
+
+
+def dry_scripts(parts: list[Part], folder: Path) -> list[Ended]:
+    """How the scripts ended, up to their first CUDA call: forks of one process, since most of a run are imports."""
+    file = folder / "runs.json"
+    logs = [folder / f"{part.name}.log" for part in parts]
+    runs = [
+        {"arguments": _arguments(part), "log": str(log), "limit_s": DRY_S}
+        for part, log in zip(parts, logs, strict=True)
+    ]
+    file.write_text(json.dumps(runs))
+    start = time.monotonic()
+    subprocess.run([sys.executable, "bench/gpu/dry.py", "--each", str(file)], timeout=DRY_S * len(parts), check=False)
+    seconds = round(time.monotonic() - start, 1)
+    ended = []
+    for part, log, run in zip(parts, logs, json.loads(file.read_text()), strict=True):
+        code = run.get("status", "did not run")
+        status = "passed" if code == 0 else "out of time" if code is None else f"failed ({code})"
+        ended.append(Ended(part.name, status, seconds, DRY_S))
+        if code != 0 and log.exists():
+            print(*log.read_text(errors="replace").splitlines()[-SHOWN_LINES:], sep="\n")
+    return ended
 
 
 def _sanitizers() -> list[Part]:
@@ -243,8 +268,10 @@ def dry_run(steps: list[Step]) -> int:
     os.chdir(ROOT)
     folder = Path(os.environ.get("OUT") or tempfile.mkdtemp())
     folder.mkdir(parents=True, exist_ok=True)
-    in_pairs = dry(steps)
-    ended = run_all(in_pairs, time.monotonic() + DRY_S * len(in_pairs), 0.0, folder)
+    scripts, others = ([part for part in every_part(steps) if _is_script(part) == which] for which in (True, False))
+    ended, others = dry_scripts(scripts, folder), dry(others)
+    in_pairs = [tuple(others[first : first + 2]) for first in range(0, len(others), 2)]
+    ended += run_all(in_pairs, time.monotonic() + DRY_S * len(in_pairs), 0.0, folder)
     print(*(f"{one.part:20} {one.status:24} {one.seconds:6.0f} s" for one in ended), sep="\n")
     return int(any(one.status != "passed" for one in ended))
 

@@ -9,20 +9,25 @@ import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from filelock import FileLock
+
 
 def made_once(of: Iterable[str | bytes], make: Callable[[Path], object]) -> Path:
-    """The folder that ``make`` filled. ``of``: texts and options that decide what comes out."""
-    digest = hashlib.sha256(b"\0".join(part.encode() if isinstance(part, str) else part for part in of)).hexdigest()[
-        :24
-    ]
+    """The folder that ``make`` filled, by one process for all. ``of``: what decides the contents."""
+    parts = (part.encode() if isinstance(part, str) else part for part in of)
+    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
     above = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "focalnet", "static")
     folder = above / digest
-    if not folder.is_dir():
-        above.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(dir=above))
-        make(fresh)
-        try:
-            fresh.rename(folder)
-        except OSError:  # another process was faster
-            shutil.rmtree(fresh)
+    if folder.is_dir():
+        return folder
+    above.mkdir(parents=True, exist_ok=True)
+    with FileLock(above / f"{digest}.lock"):
+        if not folder.is_dir():
+            fresh = Path(tempfile.mkdtemp(dir=above))
+            try:
+                make(fresh)
+                fresh.rename(folder)
+            except BaseException:
+                shutil.rmtree(fresh)
+                raise
     return folder

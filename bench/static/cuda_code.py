@@ -20,7 +20,8 @@ from compile_cache import made_once
 from compiled import tool
 from loops import Loop, loops
 from machine_code import pipe
-from ptxas import FLAGS, kernel_name
+from nvcc import code
+from ptxas import kernel_name
 from rich.console import Console
 from rich.table import Table
 
@@ -34,25 +35,16 @@ def compiled(source: Path, architecture: int, nvcc: str = "nvcc") -> tuple[str, 
     Raises:
         RuntimeError: nvcc does not compile it; the message is nvcc's.
     """
-    texts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.*h")))]
-    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    folder = code(source, architecture, nvcc)
+    cubin = (folder / "code.cubin").read_bytes()
 
-    def make(folder: Path) -> None:
-        ptx, cubin = folder / "code.ptx", folder / "code.cubin"
-        target = f"-arch=sm_{architecture}"
-        # From PTX to a cubin, not from the source again: nvcc would name what is in no namespace anew.
-        for kind, given, path in (("--ptx", source, ptx), ("--cubin", ptx, cubin)):
-            ended = subprocess.run(
-                [nvcc, *FLAGS, target, kind, str(given), "-o", str(path)], capture_output=True, text=True, check=False
-            )
-            if ended.returncode:
-                raise RuntimeError(f"{source} for sm_{architecture}: {ended.stderr}")
-        shown = subprocess.run([tool("nvdisasm"), "-c", str(cubin)], capture_output=True, text=True, check=True)
-        (folder / "code.sass").write_text(shown.stdout)
+    def disassemble(fresh: Path) -> None:
+        command = [tool("nvdisasm"), "-c", str(folder / "code.cubin")]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True)
+        (fresh / "code.sass").write_text(shown.stdout)
 
-    folder = made_once([version, *FLAGS, str(architecture), *texts], make)
-    texts = ((folder / name).read_text() for name in ("code.ptx", "code.sass"))
-    return (*texts, (folder / "code.cubin").read_bytes())
+    shown = made_once(["nvdisasm -c", cubin], disassemble) / "code.sass"
+    return (folder / "code.ptx").read_text(), shown.read_text(), cubin
 
 
 def names(ptx: str) -> list[str]:

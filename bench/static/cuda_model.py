@@ -27,7 +27,6 @@ from typing import Annotated
 import torch
 import typer
 import warp
-from compile_cache import made_once
 from constants import constants
 from cuda_code import compiled, names
 from instruction_counts import Executed, Kernel
@@ -103,10 +102,7 @@ class Call:
 
 @functools.cache
 def program() -> Path:
-    texts = [
-        path.read_bytes() for path in (*SOURCES, *sorted((cuda_program.TESTS / "cuda" / "cuda_on_cpu").iterdir()))
-    ]
-    return made_once([cuda_program.FLAGS, *texts], cuda_program.compile_sources) / "kernels"
+    return cuda_program.linked()
 
 
 def _lines(call: Call, *more: str) -> list[str]:

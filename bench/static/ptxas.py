@@ -6,7 +6,7 @@
 
 With --log it reads the output of an earlier build instead of compiling again. It needs nvcc and no GPU. The rows go to
 bench/results/nvcc-<release>/ptxas.json. The dynamic shared memory of a launch is chosen at run time;
-tests/cuda/test_cuda_kernels.py checks that it fits the device.
+tests/cuda/test_cuda_plans.py checks that it fits the device.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from nvcc import FLAGS
 from rich.console import Console
 from rich.table import Table
 
@@ -28,7 +29,6 @@ from focalnet.benchmark.environment import ROOT, commit, versions
 from focalnet.benchmark.rows import write
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-FLAGS = ("-O3", "-std=c++20", "-Xptxas=-v")
 TYPES = {"6__half": "float16", "13__nv_bfloat16": "bfloat16", "f": "float32"}
 
 

@@ -41,20 +41,20 @@ def test_what_came_before_counts_for_the_process_alone():
 
 
 def of_model(dtype):
-    """The least of three processes. A busy machine only adds: pages that come early, and larger ones."""
-    found = []
-    for _ in range(3):
-        runtime = Runtime("focalnet", Case("tiny_lrf", 224, 8, dtype=dtype))
-        runtime.end()
-        found.append(runtime.model_bytes)
-    print(dtype, [f"{count / 1e6:.0f} MB" for count in found])
-    return min(found)
+    """The memory of one process. A busy machine only adds to it: pages that come early, and larger ones."""
+    runtime = Runtime("focalnet", Case("tiny_lrf", 224, 8, dtype=dtype))
+    runtime.end()
+    print(dtype, f"{runtime.model_bytes / 1e6:.0f} MB")
+    return runtime.model_bytes
 
 
 @needs_record
 @pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
 def test_inference_in_bfloat16_takes_at_most_three_fifths_of_float32s_memory():
-    """Weights, scratch and maps together: the peaks of two processes that build FocalNet-T and run it at batch 8."""
-    in_float32, in_bfloat16 = of_model("float32"), of_model("bfloat16")
+    """Weights, scratch and maps together: the peaks of processes that build FocalNet-T and run it at batch 8.
+
+    The least of three in float32 and of as many in bfloat16, of which one that is small enough decides.
+    """
+    in_float32 = min(of_model("float32") for _ in range(3))
     assert in_float32 > 114e6, "the weights alone"
-    assert in_bfloat16 <= 0.6 * in_float32
+    assert any(of_model("bfloat16") <= 0.6 * in_float32 for _ in range(3))

@@ -4,6 +4,7 @@ The rule is the project's: the error against float64 is at most twice that of th
 same precision, plus one unit in the last place of the largest output magnitude.
 """
 
+import functools
 import math
 
 import pytest
@@ -43,10 +44,16 @@ def gradients(ctx, gates, weights, dagg, normalize, dtype):
     return agg.detach(), torch.autograd.grad(agg, leaves, dagg.to(dtype))
 
 
+@functools.cache
+def expected(shape, kernels, dtype, normalize, packed, seed):
+    """Operands, and agg and gradients in float64 and in ``dtype``: the same for every instruction set."""
+    ctx, gates, weights, dagg = operands = make(shape, kernels, dtype, packed, seed)
+    return operands, *(gradients(ctx, gates, weights, dagg, normalize, kind) for kind in (torch.float64, dtype))
+
+
 def check(shape, kernels, dtype, normalize=False, packed=True, seed=0):
-    ctx, gates, weights, dagg = make(shape, kernels, dtype, packed, seed)
-    exact_agg, exact = gradients(ctx, gates, weights, dagg, normalize, torch.float64)
-    low_agg, low = gradients(ctx, gates, weights, dagg, normalize, dtype)
+    operands, (exact_agg, exact), (low_agg, low) = expected(shape, kernels, dtype, normalize, packed, seed)
+    ctx, gates, weights, dagg = operands
     agg = OPS.cpu_gated_aggregation(ctx, gates, weights, normalize)
     assert agg.is_contiguous()
     assert_within_rule("agg", agg, low_agg, exact_agg)

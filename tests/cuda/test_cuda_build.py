@@ -2,19 +2,21 @@
 where there is nvcc, that the result loads on a machine without CUDA and that no kernel spills registers.
 """
 
-import importlib.util
 import re
 import shutil
 import stat
 import sys
 from pathlib import Path
 
+import ptxas
 import pytest
 import torch
 from builds import (
     COMPILERS,
     ROOT,
     SUFFIX,
+    Python,
+    copy_few_sources,
     environment,
     packages,  # noqa: F401
     python,  # noqa: F401
@@ -23,6 +25,7 @@ from builds import (
     sources,  # noqa: F401
     wheel_info,
 )
+from nvcc import FLAGS, code
 
 pytestmark = [
     pytest.mark.slow,
@@ -54,6 +57,22 @@ def toolkit(tmp_path):
         return str(program.parent.parent)
 
     return make
+
+
+class Rebuilt:
+    """Sources that one Python builds again and again: a build finds the objects that the one before has left."""
+
+    def __init__(self, folder, packages, compiler):
+        self.sources, self.python = copy_few_sources(folder / "sources"), Python(folder / "venv", packages)
+        self.compiler = compiler
+
+    def wheel_and_log(self, **changes):
+        return self.python.wheel_and_log(self.sources, environment(CXX=self.compiler, **changes))
+
+
+@pytest.fixture(scope="module")
+def rebuilt(tmp_path_factory, packages, quick_compiler):
+    return Rebuilt(tmp_path_factory.mktemp("rebuilt"), packages, quick_compiler)
 
 
 def torch_of_cuda(folder, version):
@@ -110,10 +129,9 @@ def test_host_compiler_that_nvcc_does_not_take(sources, toolkit):
     assert "unsupported GNU version" in output and "set NVCC_CCBIN to a host compiler that this nvcc takes" in output
 
 
-def test_auto_installs_without_the_kernels_and_keeps_the_reason(sources, toolkit, python, quick_compiler, tmp_path):
+def test_auto_installs_without_the_kernels_and_keeps_the_reason(rebuilt, toolkit, python, tmp_path):
     torch_13 = torch_of_cuda(tmp_path / "site", "13.0")
-    env = environment(CUDA_HOME=toolkit(), PYTHONPATH=torch_13, CXX=quick_compiler)
-    wheel = python.wheel(sources, env=env)
+    wheel, _ = rebuilt.wheel_and_log(CUDA_HOME=toolkit(), PYTHONPATH=torch_13)
     info = wheel_info(wheel)
     assert info["built"] and not info["cuda"]["built"]
     assert "unsupported GNU version" in info["cuda"]["reason"]
@@ -129,8 +147,9 @@ def test_auto_installs_without_the_kernels_and_keeps_the_reason(sources, toolkit
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA: auto builds the kernels")
-def test_auto_leaves_the_kernels_out_where_torch_has_no_cuda(sources, toolkit, python, quick_compiler):
-    info = wheel_info(python.wheel(sources, env=environment(CUDA_HOME=toolkit(), CXX=quick_compiler)))
+def test_auto_leaves_the_kernels_out_where_torch_has_no_cuda(rebuilt, toolkit):
+    wheel, _ = rebuilt.wheel_and_log(CUDA_HOME=toolkit())
+    info = wheel_info(wheel)
     assert info["built"]
     assert info["cuda"] == {
         "built": False,
@@ -138,40 +157,50 @@ def test_auto_leaves_the_kernels_out_where_torch_has_no_cuda(sources, toolkit, p
     }
 
 
-def reported(log):
-    """The kernels in ptxas' report, by the script that makes the table of them."""
-    path = ROOT / "bench" / "static" / "ptxas.py"
-    spec = importlib.util.spec_from_file_location("bench_ptxas", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.parent))
-    return module.kernels(log)
+KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-def test_wheel_with_kernels_loads_without_cuda_and_nothing_spills(sources, python):
-    env = environment(
-        FOCALNET_BUILD="cuda", TORCH_CUDA_ARCH_LIST="9.0+PTX", NVCC_APPEND_FLAGS="-Xptxas=-v", CUDA_HOME=None
-    )
-    log = run(sys.executable, "setup.py", "bdist_wheel", cwd=sources, env=env)
-    (wheel,) = (sources / "dist").iterdir()
-    assert wheel.stat().st_size < WHEEL_LIMIT
-    assert wheel_info(wheel)["cuda"]["architectures"] == ["sm_90", "compute_90"]
+def names(reported):
+    return {re.sub("<.*", "", kernel["kernel"]) for kernel in reported}
 
-    kernels = reported(log)
-    assert {kernel["architecture"] for kernel in kernels} == {"sm_90"}
-    written = {
-        name
-        for path in (ROOT / "csrc" / "cuda").glob("*.cu")
-        for name in re.findall(r"(\w+_kernel)\(", path.read_text())
-    }
-    assert {re.sub("<.*", "", kernel["kernel"]) for kernel in kernels} == written
+
+def written(source):
+    """The kernels that a source defines."""
+    return set(re.findall(r"(\w+_kernel)\(", source.read_text()))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("source", KERNELS, ids=lambda path: path.stem)
+def test_no_kernel_spills(source):
+    kernels = ptxas.kernels((code(source, 90) / "ptxas.txt").read_text())
+    assert names(kernels) == written(source)
     for kernel in kernels:
         assert kernel["stack"] == kernel["spill_stores"] == kernel["spill_loads"] == 0, kernel
         assert kernel["static_shared"] <= SHARED_LIMIT, kernel
+
+
+def hurry():
+    """The option that makes nvcc take a quarter of its time, where it knows it."""
+    return "-Ofc=max" if "--Ofast-compile" in run("nvcc", "--help", cwd=ROOT) else ""
+
+
+@needs_nvcc
+def test_wheel_with_kernels_loads_without_cuda(rebuilt, python):
+    """The code of its kernels is not that of a user's wheel, which the test above compiles with the same flags."""
+    flags = {"TORCH_CUDA_ARCH_LIST": "9.0+PTX", "NVCC_APPEND_FLAGS": f"-Xptxas=-v {hurry()}", "CUDA_HOME": None}
+    wheel, log = rebuilt.wheel_and_log(FOCALNET_BUILD="cuda", **flags)
+    assert wheel_info(wheel)["cuda"]["architectures"] == ["sm_90", "compute_90"]
+    # No smaller than if a user's code were there beside this.
+    theirs = sum((code(source, 90) / "code.cubin").stat().st_size for source in KERNELS)
+    assert wheel.stat().st_size + theirs < WHEEL_LIMIT
+
+    lines = [line for line in log.splitlines() if re.search(r"\bnvcc\b.*\.cu\b", line)]
+    assert len(lines) == len(KERNELS)
+    for line in lines:
+        decisive = re.findall(r"\s(-O\S+|-std\S+|-Xptxas\S*|-Xcicc\S*|-+maxrregcount\S*)", line)
+        assert [*decisive, "-Xptxas=-v"] == list(FLAGS)
+    assert names(ptxas.kernels(log)) == set().union(*map(written, KERNELS))
 
     python.pip("install", wheel)
     facts = python.run("""

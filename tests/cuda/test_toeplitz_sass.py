@@ -37,22 +37,13 @@ MAX_BACKWARD_INSTRUCTIONS = 222
 MAX_PLANES_INSTRUCTIONS = 50  # with the sum of gates in registers
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sass")
-    kept = {}
-
-    def get(name, architecture):
-        if (name, architecture) not in kept:
-            kept[name, architecture] = sass.compiled(CUDA / f"{name}.cu", architecture, folder)
-        return kept[name, architecture]
-
-    return get
+def compiled(name, architecture):
+    return sass.compiled(CUDA / f"{name}.cu", architecture)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", MAX_REGISTERS)
-def test_nothing_spills(compiled, name, architecture):
+def test_nothing_spills(name, architecture):
     _, report = compiled(name, architecture)
     kernels = report.split("Compiling entry function ")[1:]
     assert kernels
@@ -62,7 +53,7 @@ def test_nothing_spills(compiled, name, architecture):
 
 
 @pytest.fixture(scope="module")
-def loops(compiled):
+def loops():
     if sass.cuobjdump() is None:
         pytest.skip("needs cuobjdump, of the CUDA toolkit or the triton package")
     binary, _ = compiled("toeplitz_fwd", 90)
@@ -88,7 +79,7 @@ def test_instructions_an_output(loops):
 
 
 @pytest.fixture(scope="module")
-def backward_loops(compiled):
+def backward_loops():
     if sass.cuobjdump() is None:
         pytest.skip("needs cuobjdump, of the CUDA toolkit or the triton package")
     binary, _ = compiled("toeplitz_bwd", 90)
@@ -122,7 +113,7 @@ def test_instructions_an_output_of_backward(backward_loops):
     assert total / (OUTPUTS * BLOCKS) <= MAX_BACKWARD_INSTRUCTIONS
 
 
-def test_instructions_an_output_of_small_maps(compiled):
+def test_instructions_an_output_of_small_maps():
     """56 x 56: a warp's four tiles of a level are one pass through the code, with a loop over kernel rows in each."""
     if sass.cuobjdump() is None:
         pytest.skip("needs cuobjdump, of the CUDA toolkit or the triton package")

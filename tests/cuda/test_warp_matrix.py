@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from cuda_program import TESTS, case, compile_sources, raw, run
+from cuda_program import TESTS, case, linked, raw, run
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ with AddressSanitizer")
 
@@ -17,8 +17,8 @@ M, N, K = 16, 8, 16
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    return compile_sources(tmp_path_factory.mktemp("warp_product"), [SOURCE], [SOURCE])
+def program():
+    return linked([SOURCE])
 
 
 def stored(matrix, pitch, dtype):
@@ -33,7 +33,7 @@ def product(program, folder, a, b, dtype, transposed=(False, False), pitch=24, o
     a_stored, b_stored = a.T if transposed[0] else a, b if transposed[1] else b.T
     data = case([dtype == torch.float16, *transposed, pitch, offset, halves])
     (folder / "case").write_bytes(data + stored(a_stored, pitch, dtype) + stored(b_stored, pitch, dtype))
-    counts = run([str(program), str(folder / "case"), str(folder / "result")])
+    counts = run([program, folder / "case", folder / "result"])
     result = torch.frombuffer(bytearray((folder / "result").read_bytes()), dtype=torch.float32)
     return result.view(M, N), *map(int, counts.split())
 

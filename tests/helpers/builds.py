@@ -111,11 +111,15 @@ class Python:
 
     def wheel(self, source, env=None):
         """Builds a wheel without isolation and returns its path."""
+        return self.wheel_and_log(source, env)[0]
+
+    def wheel_and_log(self, source, env=None):
+        """Also what the build printed."""
         out = self.folder / "wheels"
         shutil.rmtree(out, ignore_errors=True)
-        self.pip("wheel", "--no-build-isolation", "--wheel-dir", out, source, env=env)
+        log = self.pip("wheel", "--verbose", "--no-build-isolation", "--wheel-dir", out, source, env=env)
         (built,) = out.iterdir()
-        return built
+        return built, log
 
     def missing(self):
         """The installed package's reason why it has no extension, or None."""
@@ -140,14 +144,18 @@ def copy_sources(folder):
     return folder
 
 
-@pytest.fixture
-def sources(tmp_path):
-    """A copy of the sources without kernels for CPUs, which compiles quickly: what an import calls is left."""
-    folder = copy_sources(tmp_path / "sources")
+def copy_few_sources(folder):
+    """Copy the sources without kernels for CPUs, which compiles quickly: what an import calls is left."""
+    copy_sources(folder)
     for path in (folder / "csrc" / "cpu").glob("*.cpp"):
         if path.name not in ("amx.cpp", "threads.cpp"):
             path.unlink()
     return folder
+
+
+@pytest.fixture
+def sources(tmp_path):
+    return copy_few_sources(tmp_path / "sources")
 
 
 def wheel_names(wheel):

@@ -1,7 +1,9 @@
 """The kernels of csrc/cuda as a program for the CPU (cuda_on_cpu/), and one call of it: operands in, results out."""
 
 import concurrent.futures
+import functools
 import os
+import re
 import shlex
 import struct
 import subprocess
@@ -9,18 +11,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from compile_cache import made_once
 
 TESTS = Path(__file__).parents[1]
 CUDA = TESTS.parent / "csrc" / "cuda"
 SOURCES = [
     *sorted(CUDA.glob("*.cu")),
-    CUDA / "plan.cpp",
-    CUDA / "toeplitz_plan.cpp",
+    *sorted(CUDA.glob("*plan.cpp")),
     TESTS / "cuda" / "cuda_on_cpu" / "main.cpp",
 ]
 # -fno-strict-aliasing: the kernels read a pair of elements as one word, which CUDA allows and standard C++ does not.
-FLAGS = "-O1 -g1 -std=c++17 -Wall -Wextra -Werror -Wno-unknown-pragmas -fno-strict-aliasing"
-SANITIZERS = "-fsanitize=address,alignment,integer-divide-by-zero,signed-integer-overflow -fno-sanitize-recover=all"
+FLAGS = ["-O1", "-g1", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
+CHECKS = "address,alignment,integer-divide-by-zero,signed-integer-overflow"
+SANITIZERS = [f"-fsanitize={CHECKS}", "-fno-sanitize-recover=all"]
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -42,25 +45,53 @@ SM_86 = Device(99, 100, 84)
 SM_90 = Device(227, 228, 132)
 
 
-def compile_sources(folder, sources=SOURCES, linked=SOURCES):
-    """Compile ``sources`` and link the program of ``linked``; the folder must already hold the other objects."""
-    compiler = shlex.split(os.environ.get("CXX", "g++"))
-    flags = [*shlex.split(FLAGS), *shlex.split(SANITIZERS), f"-I{TESTS / 'cuda' / 'cuda_on_cpu'}", f"-I{CUDA}"]
+def compiler():
+    return shlex.split(os.environ.get("CXX", "g++"))
 
-    def compile_one(source):
-        run([*compiler, *flags, "-x", "c++", "-c", str(source), "-o", str(folder / f"{source.name}.o")])
 
+def compiled(source):
+    """The object of a source, compiled once for all processes and runs, until it, a header or a flag changes."""
+    folders = [TESTS / "cuda" / "cuda_on_cpu", CUDA]
+    command = [*compiler(), *FLAGS, *SANITIZERS, *(f"-I{folder}" for folder in folders), "-x", "c++", "-c", source]
+    headers = [path.read_bytes() for folder in folders for path in sorted(folder.glob("*.*h"))]
+
+    def make(folder):
+        run([*command, "-o", folder / "object.o"])
+
+    return made_once([_version(), *map(str, command), source.read_bytes(), *headers], make) / "object.o"
+
+
+def linked(sources=SOURCES):
+    """The program of ``sources``. Those that take longest to compile come first: no processor waits for the last."""
+    by_size = sorted(sources, key=lambda source: source.stat().st_size, reverse=True)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        list(pool.map(compile_one, sources))
-    objects = [str(folder / f"{source.name}.o") for source in linked]
-    run([*compiler, *shlex.split(SANITIZERS), *objects, "-o", str(folder / "kernels")])
-    return folder / "kernels"
+        objects = list(pool.map(compiled, by_size))
+
+    def make(folder):
+        run([*compiler(), *SANITIZERS, *objects, "-o", folder / "program"])
+
+    return made_once([*SANITIZERS, *map(str, objects)], make) / "program"
 
 
-def run(command):
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+@functools.cache
+def _version():
+    return run([*compiler(), "--version"])
+
+
+def run(command, without=None):
+    """What a command prints. ``without``: the barrier that the program leaves out, as cuda_runtime.h takes it."""
+    environment = os.environ if without is None else os.environ | {"CUDA_ON_CPU_WITHOUT": without}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=280, env=environment)
     assert result.returncode == 0, f"{' '.join(map(str, command))}\n{result.stdout}\n{result.stderr[-8000:]}"
     return result.stdout
+
+
+def barrier_at(source, text):
+    """``file:line`` of the one barrier in ``text``, which must occur once in that source of csrc/cuda."""
+    before, _, after = (CUDA / source).read_text().partition(text)
+    assert after and text not in after, f"{source} has {text!r} not once"
+    (call,) = re.finditer(r"__sync\w+\(\);", text)
+    return f"{source}:{(before + text[: call.start()]).count(chr(10)) + 1}"
 
 
 def raw(tensor):
@@ -103,7 +134,7 @@ def plan(program, folder, shape, dtype, device, tensor_cores=False):
     for sizes in shape.kernel_sizes:
         numbers += sizes
     (folder / "case").write_bytes(case([*numbers, 1, 1, 1, 1, shape.channels]))
-    forward, backward, *cuts = run([str(program), str(folder / "case")]).splitlines()
+    forward, backward, *cuts = run([program, folder / "case"]).splitlines()
     fields = (line.split() for line in cuts)
     return forward, backward, [Cut(what, *map(int, rest[:-1]), rest[-1] == "1") for what, *rest in fields]
 
@@ -121,11 +152,12 @@ def call(
     seed=0,
     tensor_cores=False,
     gradient_pitch=0,
+    without=None,
 ):
     """(path taken, outputs): agg, or with ``dagg`` what ``mask`` wants of [dctx, dgates, agg, *dfocal_weights].
 
     With ``gradient_pitch`` dctx and dgates are written into a packed gradient (B, H, W, pitch), behind C elements of a
-    row for dq. It takes their places in the list, and what is not written is NaN.
+    row for dq. It takes their places in the list, and what is not written is NaN. ``without``: see ``run``.
     """
     packed = storage_of(ctx, gates)
     dout = ctx.new_empty(ctx.shape) if dagg is None else dagg
@@ -140,7 +172,7 @@ def call(
     if dagg is not None:
         data += raw(storage_of(dagg))
     (folder / "case").write_bytes(data)
-    path, conflicts = run([str(program), str(folder / "case"), str(folder / "result")]).splitlines()
+    path, conflicts = run([program, folder / "case", folder / "result"], without).splitlines()
     assert conflicts == "0", f"{conflicts} bank conflicts in ldmatrix"
     outputs = [ctx.shape]
     if dagg is not None:
@@ -161,7 +193,7 @@ def results(folder, dtype, shapes):
     return [part.view(shape) for part, shape in zip(flat.split(counts), shapes, strict=True)]
 
 
-def modulate(program, folder, a, b, out=None, want_sum=False, multiprocessors=132, seed=0):
+def modulate(program, folder, a, b, out=None, want_sum=False, multiprocessors=132, seed=0, without=None):
     """(the storage of a * b, its sum over the rows or nothing, (launches, blocks of the last one)), for rows (n, C).
 
     ``out`` says how the product lies in a storage of its own; without it the product replaces ``a``.
@@ -171,6 +203,6 @@ def modulate(program, folder, a, b, out=None, want_sum=False, multiprocessors=13
     for rows in (a, b, place):
         numbers += [storage_of(rows).numel(), rows.storage_offset(), rows.stride(0)]
     (folder / "case").write_bytes(case(numbers) + raw(storage_of(a)) + raw(storage_of(b)))
-    counts = run([str(program), str(folder / "case"), str(folder / "result")]).split()
+    counts = run([program, folder / "case", folder / "result"], without).split()
     shapes = [(storage_of(place).numel(),), (a.shape[1] * want_sum,)]
     return *results(folder, a.dtype, shapes), tuple(map(int, counts))

@@ -8,6 +8,8 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
+from nvcc import code
+
 
 def cuobjdump():
     """The path of cuobjdump, of the CUDA toolkit or of the triton package; None if there is none."""
@@ -18,14 +20,10 @@ def cuobjdump():
     return str(found) if found and found.exists() else None
 
 
-def compiled(source, architecture, folder):
+def compiled(source, architecture):
     """(path of the cubin, what ptxas reports) of a CUDA source."""
-    binary = Path(folder) / f"{Path(source).stem}.{architecture}.cubin"
-    target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-    command = ["nvcc", "-O3", "-std=c++20", "-cubin", "-Xptxas=-v", target, str(source), "-o", str(binary)]
-    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=280)
-    assert result.returncode == 0, result.stderr
-    return binary, result.stderr
+    folder = code(source, architecture)
+    return folder / "code.cubin", (folder / "ptxas.txt").read_text()
 
 
 def instructions(binary, kernel):

@@ -197,7 +197,7 @@ def test_isolated_build_without_torch_is_pure(sources, packages_without_torch, t
 
 
 @needs_compiler
-def test_source_that_does_not_compile(sources, python):
+def test_source_that_does_not_compile(sources, python, quick_compiler):
     """auto: a pure package, the reason, and nothing left of an earlier build; cpu: an error."""
     (sources / "csrc" / "module.cpp").write_text('#error "broken on purpose"\n')
     stale = [
@@ -208,15 +208,16 @@ def test_source_that_does_not_compile(sources, python):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"of an earlier build")
 
-    wheel = python.wheel(sources)
+    env = environment(CXX=quick_compiler)
+    wheel = python.wheel(sources, env=env)
     assert_pure(wheel, "broken on purpose")
 
-    python.pip("install", "--no-build-isolation", "--editable", sources)
+    python.pip("install", "--no-build-isolation", "--editable", sources, env=env)
     assert not list(sources.glob("focalnet/*.so"))
     reason = recorded(sources)
     assert reason.startswith("compiling failed: ") and "csrc/module.cpp" in reason and "broken on purpose" in reason
 
-    env = environment(FOCALNET_BUILD="cpu")
+    env = environment(FOCALNET_BUILD="cpu", CXX=quick_compiler)
     output = python.pip("install", "--no-build-isolation", "--editable", sources, env=env, fails=True)
     assert "FOCALNET_BUILD=cpu, but the extension cannot be built: compiling failed" in output
 

@@ -14,6 +14,8 @@ from focalnet.training import pretrain
 from focalnet.training.events import Events
 from focalnet.training.saving import MANIFEST, checkpoints, why_not_whole
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[1] / "helpers" / "killed_runs.py"
 KILLED = ["in a file of weights", "before the optimizer", "before the name", "removing the oldest", "in training"]
 

@@ -17,6 +17,8 @@ from launched import launched, losses
 from small_models import one_thread  # noqa: F401
 from small_runs import CONFIG, class_folders, train, weights
 
+pytestmark = pytest.mark.slow
+
 # As root, else as root of a user namespace.
 WAYS_IN = (["unshare", "--net", "--mount"], ["unshare", "--user", "--map-root-user", "--net", "--mount"])
 HOSTS = """

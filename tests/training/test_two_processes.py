@@ -16,6 +16,8 @@ from small_runs import assert_same_bits, class_folders, train, weights
 
 from focalnet.training.saving import checkpoints
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[1] / "helpers" / "distributed_run.py"
 CONFIGURATIONS = files("focalnet.recipes") / "accelerate"
 # Each runs on the configuration that comes with the package.

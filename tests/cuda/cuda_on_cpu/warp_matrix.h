@@ -1,7 +1,8 @@
-// ldmatrix, mma.m16n8k16 and m16n8k8 on a CPU, from the layouts of fragments in the PTX ISA. They are collective: every lane of
-// a warp lays down what it brings, waits for the others, takes what it is to hold, and waits until all have. Bank
-// conflicts of ldmatrix are counted: a matrix is read in one pass if its eight rows of 16 bytes lie in eight different
-// quarters of the 32 banks, and every further row in the same quarter costs a pass more.
+// ldmatrix, mma.m16n8k16 and m16n8k8 on a CPU, from the layouts of fragments in the PTX ISA. They are collective: every
+// lane of a warp lays down what it brings, waits for the others, and takes what it is to hold; after ldmatrix it waits
+// once more, since what was read is not a copy. Bank conflicts of ldmatrix are counted: a matrix is read in one pass if
+// its eight rows of 16 bytes lie in eight different quarters of the 32 banks, and every further row in the same quarter
+// costs a pass more.
 
 #pragma once
 
@@ -57,30 +58,40 @@ inline float cut_off(double value) {
     return std::fabs(static_cast<double>(nearest)) > std::fabs(value) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
-// K elements of the inner axis, 16 or 8: K / 4 registers of A, K / 8 of B.
-template <typename T, int K>
-void mma_m16n8(float (&c)[4], const uint32_t* a, const uint32_t* b) {
-    const int lane = threadIdxOf % kWarp, g = lane / 4, t = lane % 4;
-    Fiber& mine = *fibers[threadIdxOf];
-    std::copy_n(a, K / 4, mine.registers);
-    std::copy_n(b, K / 8, mine.registers + 4);
-    wait(Fiber::kAtShuffle);
-    const auto half_of = [](uint32_t word, int k) { return static_cast<uint16_t>(word >> k % 2 * 16); };
-    const auto of_a = [&](int row, int k) {
-        const Fiber& owner = of_lane(row % 8 * 4 + k % 8 / 2);
-        return static_cast<double>(value_of(half_of(owner.registers[k / 8 * 2 + row / 8], k), T{}));
-    };
-    const auto of_b = [&](int k, int column) {
-        const Fiber& owner = of_lane(column * 4 + k % 8 / 2);
-        return static_cast<double>(value_of(half_of(owner.registers[4 + k / 8], k), T{}));
-    };
+// K elements of the inner axis, 16 or 8, of the two rows of A and the two columns of B that four of the outputs need. Not
+// instrumented: most of a run is spent here, and nothing of what is tested is read or written.
+template <int K>
+__attribute__((no_sanitize("address"))) void dot_products(const Fiber* const* lanes, int turn, int g, int t,
+                                                          float (&c)[4]) {
+    double rows[2][K], columns[2][K];
+    for (int q = 0; q < 4; ++q) {
+        const float* a = lanes[4 * g + q]->elements[turn];
+        for (int i = 0; i < K / 2; ++i) rows[i / 2 % 2][i / 4 * 8 + 2 * q + i % 2] = a[i];
+        for (int column = 0; column < 2; ++column) {
+            const float* b = lanes[4 * (2 * t + column) + q]->elements[turn] + 8;
+            for (int i = 0; i < K / 4; ++i) columns[column][i / 2 * 8 + 2 * q + i % 2] = b[i];
+        }
+    }
     for (int i = 0; i < 4; ++i) {
-        const int row = g + i / 2 * 8, column = 2 * t + i % 2;
         double sum = 0;
-        for (int k = 0; k < K; ++k) sum += of_a(row, k) * of_b(k, column);
+        for (int k = 0; k < K; ++k) sum += rows[i / 2][k] * columns[i % 2][k];
         c[i] = cut_off(sum + c[i]);
     }
+}
+
+// K / 4 registers of A, K / 8 of B.
+template <typename T, int K>
+void mma_m16n8(float (&c)[4], const uint32_t* a, const uint32_t* b) {
+    const int lane = threadIdxOf % kWarp;
+    Fiber& mine = *fibers[threadIdxOf];
+    const int turn = mine.turn ^= 1;
+    float* elements = mine.elements[turn];
+    for (int i = 0; i < K / 2; ++i) elements[i] = value_of(static_cast<uint16_t>(a[i / 2] >> i % 2 * 16), T{});
+    for (int i = 0; i < K / 4; ++i) elements[8 + i] = value_of(static_cast<uint16_t>(b[i / 2] >> i % 2 * 16), T{});
     wait(Fiber::kAtShuffle);
+    const Fiber* lanes[kWarp];
+    for (int i = 0; i < kWarp; ++i) lanes[i] = fibers[threadIdxOf - lane + i].get();
+    dot_products<K>(lanes, turn, lane / 4, lane % 4, c);
 }
 
 template <typename T>
@@ -94,5 +105,3 @@ void mma_m16n8k8(float (&c)[4], const uint32_t (&a)[2], uint32_t b) {
 }
 
 }  // namespace cuda_on_cpu
-
-inline void __syncwarp() { cuda_on_cpu::wait(cuda_on_cpu::Fiber::kAtShuffle); }
