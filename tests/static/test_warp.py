@@ -72,6 +72,45 @@ def test_a_division_as_nvcc_writes_it_gives_the_quotient(a, b):
     assert result_of(DIVISION, a, b) == a // b
 
 
+# Of 16 bits, as the assembler writes it for sm_100: by the reciprocal of a float, scaled where it would be subnormal.
+SHORT_DIVISION = """
+LDC R7, c[0x0][0x210]
+LDC R16, c[0x0][0x214]
+IABS R14, R16
+IMAD.MOV.U32 R2, RZ, RZ, 0x3f800000
+IABS R13, R7
+I2F.U16 R0, R14
+FSETP.GEU.AND P1, PT, |R0|, 1.175494350822287508e-38, PT
+FSETP.GT.AND P0, PT, |R0|, 8.50705917302346158658e+37, PT
+FSEL R2, R2, 16777216, P1
+FSEL R11, R2, 0.25, !P0
+ISETP.NE.AND P0, PT, R16, RZ, PT
+FMUL R2, R0, R11
+I2F.U16.RZ R0, R13
+MUFU.RCP R2, R2
+FMUL R11, R11, R2
+IADD3 R11, R11, 0x2, RZ
+FMUL.RZ R0, R0, R11
+LOP3.LUT R11, R16, R7, RZ, 0x3c, !PT
+SHF.R.U32.HI R11, RZ, 0x1f, R11
+F2I.U32.TRUNC.NTZ R0, R0
+IMAD.MOV R15, RZ, RZ, -R11
+LOP3.LUT R2, R15, 0xffff, R0, 0x78, !PT
+IMAD.IADD R14, R11, 0x1, R2
+@!P0 MOV R14, 0xffffffff
+LOP3.LUT R14, R14, 0xffff, RZ, 0xc0, !PT
+SHF.L.U32 R8, R14, 0x5, RZ
+MOV R9, RZ
+"""
+
+
+@pytest.mark.parametrize("a", [0, 1, 31, 1000, 2**15 - 1, -1, -31, -1000])
+@pytest.mark.parametrize("b", [0, 1, 2, 3, 7, 31, 100, 2**15 - 1, -3, -100])
+def test_a_division_of_16_bits_gives_the_quotient_towards_zero(a, b):
+    quotient = -1 if b == 0 else abs(a) // abs(b) * (1 if a * b >= 0 else -1)
+    assert result_of(SHORT_DIVISION, a, b) == quotient % 2**16
+
+
 @pytest.mark.parametrize("a, b", [(2**40 + 5, 2**39 + 2**33 + 7), (2**45 - 1, 1), (2**32 - 1, 2**32 - 1)])
 def test_a_carry_goes_from_the_low_word_to_the_high_one(a, b):
     both = [a % 2**32, a >> 32, b % 2**32, b >> 32]
