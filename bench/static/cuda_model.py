@@ -27,12 +27,12 @@ from typing import Annotated
 import torch
 import typer
 import warp
+from assembly import section
 from compile_cache import made_once
 from constants import constants
 from cuda_code import compiled, names
 from instruction_counts import Executed, Kernel
 from launch_bytes import Bytes
-from machine_code import load_cycles
 from parameters import layout, packed
 from performance_model import SAMPLE, Predicted, microseconds, predict, sample_of
 from processors import GAP, PROCESSORS, Processor
@@ -109,6 +109,7 @@ def program() -> Path:
     return made_once([cuda_program.FLAGS, *texts], cuda_program.compile_sources) / "kernels"
 
 
+@functools.lru_cache(64)
 def _lines(call: Call, *more: str) -> list[str]:
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(call.case())
@@ -174,8 +175,7 @@ def _compiled(name: str, arch: int) -> Compiled:
 
 def _registers(disassembly: str, name: str) -> int:
     """One more than the highest register that a kernel names."""
-    section = re.search(rf"^//-+ \.text\.{name}\s+-+$(.*?)(?=^//-+ \.|\Z)", disassembly, re.MULTILINE | re.DOTALL)[1]
-    return 1 + max(map(int, re.findall(r"\bR(\d+)\b", section)))
+    return 1 + max(map(int, re.findall(r"\bR(\d+)\b", section(disassembly, name).split("\n//-")[0])))
 
 
 def moved(launch: Launch, call: Call, sectors: float, requested: float) -> Bytes:
@@ -217,7 +217,7 @@ def executed(launch: Launch, arch: int, programs: int = SAMPLE) -> list[Executed
     """What some programs of a launch execute."""
     made, grid = _compiled(launch.name, arch), (launch.grid, 1, 1)
     given = warp.Launch(_apart(packed(made.parameters, launch.arguments), launch.memory), grid, launch.threads)
-    return [made.kernel.executed(given, one, load_cycles(in_l2=1)) for one in sample_of(grid, programs)]
+    return [*made.kernel.executed(given, sample_of(grid, programs))]
 
 
 def _apart(parameters: bytes, memory: range) -> bytes:

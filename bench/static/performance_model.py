@@ -135,7 +135,7 @@ def predict_launch(launch: Launch, plan: Plan, case: Case, processor: Processor)
     made = _compiled(_Key(launch, types, arch))
     load = load_cycles(min(1.0, processor.device.on_chip_bytes / max(1, ring_bytes(launch, plan))))
     given = warp.Launch(parameters_of(launch, made.parameters), launch.grid, made.used.threads)
-    found = [made.kernel.executed(given, program, load) for program in sample_of(launch.grid, SAMPLE)]
+    found = made.kernel.executed(given, sample_of(launch.grid, SAMPLE), load)
     programs = math.prod(launch.grid)
     on_tensor_cores = "PRECISION" in launch.constexprs and case.dtype.itemsize == 2
     if on_tensor_cores and not any(one.tensor or one.mma for one in found):

@@ -9,6 +9,7 @@ files, since it has one place to look.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -41,6 +42,7 @@ def computed(one: Sass) -> Assignments | None:
 # ---- operands -------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(1 << 16)
 def place(operand: str) -> str:
     """Where a target lies; '' for RZ and PT."""
     found = re.fullmatch(r"(UR|R|UP|P)(\d+)", operand)
@@ -49,6 +51,7 @@ def place(operand: str) -> str:
     return f"{ {'R': 'R', 'UR': 'U', 'P': 'P', 'UP': 'Q'}[found[1]] }[{found[2]}]".replace(" ", "")
 
 
+@functools.lru_cache(1 << 16)
 def predicate(operand: str) -> str:
     if operand.startswith("!"):
         return f"(~{predicate(operand[1:])})"
@@ -59,6 +62,7 @@ def predicate(operand: str) -> str:
     return place(operand)
 
 
+@functools.lru_cache(1 << 16)
 def value(operand: str, next_register: int = 0) -> str:
     """32 bits of a source; ``next_register`` 1 is what lies above it."""
     if operand.startswith("-"):

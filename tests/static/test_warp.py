@@ -3,7 +3,6 @@
 Texts are written by hand as nvdisasm prints them. A result is seen by the address that it is stored to.
 """
 
-import numpy as np
 import pytest
 from assembly import code_of
 from instruction_counts import Kernel
@@ -25,14 +24,14 @@ def machine(body, arch=90):
 
 
 def executed(body, threads):
-    return Kernel(machine(body), 90).executed(Launch(bytes(8), (1, 1, 1), threads), (0, 0, 0))
+    return Kernel(machine(body), 90).executed(Launch(bytes(8), (1, 1, 1), threads), [(0, 0, 0)])[0]
 
 
 def sectors_of(body, *numbers, threads=32):
     """Sectors that the stores of a body ask for; ``numbers``: its parameters."""
     parameters = b"".join((number & 0xFFFFFFFF).to_bytes(4, "little") for number in numbers)
-    run = Machine(code_of(machine(body)), 90).run(Launch(parameters, (1, 1, 1), threads), (0, 0, 0))
-    return sorted(np.concatenate(run.asked).tolist())
+    (run,) = Machine(code_of(machine(body)), 90).run(Launch(parameters, (1, 1, 1), threads), [(0, 0, 0)])
+    return run.asked.tolist()
 
 
 def result_of(body, *numbers):
@@ -201,7 +200,7 @@ EXIT
 """
     for arch, at in ((80, "0x160"), (90, "0x210"), (100, "0x380")):
         text = machine(body.format(at=at))
-        found = Kernel(text, arch).executed(Launch((37).to_bytes(4, "little"), (1, 1, 1), 64), (0, 0, 0))
+        found = Kernel(text, arch).executed(Launch((37).to_bytes(4, "little"), (1, 1, 1), 64), [(0, 0, 0)])[0]
         assert found.opcodes["FFMA"] == 2 * 37
 
 
@@ -216,7 +215,7 @@ FADD R3, R3, R3
 EXIT
 """
     with pytest.raises(ValueError, match=r"@P3 BRA"):
-        Machine(code_of(machine(body)), 90).run(Launch(bytes(8), (1, 1, 1), 32), (0, 0, 0))
+        Machine(code_of(machine(body)), 90).run(Launch(bytes(8), (1, 1, 1), 32), [(0, 0, 0)])
 
 
 def test_a_predicate_kept_in_a_register_with_loaded_bits_is_known():
@@ -264,9 +263,8 @@ EXIT
     ],
 )
 def test_bank_conflicts_come_from_the_addresses(stride, store, wavefronts):
-    found = Kernel(machine(STORE.format(stride=stride, store=store)), 90).executed(
-        Launch(b"", (1, 1, 1), 64), (0, 0, 0)
-    )
+    kernel = Kernel(machine(STORE.format(stride=stride, store=store)), 90)
+    (found,) = kernel.executed(Launch(b"", (1, 1, 1), 64), [(0, 0, 0)])
     assert found.wavefronts == 2 * wavefronts
 
 
