@@ -18,6 +18,7 @@ import typer
 from assembly import Code, code_of
 from compile_cache import made_once
 from compiled import tool
+from included_files import with_included
 from loops import Loop, loops
 from machine_code import pipe
 from ptxas import FLAGS, kernel_name
@@ -34,7 +35,7 @@ def compiled(source: Path, architecture: int, nvcc: str = "nvcc") -> tuple[str, 
     Raises:
         RuntimeError: nvcc does not compile it; the message is nvcc's.
     """
-    texts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.*h")))]
+    texts = [path.read_bytes() for path in with_included([source])]
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
 
     def make(folder: Path) -> None:

@@ -73,13 +73,13 @@ class Machine:
         self.guarded = {step.number for step in known if is_guarded_unit(step.instruction)}
         self._texts: dict[tuple[int, bool], object] = {}
 
-    def run(self, launch: Launch, programs: Sequence[Sequence[int]]) -> list[Run]:
-        """Run ``programs`` of a launch to their end.
+    def run(self, programs: Sequence[tuple[Launch, Sequence[int]]]) -> list[Run]:
+        """Run programs to their end: (launch, the program's place in its grid). All have as many threads.
 
         Raises:
             ValueError: a branch depends on what memory holds or on what is not computed; the message names it.
         """
-        return _Programs(self, launch, programs).run()
+        return _Programs(self, programs).run()
 
     def body(self, block: int, whole: bool) -> object:
         """The slice of a block, compiled; ``whole``: for when all threads run it."""
@@ -171,8 +171,9 @@ def _condition(one: Sass) -> str:
 
 
 class _Programs:
-    def __init__(self, machine: Machine, launch: Launch, programs: Sequence[Sequence[int]]) -> None:
+    def __init__(self, machine: Machine, programs: Sequence[tuple[Launch, Sequence[int]]]) -> None:
         self.machine, self.code = machine, machine.code
+        (launch, _), *_ = programs
         self.count, self.warps = len(programs), -(-launch.threads // WARP)
         self.threads = np.tile(np.arange(self.warps * WARP), self.count)
         self.live = self.threads < launch.threads
@@ -185,7 +186,7 @@ class _Programs:
         # By the number of a convergence barrier: who takes part; by it and the block behind it: who waits.
         self._parties: dict[str, np.ndarray] = {}
         self._waiting: dict[tuple[str, int], np.ndarray] = {}
-        self._names = self._namespace(launch, np.array(programs))
+        self._names = self._namespace(programs)
         self._bodies: dict[tuple[int, bool], Callable] = {}
 
     def run(self) -> list[Run]:
@@ -309,37 +310,51 @@ class _Programs:
     def _pass(self, number: int, active: np.ndarray) -> None:
         self.passed[number] += active.reshape(self.count, -1, WARP).any(2).sum(1)
 
-    def _namespace(self, launch: Launch, programs: np.ndarray) -> dict[str, object]:
+    def _namespace(self, programs: Sequence[tuple[Launch, Sequence[int]]]) -> dict[str, object]:
         count = len(self.threads)
-        banks = {0: _constant_bank(launch, self.machine.arch), 2: self.machine.constants}
-        zeros = np.zeros(count, np.uint32)
-        each = count // self.count
-        special = {f"SR_CTAID.{axis}": np.repeat(programs[:, i], each) for i, axis in enumerate("XYZ")}
+        zeros, false = np.zeros(count, np.uint32), np.zeros(count, bool)
+        places = np.repeat(np.array([place for _, place in programs]), count // self.count, axis=0)
+        special = {f"SR_CTAID.{axis}": places[:, i] for i, axis in enumerate("XYZ")}
         special |= {"SR_TID.X": self.threads, "SR_TID.Y": 0, "SR_TID.Z": 0, "SR_CgaCtaId": 0}
         special["SR_LANEID"] = self.threads % WARP
-        arrays: dict[object, np.ndarray] = {}
-
-        def number(n: int) -> np.ndarray:
-            if n not in arrays:
-                arrays[n] = np.full(count, n, np.uint32)
-            return arrays[n]
-
-        def word(offset: int, bank: int) -> np.ndarray:
-            return number(int(banks[bank][offset // 4]))
-
-        def gather(offsets: np.ndarray, bank: int) -> np.ndarray:
-            return banks[bank][np.minimum(offsets >> 2, len(banks[bank]) - 1)]
-
-        def special_register(name: str) -> np.ndarray:
-            return (zeros + special[name]).astype(np.uint32)
-
-        false = np.zeros(count, bool)
+        banks = _Banks([launch for launch, _ in programs], self.machine, count)
         registers = {kind: [zeros if kind in "RU" else false] * size for kind, size in _COUNTS.items()}
         return {
-            **NAMES, **registers, "n": number, "k": word, "gather": gather, "s": special_register,
-            "ask": self.counts.ask, "passing": self._pass,
+            **NAMES, **registers, "n": banks.number, "k": banks.word, "gather": banks.gather,
+            "s": lambda name: (zeros + special[name]).astype(np.uint32), "ask": self.counts.ask, "passing": self._pass,
             "z": zeros, "z64": np.zeros(count, np.uint64), "true": ~false, "false": false,
         }  # fmt: skip
+
+
+class _Banks:
+    """Constant memory: bank 0 holds the parameters of each program's launch, bank 2 is the same for all."""
+
+    def __init__(self, launches: Sequence[Launch], machine: Machine, lanes: int) -> None:
+        self._lanes, self._each = lanes, lanes // len(launches)
+        self._banks = {
+            0: np.stack([_constant_bank(launch, machine.arch) for launch in launches]),
+            2: machine.constants[None],
+        }
+        self._numbers: dict[int, np.ndarray] = {}
+        self._words: dict[tuple[int, int], np.ndarray] = {}
+
+    def number(self, n: int) -> np.ndarray:
+        if n not in self._numbers:
+            self._numbers[n] = np.full(self._lanes, n, np.uint32)
+        return self._numbers[n]
+
+    def word(self, offset: int, bank: int) -> np.ndarray:
+        """What lies there, for every lane."""
+        if (offset, bank) not in self._words:
+            words = self._banks[bank][:, offset // 4]
+            same = (words == words[0]).all()
+            self._words[offset, bank] = self.number(int(words[0])) if same else np.repeat(words, self._each)
+        return self._words[offset, bank]
+
+    def gather(self, offsets: np.ndarray, bank: int) -> np.ndarray:
+        words = self._banks[bank]
+        places = np.minimum(offsets >> 2, words.shape[1] - 1)
+        return words[0, places] if len(words) == 1 else words[np.arange(self._lanes) // self._each, places]
 
 
 def _constant_bank(launch: Launch, arch: int) -> np.ndarray:

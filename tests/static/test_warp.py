@@ -30,7 +30,7 @@ def executed(body, threads):
 def sectors_of(body, *numbers, threads=32):
     """Sectors that the stores of a body ask for; ``numbers``: its parameters."""
     parameters = b"".join((number & 0xFFFFFFFF).to_bytes(4, "little") for number in numbers)
-    (run,) = Machine(code_of(machine(body)), 90).run(Launch(parameters, (1, 1, 1), threads), [(0, 0, 0)])
+    (run,) = Machine(code_of(machine(body)), 90).run([(Launch(parameters, (1, 1, 1), threads), (0, 0, 0))])
     return run.asked.tolist()
 
 
@@ -215,7 +215,7 @@ FADD R3, R3, R3
 EXIT
 """
     with pytest.raises(ValueError, match=r"@P3 BRA"):
-        Machine(code_of(machine(body)), 90).run(Launch(bytes(8), (1, 1, 1), 32), [(0, 0, 0)])
+        Machine(code_of(machine(body)), 90).run([(Launch(bytes(8), (1, 1, 1), 32), (0, 0, 0))])
 
 
 def test_a_predicate_kept_in_a_register_with_loaded_bits_is_known():
