@@ -32,7 +32,7 @@ class Sass:
     def suffixes(self) -> tuple[str, ...]:
         return tuple(self.name.split("."))
 
-    @property
+    @functools.cached_property
     def opcode(self) -> str:
         return self.suffixes[0]
 
@@ -62,7 +62,7 @@ class Sass:
     def guards(self) -> int:
         return bits(self.guard, 1) if self.guard else 0
 
-    @property
+    @functools.cached_property
     def label(self) -> str | None:
         """Where a branch leads to: a label, or an address as 0x10."""
         found = re.search(r"`\(([^)]+)\)|\b(0x[0-9a-f]+)$", " ".join(self.operands[-1:]))
@@ -114,6 +114,7 @@ class Code:
         return self.at[address]
 
 
+@functools.lru_cache(1 << 16)
 def bits(operand: str, width: int) -> int:
     """The set of the registers that an operand names, and of those behind them up to ``width``."""
     found = 0
@@ -129,7 +130,7 @@ def code_of(disassembly: str, kernel: str | None = None) -> Code:
     Raises:
         ValueError: there is no such kernel.
     """
-    instructions, labels = _instructions(_section(disassembly, kernel))
+    instructions, labels = _instructions(section(disassembly, kernel))
     targets = set(labels.values()) | {
         int(one.label, 16) for one in instructions if one.opcode in _ENDS and (one.label or "").startswith("0x")
     }
@@ -214,14 +215,24 @@ def is_conditional(branch: Sass) -> bool:
     return branch.guard is not None or any(re.match(r"[!~]?U?(P|R)(\d|T|Z)", one) for one in branch.operands[:1])
 
 
-def _section(disassembly: str, kernel: str | None) -> str:
-    sections = re.split(r"^//-+ \.text\.(\S+)\s+-+$", disassembly, flags=re.MULTILINE)
-    found = dict(zip(sections[1::2], sections[2::2], strict=True))
+def section(disassembly: str, kernel: str | None) -> str:
+    """The text of ``kernel``, or of the only one.
+
+    Raises:
+        ValueError: there is no such kernel.
+    """
+    found = _sections(disassembly)
     if kernel is None and len(found) == 1:
         return next(iter(found.values()))
     if kernel not in found:
         raise ValueError(f"kernel: {kernel!r} is not among {', '.join(sorted(found))}")
     return found[kernel]
+
+
+@functools.lru_cache(16)
+def _sections(disassembly: str) -> dict[str, str]:
+    sections = re.split(r"^//-+ \.text\.(\S+)\s+-+$", disassembly, flags=re.MULTILINE)
+    return dict(zip(sections[1::2], sections[2::2], strict=True))
 
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?((?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?))\s*;")
@@ -266,10 +277,12 @@ _NO_TARGETS = (
 _TWO_PREDICATES = ("ISETP", "FSETP", "HSETP2", "DSETP", "PLOP3", "FCHK", "PSETP")
 
 
+@functools.lru_cache(1 << 16)
 def _is_register(operand: str) -> bool:
     return re.fullmatch(r"U?[RP]\d+", operand) is not None
 
 
+@functools.lru_cache(1 << 16)
 def _is_place(operand: str) -> bool:
     return re.fullmatch(r"U?(R|P)(\d+|Z|T)", operand) is not None
 

@@ -1,35 +1,40 @@
 """Predicts the time of csrc/cuda's launches, as performance_model.py predicts that of Triton's.
 
-    python bench/static/cuda_model.py                   all that is covered: some ten minutes of two processors at most
+    python bench/static/cuda_model.py                   what has no row of these sources, by use; Ctrl-C keeps the rest
     python bench/static/cuda_model.py --variant tiny_lrf --device H100 --batch 128 --dtype bfloat16 --dry
 
 The program of the tests (tests/cuda/cuda_on_cpu) prints the launches of a call with their arguments; nvcc compiles the
 kernels for the device; `instruction_counts` runs the machine code on the arguments, for every warp of some programs.
 Bytes of the L2 are the sectors that a program asks for, bytes of memory those that the kernels' headers name. It needs
-nvcc and g++, and no GPU. Rows: bench/results/without-gpu/predicted_cuda.json; the operators are the aggregation and
-its gradients, with agg once more. compile_cache.py keeps what was compiled. No figure is measured.
+nvcc and g++, and no GPU. Rows: bench/results/without-gpu/predicted_cuda.csv; coverage.py says of what. The operators
+are the aggregation and its gradients, with agg once more. A row's digest is that of the files that its launches depend
+on. compile_cache.py keeps what was compiled. No figure is measured.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
+import contextlib
 import functools
-import hashlib
 import itertools
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import coverage
 import torch
 import typer
 import warp
+from assembly import section
 from constants import constants
+from coverage import Group
 from cuda_code import compiled, names
-from instruction_counts import Executed, Kernel
+from included_files import digest
+from instruction_counts import Asked, Executed, Kernel
 from launch_bytes import Bytes
 from machine_code import load_cycles
 from parameters import layout, packed
@@ -39,21 +44,21 @@ from ptxas import kernel_name
 from rich.console import Console
 from rich.table import Table
 
-from focalnet.benchmark.environment import ROOT, versions
+from focalnet.benchmark.environment import ROOT
 from focalnet.benchmark.floors import Stage, stages
-from focalnet.benchmark.rows import NOWHERE, keep_only, key, read, write
 
 sys.path.append(str(ROOT / "tests" / "helpers"))
 import cuda_program
 
 FILE = "predicted_cuda"
-SOURCES = [path for ending in ("cu", "cuh", "h", "cpp") for path in sorted(ROOT.glob(f"csrc/cuda/*.{ending}"))]
-Case = tuple[str, str, str, int]  # variant, device, dtype, batch
-COVERED: tuple[Case, ...] = (
-    *itertools.product(("tiny_lrf",), ("H100",), ("bfloat16",), (1, 8, 128)),
-    *itertools.product(("tiny_lrf",), ("A100", "RTX 4090", "B200"), ("bfloat16",), (128,)),
-    *itertools.product(("tiny_lrf",), ("H100",), ("float16", "float32"), (128,)),
-    ("large_fl3", "H100", "bfloat16", 32),
+CUDA = ROOT / "csrc" / "cuda"
+SOURCES = [path for ending in ("cu", "cuh", "h", "cpp") for path in sorted(CUDA.glob(f"*.{ending}"))]
+OPERATORS = ("gated_aggregation", "gated_aggregation_bwd")
+RESOURCES = ("issue", "l1", "chain", "fma", "alu", "special", "tensor", "l2", "dram")
+FIELDS = (
+    *("backend", "operator", "variant", "stage", "x", "dtype", "batch", "subject", "predicted_us", "launches"),
+    *("fewest_programs", "instructions_per_output", "bound", "programs", "programs_per_sm", "waves", "registers"),
+    *("shared", *(f"us_{name}" for name in RESOURCES), "digest", "sources"),
 )
 console = Console(width=180)
 
@@ -105,6 +110,7 @@ def program() -> Path:
     return cuda_program.linked()
 
 
+@functools.lru_cache(64)
 def _lines(call: Call, *more: str) -> list[str]:
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(call.case())
@@ -146,20 +152,21 @@ class Compiled:
     parameters: list[tuple[int, int]]
 
 
-@functools.cache
+@functools.lru_cache(16)
 def texts_of(source: Path, arch: int) -> tuple[str, str, bytes, dict[str, str]]:
     """(PTX, disassembly, cubin, symbols of the kernels by name) of a source."""
     ptx, shown, cubin = compiled(source, arch)
     return ptx, shown, cubin, {kernel_name(symbol): symbol for symbol in names(ptx)}
 
 
+@functools.cache
 def source_of(name: str) -> Path:
     """The file that defines a kernel."""
     defines = re.compile(rf"__global__[^;{{]*\b{name.split('<')[0]}\(")
     return next(path for path in SOURCES if path.suffix == ".cu" and defines.search(path.read_text()))
 
 
-@functools.cache
+@functools.lru_cache(64)
 def _compiled(name: str, arch: int) -> Compiled:
     ptx, shown, cubin, symbols = texts_of(source_of(name), arch)
     symbol = symbols[name]
@@ -170,8 +177,7 @@ def _compiled(name: str, arch: int) -> Compiled:
 
 def _registers(disassembly: str, name: str) -> int:
     """One more than the highest register that a kernel names."""
-    section = re.search(rf"^//-+ \.text\.{name}\s+-+$(.*?)(?=^//-+ \.|\Z)", disassembly, re.MULTILINE | re.DOTALL)[1]
-    return 1 + max(map(int, re.findall(r"\bR(\d+)\b", section)))
+    return 1 + max(map(int, re.findall(r"\bR(\d+)\b", section(disassembly, name).split("\n//-")[0])))
 
 
 def moved(launch: Launch, call: Call, sectors: float, requested: float) -> Bytes:
@@ -211,9 +217,26 @@ class _Used:
 
 def executed(launch: Launch, arch: int, programs: int = SAMPLE) -> list[Executed]:
     """What some programs of a launch execute."""
-    made, grid = _compiled(launch.name, arch), (launch.grid, 1, 1)
+    made = _compiled(launch.name, arch)
+    return [*made.kernel.executed(*_asked(launch, made, programs))]
+
+
+def _asked(launch: Launch, made: Compiled, programs: int = SAMPLE) -> Asked:
+    grid = launch.grid, 1, 1
     given = warp.Launch(_apart(packed(made.parameters, launch.arguments), launch.memory), grid, launch.threads)
-    return [made.kernel.executed(given, one, load_cycles(in_l2=1)) for one in sample_of(grid, programs)]
+    return given, tuple(sample_of(grid, programs)), load_cycles(in_l2=1)
+
+
+def prepare(calls: Sequence[Call]) -> None:
+    """Run the machine code of several calls of a device at once: launches of a kernel run side by side."""
+    by_kernel: dict[str, list[Launch]] = {}
+    for call in calls:
+        for launch in launches(call):
+            by_kernel.setdefault(launch.name, []).append(launch)
+    for name, its_launches in by_kernel.items():
+        made = _compiled(name, calls[0].processor.device.arch)
+        with contextlib.suppress(ValueError):  # `rows_of` meets it again, and says of which call
+            made.kernel.prepare(_asked(launch, made) for launch in its_launches)
 
 
 def _apart(parameters: bytes, memory: range) -> bytes:
@@ -235,48 +258,77 @@ def predict_launch(launch: Launch, call: Call) -> Predicted:
 
 
 def rows_of(call: Call) -> list[dict]:
-    """A row for each launch, and one for all of them."""
+    """A row for all launches of a call, and one for each."""
     head = {
-        "case": "predicted",
         "backend": "cuda",
-        "operator": "gated_aggregation_bwd" if call.backward else "gated_aggregation",
+        "operator": OPERATORS[call.backward],
         "variant": call.stage.variant,
         "stage": call.stage.index + 1,
         "x": call.processor.name,
-        "batch": call.batch,
         "dtype": str(call.dtype).removeprefix("torch."),
+        "batch": call.batch,
     }
-    found = [predict_launch(launch, call) for launch in launches(call)]
-    rows = [
-        head
-        | {
-            "subject": f"{number} {one.kernel}",
-            "predicted_us": microseconds(one.seconds),
-            "bound": one.bound,
-            "programs": one.programs,
-            "programs_per_sm": one.programs_per_sm,
-            "waves": one.waves,
-            "registers": one.registers,
-            "shared": one.shared,
-            "instructions_per_output": round(32 * one.instructions / call.outputs, 1),
-            "us_by": {resource: microseconds(seconds) for resource, seconds in one.by.items()},
-        }
-        for number, one in enumerate(found, 1)
-    ]
+    its_launches = launches(call)
+    found = [predict_launch(launch, call) for launch in its_launches]
+    slowest = max(found, key=lambda one: one.seconds)
+    sources = sorted({source_of(launch.name).stem for launch in its_launches})
     total = {
         "subject": "all",
         "predicted_us": microseconds(sum(one.seconds + GAP for one in found)),
         "launches": len(found),
         "fewest_programs": min(one.programs for one in found),
         "instructions_per_output": round(32 * sum(one.instructions for one in found) / call.outputs, 1),
-        "digest": digest(),
+        "bound": slowest.bound,
+        "digest": digest_of(sources, call.backward, call.dtype),
+        "sources": " ".join(sources),
     }
-    return [head | total, *rows]
+    return [head | total, *(head | _row(number, one, call) for number, one in enumerate(found, 1))]
 
 
-def digest() -> str:
-    """Changes with the sources."""
-    return hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:16]
+def _row(number: int, one: Predicted, call: Call) -> dict:
+    return {
+        "subject": f"{number} {one.kernel}",
+        "predicted_us": microseconds(one.seconds),
+        "instructions_per_output": round(32 * one.instructions / call.outputs, 1),
+        "bound": one.bound,
+        "programs": one.programs,
+        "programs_per_sm": one.programs_per_sm,
+        "waves": one.waves,
+        "registers": one.registers,
+        "shared": one.shared,
+        **{f"us_{resource}": microseconds(one.by[resource]) for resource in RESOURCES},
+    }
+
+
+@functools.cache
+def _planners(backward: bool) -> list[Path]:
+    return [path for path in sorted(CUDA.glob("*plan*.cpp")) if backward or "bwd" not in path.name]
+
+
+def digest_of(sources: Sequence[str], backward: bool, dtype: torch.dtype) -> str:
+    """Of the files that a call's launches depend on.
+
+    They are the ``sources`` of its kernels, those that choose the kernels, those that plan, and what they include.
+    """
+    families = ("gated_aggregation",) if dtype == torch.float32 else ("gated_aggregation", "toeplitz")
+    choose = [f"{family}_{'bwd' if backward else 'fwd'}" for family in families]
+    return _digest(tuple(sorted({*sources, *choose})), backward)
+
+
+@functools.cache
+def _digest(stems: tuple[str, ...], backward: bool) -> str:
+    return digest([*(CUDA / f"{stem}.cu" for stem in stems), *_planners(backward)])
+
+
+def is_current(row: dict) -> bool:
+    """Whether the row of a call was predicted from the sources that are here."""
+    sources = str(row["sources"]).split()
+    if not all((CUDA / f"{stem}.cu").exists() for stem in sources):
+        return False
+    return row["digest"] == digest_of(sources, row["operator"] == OPERATORS[1], getattr(torch, row["dtype"]))
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
 
 
 def main(
@@ -288,53 +340,42 @@ def main(
     jobs: Annotated[int, typer.Option(help="Processes.")] = 2,
     dry: Annotated[bool, typer.Option(help="Print only.")] = False,
 ) -> None:
-    """Predict, print a table for each call, and write the rows; by default all that is covered."""
-    chosen = (variant, device, dtype, batch)
-    defaults = (["tiny_lrf"], ["H100"], ["bfloat16"], [128])
-    cases = [*itertools.product(*(given or default for given, default in zip(chosen, defaults, strict=True)))]
-    # A process keeps what it disassembled: cases of one device and dtype follow each other.
-    cases = sorted(cases if any(chosen) else COVERED, key=lambda case: case[1:3])
+    """Predict all that has no row of these sources. With --dry or a choice of calls, print those and write nothing."""
     program()
-    with concurrent.futures.ProcessPoolExecutor(min(jobs, len(cases))) as pool:
-        for rows_of_case in pool.map(_rows_of_case, cases, itertools.repeat(tuple(stage))):
-            for rows in rows_of_case:
-                show(rows)
-            if not dry:
-                _replace([row | versions() for rows in rows_of_case for row in rows])
-    if not any(chosen) and not dry:
-        _forget_older()
+    if dry or any((variant, device, batch, dtype)):
+        chosen = (variant, device, dtype, batch)
+        defaults = (["tiny_lrf"], ["H100"], ["bfloat16"], [128])
+        _show_calls(itertools.product(*(a or b for a, b in zip(chosen, defaults, strict=True))), stage)
+        return
+    TABLE.fill(rows_of_group, jobs)
 
 
-def _replace(rows: list[dict]) -> None:
-    """Write ``rows``, and delete those that their calls had before."""
-    calls, fresh = {_call_of(row) for row in rows}, {key(row) for row in rows}
-    write(rows, FILE, NOWHERE)
-    stored = read(FILE, NOWHERE)
-    keep_only({key(row) for row in stored if _call_of(row) not in calls or key(row) in fresh}, FILE, NOWHERE)
+TABLE = coverage.Table(FILE, FIELDS, OPERATORS, is_current)
 
 
-def _forget_older() -> None:
-    """Delete the calls that older sources had rows of and these have not."""
-    stored = read(FILE, NOWHERE)
-    current = {_call_of(row) for row in stored if row["subject"] == "all" and row["digest"] == digest()}
-    keep_only({key(row) for row in stored if _call_of(row) in current}, FILE, NOWHERE)
-
-
-def _call_of(row: dict) -> tuple:
-    return tuple(row[name] for name in ("variant", "x", "batch", "dtype", "operator", "stage"))
-
-
-def _rows_of_case(case: Case, numbers: tuple[int, ...]) -> list[list[dict]]:
-    variant, device, dtype, batch = case
-    found = []
-    for number, backward in itertools.product(numbers, (False, True)):
-        call = Call(stages(variant)[number - 1], batch, getattr(torch, dtype), PROCESSORS[device], backward)
+def rows_of_group(group: Group, its_stages: Sequence[Stage]) -> list[dict]:
+    """A row for each call; of the detailed variants one for each launch too."""
+    calls = [_call(stage, group.device, group.dtype, group.batch, group.backward) for stage in its_stages]
+    prepare(calls)
+    rows: list[dict] = []
+    for call in calls:
         try:
-            found.append(rows_of(call))
-        except ValueError as error:
-            # Such as a branch that warp.py cannot follow: the other calls have their rows.
-            print(f"left out: {variant}, {device}, stage {number}, backward {backward}: {error}", flush=True)
-    return found
+            total, *each = rows_of(call)
+        except ValueError as error:  # such as a branch that warp.py cannot follow
+            print(f"left out: {group}, {call.stage}: {error}", flush=True)
+        else:
+            rows += [total, *(each if call.stage.variant in coverage.DETAILED else [])]
+    return rows
+
+
+def _call(stage: Stage, device: str, dtype: str, batch: int, backward: bool) -> Call:
+    return Call(stage, batch, getattr(torch, dtype), PROCESSORS[device], backward)
+
+
+def _show_calls(cases: Iterable[tuple[str, str, str, int]], numbers: Sequence[int]) -> None:
+    for (variant, device, dtype, batch), number, backward in itertools.product(cases, numbers, (False, True)):
+        if number <= len(stages(variant)):
+            show(rows_of(_call(stages(variant)[number - 1], device, dtype, batch, backward)))
 
 
 def show(rows: list[dict]) -> None:
@@ -344,9 +385,9 @@ def show(rows: list[dict]) -> None:
     table = Table("launch", *columns, "us by resource")
     table.title = f"predicted, not measured: {head['variant']} stage {head['stage']}, {head['operator']}, {head['x']}"
     for row in [*rows[1:], head]:
-        by = sorted(row.get("us_by", {}).items(), key=lambda item: -item[1])
+        by = sorted(((name, row.get(f"us_{name}", 0)) for name in RESOURCES), key=lambda item: -item[1])
         cells = (str(row.get(name, "")) for name in columns)
-        table.add_row(row["subject"], *cells, ", ".join(f"{name} {us:.0f}" for name, us in by))
+        table.add_row(row["subject"], *cells, ", ".join(f"{name} {us:.0f}" for name, us in by if us))
     console.print(table)
 
 

@@ -32,14 +32,23 @@ _THIRTY_TWO = U64(32)
 
 
 def _float_up(number: Array) -> Array:
-    exact = number.astype(np.longdouble)
+    exact = number.astype(np.longdouble if number.itemsize == 8 else np.float64)
     found = exact.astype(np.float32)
     return np.where(found < exact, np.nextafter(found, np.float32(np.inf)), found).view(U32)
 
 
 def _truncated(number: Array, width: int) -> Array:
-    exact = np.nan_to_num(number.view(np.float32).astype(np.longdouble), nan=0.0, posinf=2.0**width)
-    return np.clip(np.trunc(exact), 0, np.longdouble(2) ** width - 1).astype(U64).astype(U32 if width == 32 else U64)
+    exact = np.nan_to_num(number.view(np.float32).astype(np.float64), nan=0.0, posinf=2.0**width)
+    inside = np.where(exact < 2.0**width, np.maximum(np.trunc(exact), 0), 0)
+    return np.where(exact < 2.0**width, inside.astype(U64), U64(2**width - 1)).astype(U32 if width == 32 else U64)
+
+
+def _product_down(a: Array, b: Array) -> Array:
+    """Rounded towards zero."""
+    with np.errstate(invalid="ignore"):
+        exact = a.astype(np.float64) * b.astype(np.float64)
+    found = exact.astype(np.float32)
+    return np.where(abs(found) > abs(exact), np.nextafter(found, np.float32(0)), found).view(U32)
 
 
 def _reciprocal(number: Array) -> Array:
@@ -79,7 +88,7 @@ def _shuffled(x: Array, by: Array, mode: str) -> Array:
 NAMES = {
     "up": _up, "sext": _sext, "low": _low, "high": _high, "join": _join, "float_up": _float_up,
     "truncated": _truncated, "reciprocal": _reciprocal, "popcount": _popcount, "first": _first, "ballot": _ballot,
-    "elected": _elect,
+    "elected": _elect, "product_down": _product_down,
     "shuffled": _shuffled, "where": np.where, "least": np.minimum, "most": np.maximum, "abs": np.abs,
     "cast": lambda x: x.astype(U32), "one": U64(1), "n64": U64, "int32": I32, "int64": I64, "uint32": U32,
     "float32": np.float32,

@@ -101,8 +101,15 @@ def latency(one: Sass, load: int) -> int:
     return SHUFFLE if one.opcode == "SHFL" else load
 
 
+_Pending = tuple[tuple[int, int], ...]  # (register, cycles until it can be read)
+
+
 class Chain:
-    """What a warp alone needs for the blocks it passes. ``load``: cycles of a load from global memory."""
+    """What a warp alone needs for the blocks it passes. ``load``: cycles of a load from global memory.
+
+    What a block takes depends on the results that it finds pending, so that each is gone through once for each such
+    state: loops settle in one.
+    """
 
     def __init__(self, blocks: Iterable[Block], load: int) -> None:
         self._blocks = [
@@ -110,26 +117,51 @@ class Chain:
              for one in block.instructions]
             for block in blocks
         ]  # fmt: skip
+        self._states: dict[_Pending, int] = {(): 0}
+        self._pending: list[_Pending] = [()]
+        self._passed: dict[tuple[int, int], tuple[int, list[int]]] = {}
 
-    def cycles(self, passed: Iterable[int]) -> list[int]:
+    def cycles(self, passed: Iterable[int]) -> tuple[int, ...]:
         """Of each stretch between two barriers of the program; ``passed``: blocks, in order."""
-        ready: dict[int, int] = {}
+        return self._cycles(tuple(passed))
+
+    @functools.lru_cache(256)  # noqa: B019
+    def _cycles(self, passed: tuple[int, ...]) -> tuple[int, ...]:
+        stretches, now, state = [], 0, 0
+        known = self._passed
+        for block in passed:
+            found = known.get((state, block))
+            if found is None:
+                found = known[state, block] = self._through(state, block)
+            state, (first, *others) = found
+            now += first
+            if others:
+                stretches += [now, *others[:-1]]
+                now = others[-1]
+        return (*stretches, now)
+
+    def _through(self, state: int, block: int) -> tuple[int, list[int]]:
+        """(state behind a block, cycles until each of its barriers and until its end)."""
+        ready = dict(self._pending[state])
         stretches, now, began = [], 0, 0
         get = ready.get
-        for block in passed:
-            for reads, writes, takes, is_barrier in self._blocks[block]:
-                now += 1
-                for register in reads:
-                    at = get(register, 0)
-                    if at > now:
-                        now = at
-                for register in writes:
-                    ready[register] = now + takes
-                if is_barrier:
-                    now += BARRIER
-                    stretches.append(now - began)
-                    began = now
-        return [*stretches, now - began]
+        for reads, writes, takes, is_barrier in self._blocks[block]:
+            now += 1
+            for register in reads:
+                at = get(register, 0)
+                if at > now:
+                    now = at
+            for register in writes:
+                ready[register] = now + takes
+            if is_barrier:
+                now += BARRIER
+                stretches.append(now - began)
+                began = now
+        pending = tuple(sorted((register, at - now) for register, at in ready.items() if at > now + 1))
+        if pending not in self._states:
+            self._states[pending] = len(self._pending)
+            self._pending.append(pending)
+        return self._states[pending], [*stretches, now - began]
 
 
 def _numbers(registers: int) -> tuple[int, ...]:

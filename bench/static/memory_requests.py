@@ -33,13 +33,16 @@ def asking_lanes(one: Sass) -> int:
     return 8 * int((re.search(r"\.(\d)$", one.name) or "11")[1])
 
 
-def shared_wavefronts(addresses: np.ndarray, active: np.ndarray, size: int) -> int:
-    """Of all warps. ``addresses``, ``active``: one for each thread, whole warps; ``size``: bytes of a thread."""
+def shared_wavefronts(addresses: np.ndarray, active: np.ndarray, size: int) -> np.ndarray:
+    """Of each part of a warp that is served at a time: a whole one, halves or quarters.
+
+    ``addresses``, ``active``: one for each thread, whole warps; ``size``: bytes of a thread.
+    """
     words = max(1, size // 4)
     lanes = WARP // words
     first = (addresses >> 2).astype(np.int64).reshape(-1, lanes, 1)
     asked = np.where(active.reshape(-1, lanes, 1), first + np.arange(words), -1).reshape(-1, lanes * words)
-    return int(_most_of_a_bank(asked).sum())
+    return _most_of_a_bank(asked)
 
 
 def _most_of_a_bank(words: np.ndarray) -> np.ndarray:
@@ -53,11 +56,11 @@ def _most_of_a_bank(words: np.ndarray) -> np.ndarray:
     return counts.reshape(-1, BANKS).max(axis=1)
 
 
-def device_wavefronts(addresses: np.ndarray, active: np.ndarray) -> tuple[int, int]:
-    """(wavefronts, sectors) of all warps."""
+def device_wavefronts(addresses: np.ndarray, active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(wavefronts, sectors) of each warp."""
     numbers = (addresses >> np.uint64(SECTOR.bit_length() - 1)).astype(np.int64)
     ordered = np.sort(np.where(active, numbers, -1).reshape(-1, WARP), axis=1)
     fresh = np.ones(ordered.shape, bool)
     fresh[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     sectors = (fresh & (ordered >= 0)).sum(axis=1)
-    return int((-(-sectors // SECTORS)).sum()), int(sectors.sum())
+    return -(-sectors // SECTORS), sectors

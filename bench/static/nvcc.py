@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from compile_cache import made_once
+from included_files import with_included
 
 FLAGS = ("-O3", "-std=c++20", "-Xptxas=-v")
 
@@ -17,7 +18,7 @@ def code(source: Path, architecture: int, nvcc: str = "nvcc") -> Path:
     Raises:
         RuntimeError: nvcc does not compile it; the message is nvcc's.
     """
-    texts = [path.read_bytes() for path in (source, *sorted(source.parent.glob("*.*h")))]
+    texts = [path.read_bytes() for path in with_included([source])]
 
     def make(folder: Path) -> None:
         ptx, cubin = folder / "code.ptx", folder / "code.cubin"

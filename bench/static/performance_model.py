@@ -1,6 +1,6 @@
 """Predicts the time of every Triton launch on a GPU that is not here, and says what binds it.
 
-    python bench/static/performance_model.py                           what is covered; rows of this source stay
+    python bench/static/performance_model.py           what has no row of this source, by use; Ctrl-C keeps the rest
     python bench/static/performance_model.py --variant base_lrf --device H100 --batch 128 --dtype bfloat16
 
 A launch is compiled for the device; `instruction_counts` runs its machine code (warp.py) for some programs. Then
@@ -15,12 +15,11 @@ more than they overlap: the time is that of the busiest (processor, L1, L2 or me
 others take, but at least the chain. An operator takes the sum over its launches and ``GAP`` between two of them. The
 floor is that of `floors.work`; "inductor >=" is the least that the reference takes under torch.compile
 (torch_launches.py). No figure here is measured: every one is a prediction. Rows:
-bench/results/without-gpu/predicted.json.
+bench/results/without-gpu/predicted.csv; coverage.py says of what.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import hashlib
 import itertools
@@ -32,6 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
+import coverage
 import torch
 import torch_launches
 import triton
@@ -42,8 +42,9 @@ from bytes_moved import case_of, plan_of
 from compile_report import source
 from compiled import Resources, compile_launch, resources, tool
 from constants import constants
+from coverage import Group
 from focalnet.kernels.plan import Case, Launch, Plan
-from instruction_counts import Executed, Kernel
+from instruction_counts import Asked, Executed, Kernel
 from launch_bytes import Bytes, bytes_of, ring_bytes
 from machine_code import load_cycles
 from parameters import layout, packed
@@ -51,19 +52,14 @@ from processors import GAP, PROCESSORS, SCHEDULERS, Processor
 from rich.console import Console
 from rich.table import Table
 
-from focalnet.benchmark.environment import versions
 from focalnet.benchmark.floors import OPERATORS, Gpu, Stage, stages, work
-from focalnet.benchmark.rows import NOWHERE, read, write
-from focalnet.variants import VARIANTS
 
 FILE = "predicted"
-PREDICTED = tuple(PROCESSORS)
-DTYPES, BATCHES = ("bfloat16", "float16", "float32"), (1, 8, 128)
-# (variant, device, dtype, batch) of the committed rows. Others can be asked for; compiling all takes hours. The small
-# variants have the stages of the tiny ones.
-COVERED = (
-    *itertools.product(("tiny_lrf",), ("H100",), ("bfloat16",), BATCHES),
-    *itertools.product(("tiny_lrf",), ("A100", "B200"), ("bfloat16",), (128,)),
+RESOURCES = ("issue", "l1", "chain", "fma", "alu", "special", "tensor", "l2", "dram")
+FIELDS = (
+    *("operator", "variant", "stage", "x", "dtype", "batch", "subject", "predicted_us", "floor_us"),
+    *("inductor_least_us", "launches", "fewest_programs", "instructions_per_output", "bound", "programs"),
+    *("programs_per_sm", "waves", "registers", "shared", *(f"us_{name}" for name in RESOURCES), "digest", "triton"),
 )
 # Programs of a launch that are counted; all do nearly the same, but the last ones of a walk may have one item less.
 SAMPLE = 4
@@ -130,12 +126,8 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def predict_launch(launch: Launch, plan: Plan, case: Case, processor: Processor) -> Predicted:
-    types = plan.dtype_of()
-    arch = processor.device.arch
-    made = _compiled(_Key(launch, types, arch))
-    load = load_cycles(min(1.0, processor.device.on_chip_bytes / max(1, ring_bytes(launch, plan))))
-    given = warp.Launch(parameters_of(launch, made.parameters), launch.grid, made.used.threads)
-    found = [made.kernel.executed(given, program, load) for program in sample_of(launch.grid, SAMPLE)]
+    made = _compiled(_Key(launch, plan.dtype_of(), processor.device.arch))
+    found = made.kernel.executed(*_asked(launch, plan, processor, made))
     programs = math.prod(launch.grid)
     on_tensor_cores = "PRECISION" in launch.constexprs and case.dtype.itemsize == 2
     if on_tensor_cores and not any(one.tensor or one.mma for one in found):
@@ -143,6 +135,23 @@ def predict_launch(launch: Launch, plan: Plan, case: Case, processor: Processor)
         share = _multiply_adds(launch, case) / programs
         found = [_with_tensor(one, share) for one in found]
     return predict(processor, made.used, found, programs, bytes_of(launch, plan, case, processor.device))
+
+
+def _asked(launch: Launch, plan: Plan, processor: Processor, made: Compiled) -> Asked:
+    load = load_cycles(min(1.0, processor.device.on_chip_bytes / max(1, ring_bytes(launch, plan))))
+    given = warp.Launch(parameters_of(launch, made.parameters), launch.grid, made.used.threads)
+    return given, tuple(sample_of(launch.grid, SAMPLE)), load
+
+
+def prepare(plans: Sequence[Plan], processor: Processor) -> None:
+    """Run the machine code of several plans at once: launches of a kernel run side by side."""
+    by_kernel: dict[_Key, list[tuple[Launch, Plan]]] = {}
+    for plan in plans:
+        for launch in _different(plan).values():
+            by_kernel.setdefault(_Key(launch, plan.dtype_of(), processor.device.arch), []).append((launch, plan))
+    for key, its_launches in by_kernel.items():
+        made = _compiled(key)
+        made.kernel.prepare(_asked(launch, plan, processor, made) for launch, plan in its_launches)
 
 
 def parameters_of(launch: Launch, places: list[tuple[int, int]]) -> bytes:
@@ -191,7 +200,7 @@ class Compiled:
     parameters: list[tuple[int, int]]
 
 
-@functools.cache
+@functools.lru_cache(128)
 def _compiled(key: _Key) -> Compiled:
     launch, arch = key.launch, key.key[-1]
     made = compile_launch(launch.kernel, arguments_of(launch, key.types), launch.options, arch)
@@ -226,9 +235,9 @@ class Total:
     def fewest_programs(self) -> int:
         return min(one.programs for one in self.launches)
 
-    def instructions_per_output(self, kernel: str) -> float:
-        """Of a thread, for each element of a map."""
-        return 32 * sum(one.instructions for one in self.launches if one.kernel == kernel) / self.outputs
+    def instructions_per_output(self, kernel: str | None = None) -> float:
+        """Of a thread, for each element of a map; of one ``kernel`` or of all."""
+        return 32 * sum(one.instructions for one in self.launches if kernel in (None, one.kernel)) / self.outputs
 
     def of_kernel(self, kernel: str) -> float:
         """Seconds of all launches of a kernel, with their gaps."""
@@ -236,14 +245,21 @@ class Total:
 
 
 def predict_plan(plan: Plan, case: Case, processor: Processor) -> Total:
-    predicted: dict[tuple, Predicted] = {}
-    launches = []
-    for launch in plan.launches:
-        key = (launch.name, launch.grid, *(value for value in launch.arguments.items() if value[0] not in _PLACES))
-        if key not in predicted:
-            predicted[key] = predict_launch(launch, plan, case, processor)
-        launches.append(predicted[key])
+    predicted = {key: predict_launch(one, plan, case, processor) for key, one in _different(plan).items()}
+    launches = [predicted[_work_of(launch)] for launch in plan.launches]
     return Total(launches, case.batch * case.positions * case.channels)
+
+
+def _different(plan: Plan) -> dict[tuple, Launch]:
+    """The launches that do different work."""
+    found: dict[tuple, Launch] = {}
+    for launch in plan.launches:
+        found.setdefault(_work_of(launch), launch)
+    return found
+
+
+def _work_of(launch: Launch) -> tuple:
+    return launch.name, launch.grid, *(value for value in launch.arguments.items() if value[0] not in _PLACES)
 
 
 # Where a chunk lies: does not change what is executed.
@@ -272,13 +288,12 @@ def rows_of(operator: str, stage: Stage, batch: int, dtype: torch.dtype, process
     """A row for each kernel of the operator, and one for all of them."""
     total = predict_operator(operator, stage, batch, dtype, processor)
     head = {
-        "case": "predicted",
         "operator": operator,
         "variant": stage.variant,
         "stage": stage.index + 1,
         "x": processor.name,
-        "batch": batch,
         "dtype": str(dtype).removeprefix("torch."),
+        "batch": batch,
     }
     floor = work(operator, stage, batch, dtype).seconds(gpu_of(processor), dtype)
     sources = plan_digest(plan_of(operator, case_of(operator, stage, batch, dtype), processor.device))
@@ -291,6 +306,8 @@ def rows_of(operator: str, stage: Stage, batch: int, dtype: torch.dtype, process
             "inductor_least_us": inductor_least_us(operator, stage, batch, dtype, processor),
             "launches": len(total.launches),
             "fewest_programs": total.fewest_programs,
+            "instructions_per_output": round(total.instructions_per_output(), 1),
+            "bound": max(total.launches, key=lambda one: one.seconds).bound,
             "digest": sources,
             "triton": triton.__version__,
         }
@@ -311,7 +328,7 @@ def rows_of(operator: str, stage: Stage, batch: int, dtype: torch.dtype, process
                 "registers": slowest.registers,
                 "shared": slowest.shared,
                 "instructions_per_output": round(total.instructions_per_output(name), 1),
-                "us_by": {resource: microseconds(sum(one.by[resource] for one in mine)) for resource in slowest.by},
+                **{f"us_{name}": microseconds(sum(one.by[name] for one in mine)) for name in RESOURCES},
             }
         )
     return rows
@@ -336,6 +353,9 @@ def plan_digest(plan: Plan) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
 def main(
     variant: Annotated[list[str] | None, typer.Option(help="Published variants.")] = None,
     device: Annotated[list[str] | None, typer.Option(help="A100, RTX 4090, H100, B200.")] = None,
@@ -345,72 +365,49 @@ def main(
     stage: Annotated[list[int], typer.Option(help="Stages, from 1.")] = [1, 2, 3, 4],  # noqa: B006
     jobs: Annotated[int, typer.Option(help="Processes.")] = 2,
     dry: Annotated[bool, typer.Option(help="Print only.")] = False,
-    anew: Annotated[bool, typer.Option("--anew", help="Also what has a row of this source.")] = False,
 ) -> None:
-    """Predict, print a table for each device and batch, and write the rows; by default all that is covered."""
-    warnings.simplefilter("ignore")
-    chosen = (variant, device, dtype, batch)
-    defaults = (("tiny_lrf",), PREDICTED, ("bfloat16",), BATCHES)
-    cases = [*itertools.product(*(given or default for given, default in zip(chosen, defaults, strict=True)))]
-    everything = not any(chosen)
-    whole = (row for row in read(FILE, NOWHERE) if row["subject"] == "all")
-    have = {} if anew or dry else {call_of(row): row for row in whole}
-    chosen_cases = COVERED if everything else cases
-    work_of = [(case, have, tuple(stage), tuple(operator)) for case in chosen_cases]
-    with concurrent.futures.ProcessPoolExecutor(min(jobs, len(work_of))) as pool:
-        for (name, gpu, type_name, images), rows in zip(chosen_cases, pool.map(_rows_of_case, work_of), strict=True):
-            if rows:
-                show(rows, f"predicted, not measured: {name}, {gpu}, batch {images}, {type_name}")
-            if rows and not dry:
-                write([row | _versions() for row in rows], FILE, NOWHERE)
-    if everything:
-        for line in left_out_in_words():
-            console.print(line, style="yellow", markup=False)
+    """Predict all that has no row of this source. With --dry or a choice of calls, print those and write nothing."""
+    if dry or any((variant, device, batch, dtype)):
+        chosen = (variant, device, dtype, batch)
+        defaults = (["tiny_lrf"], [*PROCESSORS], ["bfloat16"], [128])
+        for name, gpu, type_name, images in itertools.product(
+            *(a or b for a, b in zip(chosen, defaults, strict=True))
+        ):
+            found = [one for one in stages(name) if one.index + 1 in stage]
+            calls = [(op, one, images, getattr(torch, type_name), PROCESSORS[gpu]) for one in found for op in operator]
+            rows = [row for call in calls for row in rows_of(*call)]
+            show(rows, f"predicted, not measured: {name}, {gpu}, batch {images}, {type_name}")
+        return
+    TABLE.fill(rows_of_group, jobs)
 
 
-def _rows_of_case(work_of: tuple[tuple, dict, tuple[int, ...], tuple[str, ...]]) -> list[dict]:
-    """Of one (variant, device, dtype, batch): the rows of calls that have none of this source."""
+def _operators_of(group: Group) -> list[str]:
+    return [one for one in OPERATORS if one.endswith("_bwd") == group.backward]
+
+
+def rows_of_group(group: Group, its_stages: Sequence[Stage]) -> list[dict]:
+    """A row for each call; of the detailed variants one for each kernel too."""
     warnings.simplefilter("ignore")
-    (name, gpu, type_name, images), have, numbers, operators = work_of
-    rows = []
-    for number, op in itertools.product(numbers, operators):
-        call = op, stages(name)[number - 1], images, getattr(torch, type_name), PROCESSORS[gpu]
-        if not is_current(have.get((name, gpu, type_name, images, op, number)), *call):
-            rows += rows_of(*call)
+    processor, dtype = PROCESSORS[group.device], getattr(torch, group.dtype)
+    rows: list[dict] = []
+    calls = [(operator, stage) for operator in _operators_of(group) for stage in its_stages]
+    prepare(
+        [plan_of(name, case_of(name, one, group.batch, dtype), processor.device) for name, one in calls], processor
+    )
+    for operator, stage in calls:
+        total, *each = rows_of(operator, stage, group.batch, dtype, processor)
+        rows += [total, *(each if stage.variant in coverage.DETAILED else [])]
     return rows
 
 
-def call_of(row: dict) -> tuple:
-    return tuple(row[name] for name in ("variant", "x", "dtype", "batch", "operator", "stage"))
+def is_current(row: dict) -> bool:
+    """Whether the row of a call was predicted from this source with this Triton."""
+    stage, device = stages(row["variant"])[row["stage"] - 1], PROCESSORS[row["x"]].device
+    case = case_of(row["operator"], stage, row["batch"], getattr(torch, row["dtype"]))
+    return (row["triton"], row["digest"]) == (triton.__version__, plan_digest(plan_of(row["operator"], case, device)))
 
 
-def is_current(row: dict | None, operator: str, stage: Stage, batch: int, dtype: torch.dtype, gpu: Processor) -> bool:
-    """Whether a row was predicted from this source with this Triton."""
-    if row is None or row["triton"] != triton.__version__:
-        return False
-    return row["digest"] == plan_digest(plan_of(operator, case_of(operator, stage, batch, dtype), gpu.device))
-
-
-def left_out() -> list[tuple[str, str, str, int]]:
-    """(variant, device, dtype, batch) of the published sizes that have no rows."""
-    return [one for one in itertools.product(VARIANTS, PREDICTED, DTYPES, BATCHES) if one not in COVERED]
-
-
-def left_out_in_words() -> list[str]:
-    """A line for each variant and device: the dtypes and batches without rows."""
-    found: dict[tuple[str, str], dict[str, list[int]]] = {}
-    for name, gpu, dtype, batch in left_out():
-        found.setdefault((name, gpu), {}).setdefault(dtype, []).append(batch)
-    return [
-        f"left out: {name}, {gpu}: "
-        + "; ".join(f"{dtype} at batch {', '.join(map(str, batches))}" for dtype, batches in types.items())
-        for (name, gpu), types in found.items()
-    ]
-
-
-def _versions() -> dict[str, str]:
-    """Of what a prediction depends on."""
-    return {name: version for name, version in versions().items() if name in ("focalnet", "triton")}
+TABLE = coverage.Table(FILE, FIELDS, OPERATORS, is_current)
 
 
 def show(rows: list[dict], title: str) -> None:

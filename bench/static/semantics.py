@@ -9,6 +9,7 @@ files, since it has one place to look.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -41,6 +42,7 @@ def computed(one: Sass) -> Assignments | None:
 # ---- operands -------------------------------------------------------------------------------------------------------
 
 
+@functools.lru_cache(1 << 16)
 def place(operand: str) -> str:
     """Where a target lies; '' for RZ and PT."""
     found = re.fullmatch(r"(UR|R|UP|P)(\d+)", operand)
@@ -49,6 +51,7 @@ def place(operand: str) -> str:
     return f"{ {'R': 'R', 'UR': 'U', 'P': 'P', 'UP': 'Q'}[found[1]] }[{found[2]}]".replace(" ", "")
 
 
+@functools.lru_cache(1 << 16)
 def predicate(operand: str) -> str:
     if operand.startswith("!"):
         return f"(~{predicate(operand[1:])})"
@@ -59,6 +62,7 @@ def predicate(operand: str) -> str:
     return place(operand)
 
 
+@functools.lru_cache(1 << 16)
 def value(operand: str, next_register: int = 0) -> str:
     """32 bits of a source; ``next_register`` 1 is what lies above it."""
     if operand.startswith("-"):
@@ -339,7 +343,7 @@ def _count_ones(one: Sass) -> Assignments:
 
 
 def _to_float(one: Sass) -> Assignments:
-    suffixes = _only(one, "RP", "U32", "S32", "U64")
+    suffixes = _only(one, "RP", "RZ", "U16", "U32", "S32", "U64")
     if "RP" not in suffixes:
         return _nearest_float(one)
     target, source = one.operands
@@ -382,15 +386,39 @@ _FLOAT = {"FADD": "{} + {}", "FMUL": "{} * {}", "FFMA": "({} * {} + {})"}
 
 def _float_arithmetic(one: Sass) -> Assignments:
     """Of numbers of the launch, as 1 / (height * width); rounded once more than the hardware does."""
+    if one.name == "FMUL.RZ":
+        return [(place(one.operands[0]), f"product_down({', '.join(map(_float, one.sources))})")]
     _only(one, "FTZ")
     text = _FLOAT[one.opcode].format(*map(_float, one.sources))
     return [(place(one.operands[0]), f"({text}).astype(float32).view(uint32)")]
 
 
 def _nearest_float(one: Sass) -> Assignments:
-    _only(one, "F32", "S32", "U32")
-    signed = "" if "U32" in one.suffixes else ".view(int32)"
-    return [(place(one.operands[0]), f"{value(one.operands[1])}{signed}.astype(float32).view(uint32)")]
+    suffixes = _only(one, "F32", "S32", "U32", "U16", "RZ")
+    target, source = one.operands
+    if "U16" in suffixes:  # exact, however it is rounded
+        return [(place(target), f"({value(source)} & n(65535)).astype(float32).view(uint32)")]
+    if "RZ" in suffixes:
+        raise Unknown(one.name)
+    signed = "" if "U32" in suffixes else ".view(int32)"
+    return [(place(target), f"{value(source)}{signed}.astype(float32).view(uint32)")]
+
+
+def _float_compare(one: Sass) -> Assignments:
+    relation, *suffixes = one.suffixes[1:]
+    relation = relation.removesuffix("U")  # no number of a launch is a NaN
+    if relation not in _COMPARE or set(suffixes) - {"FTZ", "AND"}:
+        raise Unknown(one.name)
+    a, b, combined = one.sources
+    found = f"({_float(a)} {_COMPARE[relation]} {_float(b)})"
+    results = (f"({found} & {predicate(combined)})", f"(~{found} & {predicate(combined)})")
+    return [(place(target), text) for target, text in zip(one.operands[:2], results, strict=True)]
+
+
+def _float_select(one: Sass) -> Assignments:
+    _only(one, "FTZ")
+    target, a, b, choice = one.operands
+    return [(place(target), f"where({predicate(choice)}, {_float(a)}, {_float(b)}).view(uint32)")]
 
 
 def _half_constant(one: Sass) -> Assignments:
@@ -511,7 +539,7 @@ _BUILD: dict[str, Callable[[Sass], Assignments]] = {
     "LDCU": _constant, "S2R": _special_register, "S2UR": _special_register, "CS2R": _special_register,
     "CS2UR": _special_register, "R2UR": _to_uniform, "SHFL": _shuffle, "VOTE": _vote, "VOTEU": _vote,
     "ELECT": _elected, "SYNCS": _at_once, "UTCATOMSWS": _at_once, "P2R": _all_predicates, "R2P": _into_predicates,
-    "FCHK": _division_is_ordinary,
+    "FSETP": _float_compare, "FSEL": _float_select, "FCHK": _division_is_ordinary,
 }  # fmt: skip
 # What does not depend on its operands here.
 CONSTANT = ("FCHK", "SYNCS", "UTCATOMSWS", "ELECT")

@@ -1,27 +1,27 @@
-"""Runs the machine code of a kernel for all threads of one program, as far as branches and addresses go.
+"""Runs the machine code of a kernel for all threads of some programs, as far as branches and addresses go.
 
-Threads that stand at the same block run it together, as numpy arrays; the block that comes first in the text goes
-first. Within a warp they part where they branch differently and wait for each other as the code says (BSSY, BSYNC,
-BREAK), so a block counts once for a warp each time that any of its threads enters it. Only the slice of slices.py is
-computed; a branch that depends on anything else is refused. memory_requests.py says what a request costs, from the
-addresses of its warp; where these depend on memory, it is taken to have no conflicts.
+Programs run side by side, in lanes of their own, and none feels the others: numpy takes little longer for four than
+for one. Threads that stand at the same block run it together, as numpy arrays; the block that comes first in the text
+goes first. Within a warp they part where they branch differently and wait for each other as the code says (BSSY,
+BSYNC, BREAK), so a block counts once for a warp each time that any of its threads enters it. Only the slice of
+slices.py is computed; a branch that depends on anything else is refused. memory_requests.py says what a request
+costs, from the addresses of its warp; where these depend on memory, it is taken to have no conflicts.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import memory_requests as requests
 import numpy as np
 from assembly import Code, Sass
 from lanes import NAMES
+from memory_requests import WARP
+from request_counts import RequestCounts
 from semantics import predicate, value
 from slices import Step, is_branch, is_guarded_unit, is_request, steps_of
 
-WARP = 32
 MAX_BLOCKS = 5_000_000
 # Where parameters begin in constant bank 0, and where the sizes of a block and of the grid stand.
 PARAMETERS = {80: 0x160, 86: 0x160, 89: 0x160, 90: 0x210, 100: 0x380, 120: 0x380}
@@ -38,25 +38,23 @@ class Launch:
     threads: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """Of one program. ``entered``: by block and warp; ``trace``: (block, its warps), in the order of time.
+    """Of one program. ``entered``: by block, all warps together; ``blocks`` and ``took_part``: those that ran, in the
+    order of time, and by warp whether it was there.
 
-    ``requests``, ``wavefronts``, ``sectors``: by instruction, all warps together. ``asked``: numbers of sectors.
-    ``passed``: warps in which a product's or a barrier's guard holds.
+    ``requests``, ``wavefronts``, ``sectors``: by instruction, all warps together. ``asked``: numbers of the different
+    sectors of device memory. ``passed``: by instruction, warps in which a product's or a barrier's guard holds.
     """
 
     entered: np.ndarray
-    trace: list[tuple[int, np.ndarray]] = field(default_factory=list)
-    requests: Counter[int] = field(default_factory=Counter)
-    wavefronts: Counter[int] = field(default_factory=Counter)
-    sectors: Counter[int] = field(default_factory=Counter)
-    passed: Counter[int] = field(default_factory=Counter)
-    asked: list[np.ndarray] = field(default_factory=list)
-
-    def different_sectors(self) -> int:
-        """Of device memory, that the program reads or writes."""
-        return len(np.unique(np.concatenate(self.asked))) if self.asked else 0
+    blocks: np.ndarray
+    took_part: np.ndarray
+    requests: np.ndarray
+    wavefronts: np.ndarray
+    sectors: np.ndarray
+    passed: np.ndarray
+    asked: np.ndarray
 
 
 class Machine:
@@ -75,13 +73,13 @@ class Machine:
         self.guarded = {step.number for step in known if is_guarded_unit(step.instruction)}
         self._texts: dict[tuple[int, bool], object] = {}
 
-    def run(self, launch: Launch, program: Sequence[int]) -> Run:
-        """Run a ``program`` of a launch to its end.
+    def run(self, programs: Sequence[tuple[Launch, Sequence[int]]]) -> list[Run]:
+        """Run programs to their end: (launch, the program's place in its grid). All have as many threads.
 
         Raises:
             ValueError: a branch depends on what memory holds or on what is not computed; the message names it.
         """
-        return _Program(self, launch, program).run()
+        return _Programs(self, programs).run()
 
     def body(self, block: int, whole: bool) -> object:
         """The slice of a block, compiled; ``whole``: for when all threads run it."""
@@ -169,42 +167,56 @@ def _condition(one: Sass) -> str:
     return " & ".join(filter(None, (guard, own))) or "None"
 
 
-# ---- one program ----------------------------------------------------------------------------------------------------
+# ---- programs, side by side -----------------------------------------------------------------------------------------
 
 
-class _Program:
-    def __init__(self, machine: Machine, launch: Launch, program: Sequence[int]) -> None:
+class _Programs:
+    def __init__(self, machine: Machine, programs: Sequence[tuple[Launch, Sequence[int]]]) -> None:
         self.machine, self.code = machine, machine.code
-        self.warps = -(-launch.threads // WARP)
-        self.lanes = np.arange(self.warps * WARP)
-        self.live = self.lanes < launch.threads
-        self.live_count = launch.threads
-        self.result = Run(np.zeros((len(self.code.blocks), self.warps), np.int64))
+        (launch, _), *_ = programs
+        self.count, self.warps = len(programs), -(-launch.threads // WARP)
+        self.threads = np.tile(np.arange(self.warps * WARP), self.count)
+        self.live = self.threads < launch.threads
+        self.live_count = self.count * launch.threads
+        self.trace: list[tuple[int, np.ndarray]] = []
+        self.counts = RequestCounts(machine.instructions, self.count, len(self.threads))
+        self.passed = np.zeros((len(machine.instructions), self.count), np.int64)
         self._groups: dict[int, np.ndarray] = {}
         self._heap: list[int] = []
         # By the number of a convergence barrier: who takes part; by it and the block behind it: who waits.
         self._parties: dict[str, np.ndarray] = {}
         self._waiting: dict[tuple[str, int], np.ndarray] = {}
-        self._costs: dict[tuple, tuple[int, int]] = {}
-        self._names = self._namespace(launch, program)
+        self._names = self._namespace(programs)
         self._bodies: dict[tuple[int, bool], Callable] = {}
 
-    def run(self) -> Run:
+    def run(self) -> list[Run]:
         self._go(0, self.live)
         for _ in range(MAX_BLOCKS):
             if not self._heap:
                 if self._waiting:
                     raise ValueError(f"threads wait for each other for ever, at {sorted(self._waiting)}")
-                return self.result
+                return self._results()
             block = heapq.heappop(self._heap)
             self._step(block, self._groups.pop(block))
         raise ValueError(f"the kernel has not ended after {MAX_BLOCKS} blocks: is a parameter missing?")
 
+    def _results(self) -> list[Run]:
+        blocks = np.array([block for block, _ in self.trace])
+        took_part = np.array([warps for _, warps in self.trace]).reshape(len(blocks), self.count, self.warps)
+        asked = self.counts.different_sectors()
+        found = []
+        for one in range(self.count):
+            here = took_part[:, one].any(1)
+            mine, warps = blocks[here], took_part[here, one]
+            entered = np.bincount(mine, warps.sum(1), len(self.code.blocks)).astype(np.int64)
+            by_instruction = (self.counts.requests, self.counts.wavefronts, self.counts.sectors, self.passed)
+            found.append(Run(entered, mine, warps, *(counts[:, one] for counts in by_instruction), asked[one]))
+        return found
+
     def _step(self, block: int, mask: np.ndarray) -> None:
         whole = np.count_nonzero(mask) == self.live_count
         warps = mask.reshape(-1, WARP).any(1)
-        self.result.entered[block] += warps
-        self.result.trace.append((block, warps))
+        self.trace.append((block, warps))
         if refused := self.machine.refused(block):
             raise ValueError(f"`{refused.text}` depends on what memory holds, or on what semantics.py lacks")
         condition = self._body(block, whole)(mask, None if whole else np.repeat(warps, WARP))
@@ -295,62 +307,54 @@ class _Program:
             self._groups[block] = mask
             heapq.heappush(self._heap, block)
 
-    def _ask(self, number: int, addresses: np.ndarray, active: np.ndarray) -> None:
-        """Count a request. Those that lie alike cost alike."""
-        one = self.machine.instructions[number]
-        if requests.asking_lanes(one) < WARP:
-            active = active & (self.lanes % WARP < requests.asking_lanes(one))
-        asking = int(active.reshape(-1, WARP).any(1).sum())
-        if not asking:
-            return
-        size, device = requests.bytes_of_thread(one), addresses.dtype == np.uint64
-        if device:
-            self.result.asked.append(np.unique(addresses[active] >> np.uint64(5)))
-        base = addresses[int(active.argmax())] & ~addresses.dtype.type(requests.LINE - 1)
-        key = size, device, np.where(active, addresses - base, 0).tobytes(), active.tobytes()
-        if key not in self._costs:
-            if device:
-                self._costs[key] = requests.device_wavefronts(addresses, active)
-            else:
-                self._costs[key] = requests.shared_wavefronts(addresses, active, size), 0
-        wavefronts, sectors = self._costs[key]
-        self.result.requests[number] += asking
-        self.result.wavefronts[number] += wavefronts
-        self.result.sectors[number] += sectors
-
     def _pass(self, number: int, active: np.ndarray) -> None:
-        self.result.passed[number] += int(active.reshape(-1, WARP).any(1).sum())
+        self.passed[number] += active.reshape(self.count, -1, WARP).any(2).sum(1)
 
-    def _namespace(self, launch: Launch, program: Sequence[int]) -> dict[str, object]:
-        count = len(self.lanes)
-        banks = {0: _constant_bank(launch, self.machine.arch), 2: self.machine.constants}
-        zeros = np.zeros(count, np.uint32)
-        special = {f"SR_CTAID.{axis}": n for axis, n in zip("XYZ", program, strict=True)}
-        special |= {"SR_TID.X": self.lanes, "SR_TID.Y": 0, "SR_TID.Z": 0, "SR_CgaCtaId": 0}
-        special["SR_LANEID"] = self.lanes % WARP
-        arrays: dict[object, np.ndarray] = {}
-
-        def number(n: int) -> np.ndarray:
-            if n not in arrays:
-                arrays[n] = np.full(count, n, np.uint32)
-            return arrays[n]
-
-        def word(offset: int, bank: int) -> np.ndarray:
-            return number(int(banks[bank][offset // 4]))
-
-        def gather(offsets: np.ndarray, bank: int) -> np.ndarray:
-            return banks[bank][np.minimum(offsets >> 2, len(banks[bank]) - 1)]
-
-        def special_register(name: str) -> np.ndarray:
-            return (zeros + special[name]).astype(np.uint32)
-
-        false = np.zeros(count, bool)
+    def _namespace(self, programs: Sequence[tuple[Launch, Sequence[int]]]) -> dict[str, object]:
+        count = len(self.threads)
+        zeros, false = np.zeros(count, np.uint32), np.zeros(count, bool)
+        places = np.repeat(np.array([place for _, place in programs]), count // self.count, axis=0)
+        special = {f"SR_CTAID.{axis}": places[:, i] for i, axis in enumerate("XYZ")}
+        special |= {"SR_TID.X": self.threads, "SR_TID.Y": 0, "SR_TID.Z": 0, "SR_CgaCtaId": 0}
+        special["SR_LANEID"] = self.threads % WARP
+        banks = _Banks([launch for launch, _ in programs], self.machine, count)
         registers = {kind: [zeros if kind in "RU" else false] * size for kind, size in _COUNTS.items()}
         return {
-            **NAMES, **registers, "n": number, "k": word, "gather": gather, "s": special_register, "ask": self._ask,
-            "passing": self._pass,
+            **NAMES, **registers, "n": banks.number, "k": banks.word, "gather": banks.gather,
+            "s": lambda name: (zeros + special[name]).astype(np.uint32), "ask": self.counts.ask, "passing": self._pass,
             "z": zeros, "z64": np.zeros(count, np.uint64), "true": ~false, "false": false,
         }  # fmt: skip
+
+
+class _Banks:
+    """Constant memory: bank 0 holds the parameters of each program's launch, bank 2 is the same for all."""
+
+    def __init__(self, launches: Sequence[Launch], machine: Machine, lanes: int) -> None:
+        self._lanes, self._each = lanes, lanes // len(launches)
+        self._banks = {
+            0: np.stack([_constant_bank(launch, machine.arch) for launch in launches]),
+            2: machine.constants[None],
+        }
+        self._numbers: dict[int, np.ndarray] = {}
+        self._words: dict[tuple[int, int], np.ndarray] = {}
+
+    def number(self, n: int) -> np.ndarray:
+        if n not in self._numbers:
+            self._numbers[n] = np.full(self._lanes, n, np.uint32)
+        return self._numbers[n]
+
+    def word(self, offset: int, bank: int) -> np.ndarray:
+        """What lies there, for every lane."""
+        if (offset, bank) not in self._words:
+            words = self._banks[bank][:, offset // 4]
+            same = (words == words[0]).all()
+            self._words[offset, bank] = self.number(int(words[0])) if same else np.repeat(words, self._each)
+        return self._words[offset, bank]
+
+    def gather(self, offsets: np.ndarray, bank: int) -> np.ndarray:
+        words = self._banks[bank]
+        places = np.minimum(offsets >> 2, words.shape[1] - 1)
+        return words[0, places] if len(words) == 1 else words[np.arange(self._lanes) // self._each, places]
 
 
 def _constant_bank(launch: Launch, arch: int) -> np.ndarray:

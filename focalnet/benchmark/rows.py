@@ -2,11 +2,12 @@
 
 A device is a GPU, identified by name, or a processor, identified by name, family, model, instruction set and cores. A
 row holds the case that was measured, the results, and facts about the machine. A new row replaces the old row of the
-same case.
+same case. Rows of which there are thousands are a table instead, <kind>.csv: `read` takes both.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -41,7 +42,39 @@ def folder(device: str) -> Path:
 
 def read(kind: str, device: str) -> list[dict[str, Any]]:
     path = folder(device) / f"{kind}.json"
-    return json.loads(path.read_text()) if path.exists() else []
+    if path.exists():
+        return json.loads(path.read_text())
+    return _read_table(path.with_suffix(".csv"))
+
+
+# Columns of a table that hold text even where it looks like a number.
+_TEXT = frozenset(("digest", "sources", "triton", "nvcc"))
+
+
+def write_table(rows: list[dict[str, Any]], kind: str, device: str, fields: tuple[str, ...]) -> Path:
+    """Write ``rows``, and none but these, with ``fields`` as columns. Returns the file."""
+    path = folder(device) / f"{kind}.csv"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".tmp")
+    with fresh.open("w", newline="") as file:
+        table = csv.DictWriter(file, fields, restval="", lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    return fresh.replace(path)
+
+
+def _read_table(path: Path) -> list[dict[str, Any]]:
+    """A cell that is empty is no field of its row."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [{name: _cell(name, text) for name, text in row.items() if text} for row in csv.DictReader(file)]
+
+
+def _cell(name: str, text: str) -> str | int | float:
+    if name in _TEXT or not re.fullmatch(r"-?\d+(\.\d*)?(e[+-]?\d+)?", text):
+        return text
+    return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
 def devices(kind: str) -> list[str]:

@@ -60,7 +60,7 @@ def test_the_trips_of_nested_loops_follow_from_the_numbers_of_a_launch(walk, n, 
     )
     for program in (0, 1):
         blocks = len(range(program, math.ceil(n / 128), 2))
-        found = kernel.executed(warp.Launch(parameters, (2, 1, 1), 128), (program, 0, 0))
+        found = kernel.executed(warp.Launch(parameters, (2, 1, 1), 128), [(program, 0, 0)])[0]
         # The assembler unrolled the inner loop by four: up to three instructions whose guard is off take their slot.
         assert blocks * inner <= found.opcodes.get("FFMA", 0) / 4 <= blocks * (inner + 3)
         elements = (min(128, n - 128 * block) for block in range(program, math.ceil(n / 128), 2))
@@ -111,7 +111,7 @@ def test_machine_code_and_ptx_agree_on_the_arithmetic_of_a_kernel_of_levels(oper
     parameters = performance_model.parameters_of(launch, places)
     values = [parameters[first : first + size] for first, size in places]
     given = warp.Launch(parameters, launch.grid, 128)
-    counted = Kernel(disassembled(made.asm["cubin"]), 90).executed(given, (0, 0, 0))
+    counted = Kernel(disassembled(made.asm["cubin"]), 90).executed(given, [(0, 0, 0)])[0]
     found = operations(ptx, ptx_arguments(ptx, values), (0, 0, 0), launch.grid, 128)
     wanted = sum(found[name] * weight for name, weight in OPERATIONS.items())
     assert counted.operations == pytest.approx(wanted / 4, rel=0.02)

@@ -3,7 +3,6 @@
 Texts are written by hand as nvdisasm prints them. A result is seen by the address that it is stored to.
 """
 
-import numpy as np
 import pytest
 from assembly import code_of
 from instruction_counts import Kernel
@@ -25,14 +24,14 @@ def machine(body, arch=90):
 
 
 def executed(body, threads):
-    return Kernel(machine(body), 90).executed(Launch(bytes(8), (1, 1, 1), threads), (0, 0, 0))
+    return Kernel(machine(body), 90).executed(Launch(bytes(8), (1, 1, 1), threads), [(0, 0, 0)])[0]
 
 
 def sectors_of(body, *numbers, threads=32):
     """Sectors that the stores of a body ask for; ``numbers``: its parameters."""
     parameters = b"".join((number & 0xFFFFFFFF).to_bytes(4, "little") for number in numbers)
-    run = Machine(code_of(machine(body)), 90).run(Launch(parameters, (1, 1, 1), threads), (0, 0, 0))
-    return sorted(np.concatenate(run.asked).tolist())
+    (run,) = Machine(code_of(machine(body)), 90).run([(Launch(parameters, (1, 1, 1), threads), (0, 0, 0))])
+    return run.asked.tolist()
 
 
 def result_of(body, *numbers):
@@ -70,6 +69,45 @@ SHF.L.U32 R8, R8, 0x5, RZ
 @pytest.mark.parametrize("b", [1, 3, 7, 96, 3136, 2**16 + 1, 2**31, 2**32 - 1])
 def test_a_division_as_nvcc_writes_it_gives_the_quotient(a, b):
     assert result_of(DIVISION, a, b) == a // b
+
+
+# Of 16 bits, as the assembler writes it for sm_100: by the reciprocal of a float, scaled where it would be subnormal.
+SHORT_DIVISION = """
+LDC R7, c[0x0][0x210]
+LDC R16, c[0x0][0x214]
+IABS R14, R16
+IMAD.MOV.U32 R2, RZ, RZ, 0x3f800000
+IABS R13, R7
+I2F.U16 R0, R14
+FSETP.GEU.AND P1, PT, |R0|, 1.175494350822287508e-38, PT
+FSETP.GT.AND P0, PT, |R0|, 8.50705917302346158658e+37, PT
+FSEL R2, R2, 16777216, P1
+FSEL R11, R2, 0.25, !P0
+ISETP.NE.AND P0, PT, R16, RZ, PT
+FMUL R2, R0, R11
+I2F.U16.RZ R0, R13
+MUFU.RCP R2, R2
+FMUL R11, R11, R2
+IADD3 R11, R11, 0x2, RZ
+FMUL.RZ R0, R0, R11
+LOP3.LUT R11, R16, R7, RZ, 0x3c, !PT
+SHF.R.U32.HI R11, RZ, 0x1f, R11
+F2I.U32.TRUNC.NTZ R0, R0
+IMAD.MOV R15, RZ, RZ, -R11
+LOP3.LUT R2, R15, 0xffff, R0, 0x78, !PT
+IMAD.IADD R14, R11, 0x1, R2
+@!P0 MOV R14, 0xffffffff
+LOP3.LUT R14, R14, 0xffff, RZ, 0xc0, !PT
+SHF.L.U32 R8, R14, 0x5, RZ
+MOV R9, RZ
+"""
+
+
+@pytest.mark.parametrize("a", [0, 1, 31, 1000, 2**15 - 1, -1, -31, -1000])
+@pytest.mark.parametrize("b", [0, 1, 2, 3, 7, 31, 100, 2**15 - 1, -3, -100])
+def test_a_division_of_16_bits_gives_the_quotient_towards_zero(a, b):
+    quotient = -1 if b == 0 else abs(a) // abs(b) * (1 if a * b >= 0 else -1)
+    assert result_of(SHORT_DIVISION, a, b) == quotient % 2**16
 
 
 @pytest.mark.parametrize("a, b", [(2**40 + 5, 2**39 + 2**33 + 7), (2**45 - 1, 1), (2**32 - 1, 2**32 - 1)])
@@ -162,7 +200,7 @@ EXIT
 """
     for arch, at in ((80, "0x160"), (90, "0x210"), (100, "0x380")):
         text = machine(body.format(at=at))
-        found = Kernel(text, arch).executed(Launch((37).to_bytes(4, "little"), (1, 1, 1), 64), (0, 0, 0))
+        found = Kernel(text, arch).executed(Launch((37).to_bytes(4, "little"), (1, 1, 1), 64), [(0, 0, 0)])[0]
         assert found.opcodes["FFMA"] == 2 * 37
 
 
@@ -177,7 +215,7 @@ FADD R3, R3, R3
 EXIT
 """
     with pytest.raises(ValueError, match=r"@P3 BRA"):
-        Machine(code_of(machine(body)), 90).run(Launch(bytes(8), (1, 1, 1), 32), (0, 0, 0))
+        Machine(code_of(machine(body)), 90).run([(Launch(bytes(8), (1, 1, 1), 32), (0, 0, 0))])
 
 
 def test_a_predicate_kept_in_a_register_with_loaded_bits_is_known():
@@ -225,9 +263,8 @@ EXIT
     ],
 )
 def test_bank_conflicts_come_from_the_addresses(stride, store, wavefronts):
-    found = Kernel(machine(STORE.format(stride=stride, store=store)), 90).executed(
-        Launch(b"", (1, 1, 1), 64), (0, 0, 0)
-    )
+    kernel = Kernel(machine(STORE.format(stride=stride, store=store)), 90)
+    (found,) = kernel.executed(Launch(b"", (1, 1, 1), 64), [(0, 0, 0)])
     assert found.wavefronts == 2 * wavefronts
 
 
