@@ -1,7 +1,7 @@
-// What the planner (toeplitz_plan.cpp) and the launchers of the kernels on tensor cores agree on. A depthwise
-// convolution is a product with banded Toeplitz matrices: with the taps of kernel row ky in T, T[i][j] = w[ky][i - j],
-// eight columns of a row of outputs are sixteen (or 32) columns of a row of inputs times T, summed over ky. Sixteen
-// rows at once are one product m16n8k16, or its two halves m16n8k8.
+// What the plans (toeplitz_plan.cpp, toeplitz_bwd_plan.cpp) and the launchers of the kernels on tensor cores agree on.
+// A depthwise convolution is a product with banded Toeplitz matrices: with the taps of kernel row ky in T, T[i][j] =
+// w[ky][i - j], eight columns of a row of outputs are sixteen (or 32) columns of a row of inputs times T, summed over
+// ky. Sixteen rows at once are one product m16n8k16, or its two halves m16n8k8.
 //
 // 16-bit types only: their products are exact in float32, so that nothing changes but the order of sums.
 

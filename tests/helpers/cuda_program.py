@@ -14,8 +14,7 @@ TESTS = Path(__file__).parents[1]
 CUDA = TESTS.parent / "csrc" / "cuda"
 SOURCES = [
     *sorted(CUDA.glob("*.cu")),
-    CUDA / "plan.cpp",
-    CUDA / "toeplitz_plan.cpp",
+    *sorted(CUDA.glob("*plan.cpp")),
     TESTS / "cuda" / "cuda_on_cpu" / "main.cpp",
 ]
 # -fno-strict-aliasing: the kernels read a pair of elements as one word, which CUDA allows and standard C++ does not.
