@@ -291,9 +291,6 @@ __device__ __forceinline__ void run_forward(const BackwardBlock<T>& b, bool firs
         store_planar(b, b.agg, p.planar_dagg);
     else
         store(b, b.agg, p.agg, p.agg_width);
-    if (!p.level[0].dweights) return;
-    __syncthreads();
-    zero(b.odd, p.tiling.odd(), threadIdx.x, blockDim.x);
 }
 
 template <int BLOCKS, typename T>
@@ -332,7 +329,7 @@ __global__ void __launch_bounds__(kMaxToeplitzBackwardThreads, 1) toeplitz_bwd_k
     FOCALNET_SHARED_MEMORY(memory);
     const ToeplitzBackwardTiling& t = p.tiling;
     BackwardBlock<T> b(p, memory);
-    zero(b.context, static_cast<int>(b.odd - b.context) + t.odd(), threadIdx.x, blockDim.x);
+    zero(b.context, static_cast<int>(b.agg - b.context), threadIdx.x, blockDim.x);
     __syncthreads();
     load_gates(b);
     for (int chunk = 0; chunk < t.chunks && b.first_c < p.C; ++chunk, b.first_c += t.block_c) {

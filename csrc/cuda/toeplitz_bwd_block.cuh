@@ -4,7 +4,7 @@
 //
 //     planes of T, block_c of each: context, z_1 .. z_L (with halos), dagg
 //     the gates, a plane each; taps of one level; those of all levels as they lie in memory
-//     agg, or the copies of dz and then the sums for dweights (toeplitz_correlate.cuh); the sums over strips
+//     agg, or later the sums for dweights (toeplitz_correlate.cuh); the sums over strips
 
 #pragma once
 
@@ -45,7 +45,7 @@ struct BackwardBlock {
     WarpShare at;
     Strips strips;
     Rows rows;
-    T *context, *z, *dagg, *gates, *taps, *raw, *odd, *agg;  // agg where odd and products are later
+    T *context, *z, *dagg, *gates, *taps, *raw, *agg;  // agg where products are later
     float *products, *strip_sums, *global, *dmean, *dgates;
 
     __device__ __forceinline__ BackwardBlock(const BackwardParams& p, unsigned char* memory)
@@ -65,10 +65,9 @@ struct BackwardBlock {
         gates = dagg + t.block_c * sums();
         taps = gates + (p.L + 1) * sums();
         raw = taps + t.block_c * t.tap_rows * t.tap_pitch;
-        agg = odd = raw + t.raw();
-        products = reinterpret_cast<float*>(odd + t.odd());
-        const int after = max(t.odd() + 2 * t.block_c * t.sharers * t.product, t.block_c * sums());
-        strip_sums = reinterpret_cast<float*>(odd + after);
+        agg = raw + t.raw();
+        products = reinterpret_cast<float*>(agg);
+        strip_sums = reinterpret_cast<float*>(agg + max(2 * t.block_c * t.sharers * t.product, t.block_c * sums()));
         global = strip_sums + 2 * t.block_c * t.images * ((p.H + 7) / 8) * t.groups;
         dmean = global + t.block_c * t.images;
         dgates = p.dgates + (split * p.B + first_image) * p.H * p.W * (p.L + 1);
@@ -135,8 +134,8 @@ __device__ __forceinline__ T* place_in(const BackwardBlock<T>& b, const Map& map
     return first + image * map.stride_b + y * map.stride_h + x * map.stride_w;
 }
 
-// Two neighbouring columns of N channels, as they lie channels last. They stay words until they are stored: taken apart
-// at once, the second map's load would wait for the first's.
+// Two neighbouring columns of N channels, as they lie channels last. They stay words until they are stored: taken
+// apart at once, the second map's load would wait for the first's.
 template <int N, typename T>
 struct TwoColumns {
     using Raw = typename RawOf<N * sizeof(T)>::type;

@@ -26,11 +26,8 @@ int bits_of(int power) {
     return bits;
 }
 
-// Rows that dweights takes together reach as far below the last row of dz, which must be zero there.
-int backward_halo(const FocalWeight& w) { return std::max(w.kh / 2, toeplitz_together(w.kw) - 1); }
-
-// What it reads below the last row of the input, and multiplies by zero.
-int rows_below(const FocalWeight& w, int rows) { return w.kh / 2 + round_up(rows, toeplitz_together(w.kw)) - rows; }
+// Floats that a warp leaves of a channel's dweights (toeplitz_correlate.cuh). An odd number: channels meet in no bank.
+int product_of(const FocalWeight& w) { return 4 * w.kh * (w.kw + 6) + 1; }
 
 ToeplitzBackwardTiling cut_backward(const Problem& p, int images, int block_c, int warps, int sharers, int blocks) {
     ToeplitzBackwardTiling t{};
@@ -48,39 +45,37 @@ ToeplitzBackwardTiling cut_backward(const Problem& p, int images, int block_c, i
         t.tap_rows = std::max(t.tap_rows, p.weights[l].kh);
         t.tap_pitch = std::max(t.tap_pitch, 2 * toeplitz_tap_width(mine));
         t.all_taps += p.weights[l].kh * p.weights[l].kw;
-        t.halo = std::max({t.halo, 1, backward_halo(p.weights[l])});
-        t.below = std::max(t.below, rows_below(p.weights[l], p.H));
-        t.product = std::max(t.product, toeplitz_wide(p.weights[l].kh, p.weights[l].kw) ? 256 : 128);
+        t.halo = std::max({t.halo, 1, p.weights[l].kh / 2});
+        t.product = std::max(t.product, product_of(p.weights[l]));
         steps = std::max(steps, mine);
     }
     t.padding = steps == 1 ? kToeplitzPadding : kToeplitzPadding2;
-    t.below = p.H + std::max(t.halo, t.below);
     t.rows = p.H + t.halo;
     const int columns = 8 * t.groups * blocks;
     t.pitch = odd_pitch(columns + (steps == 1 ? 8 : 24));
     t.sum_pitch = odd_pitch(columns);
-    t.odd_pitch = odd_pitch(columns + 28);
     const size_t sums = static_cast<size_t>(images) * p.H * t.sum_pitch;
     const size_t elements = static_cast<size_t>(block_c) * ((p.L + 1) * t.plane() + sums) + (p.L + 1) * sums +
                             static_cast<size_t>(block_c) * t.tap_rows * t.tap_pitch + t.raw();
     // What dweights needs; before, agg lies there.
-    const size_t shared =
-        std::max(2 * t.odd() + 4 * static_cast<size_t>(block_c) * sharers * t.product, 2 * block_c * sums);
+    const size_t shared = std::max(4 * static_cast<size_t>(block_c) * sharers * t.product, 2 * block_c * sums);
     const size_t floats = 2 * static_cast<size_t>(block_c) * images * (1 + blocks_for(p.H, 8) * t.groups);
     t.shared_bytes = 2 * elements + shared + 4 * floats;
     return t;
 }
 
-// A warp's instructions for a tile of sixteen rows under a kernel, and for what dweights takes of it.
+// A warp's instructions for a tile of sixteen rows under a kernel, for what dweights takes of it, and for the sums of
+// dweights.
 double convolved(const FocalWeight& w, int blocks) {
     const int steps = toeplitz_steps(w.kw);
-    return kPerTile + w.kh * (2.0 * blocks * steps + (blocks + 2.0 * steps) / 2 + 2 * steps + 8);
+    return kPerTile + w.kh * ((blocks > 1 ? 2.0 : 1.0) * blocks * steps + (blocks + 2.0 * steps) / 2 + 2 * steps + 3);
 }
-double correlated(const FocalWeight& w, int blocks, int groups) {
-    const double columns = blocks * groups + 1, together = toeplitz_together(w.kw);
-    const double wide = toeplitz_wide(w.kh, w.kw) ? 1.5 : 1.0;
-    return 60 + 10.0 * blocks * groups + 16 / together * (10 + 2.75 * columns * wide);
+double correlated(const FocalWeight& w, int blocks) {
+    const int steps = toeplitz_steps(w.kw);
+    const double of_row = blocks * steps + (blocks + 2.0 * steps) / 2 + blocks / 2 * 4.0 + 1;
+    return 25 + 2.5 * blocks + w.kh * of_row;
 }
+double diagonals(const FocalWeight& w) { return 30 + 12.0 * w.kh * toeplitz_steps(w.kw); }
 
 // Of one chunk of channels: a warp's instructions, times the warps, and bytes by sectors.
 struct ChunkCost {
@@ -92,15 +87,13 @@ struct ChunkCost {
         const int rows = t.images * p.H, strips = t.images * blocks_for(p.H, 8), row_tiles = blocks_for(strips, 2);
         const int channels = blocks_for(t.block_c, t.warps / t.sharers);  // of a warp
         const int tiles = blocks_for(row_tiles * t.groups, t.sharers) * channels;
-        const int strip_pairs = blocks_for(row_tiles, t.sharers) * channels;
         for (int l = 0; l < p.L; ++l) {
             const FocalWeight& w = p.weights[l];
-            instructions += 2 * tiles * convolved(w, t.blocks) + strip_pairs * correlated(w, t.blocks, t.groups);
+            instructions += tiles * (2 * convolved(w, t.blocks) + correlated(w, t.blocks)) + channels * diagonals(w);
             instructions += tiles * 2.0 * t.blocks * (l + 1 == p.L ? kPerLast : kPerStored);
             instructions += tiles * 2.0 * t.blocks * (l > 0 ? kPerDz : kPerStored);
             instructions += 2 * blocks_for(t.block_c, t.warps) * (kPerTaps + 7.0 * w.kh) + 4 * kPerPass;
             instructions += blocks_for(t.block_c * w.kh * w.kw, t.threads()) * (40.0 + 8.0 * t.sharers);
-            instructions += 60.0 * channels;
         }
         const int rounds = blocks_for(rows * blocks_for(p.W, 2), t.threads());
         instructions += rounds * t.block_c * ((p.L - 1) * kPerActive + kPerFinished) + rounds * p.L * 30.0;
@@ -185,19 +178,18 @@ ToeplitzBandTiling cut_band(const Problem& p, int level, int block_c, int warps,
     t.blocks = blocks;
     t.groups = blocks_for(p.W, 8 * blocks);
     t.padding = steps == 1 ? kToeplitzPadding : kToeplitzPadding2;
-    t.halo = std::max(1, backward_halo(w));
+    t.halo = std::max(1, w.kh / 2);
     t.band = std::min(band, p.H);
     t.bands = blocks_for(p.H, t.band);
-    t.rows = t.band + t.halo + std::max(t.halo, rows_below(w, 1));
-    t.product = toeplitz_wide(w.kh, w.kw) ? 256 : 128;
+    t.rows = t.band + 2 * t.halo;
+    t.product = product_of(w);
     const int columns = 8 * t.groups * blocks;
     t.pitch = odd_pitch(columns + (steps == 1 ? 8 : 24));
     t.sum_pitch = odd_pitch(columns);
-    t.odd_pitch = odd_pitch(columns + 28);
     t.tap_rows = w.kh;
     t.tap_pitch = 2 * toeplitz_tap_width(steps);
     const size_t elements = 2 * static_cast<size_t>(block_c) * t.plane() + static_cast<size_t>(t.band) * t.sum_pitch +
-                            t.odd() + static_cast<size_t>(block_c) * t.tap_rows * t.tap_pitch;
+                            static_cast<size_t>(block_c) * t.tap_rows * t.tap_pitch;
     t.shared_bytes = 2 * elements + 4 * static_cast<size_t>(block_c) * sharers * t.product;
     return t;
 }
@@ -206,8 +198,8 @@ double cost_of(const Problem& p, int level, const ToeplitzBandTiling& t) {
     constexpr double kPerPair = 75.0, kPerHeldPair = 30.0;  // instructions
     const FocalWeight& w = p.weights[level];
     const int row_tiles = blocks_for(t.band, kRowsOfTile), channels = blocks_for(t.block_c, t.warps / t.sharers);
-    double instructions = blocks_for(row_tiles * t.groups, t.sharers) * channels * convolved(w, t.blocks);
-    instructions += blocks_for(row_tiles, t.sharers) * channels * correlated(w, t.blocks, t.groups) + 100.0 * channels;
+    const int tiles = blocks_for(row_tiles * t.groups, t.sharers) * channels;
+    double instructions = tiles * (convolved(w, t.blocks) + correlated(w, t.blocks)) + channels * (40 + diagonals(w));
     instructions *= t.warps;
     instructions += t.block_c * blocks_for(p.W, 2) * (kPerPair * t.band + kPerHeldPair * t.rows) / 32;
     // dz and what is below, with halo; z and dagg, and what is written; a float of dgates, written and read. Channels

@@ -270,14 +270,20 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned which) {
     return result;
 }
 
-inline float __shfl_xor_sync(unsigned mask, float value, int lanes) {
+// The value of the lane `from` of the same warp.
+inline float __shfl_sync(unsigned mask, float value, int from) {
     using namespace cuda_on_cpu;
     if (mask != 0xffffffffu) fail("only whole warps shuffle here");
     fibers[threadIdxOf]->shuffled = value;
     wait(Fiber::kAtShuffle);
-    const float other = fibers[threadIdxOf ^ lanes]->shuffled;
+    const float other = fibers[threadIdxOf / kWarp * kWarp + from % kWarp]->shuffled;
     wait(Fiber::kAtShuffle);  // nobody overwrites a value that is still to be read
     return other;
+}
+
+inline float __shfl_xor_sync(unsigned mask, float value, int lanes) {
+    using namespace cuda_on_cpu;
+    return __shfl_sync(mask, value, threadIdxOf % kWarp ^ lanes);
 }
 
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
