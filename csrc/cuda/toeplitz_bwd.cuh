@@ -150,23 +150,29 @@ __device__ __forceinline__ void with_steps(int kw, F f) {
         f(std::integral_constant<int, 2>{});
 }
 
-// f(number of rows of a kernel) as a constant where the loop over them is unrolled, else 0.
-template <typename F>
+// f(number of rows of a kernel) as a constant where the loop over them is unrolled, else 0. Wide tiles fill the
+// registers as they are, and what a loop costs is little beside their products.
+template <int BLOCKS, typename F>
 __device__ __forceinline__ void with_kernel_rows(int kh, F f) {
-    if (kh == 3) return f(std::integral_constant<int, 3>{});
-    if (kh == 5) return f(std::integral_constant<int, 5>{});
-    if (kh == 7) return f(std::integral_constant<int, 7>{});
+    if constexpr (BLOCKS <= 4) {
+        if (kh == 3) return f(std::integral_constant<int, 3>{});
+        if (kh == 5) return f(std::integral_constant<int, 5>{});
+        if (kh == 7) return f(std::integral_constant<int, 7>{});
+    }
     f(std::integral_constant<int, 0>{});
 }
 
-// f(as many of `left` rows of a kernel as dweights takes at once).
-template <int STEPS, typename F>
+// f(as many of `left` rows of a kernel as dweights takes at once): their sums fit the registers.
+template <int BLOCKS, int STEPS, typename F>
 __device__ __forceinline__ void with_rows_at_once(int left, F f) {
     if constexpr (STEPS == 1) {
-        if (left >= 7) return f(std::integral_constant<int, 7>{});
-        if (left >= 5) return f(std::integral_constant<int, 5>{});
+        if constexpr (BLOCKS <= 4)
+            if (left >= 7) return f(std::integral_constant<int, 7>{});
+        if (left == 5) return f(std::integral_constant<int, 5>{});
+        if (left >= 4) return f(std::integral_constant<int, 4>{});
     }
-    if (left >= 3) return f(std::integral_constant<int, 3>{});
+    if constexpr (STEPS == 1 || BLOCKS <= 4)
+        if (left >= 3) return f(std::integral_constant<int, 3>{});
     f(std::integral_constant<int, 1>{});
 }
 
@@ -206,7 +212,7 @@ __device__ __forceinline__ void convolve_row(Tile<BLOCKS> (&tile)[TILES], const 
 template <typename T, int BLOCKS, int STEPS, int TILES>
 __device__ __forceinline__ void convolve_tiles(Tile<BLOCKS> (&tile)[TILES], SharedAddress (&rows)[TILES],
                                                int row_bytes, const T* taps, int kh) {
-    with_kernel_rows(kh, [&](auto known) {
+    with_kernel_rows<BLOCKS>(kh, [&](auto known) {
         constexpr int kKnown = decltype(known)::value;
         const int count = kKnown > 0 ? kKnown : kh;
 #pragma unroll(kKnown > 0 ? kKnown : 1)

@@ -108,7 +108,7 @@ __device__ __forceinline__ void correlate(const Block& b, DzOf dz_of, InputOf in
     with_steps(kw, [&](auto steps) {
         constexpr int kSteps = decltype(steps)::value;
         for (int first = 0; first < kh;)
-            with_rows_at_once<kSteps>(kh - first, [&](auto rows) {
+            with_rows_at_once<BLOCKS, kSteps>(kh - first, [&](auto rows) {
                 constexpr int kRows = decltype(rows)::value;
                 correlate_rows<BLOCKS, kSteps, kRows, T>(b, dz_of, input_of, first, kh, kw);
                 first += kRows;
