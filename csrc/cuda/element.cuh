@@ -56,11 +56,13 @@ template <>
 struct PairOf<__half> {
     using type = __half2;
     static __device__ __forceinline__ type from(float x, float y) { return __floats2half2_rn(x, y); }
+    static __device__ __forceinline__ float2 floats(type pair) { return __half22float2(pair); }
 };
 template <>
 struct PairOf<__nv_bfloat16> {
     using type = __nv_bfloat162;
     static __device__ __forceinline__ type from(float x, float y) { return __floats2bfloat162_rn(x, y); }
+    static __device__ __forceinline__ float2 floats(type pair) { return __bfloat1622float2(pair); }
 };
 
 template <int BYTES>

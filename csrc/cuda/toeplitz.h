@@ -1,7 +1,7 @@
-// What the planner (toeplitz_plan.cpp) and the launchers of the kernels on tensor cores agree on. A depthwise
-// convolution is a product with banded Toeplitz matrices: with the taps of kernel row ky in T, T[i][j] = w[ky][i - j],
-// eight columns of a row of outputs are sixteen (or 32) columns of a row of inputs times T, summed over ky. Sixteen
-// rows at once are one product m16n8k16, or its two halves m16n8k8.
+// What the plans (toeplitz_plan.cpp, toeplitz_bwd_plan.cpp) and the launchers of the kernels on tensor cores agree on.
+// A depthwise convolution is a product with banded Toeplitz matrices: with the taps of kernel row ky in T, T[i][j] =
+// w[ky][i - j], eight columns of a row of outputs are sixteen (or 32) columns of a row of inputs times T, summed over
+// ky. Sixteen rows at once are one product m16n8k16, or its two halves m16n8k8.
 //
 // 16-bit types only: their products are exact in float32, so that nothing changes but the order of sums.
 
@@ -100,18 +100,15 @@ struct ToeplitzBackwardTiling {
     int padding, halo;                  // columns before; rows above, between and below the images' planes
     int rows, pitch;                    // rows from one image's plane to the next
     int sum_pitch;                      // of dagg and the gates, without halo
-    int odd_pitch;                      // of what a warp copies of dz (toeplitz_correlate.cuh)
     int product;                        // floats of a warp's sums for dweights
     int tap_rows, tap_pitch;
     int all_taps;  // of a channel, of all levels
-    int below;     // rows that are read below the last image
     bool planar;   // ctx and dagg are read from planar copies, dctx and agg written there (toeplitz_turn.cu)
     size_t shared_bytes;
     double cost;  // 0: nothing fits
 
     __host__ __device__ int threads() const { return warps * 32; }
-    __host__ __device__ int plane() const { return (halo + (images - 1) * rows + below) * pitch; }
-    __host__ __device__ int odd() const { return warps * 8 * odd_pitch; }
+    __host__ __device__ int plane() const { return (halo + images * rows) * pitch; }
     __host__ __device__ int raw() const { return (block_c * all_taps + 7) / 8 * 8; }  // taps as they lie
 };
 
@@ -122,13 +119,12 @@ struct ToeplitzBandTiling {
     int padding, halo;
     int band, bands;  // rows of the map
     int rows, pitch;
-    int sum_pitch, odd_pitch, product;
+    int sum_pitch, product;
     int tap_rows, tap_pitch;
     size_t shared_bytes;
     double cost;  // 0: nothing fits
 
     __host__ __device__ int plane() const { return rows * pitch; }
-    __host__ __device__ int odd() const { return warps * 8 * odd_pitch; }
 };
 
 // All levels; the first launch takes bands of kToeplitzFirstBand rows.
@@ -142,17 +138,10 @@ struct ToeplitzBandsPlan {
 constexpr int kToeplitzFirstBand = 16;
 constexpr int kToeplitzBackwardThreads = 256;     // of a block that takes bands
 constexpr int kMaxToeplitzBackwardThreads = 512;  // of a block that takes whole maps
-constexpr int kToeplitzOddPadding = 15;           // columns before the map in a warp's copy of dz
 
 constexpr __host__ __device__ int toeplitz_steps(int kw) { return kw <= 2 * kToeplitzPadding + 1 ? 1 : 2; }
 // Of a row of taps, twice 16 * steps + 8 elements.
 constexpr __host__ __device__ int toeplitz_tap_width(int steps) { return 16 * steps + 8; }
-
-// Columns of a kernel that a product for dweights takes: of 16 >> bits rows at once.
-constexpr __host__ __device__ int toeplitz_shift_bits(int kw) { return kw <= 4 ? 2 : kw <= 8 ? 3 : 4; }
-constexpr __host__ __device__ int toeplitz_together(int kw) { return 16 >> toeplitz_shift_bits(kw); }
-// The product's other axis is rows of the input: eight, or twice as many.
-constexpr __host__ __device__ bool toeplitz_wide(int kh, int kw) { return kh + toeplitz_together(kw) - 1 > 8; }
 
 ToeplitzTiling plan_toeplitz(const Problem& p);
 ToeplitzPlanesTiling plan_toeplitz_planes(const Problem& p);

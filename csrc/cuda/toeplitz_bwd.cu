@@ -119,41 +119,45 @@ __device__ __forceinline__ void form_global(const BackwardBlock<T>& b) {
     }
 }
 
-// Sums over channels of two neighbouring positions of a gate. What earlier chunks left is read before this chunk's
+// Sums over channels of four neighbouring positions of a gate. What earlier chunks left is read before this chunk's
 // channels are summed, so that nobody waits for it.
-struct DgatesPair {
+struct DgatesSums {
     float* to;
-    bool both, aligned;
-    float2 before = {0.0f, 0.0f};
+    int count;  // of positions on the map
+    bool aligned;
+    float sum[4] = {};
 
     template <typename T>
-    __device__ __forceinline__ DgatesPair(const BackwardBlock<T>& b, int gate, int row, int x, bool first)
-        : to(b.dgates_at(gate, row, x)), both(x + 1 < b.p.W), aligned(b.p.W % 2 == 0) {
+    __device__ __forceinline__ DgatesSums(const BackwardBlock<T>& b, int gate, int row, int x, bool first)
+        : to(b.dgates_at(gate, row, x)), count(b.p.W - x), aligned(b.p.W % 4 == 0) {
         if (first || !b.p.dgates) return;
         if (aligned) {
-            before = load_pair(to);
+            const float4 before = *reinterpret_cast<const float4*>(to);
+            sum[0] = before.x;
+            sum[1] = before.y;
+            sum[2] = before.z;
+            sum[3] = before.w;
         } else {
-            before.x = to[0];
-            if (both) before.y = to[1];
+#pragma unroll
+            for (int k = 0; k < 4; ++k)
+                if (k < count) sum[k] = to[k];
         }
     }
-    __device__ __forceinline__ void add(float2 sum) const {
-        sum = {before.x + sum.x, before.y + sum.y};
-        if (aligned) return store_pair(to, sum);
-        to[0] = sum.x;
-        if (both) to[1] = sum.y;
+    // Of a pair of positions, the first or the second.
+    __device__ __forceinline__ void add(int pair, float2 a, float2 b) {
+        sum[2 * pair] = fmaf(a.x, b.x, sum[2 * pair]);
+        sum[2 * pair + 1] = fmaf(a.y, b.y, sum[2 * pair + 1]);
+    }
+    __device__ __forceinline__ void store() const {
+        if (aligned) {
+            *reinterpret_cast<float4*>(to) = float4{sum[0], sum[1], sum[2], sum[3]};
+        } else {
+#pragma unroll
+            for (int k = 0; k < 4; ++k)
+                if (k < count) to[k] = sum[k];
+        }
     }
 };
-
-// A pair of agg as it lies in shared memory: gate * value is added, or put there.
-template <typename T>
-__device__ __forceinline__ void add_agg(T* at, const T (&gate)[2], float2 value, bool first) {
-    using Pair = typename PairOf<T>::type;
-    Pair g;
-    memcpy(&g, gate, sizeof g);
-    Pair* sum = reinterpret_cast<Pair*>(at);
-    *sum = __hfma2(g, PairOf<T>::from(value.x, value.y), first ? PairOf<T>::from(0.0f, 0.0f) : *sum);
-}
 
 // context = GELU(z), and dgates and agg of the level.
 template <typename T>
@@ -161,36 +165,35 @@ __device__ __forceinline__ void activate(const BackwardBlock<T>& b, int level, b
     const BackwardParams& p = b.p;
     const int plane = p.tiling.plane(), sums = b.sums(), block_c = p.tiling.block_c;
     const bool wants_agg = p.agg.data != nullptr;
-    for_each_pair(b, threadIdx.x, blockDim.x, [&](int row, int x) {
+    for_each_four(b, [&](int row, int x) {
         const int at = b.rows.offset(row) + x, in = b.sum_at(row, x);
         const T *z = b.z_of(level, 0) + at, *dagg = b.dagg + in;
         T *context = b.context_of(0) + at, *agg = b.agg + in;
-        T gate[2];
-        load_raw<2>(b.gate(level) + in, gate);
-        const DgatesPair dgates(b, level, row, x, first);
-        float2 sum = {0.0f, 0.0f};
+        const TwoPairs<T> gate(b.gate(level) + in);
+        DgatesSums dgates(b, level, row, x, first);
 #pragma unroll 4
         for (int c = 0; c < block_c; ++c, z += plane, context += plane, dagg += sums, agg += sums) {
-            const float2 value = load_pair(z), d = load_pair(dagg), v = gelu_pair<T>(value.x, value.y);
-            store_pair(context, v);
-            if (wants_agg) add_agg(agg, gate, v, level == 0);
-            sum = {fmaf(d.x, v.x, sum.x), fmaf(d.y, v.y, sum.y)};
+            const TwoPairs<T> value(z), d(dagg), before = level > 0 && wants_agg ? TwoPairs<T>(agg) : TwoPairs<T>();
+            TwoPairs<T> v, sum;
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                v.pair[k] = gelu_packed<T>(value[k].x, value[k].y);
+                sum.pair[k] = __hfma2(gate.pair[k], v.pair[k], before.pair[k]);
+                dgates.add(k, d[k], v[k]);
+            }
+            v.store(context);
+            if (wants_agg) sum.store(agg);
         }
-        if (p.dgates) dgates.add(sum);
+        if (p.dgates) dgates.store();
     });
 }
 
-// (dagg * gate + d) * GELU'(z)
+// (dagg * gate + d) * GELU'(z); the product is rounded, as the reference's is.
 template <typename T>
-__device__ __forceinline__ float2 form_dz(float2 z, float2 dagg, float2 gate, float2 d) {
-    const float2 slope = gelu_grad_pair<T>(z.x, z.y);
-    return {fmaf(gate.x, dagg.x, d.x) * slope.x, fmaf(gate.y, dagg.y, d.y) * slope.y};
-}
-
-template <typename T>
-__device__ __forceinline__ float2 scaled(const T* gate, float scale) {
-    const float2 g = load_pair(gate);
-    return {scale * g.x, scale * g.y};
+__device__ __forceinline__ float2 form_dz(float2 z, typename PairOf<T>::type dagg, typename PairOf<T>::type gate,
+                                          float scale, float2 d) {
+    const float2 slope = gelu_grad_pair<T>(z.x, z.y), direct = PairOf<T>::floats(__hmul2(dagg, gate));
+    return {fmaf(scale, direct.x, d.x) * slope.x, fmaf(scale, direct.y, d.y) * slope.y};
 }
 
 // The last level's dz; dgates and agg of it and of the global level.
@@ -199,35 +202,37 @@ __device__ __forceinline__ void finish_last(const BackwardBlock<T>& b, bool firs
     const BackwardParams& p = b.p;
     const int plane = p.tiling.plane(), sums = b.sums(), block_c = p.tiling.block_c, level = p.L - 1;
     const bool wants_dz = b.wants_dz(), wants_agg = p.agg.data != nullptr;
-    for_each_pair(b, threadIdx.x, blockDim.x, [&](int row, int x) {
+    const auto scale = PairOf<T>::from(p.scale, p.scale);
+    for_each_four(b, [&](int row, int x) {
         const int in = b.sum_at(row, x), image = b.rows.image(row) * block_c;
         const float *global = b.global + image, *dmean = b.dmean + image;
-        const float2 g = scaled(b.gate(level) + in, p.scale), of_global = load_pair(b.gate(p.L) + in);
-        T gate[2];
-        load_raw<2>(b.gate(level) + in, gate);
+        const TwoPairs<T> gate(b.gate(level) + in), of_global(b.gate(p.L) + in);
         const T* dagg = b.dagg + in;
         T *z = b.z_of(level, 0) + b.rows.offset(row) + x, *agg = b.agg + in;
-        const DgatesPair of_last(b, level, row, x, first), of_all(b, p.L, row, x, first);
-        float2 last = {0.0f, 0.0f}, all = {0.0f, 0.0f};
+        DgatesSums of_last(b, level, row, x, first), of_all(b, p.L, row, x, first);
 #pragma unroll 2
         for (int c = 0; c < block_c; ++c, z += plane, dagg += sums, agg += sums) {
-            const float2 value = load_pair(z), d = load_pair(dagg), v = gelu_pair<T>(value.x, value.y);
-            last = {fmaf(d.x, v.x, last.x), fmaf(d.y, v.y, last.y)};
-            all = {fmaf(d.x, global[c], all.x), fmaf(d.y, global[c], all.y)};
-            if (wants_agg) {
-                add_agg(agg, gate, v, level == 0);
-                const float2 sum = load_pair(agg);
-                store_pair(agg, float2{p.scale * fmaf(of_global.x, global[c], sum.x),
-                                       p.scale * fmaf(of_global.y, global[c], sum.y)});
+            const TwoPairs<T> value(z), d(dagg), before = level > 0 && wants_agg ? TwoPairs<T>(agg) : TwoPairs<T>();
+            const float mean = global[c], dsum = dmean[c];
+            const auto means = PairOf<T>::from(mean, mean);
+            TwoPairs<T> sum, dz;
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+                const auto v = gelu_packed<T>(value[k].x, value[k].y);
+                of_last.add(k, d[k], PairOf<T>::floats(v));
+                of_all.add(k, d[k], {mean, mean});
+                const auto local = __hfma2(gate.pair[k], v, before.pair[k]);
+                sum.pair[k] = __hmul2(__hfma2(of_global.pair[k], means, local), scale);
+                const float2 formed =
+                    inside_map(form_dz<T>(value[k], d.pair[k], gate.pair[k], p.scale, {dsum, dsum}), x + 2 * k, p.W);
+                dz.pair[k] = PairOf<T>::from(formed.x, formed.y);
             }
-            if (!wants_dz) continue;
-            float2 dz = form_dz<T>(value, d, g, {dmean[c], dmean[c]});
-            dz.y = of_last.both ? dz.y : 0.0f;
-            store_pair(z, dz);
+            if (wants_agg) sum.store(agg);
+            if (wants_dz) dz.store(z);
         }
         if (!p.dgates) return;
-        of_last.add(last);
-        of_all.add(all);
+        of_last.store();
+        of_all.store();
     });
 }
 
@@ -244,10 +249,12 @@ __device__ __forceinline__ void store_dz(const BackwardBlock<T>& b, int below, b
         const T *dagg = b.dagg + tile.c * b.sums() + in, *gate = b.gate(below) + in;
 #pragma unroll
         for (int j = 0; j < BLOCKS; ++j) {
+            using Pair = typename PairOf<T>::type;
             const float2 value = load_pair(z + 8 * j);
-            if (wants_context) store_pair(context + 8 * j, gelu_pair<T>(value.x, value.y));
-            store_pair(z + 8 * j, form_dz<T>(value, load_pair(dagg + 8 * j), scaled(gate + 8 * j, b.p.scale),
-                                             tile.pair(half, j)));
+            if (wants_context) *reinterpret_cast<Pair*>(context + 8 * j) = gelu_packed<T>(value.x, value.y);
+            const Pair d = *reinterpret_cast<const Pair*>(dagg + 8 * j),
+                       g = *reinterpret_cast<const Pair*>(gate + 8 * j);
+            store_pair(z + 8 * j, form_dz<T>(value, d, g, b.p.scale, tile.pair(half, j)));
         }
     }
 }
@@ -291,9 +298,6 @@ __device__ __forceinline__ void run_forward(const BackwardBlock<T>& b, bool firs
         store_planar(b, b.agg, p.planar_dagg);
     else
         store(b, b.agg, p.agg, p.agg_width);
-    if (!p.level[0].dweights) return;
-    __syncthreads();
-    zero(b.odd, p.tiling.odd(), threadIdx.x, blockDim.x);
 }
 
 template <int BLOCKS, typename T>
@@ -318,7 +322,9 @@ __device__ __forceinline__ void run_backward(const BackwardBlock<T>& b) {
                 b, [&](int c) { return b.inside(dz, c); }, [&](int c) { return b.context_of(c); }, own.kh, own.kw);
         if (l > 0) load_taps(b, b.raw_of(l - 1), p.level[l - 1].kh, p.level[l - 1].kw, true);
         __syncthreads();
-        if (wants_weights) sum_products(b, own.dweights + b.group * own.kh * own.kw * p.C, own.kh, own.kw, own.by_kw);
+        if (wants_weights)
+            sum_products(b, own.dweights + static_cast<int64_t>(b.group) * own.kh * own.kw * p.C, own.kh, own.kw,
+                         own.by_kw);
     }
     if (!p.dctx.data) return;
     if (p.tiling.planar)
@@ -332,12 +338,14 @@ __global__ void __launch_bounds__(kMaxToeplitzBackwardThreads, 1) toeplitz_bwd_k
     FOCALNET_SHARED_MEMORY(memory);
     const ToeplitzBackwardTiling& t = p.tiling;
     BackwardBlock<T> b(p, memory);
-    zero(b.context, static_cast<int>(b.odd - b.context) + t.odd(), threadIdx.x, blockDim.x);
+    zero(b.context, static_cast<int>(b.agg - b.context), threadIdx.x, blockDim.x);
     __syncthreads();
     load_gates(b);
-    for (int chunk = 0; chunk < t.chunks && b.first_c < p.C; ++chunk, b.first_c += t.block_c) {
-        if (chunk > 0) __syncthreads();
-        run_forward<BLOCKS>(b, chunk == 0, chunk + 1 == t.chunks);
+    const int first_c = b.first_c, end_c = min(p.C, first_c + t.chunks * t.block_c);
+    for (; b.first_c < end_c; b.first_c += t.block_c) {
+        const bool first = b.first_c == first_c;
+        if (!first) __syncthreads();
+        run_forward<BLOCKS>(b, first, b.first_c + t.block_c >= end_c);
         if (!b.wants_dz()) continue;
         load_taps(b, b.raw_of(p.L - 1), p.level[p.L - 1].kh, p.level[p.L - 1].kw, true);
         __syncthreads();
@@ -398,6 +406,7 @@ BackwardParams params_of(const Problem& p, const ToeplitzBackwardTiling& t, cons
     params.gates_aligned = p.L == 3 && reinterpret_cast<uintptr_t>(p.gates.data) % 8 == 0 &&
                            p.gates.stride_b % 4 == 0 && p.gates.stride_h % 4 == 0 && p.gates.stride_w % 4 == 0;
     params.by_pairs = Division((p.W + 1) / 2);
+    params.by_fours = Division((p.W + 3) / 4);
     params.by_eights = Division(planar_pitch(p.W) / 8);
     params.scale = p.scale;
     params.tiling = t;

@@ -37,9 +37,16 @@ struct Strips {
     // Elements from the first row of the first image.
     __device__ __forceinline__ int offset(const StripRow& r) const { return (r.image * slot + r.y) * pitch; }
     // The same for a row that exists: the strip's last one instead of one beyond it.
-    __device__ __forceinline__ int nearest(int strip, int i) const {
+    __device__ __forceinline__ int nearest(int strip, int i) const { return at_most(strip, i, held - 1); }
+    // The row of zeros below the image instead.
+    __device__ __forceinline__ int nearest_or_zero(int strip, int i) const {
+        return at_most(strip, strip < count ? i : held, held);
+    }
+
+  private:
+    __device__ __forceinline__ int at_most(int strip, int i, int last) const {
         StripRow r = row(min(strip, count - 1), i);
-        r.y = min(r.y, held - 1);
+        r.y = min(r.y, last);
         return offset(r);
     }
 };
@@ -100,6 +107,15 @@ __device__ __forceinline__ void load_taps(const Block& b, const T* first, int kh
                            b.first_c + c < b.p.C, turned, b.at.lane);
 }
 
+// COUNT fragments of sixteen rows and eight columns, side by side. `rows`: the lane's row of ldmatrix.
+template <bool TRANSPOSED, int COUNT>
+__device__ __forceinline__ void load_fragments(uint32_t (&a)[COUNT][2], SharedAddress rows) {
+#pragma unroll
+    for (int i = 0; i + 1 < COUNT; i += 2)
+        ldmatrix_x4<TRANSPOSED>(a[i][0], a[i][1], a[i + 1][0], a[i + 1][1], rows + 16 * i);
+    if constexpr (COUNT % 2 == 1) ldmatrix_x2<TRANSPOSED>(a[COUNT - 1][0], a[COUNT - 1][1], rows + 16 * (COUNT - 1));
+}
+
 // What a lane has of a tile: rows lane / 4 of both strips, columns column + 8 j, + 1.
 template <int BLOCKS>
 struct Tile {
@@ -108,12 +124,112 @@ struct Tile {
     float sum[BLOCKS][4];
 
     __device__ __forceinline__ float2 pair(int half, int j) const { return {sum[j][2 * half], sum[j][2 * half + 1]}; }
+    // Columns beyond the map become zero.
+    __device__ __forceinline__ void cut_off(int W) {
+#pragma unroll
+        for (int j = 0; j < BLOCKS; ++j)
+#pragma unroll
+            for (int k = 0; k < 4; ++k) sum[j][k] = column + 8 * j + k % 2 < W ? sum[j][k] : 0.0f;
+    }
 };
+
+// The tile'th one of a plane with `groups` of `width` columns side by side.
+struct TilePlace {
+    int strip, column;
+
+    __device__ __forceinline__ TilePlace(int tile, int groups, int width)
+        : strip(2 * (groups == 1 ? tile : tile / groups)), column(groups == 1 ? 0 : tile % groups * width) {}
+};
+
+// f(kw's number of steps) as a constant.
+template <typename F>
+__device__ __forceinline__ void with_steps(int kw, F f) {
+    if (toeplitz_steps(kw) == 1)
+        f(std::integral_constant<int, 1>{});
+    else
+        f(std::integral_constant<int, 2>{});
+}
+
+// f(number of rows of a kernel) as a constant where the loop over them is unrolled, else 0. Wide tiles fill the
+// registers as they are, and what a loop costs is little beside their products.
+template <int BLOCKS, typename F>
+__device__ __forceinline__ void with_kernel_rows(int kh, F f) {
+    if constexpr (BLOCKS <= 4) {
+        if (kh == 3) return f(std::integral_constant<int, 3>{});
+        if (kh == 5) return f(std::integral_constant<int, 5>{});
+        if (kh == 7) return f(std::integral_constant<int, 7>{});
+    }
+    f(std::integral_constant<int, 0>{});
+}
+
+// f(as many of `left` rows of a kernel as dweights takes at once): their sums fit the registers.
+template <int BLOCKS, int STEPS, typename F>
+__device__ __forceinline__ void with_rows_at_once(int left, F f) {
+    if constexpr (STEPS == 1) {
+        if constexpr (BLOCKS <= 4)
+            if (left >= 7) return f(std::integral_constant<int, 7>{});
+        if (left == 5) return f(std::integral_constant<int, 5>{});
+        if (left >= 4) return f(std::integral_constant<int, 4>{});
+    }
+    if constexpr (STEPS == 1 || BLOCKS <= 4)
+        if (left >= 3) return f(std::integral_constant<int, 3>{});
+    f(std::integral_constant<int, 1>{});
+}
+
+// Tiles that a warp takes at once: loads of taps serve them all, and none waits for its own products alone.
+template <int BLOCKS>
+constexpr int kTilesAtOnce = BLOCKS <= 2 ? 2 : 1;
+
+// Under one row of the kernel. `rows`: as in convolve_tile (toeplitz.cuh).
+template <typename T, int BLOCKS, int STEPS, int TILES>
+__device__ __forceinline__ void convolve_row(Tile<BLOCKS> (&tile)[TILES], const SharedAddress (&rows)[TILES],
+                                             const T* taps) {
+    uint32_t b[STEPS][2];
+#pragma unroll
+    for (int s = 0; s < STEPS; ++s) {
+        b[s][0] = load_word(taps + 16 * s);
+        b[s][1] = load_word(taps + 16 * s + 8);
+    }
+#pragma unroll
+    for (int n = 0; n < TILES; ++n) {
+        uint32_t a[BLOCKS + 2 * STEPS - 1][2];
+        load_fragments<false>(a, rows[n]);
+        auto& sum = tile[n].sum;
+        // A block alone shares nothing: its fragments are a whole product's, in a row.
+        if constexpr (BLOCKS == 1)
+#pragma unroll
+            for (int s = 0; s < STEPS; ++s)
+                mma<T>(sum[0], a[2 * s][0], a[2 * s][1], a[2 * s + 1][0], a[2 * s + 1][1], b[s][0], b[s][1]);
+        else
+#pragma unroll
+            for (int half = 0; half < 2 * STEPS; ++half)
+#pragma unroll
+                for (int j = 0; j < BLOCKS; ++j)
+                    mma_half<T>(sum[j], a[j + half][0], a[j + half][1], b[half / 2][half % 2]);
+    }
+}
+
+template <typename T, int BLOCKS, int STEPS, int TILES>
+__device__ __forceinline__ void convolve_tiles(Tile<BLOCKS> (&tile)[TILES], SharedAddress (&rows)[TILES],
+                                               int row_bytes, const T* taps, int kh) {
+    with_kernel_rows<BLOCKS>(kh, [&](auto known) {
+        constexpr int kKnown = decltype(known)::value;
+        const int count = kKnown > 0 ? kKnown : kh;
+#pragma unroll(kKnown > 0 ? kKnown : 1)
+        for (int ky = 0; ky < count; ++ky) {
+            convolve_row<T, BLOCKS, STEPS>(tile, rows, taps);
+#pragma unroll
+            for (int n = 0; n < TILES; ++n) rows[n] += static_cast<SharedAddress>(row_bytes);
+            taps += 2 * toeplitz_tap_width(STEPS);
+        }
+    });
+}
 
 // The convolution of the planes whose first rows and columns `from` gives, with the taps in place: f(tile) for the
 // tiles of every channel. What lies beyond the map's columns is zero.
 template <int BLOCKS, int STEPS, typename T, typename Block, typename From, typename F>
 __device__ __forceinline__ void convolve(const Block& b, From from, int kh, F f) {
+    constexpr int kSize = sizeof(T), kAtOnce = kTilesAtOnce<BLOCKS>;
     const auto& t = b.p.tiling;
     const Strips& strips = b.strips;
     const int tiles = strips.tiles() * t.groups, W = b.p.W, lane = b.at.lane;
@@ -123,33 +239,27 @@ __device__ __forceinline__ void convolve(const Block& b, From from, int kh, F f)
     for_each_channel(b, [&](int c) {
         const T* taps = b.taps + c * t.tap_rows * t.tap_pitch + lane_tap;
         const SharedAddress source = shared_address(from(c) + lane_offset);
-        for (int i = b.at.share; i < tiles; i += t.sharers) {
-            const int group = t.groups == 1 ? 0 : i % t.groups, strip = 2 * (t.groups == 1 ? i : i / t.groups);
-            const int row = strips.nearest(strip + lane / 8 % 2, lane % 8) + 8 * BLOCKS * group;
-            Tile<BLOCKS> tile{c, strip, 8 * BLOCKS * group + 2 * (lane % 4), {}, {}};
-            convolve_tile<T, BLOCKS, STEPS>(tile.sum,
-                                            source + static_cast<SharedAddress>(row * static_cast<int>(sizeof(T))),
-                                            t.pitch * static_cast<int>(sizeof(T)), taps, kh);
-            if (beyond)
+        for (int i = b.at.share; i < tiles; i += kAtOnce * t.sharers) {
+            Tile<BLOCKS> tile[kAtOnce];
+            SharedAddress rows[kAtOnce];
 #pragma unroll
-                for (int j = 0; j < BLOCKS; ++j)
+            for (int n = 0; n < kAtOnce; ++n) {
+                const TilePlace place(i + n * t.sharers, t.groups, 8 * BLOCKS);
+                const int row = strips.nearest(place.strip + lane / 8 % 2, lane % 8) + place.column;
+                tile[n] = {c, place.strip, place.column + 2 * (lane % 4), {}, {}};
+                rows[n] = source + static_cast<SharedAddress>(row * kSize);
+            }
+            convolve_tiles<T, BLOCKS, STEPS>(tile, rows, t.pitch * kSize, taps, kh);
 #pragma unroll
-                    for (int k = 0; k < 4; ++k)
-                        tile.sum[j][k] = tile.column + 8 * j + k % 2 < W ? tile.sum[j][k] : 0.0f;
+            for (int n = 0; n < kAtOnce; ++n) {
+                if (n > 0 && i + n * t.sharers >= tiles) break;
+                if (beyond) tile[n].cut_off(W);
 #pragma unroll
-            for (int half = 0; half < 2; ++half) tile.row[half] = strips.row(strip + half, lane / 4);
-            f(tile);
+                for (int half = 0; half < 2; ++half) tile[n].row[half] = strips.row(tile[n].strip + half, lane / 4);
+                f(tile[n]);
+            }
         }
     });
-}
-
-// f(kw's number of steps) as a constant.
-template <typename F>
-__device__ __forceinline__ void with_steps(int kw, F f) {
-    if (toeplitz_steps(kw) == 1)
-        f(std::integral_constant<int, 1>{});
-    else
-        f(std::integral_constant<int, 2>{});
 }
 
 // Two positions of N channels, planar, into a channels-last map; `at` points to the first of them.

@@ -4,7 +4,7 @@
 //
 //     planes of T, block_c of each: context, z_1 .. z_L (with halos), dagg
 //     the gates, a plane each; taps of one level; those of all levels as they lie in memory
-//     agg, or the copies of dz and then the sums for dweights (toeplitz_correlate.cuh); the sums over strips
+//     agg, or later the sums for dweights (toeplitz_correlate.cuh); the sums over strips
 
 #pragma once
 
@@ -29,10 +29,9 @@ struct BackwardParams {
     float* dgates;                   // [splits of channels][B][H * W][L + 1]; null: not wanted
     BackwardLevel level[kMaxLevels];
     int ctx_width, dagg_width, dctx_width, agg_width;
-    bool taps_aligned;   // to 4 bytes
-    bool gates_aligned;  // to 8 bytes, and four of them
-    Division by_pairs;   // of columns
-    Division by_eights;
+    bool taps_aligned;                       // to 4 bytes
+    bool gates_aligned;                      // to 8 bytes, and four of them
+    Division by_pairs, by_fours, by_eights;  // of columns
     float scale;
     ToeplitzBackwardTiling tiling;
 };
@@ -40,21 +39,18 @@ struct BackwardParams {
 template <typename T>
 struct BackwardBlock {
     const BackwardParams& p;
-    int64_t group, first_image;
-    int images, split, first_c;
+    int group, images, first_c;
     WarpShare at;
     Strips strips;
     Rows rows;
-    T *context, *z, *dagg, *gates, *taps, *raw, *odd, *agg;  // agg where odd and products are later
+    T *context, *z, *dagg, *gates, *taps, *raw, *agg;  // agg where products are later
     float *products, *strip_sums, *global, *dmean, *dgates;
 
     __device__ __forceinline__ BackwardBlock(const BackwardParams& p, unsigned char* memory)
         : p(p),
-          group(blockIdx.x / splits(p)),
-          first_image(group * p.tiling.images),
-          images(static_cast<int>(min(static_cast<int64_t>(p.tiling.images), p.B - first_image))),
-          split(static_cast<int>(blockIdx.x % splits(p))),
-          first_c(split * p.tiling.block_c * p.tiling.chunks),
+          group(static_cast<int>(blockIdx.x / splits(p))),
+          images(static_cast<int>(min(static_cast<int64_t>(p.tiling.images), p.B - first_image()))),
+          first_c(split() * p.tiling.block_c * p.tiling.chunks),
           at(p.tiling.sharers),
           strips(images, p.H, p.tiling.rows, p.tiling.pitch),
           rows(images, p.H, p.tiling.rows, p.tiling.pitch) {
@@ -65,14 +61,15 @@ struct BackwardBlock {
         gates = dagg + t.block_c * sums();
         taps = gates + (p.L + 1) * sums();
         raw = taps + t.block_c * t.tap_rows * t.tap_pitch;
-        agg = odd = raw + t.raw();
-        products = reinterpret_cast<float*>(odd + t.odd());
-        const int after = max(t.odd() + 2 * t.block_c * t.sharers * t.product, t.block_c * sums());
-        strip_sums = reinterpret_cast<float*>(odd + after);
+        agg = raw + t.raw();
+        products = reinterpret_cast<float*>(agg);
+        strip_sums = reinterpret_cast<float*>(agg + max(2 * t.block_c * t.sharers * t.product, t.block_c * sums()));
         global = strip_sums + 2 * t.block_c * t.images * ((p.H + 7) / 8) * t.groups;
         dmean = global + t.block_c * t.images;
-        dgates = p.dgates + (split * p.B + first_image) * p.H * p.W * (p.L + 1);
+        dgates = p.dgates + (split() * p.B + first_image()) * p.H * p.W * (p.L + 1);
     }
+    __device__ __forceinline__ int64_t first_image() const { return static_cast<int64_t>(group) * p.tiling.images; }
+    __device__ __forceinline__ int split() const { return static_cast<int>(blockIdx.x % splits(p)); }
     static __device__ __forceinline__ unsigned splits(const BackwardParams& p) {
         const int held = p.tiling.block_c * p.tiling.chunks;
         return (p.C + held - 1) / held;
@@ -102,22 +99,52 @@ struct BackwardBlock {
     __device__ __forceinline__ bool wants_dz() const { return p.dctx.data || p.level[0].dweights; }
 };
 
-// f(row, x) for every `step`-th pair of columns, from the `start`-th on.
+// f(row, x) for every `step`-th of a row's groups of `width` columns, from the `start`-th on.
 template <typename T, typename F>
-__device__ __forceinline__ void for_each_pair(const BackwardBlock<T>& b, int start, int step, F f) {
-    const int pairs = (b.p.W + 1) / 2, step_y = b.p.by_pairs(step), step_x = step - step_y * pairs;
-    int y = b.p.by_pairs(start), x = start - y * pairs;
+__device__ __forceinline__ void for_each_columns(const BackwardBlock<T>& b, int width, const Division& by_groups,
+                                                 int start, int step, F f) {
+    const int groups = (b.p.W + width - 1) / width, step_y = by_groups(step), step_x = step - step_y * groups;
+    int y = by_groups(start), x = start - y * groups;
 #pragma unroll 2
     while (y < b.count()) {
-        f(y, 2 * x);
+        f(y, width * x);
         y += step_y;
         x += step_x;
-        if (x >= pairs) {
-            x -= pairs;
+        if (x >= groups) {
+            x -= groups;
             ++y;
         }
     }
 }
+
+template <typename T, typename F>
+__device__ __forceinline__ void for_each_pair(const BackwardBlock<T>& b, int start, int step, F f) {
+    for_each_columns(b, 2, b.p.by_pairs, start, step, f);
+}
+
+template <typename T, typename F>
+__device__ __forceinline__ void for_each_four(const BackwardBlock<T>& b, F f) {
+    for_each_columns(b, 4, b.p.by_fours, threadIdx.x, blockDim.x, f);
+}
+
+// Four neighbouring columns of a plane, in one access of eight bytes.
+template <typename T>
+struct TwoPairs {
+    using Pair = typename PairOf<T>::type;
+    Pair pair[2];
+
+    __device__ __forceinline__ TwoPairs() : pair{PairOf<T>::from(0.0f, 0.0f), PairOf<T>::from(0.0f, 0.0f)} {}
+    __device__ __forceinline__ explicit TwoPairs(const T* from) {
+        const uint2 raw = *reinterpret_cast<const uint2*>(from);
+        memcpy(pair, &raw, sizeof raw);
+    }
+    __device__ __forceinline__ float2 operator[](int k) const { return PairOf<T>::floats(pair[k]); }
+    __device__ __forceinline__ void store(T* to) const {
+        uint2 raw;
+        memcpy(&raw, pair, sizeof raw);
+        *reinterpret_cast<uint2*>(to) = raw;
+    }
+};
 
 // f(row, x, c) for every pair of columns and every N-th channel, those beyond C left out.
 template <int N, typename T, typename F>
@@ -131,12 +158,12 @@ __device__ __forceinline__ void for_each_vector_of_pairs(const BackwardBlock<T>&
 template <typename T>
 __device__ __forceinline__ T* place_in(const BackwardBlock<T>& b, const Map& map, int row, int x) {
     const int image = b.rows.image(row), y = row - image * b.p.H;
-    T* first = static_cast<T*>(map.data) + b.first_image * map.stride_b + b.first_c;
+    T* first = static_cast<T*>(map.data) + b.first_image() * map.stride_b + b.first_c;
     return first + image * map.stride_b + y * map.stride_h + x * map.stride_w;
 }
 
-// Two neighbouring columns of N channels, as they lie channels last. They stay words until they are stored: taken apart
-// at once, the second map's load would wait for the first's.
+// Two neighbouring columns of N channels, as they lie channels last. They stay words until they are stored: taken
+// apart at once, the second map's load would wait for the first's.
 template <int N, typename T>
 struct TwoColumns {
     using Raw = typename RawOf<N * sizeof(T)>::type;
@@ -226,7 +253,7 @@ __device__ __forceinline__ void for_each_eight(const BackwardBlock<T>& b, F f) {
 template <typename T>
 __device__ __forceinline__ T* eight_of(const BackwardBlock<T>& b, void* map, int c, int row, int x) {
     const int image = b.rows.image(row);
-    const int64_t plane = (b.first_image + image) * b.p.C + b.first_c + c;
+    const int64_t plane = (b.first_image() + image) * b.p.C + b.first_c + c;
     return static_cast<T*>(map) + (plane * b.p.H + row - image * b.p.H) * planar_pitch(b.p.W) + x;
 }
 
@@ -256,7 +283,7 @@ __device__ __forceinline__ void prefetch_planar(const BackwardBlock<T>& b) {
     const int next = b.first_c + b.p.tiling.block_c, channels = min(b.p.tiling.block_c, b.p.C - next);
     const int plane = b.p.H * planar_pitch(b.p.W);
     for (int image = 0; image < b.images; ++image) {
-        const int64_t first = ((b.first_image + image) * b.p.C + next) * plane;
+        const int64_t first = ((b.first_image() + image) * b.p.C + next) * plane;
         for (int i = kStep * threadIdx.x; i < channels * plane; i += kStep * blockDim.x) {
             prefetch(static_cast<const T*>(b.p.planar_ctx) + first + i);
             prefetch(static_cast<const T*>(b.p.planar_dagg) + first + i);

@@ -142,7 +142,7 @@ struct LevelBlock : BandPlace {
     const LevelParams& p;
     WarpShare at;
     Strips strips;
-    T *dz, *input, *gate, *odd, *taps;
+    T *dz, *input, *gate, *taps;
     float* products;
 
     __device__ __forceinline__ LevelBlock(const LevelParams& p, unsigned char* memory)
@@ -151,8 +151,7 @@ struct LevelBlock : BandPlace {
         dz = reinterpret_cast<T*>(memory);
         input = dz + t.block_c * t.plane();
         gate = input + t.block_c * t.plane();
-        odd = gate + t.band * t.sum_pitch;
-        taps = odd + t.odd();
+        taps = gate + t.band * t.sum_pitch;
         products = reinterpret_cast<float*>(taps + t.block_c * t.tap_rows * t.tap_pitch);
     }
     __device__ __forceinline__ int count() const { return BandPlace::count; }

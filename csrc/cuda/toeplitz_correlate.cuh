@@ -1,16 +1,15 @@
 // The weight gradient of a depthwise convolution on tensor cores, from two planes of one channel in shared memory
-// (toeplitz.cuh): the convolution's input, and the gradient dz of its output. With X a column of the input
+// (toeplitz.cuh): the convolution's input, and the gradient dz of its output. Of kernel row ky, with eight columns of
+// dz from x on and the 16 (or 32) columns of the input around them,
 //
-//     D[r, s][n] += dz[y + r][X - s + kw / 2] * input[y - kh / 2 + n][X]      over all X and every R-th row y
+//     D[i][j] += input[y + ky - kh / 2][x + 4 - 8 * steps + i] * dz[y][x + j]      over all y and every eighth x
 //
-// is a product whose inner axis is X, sixteen of them a mma; dw[ky][kx] = sum of D[r, kx][ky + r] over the R rows. B
-// are rows of the input as they lie, ldmatrix of two times eight rows. A is a Toeplitz matrix of dz: shifts of 0 to 3
-// of four rows where the kernel has up to four columns, of 0 to 7 of two rows, or of 0 to 15 of one. The two columns
-// of dz in a register are neighbours; those that start at an odd column a warp copies for its rows, a column further:
+// is a product whose inner axis is rows, sixteen of them a mma; dw[ky][kx] is the sum of a diagonal of D, i - j fixed.
+// Both come by ldmatrix as they lie, transposed. Its eight columns of dz start four before x, so a lane takes column j
+// as (j + 4) % 8: the upper half of one matrix and the lower half of the next. The fragments of dz serve all kernel
+// rows; those of the input, in pairs that overlap, cost four moves for every second block of columns.
 //
-//     odd     [8 rows][pitch]: column x of the map lies at kOddPadding + x, an odd number
-//
-// Four sums a lane, or eight for kernels of more rows: nothing is added up before all rows and images are in.
+// Four sums a lane, kernel row and step: nothing is added up before all rows and images are in.
 
 #pragma once
 
@@ -18,136 +17,102 @@
 
 namespace focalnet::cuda {
 
-// What a lane needs to know of a level, in elements.
-struct Correlation {
-    int together;  // rows of dz: R
-    bool wide;     // more rows of the input than eight
-    bool odd[2];   // of the lane's rows lane / 4 and lane / 4 + 8 of A: where they are read,
-    int a[2];      // from the strip's first row and column,
-    int step[2];   // and the next rows that are taken together
-    int b;         // of ldmatrix, from the strip's first row and column of the input
-    int further;   // the other eight rows
-
-    __device__ __forceinline__ Correlation(int kh, int kw, int pitch, int odd_pitch, int lane) {
-        constexpr int kBefore = 4;  // columns before the first; there ldmatrix finds 16 bytes
-        const int bits = toeplitz_shift_bits(kw);
-        together = kMmaM >> bits;
-        wide = toeplitz_wide(kh, kw);
-        int input_row[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int m = lane / 4 + 8 * i, n = lane % 8 + 8 * i;
-            const int row = m >> bits, column = 2 * (lane % 4) + kw / 2 - (m & ((1 << bits) - 1)) - kBefore;
-            odd[i] = column % 2 != 0;
-            const int own = odd[i] ? odd_pitch : pitch;
-            a[i] = row * own + column;
-            step[i] = together * own;
-            // A row that no tap meets is read as the eight's first: no conflict of banks.
-            input_row[i] = (n < kh + together - 1 ? n : 8 * i) - kh / 2;
-        }
-        b = input_row[0] * pitch + 8 * (lane / 8) - kBefore;
-        further = (input_row[1] - input_row[0]) * pitch;
-    }
+// Where a lane's rows of ldmatrix begin. Fragments of the input come in pairs, the two halves of a product's other
+// axis in a row; `last`: one that has no partner.
+struct CorrelatedRows {
+    SharedAddress dz, input, last;
 };
 
-// Eight rows of a strip, one column further, by a warp; zero where no row exists. `dz` points to the lane's row,
-// column 2 (lane % 4).
-template <int BLOCKS, typename T>
-__device__ __forceinline__ void copy_odd(T* odd, const T* dz, bool exists, int groups) {
-    for (int group = 0; group < groups; ++group) {
-        T pairs[BLOCKS][2] = {};
-        if (exists)
+template <int COUNT>
+__device__ __forceinline__ void load_pairs(uint32_t (&a)[COUNT][2], SharedAddress rows, SharedAddress last) {
 #pragma unroll
-            for (int j = 0; j < BLOCKS; ++j) load_raw<2>(dz + 8 * j, pairs[j]);
+    for (int i = 0; i + 1 < COUNT; i += 2)
+        ldmatrix_x4<true>(a[i][0], a[i + 1][0], a[i][1], a[i + 1][1], rows + 16 * i);
+    if constexpr (COUNT % 2 == 1) ldmatrix_x2<true>(a[COUNT - 1][0], a[COUNT - 1][1], last + 16 * (COUNT - 1));
+}
+
+// The share of a tile in D of ROWS kernel rows.
+template <int BLOCKS, int STEPS, int ROWS, typename T>
+__device__ __forceinline__ void correlate_tile(float (&sum)[ROWS][STEPS][4], CorrelatedRows at, int row_bytes,
+                                               bool upper) {
+    constexpr int kFragments = BLOCKS + 2 * STEPS - 1;
+    uint32_t shifted[BLOCKS + 1][2], b[BLOCKS][2];
+    load_fragments<true>(shifted, at.dz);
 #pragma unroll
-        for (int j = 0; j < BLOCKS; ++j) {
-            odd[8 * j] = pairs[j][0];
-            odd[8 * j + 1] = pairs[j][1];
-        }
-        dz += 8 * BLOCKS;
-        odd += 8 * BLOCKS;
+    for (int j = 0; j < BLOCKS; ++j)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) b[j][half] = upper ? shifted[j][half] : shifted[j + 1][half];
+#pragma unroll
+    for (int ky = 0; ky < ROWS; ++ky, at.input += row_bytes, at.last += row_bytes) {
+        uint32_t a[kFragments][2];
+        load_pairs(a, at.input, at.last);
+#pragma unroll
+        for (int s = 0; s < STEPS; ++s)
+#pragma unroll
+            for (int j = 0; j < BLOCKS; ++j)
+                mma<T>(sum[ky][s], a[j + 2 * s][0], a[j + 2 * s + 1][0], a[j + 2 * s][1], a[j + 2 * s + 1][1], b[j][0],
+                       b[j][1]);
     }
 }
 
-// PIECES times eight columns of the input against dz. `first`, `second`: where the lane's two rows of A begin.
-template <int PIECES, typename T>
-__device__ __forceinline__ void correlate_columns(float (&sum)[4], SharedAddress input, const T* first,
-                                                  const T* second) {
+// Half of a diagonal's sum: a lane adds its two columns of D, and has E[i][t] for rows i = lane / 4 + 8 k; those that
+// a tap needs it leaves in `to`, [ROWS][kw + 6][4]. Tap kx is the sum of E[kx + 2 t][t].
+template <int STEPS, int ROWS>
+__device__ __forceinline__ void store_diagonals(float* to, const float (&sum)[ROWS][STEPS][4], int kw, int lane) {
+    const int rows = kw + 6, first = lane / 4 - (8 * STEPS - 4 - kw / 2), t = lane % 4 ^ 2;
 #pragma unroll
-    for (int p = 0; p < PIECES; p += 4) {
-        uint32_t b[4];
-        if (PIECES - p > 2)
-            ldmatrix_x4<false>(b[0], b[1], b[2], b[3], input + 16 * p);
-        else
-            ldmatrix_x2<false>(b[0], b[1], input + 16 * p);
+    for (int ky = 0; ky < ROWS; ++ky, to += 4 * rows)
 #pragma unroll
-        for (int q = 0; q < 4 && p + q < PIECES; q += 2) {
-            const int at = 8 * (p + q);
-            const uint32_t a0 = load_word(first + at), a1 = load_word(second + at);
-            if (p + q + 1 < PIECES)
-                mma<T>(sum, a0, a1, load_word(first + at + 8), load_word(second + at + 8), b[q], b[q + 1]);
-            else
-                mma_half<T>(sum, a0, a1, b[q]);
+        for (int k = 0; k < 2 * STEPS; ++k) {
+            // The next row's second column: another lane's, of the next eight rows where this lane has the last.
+            const float own = sum[ky][k / 2][2 * (k % 2) + 1];
+            const float next = k + 1 < 2 * STEPS ? sum[ky][(k + 1) / 2][2 * ((k + 1) % 2) + 1] : 0.0f;
+            const float below = __shfl_sync(0xffffffffu, lane < 4 ? next : own, (lane + 4) % kWarp);
+            const int row = first + 8 * k;
+            if (static_cast<unsigned>(row) < static_cast<unsigned>(rows))
+                to[4 * row + t] = sum[ky][k / 2][2 * (k % 2)] + below;
         }
-    }
 }
 
-// D += the share of a strip, by a warp whose `odd` holds its rows. `dz` and `input` point to the strip's first row and
-// column. The rows of dz below the last one are zero, as many as are taken together less one.
-template <int BLOCKS, typename T>
-__device__ __forceinline__ void correlate_strip(float (&sum)[2][4], const Correlation& own, const T* dz,
-                                                SharedAddress input, const T* odd, int pitch, int rows, int groups) {
+// D of ROWS kernel rows from `first` on, of all channels, a warp its own share of each.
+template <int BLOCKS, int STEPS, int ROWS, typename T, typename Block, typename DzOf, typename InputOf>
+__device__ __forceinline__ void correlate_rows(const Block& b, DzOf dz_of, InputOf input_of, int first, int kh,
+                                               int kw) {
     constexpr int kSize = sizeof(T);
-    const T *first = (own.odd[0] ? odd : dz) + own.a[0], *second = (own.odd[1] ? odd : dz) + own.a[1];
-    for (int y = 0; y < rows; y += own.together) {
-        const auto columns = [&](auto pieces, int at) {
-            constexpr int kPieces = decltype(pieces)::value;
-            const SharedAddress from = input + static_cast<SharedAddress>(at * kSize);
-            correlate_columns<kPieces>(sum[0], from, first + at, second + at);
-            if (own.wide)
-                correlate_columns<kPieces>(sum[1], from + static_cast<SharedAddress>(own.further * kSize), first + at,
-                                           second + at);
-        };
-        for (int group = 0; group + 1 < groups; ++group)
-            columns(std::integral_constant<int, BLOCKS>{}, 8 * BLOCKS * group);
-        columns(std::integral_constant<int, BLOCKS + 1>{}, 8 * BLOCKS * (groups - 1));
-        input += static_cast<SharedAddress>(own.together * pitch * kSize);
-        first += own.step[0];
-        second += own.step[1];
-    }
-}
-
-// D of all channels, a warp its own share of each: the sums lie in `products`, [block_c][sharers][1 or 2][16][8].
-template <int BLOCKS, typename T, typename Block, typename DzOf, typename InputOf>
-__device__ __forceinline__ void correlate(const Block& b, DzOf dz_of, InputOf input_of, int kh, int kw) {
     const auto& t = b.p.tiling;
     const Strips& strips = b.strips;
-    const int lane = b.at.lane;
-    const Correlation own(kh, kw, t.pitch, t.odd_pitch, lane);
-    T* odd = b.odd + b.at.warp * 8 * t.odd_pitch + kToeplitzOddPadding;
-    T* odd_of_lane = odd + lane / 4 * t.odd_pitch + 2 * (lane % 4);
-    const int dz_of_lane = lane / 4 * t.pitch + 2 * (lane % 4);
+    const int lane = b.at.lane, tiles = strips.tiles() * t.groups, quarter = lane / 8;
+    const int from_input = 4 - 8 * STEPS + (first - kh / 2) * t.pitch;
     for_each_channel(b, [&](int c) {
-        float sum[2][4] = {};
-        const T* dz = dz_of(c);
-        const SharedAddress input = shared_address(input_of(c) + own.b);
-        for (int strip = b.at.share; strip < strips.count; strip += t.sharers) {
-            const StripRow top = strips.row(strip, 0);
-            const int offset = strips.offset(top), rows = min(8, strips.held - top.y);
-            __syncwarp();  // nobody reads the rows that were copied last
-            copy_odd<BLOCKS>(odd_of_lane, dz + offset + dz_of_lane, lane / 4 < rows, t.groups);
-            __syncwarp();
-            correlate_strip<BLOCKS>(sum, own, dz + offset,
-                                    input + static_cast<SharedAddress>(offset * static_cast<int>(sizeof(T))), odd,
-                                    t.pitch, rows, t.groups);
+        float sum[ROWS][STEPS][4] = {};
+        const SharedAddress dz = shared_address(dz_of(c) + 8 * (quarter / 2) - 4);
+        const SharedAddress input = shared_address(input_of(c) + from_input);
+        for (int i = b.at.share; i < tiles; i += t.sharers) {
+            const TilePlace place(i, t.groups, 8 * BLOCKS);
+            const auto bytes = [&](int elements) {
+                return static_cast<SharedAddress>((elements + place.column) * kSize);
+            };
+            const CorrelatedRows at{
+                dz + bytes(strips.nearest_or_zero(place.strip + quarter % 2, lane % 8)),
+                input + bytes(strips.nearest(place.strip + quarter / 2, lane % 8) + 8 * (quarter % 2)),
+                input + bytes(strips.nearest(place.strip + quarter % 2, lane % 8))};
+            correlate_tile<BLOCKS, STEPS, ROWS, T>(sum, at, t.pitch * kSize, lane >= 16);
         }
-        float* to = b.products + (c * t.sharers + b.at.share) * t.product + lane / 4 * 8 + 2 * (lane % 4);
-#pragma unroll
-        for (int n = 0; n < 2; ++n)
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-                if (n == 0 || own.wide)
-                    store_pair(to + 128 * n + 64 * half, float2{sum[n][2 * half], sum[n][2 * half + 1]});
+        store_diagonals(b.products + (c * t.sharers + b.at.share) * t.product + 4 * first * (kw + 6), sum, kw, lane);
+    });
+}
+
+// What the warps find lies in `products` then, [block_c][sharers][product].
+template <int BLOCKS, typename T, typename Block, typename DzOf, typename InputOf>
+__device__ __forceinline__ void correlate(const Block& b, DzOf dz_of, InputOf input_of, int kh, int kw) {
+    with_steps(kw, [&](auto steps) {
+        constexpr int kSteps = decltype(steps)::value;
+        for (int first = 0; first < kh;)
+            with_rows_at_once<BLOCKS, kSteps>(kh - first, [&](auto rows) {
+                constexpr int kRows = decltype(rows)::value;
+                correlate_rows<BLOCKS, kSteps, kRows, T>(b, dz_of, input_of, first, kh, kw);
+                first += kRows;
+            });
     });
 }
 
@@ -156,18 +121,15 @@ __device__ __forceinline__ void correlate(const Block& b, DzOf dz_of, InputOf in
 template <typename Block>
 __device__ __forceinline__ void sum_products(const Block& b, float* dweights, int kh, int kw, const Division& by_kw) {
     const auto& t = b.p.tiling;
-    const int bits = toeplitz_shift_bits(kw), together = kMmaM >> bits, taps = kh * kw;
+    const int taps = kh * kw;
     const int c = threadIdx.x & (t.block_c - 1), step = blockDim.x >> t.channel_bits;
     if (b.first_c + c >= b.p.C) return;
     for (int tap = threadIdx.x >> t.channel_bits; tap < taps; tap += step) {
-        const int ky = by_kw(tap), kx = tap - ky * kw;
         float sum = 0.0f;
-        const float* product = b.products + c * t.sharers * t.product;
+        const float* product = b.products + c * t.sharers * t.product + 4 * (tap + 6 * by_kw(tap));
         for (int share = 0; share < t.sharers; ++share, product += t.product)
-            for (int r = 0; r < together; ++r) {
-                const int n = ky + r;
-                sum += product[n / 8 * 128 + ((r << bits) + kx) * 8 + n % 8];
-            }
+#pragma unroll
+            for (int column = 0; column < 4; ++column) sum += product[9 * column];
         dweights[tap * b.p.C + b.first_c + c] = sum;
     }
 }

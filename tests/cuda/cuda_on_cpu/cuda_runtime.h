@@ -296,13 +296,19 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned which) {
     return result;
 }
 
-inline float __shfl_xor_sync(unsigned mask, float value, int lanes) {
+// The value of the lane `from` of the same warp.
+inline float __shfl_sync(unsigned mask, float value, int from) {
     using namespace cuda_on_cpu;
     if (mask != 0xffffffffu) fail("only whole warps shuffle here");
     const int turn = fibers[threadIdxOf]->turn ^= 1;
     fibers[threadIdxOf]->shuffled[turn] = value;
     wait(Fiber::kAtShuffle);
-    return fibers[threadIdxOf ^ lanes]->shuffled[turn];
+    return fibers[threadIdxOf / kWarp * kWarp + from % kWarp]->shuffled[turn];
+}
+
+inline float __shfl_xor_sync(unsigned mask, float value, int lanes) {
+    using namespace cuda_on_cpu;
+    return __shfl_sync(mask, value, threadIdxOf % kWarp ^ lanes);
 }
 
 inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int bytes) {
