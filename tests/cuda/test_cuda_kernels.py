@@ -183,7 +183,9 @@ def test_every_path_of_forward_on_tensor_cores_obeys_the_rule(run, path, device,
 )
 def test_planes_have_sixteen_channels_where_they_fit_and_fill_the_device(program, tmp_path, device, shape, channels):
     path, _, (forward, *_rest) = plan(program, tmp_path, shape, torch.bfloat16, device, True)
-    assert (path, forward.block_c, forward.threads) == ("planes", channels, 32 * channels)
+    # Wide maps leave a warp no registers for company: eight take two channels each.
+    warps = 8 if shape.width > 16 else channels
+    assert (path, forward.block_c, forward.threads) == ("planes", channels, 32 * warps)
 
 
 @low_dtypes
@@ -444,10 +446,9 @@ BARRIERS = {
     "behind the zeros": ("toeplitz_fwd.cu", "    __syncthreads();\n    load_planes(b);\n"),
     "behind the zeros of the planes": (
         "toeplitz_fwd_planes.cu",
-        "        __syncthreads();\n        b.take_next();\n",
+        "        __syncthreads();\n        b.group = group;\n",
     ),
     "before planes are written": ("toeplitz_fwd_planes.cu", "            __syncthreads();\n            with_width"),
-    "behind the sums": ("toeplitz_fwd_planes.cu", "    __syncwarp();  // the sums are there\n"),
 }
 
 
