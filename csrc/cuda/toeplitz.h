@@ -46,26 +46,30 @@ struct ToeplitzTiling {
 struct ToeplitzPlanesTiling {
     int channels;  // 8, or 16: positions of the maps are then read and written in whole sectors of 32 bytes
     int images;
-    int blocks;  // of eight columns
+    int image_bits;  // an image has 7 << image_bits of a group's 56 rows
+    int blocks;      // of eight columns
     int programs;
-    int halo, rows;    // above and below every image; of a plane
-    int tap_rows;      // of all levels
-    unsigned inverse;  // of H, in 1 / 65536: row * inverse is the row's image; 0 for one image
+    int halo, rows;  // above and below every image; of a plane
+    int tap_rows;    // of all levels
     size_t shared_bytes;
     double cost;  // 0: it does not take the maps
+
+    __host__ __device__ int span() const { return 7 << image_bits; }
 };
 
-constexpr int kToeplitzPlaneRows = 56, kToeplitzPlaneColumns = 56;
-constexpr int kToeplitzImageGap = 8;  // rows from an image to the next: conflicts of ldmatrix stay away
-// Several images: registers of the lanes hold where their rows lie.
+// A lane has every seventh row of a group, and all rows of a lane belong to one image.
+constexpr int kToeplitzPlaneSets = 7, kToeplitzPlaneRows = 8 * kToeplitzPlaneSets, kToeplitzPlaneColumns = 56;
+constexpr int kToeplitzImageGap = 8;  // rows of zeros between images: the halo of both
+// Rows of taps that a level has: three at least.
+constexpr __host__ __device__ int toeplitz_plane_tap_rows(int kh) { return kh < 3 ? 3 : kh; }
+// Several images in a group.
 constexpr __host__ __device__ bool toeplitz_planes_stacked(int blocks) { return blocks <= 4; }
+// Warps of a block: each takes one channel, or several in turn.
+constexpr __host__ __device__ int toeplitz_plane_warps(int blocks, int channels) { return blocks > 2 ? 8 : channels; }
 // Of blocks of threads on a multiprocessor, by their registers.
 constexpr __host__ __device__ int toeplitz_planes_resident(int blocks, int channels) {
-    if (channels > 8) return blocks == 1 ? 2 : 1;
-    return blocks == 1 ? 3 : 2;
-}
-constexpr __host__ __device__ int toeplitz_plane_sums(int blocks) {
-    return toeplitz_planes_stacked(blocks) ? kToeplitzPlaneRows : 8;
+    if (blocks > 2) return 1;
+    return (blocks == 1 ? 24 : 16) / channels;
 }
 // Bytes of a row of one channel: four columns before the map, and four behind.
 constexpr __host__ __device__ int toeplitz_plane_pitch(int blocks) { return (blocks + 1) * 16; }
@@ -78,8 +82,15 @@ constexpr __host__ __device__ int toeplitz_plane_channel(int blocks, int channel
 constexpr __host__ __device__ int toeplitz_plane_row(int blocks, int channels) {
     return toeplitz_plane_channel(blocks, channels - 1) + toeplitz_plane_pitch(blocks) + 16;
 }
-// Blocks of a row of gates.
-constexpr __host__ __device__ int toeplitz_gate_blocks(int blocks) { return blocks > 4 ? 8 : blocks > 2 ? 4 : blocks; }
+// Gates of a row that lie together: of up to four blocks, a power of two. Bytes of such a row, of all rows (the second
+// four blocks lie in the other half of the banks), and of a level.
+constexpr __host__ __device__ int toeplitz_gate_row(int blocks) { return 16 * (blocks > 2 ? 4 : blocks); }
+constexpr __host__ __device__ int toeplitz_gate_part(int blocks) {
+    return kToeplitzPlaneRows * toeplitz_gate_row(blocks) + (blocks > 4 ? 64 : 0);
+}
+constexpr __host__ __device__ int toeplitz_gate_plane(int blocks) {
+    return (blocks > 4 ? 2 : 1) * toeplitz_gate_part(blocks);
+}
 
 // n / by without a division, exact for n * by < 2^20 and n < 2^12: kernels that divide once a pass have many passes.
 struct Division {

@@ -1,19 +1,28 @@
 // Gated aggregation, forward, on tensor cores, of small maps: up to 32 columns or 48 to 56, and up to 56 rows of
 // one image or of several one above the other. One launch, bfloat16 and float16, kernels of at most nine columns.
 //
-// toeplitz_fwd_planes_kernel: a block owns sixteen channels or eight, a warp one of them, and takes groups of images
-// in turn. A warp needs nobody else between the first level and the last.
+// toeplitz_fwd_planes_kernel: a block owns sixteen channels or eight, and takes groups of images in turn. A warp
+// computes a channel from the first level to the last without the others, then the next one that it has.
 //
-//     fetch          ctx, channels last, and gates of the next group: all loads at once, into the registers that agg
-//                    has left
+//     fetch          ctx, channels last, and gates of the next group: all loads at once, into registers that nobody
+//                    needs meanwhile
 //     once a block   zeros into the planes, which leaves a halo around every image; the taps of all levels
 //     write          the group before: plane -> channels last
 //     place          what was fetched -> planes and gates in shared memory; the group after it is called to L2
-//     level l        sixteen rows at a time, for BLOCKS blocks of eight columns: plane -> mma -> GELU in registers ->
-//                    agg += gate * GELU in registers, and the same rows of the plane. Eight rows wait in registers
-//                    until the tile below, which reads them, is done, so one plane does for all levels
-//     mean           sums of the last level's rows: a product with ones
+//     level l        the whole plane at once: plane -> mma -> GELU in registers -> agg += gate * GELU in registers,
+//                    and the same rows of the plane
+//     mean           sums of the last level: a product with ones
 //     finish         agg + gate * GELU(mean) -> plane
+//
+// A set is every seventh row of the group, one of each of the warp's eight rows of lanes: row 7g + i of set i. A tile
+// takes sets i and i + 4, and its input at row ky of a kernel is that of tile i + 1 at row ky - 1. So four tiles that
+// are computed together read k + 3 fragments of sixteen rows, where one after another they would read 4k:
+//
+//     tile 0      T(0)  T(1)  T(2)
+//     tile 1            T(0)  T(1)  T(2)
+//     tile 2                  T(0)  T(1)  T(2)              of a kernel of three rows; the eighth set is nobody's
+//     tile 3                        T(0)  T(1)  T(2)
+//     fragments    0     1     2     3     4     5
 //
 // Bytes: ctx read and agg written once, in whole sectors of 32 bytes with sixteen channels. With eight, which shared
 // memory may leave no choice but, two blocks share every sector: L2 moves twice as much. The gates, once for every
@@ -24,122 +33,121 @@
 namespace focalnet::cuda {
 namespace {
 
-// Where a lane's gates of the first four blocks lie, and of the others.
-struct LaneGates {
-    const unsigned char *first, *second;
-};
+constexpr int kTiles = (kSets + 1) / 2;
+static_assert(kTiles == 4, "the second set of a tile is the first of the tile four further");
 
-// What a lane has of its channel: its row in each half of a tile, in BLOCKS blocks of two columns.
+// What a lane has of a channel: its row of each set, in BLOCKS blocks of two columns.
 template <typename T, int BLOCKS, int CHANNELS>
 struct PlanesWarp {
     using Size = Sizes<BLOCKS, CHANNELS>;
-    static constexpr int kAddresses = Size::kStacked ? 4 : 1, kPlaces = Size::kStacked ? kHalves : 1;
-    int limit;                          // a half that begins before it has the lane's row
-    uint32_t mask;                      // of the last block: columns that exist
-    SharedAddress sources[kAddresses];  // of the lane's row of ldmatrix, without the kernel's rows above it
-    int places[kPlaces];                // of the lane's rows of outputs
-    uint32_t agg[kHalves][BLOCKS];
+    int limit;             // sets in which the lane has a row
+    uint32_t mask;         // of the last block: columns that exist
+    SharedAddress source;  // of the lane's row of ldmatrix, at set 0
+    int place, gates, taps;
+    uint32_t agg[kSets][BLOCKS];
 
-    __device__ __forceinline__ PlanesWarp(const PlanesBlock<T, BLOCKS, CHANNELS>& b) {
-        const int thread = thread_index(), lane = thread % kWarp, channel = thread / kWarp;
-        const int column = 8 * (BLOCKS - 1) + 2 * (lane % 4);
+    __device__ __forceinline__ PlanesWarp(const PlanesBlock<T, BLOCKS, CHANNELS>& b, int channel) {
+        const ToeplitzPlanesTiling& t = b.p.tiling;
+        const int lane = thread_index() % kWarp, g = lane / 4, column = 8 * (BLOCKS - 1) + 2 * (lane % 4);
         mask = (column < b.p.W ? 0xffffu : 0u) | (column + 1 < b.p.W ? 0xffff0000u : 0u);
-        const int last = b.p.tiling.images * b.p.H - 1;
+        // Lanes without an image read the last one's rows.
+        const int last = kSets * ((t.images << t.image_bits) - 1), first = min(kSets * g, last);
+        limit = b.image(kSets * g) < b.images_of(b.group) ? b.p.H - b.row_of_image(kSets * g) : 0;
+        const int at = toeplitz_plane_channel(BLOCKS, channel);
+        source = shared_address(b.memory + b.plane_row(min(kSets * (lane % 8), last)) + at +
+                                lane / 8 % 2 * kTiles * Size::kRow + lane / 16 * 16);
+        place = b.plane_row(first) + at + 2 * kToeplitzPadding + 4 * (lane % 4);
+        gates = b.p.gates_at + kSets * g * Size::kGateRow + lane % 4 * (Size::kGateRow / 4);
+        taps = b.p.taps_at + channel * t.tap_rows * kTapRow + 8 * (2 * (lane % 4) + 7 - g);
 #pragma unroll
-        for (int i = 0; i < kAddresses; ++i) {
-            const int row = Size::kStacked ? min(16 * i + lane % 16, last) : lane % 16;
-            sources[i] = shared_address(b.memory + b.plane_row(row) + toeplitz_plane_channel(BLOCKS, channel) +
-                                        16 * (lane / 16));
-        }
+        for (int set = 0; set < kSets; ++set)
 #pragma unroll
-        for (int i = 0; i < kPlaces; ++i)
-            places[i] = b.plane_row(Size::kStacked ? min(8 * i + lane / 4, last) : lane / 4) +
-                        toeplitz_plane_channel(BLOCKS, channel) + 2 * kToeplitzPadding + 4 * (lane % 4);
-    }
-    __device__ __forceinline__ int lane() const { return threadIdx.x % kWarp; }
-    __device__ __forceinline__ int channel() const { return threadIdx.x / kWarp; }
-    // Made anew where they are wanted, so that no register holds them while products are summed.
-    // Of the lane's row in the first half, in a level. Odd rows have their second four blocks first: two rows in the
-    // same banks would be read in turn.
-    __device__ __forceinline__ LaneGates gates(const PlanesBlock<T, BLOCKS, CHANNELS>& b, int level) const {
-        const int lane = thread_index() % kWarp, swap = BLOCKS > 4 ? lane / 4 % 2 * 16 : 0;
-        const unsigned char* row =
-            b.memory + b.gates() + level * Size::kGatePlane + lane / 4 * Size::kGateRow + lane % 4 * 4 * Size::kPadded;
-        return {row + swap, row + (16 ^ swap)};
-    }
-    __device__ __forceinline__ int taps(const PlanesBlock<T, BLOCKS, CHANNELS>& b) const {
-        const int thread = thread_index(), lane = thread % kWarp;
-        return b.taps() + 8 * (thread / kWarp * b.p.tiling.tap_rows * kTapEntries + 2 * (lane % 4) + 7 - lane / 4);
-    }
-    __device__ __forceinline__ int sums(const PlanesBlock<T, BLOCKS, CHANNELS>& b) const {
-        return b.sums() + 4 * channel() * Size::kSums;
-    }
-    __device__ __forceinline__ SharedAddress source(int tile) const {
-        if constexpr (Size::kStacked) return sources[tile];
-        return sources[0] + 16 * tile * Size::kRow;
-    }
-    __device__ __forceinline__ int place_of(int half) const {
-        if constexpr (Size::kStacked) return places[half];
-        return places[0] + 8 * half * Size::kRow;
+            for (int j = 0; j < BLOCKS; ++j) agg[set][j] = 0;
     }
 };
 
-// A row of the kernel, for kTiles tiles.
-template <typename T, int BLOCKS, int TILES>
-__device__ __forceinline__ void add_kernel_row(float (&z)[TILES][BLOCKS][4], const SharedAddress (&rows)[TILES],
-                                               int offset, const unsigned char* taps) {
-    const uint2 b = *reinterpret_cast<const uint2*>(taps);
-#pragma unroll
-    for (int tile = 0; tile < TILES; ++tile) {
-        uint32_t a[BLOCKS + 1][2];
-        const SharedAddress row = rows[tile] + offset;
+// Sixteen rows of a plane, a column of eight more than there are blocks.
+template <int BLOCKS>
+struct Fragments {
+    uint32_t a[BLOCKS + 1][2];
+
+    __device__ __forceinline__ explicit Fragments(SharedAddress row) {
         // The four registers of a whole product must come from one ldmatrix: every second block takes two halves.
 #pragma unroll
-        for (int j = 0; j <= BLOCKS; j += 2) {
-            if (j < BLOCKS)
-                ldmatrix_x4<false>(a[j][0], a[j][1], a[j + 1][0], a[j + 1][1], row + 16 * j);
-            else
-                ldmatrix_x2<false>(a[j][0], a[j][1], row + 16 * j);
-            if (j > 0) mma_half<T>(z[tile][j - 1], a[j][0], a[j][1], b.y);
-            if (j < BLOCKS) mma<T>(z[tile][j], a[j][0], a[j][1], a[j + 1][0], a[j + 1][1], b.x, b.y);
-            if (j + 1 < BLOCKS) mma_half<T>(z[tile][j + 1], a[j + 1][0], a[j + 1][1], b.x);
+        for (int j = 0; j < BLOCKS; j += 2)
+            ldmatrix_x4<false>(a[j][0], a[j][1], a[j + 1][0], a[j + 1][1], row + 16 * j);
+        if constexpr (BLOCKS % 2 == 0) ldmatrix_x2<false>(a[BLOCKS][0], a[BLOCKS][1], row + 16 * BLOCKS);
+    }
+};
+
+template <typename T, int BLOCKS>
+__device__ __forceinline__ void add_products(float (&z)[BLOCKS][4], const Fragments<BLOCKS>& rows, const uint2& taps) {
+    const auto& a = rows.a;
+#pragma unroll
+    for (int j = 0; j < BLOCKS; ++j) {
+        if (j % 2 == 0) {
+            mma<T>(z[j], a[j][0], a[j][1], a[j + 1][0], a[j + 1][1], taps.x, taps.y);
+        } else {
+            mma_half<T>(z[j], a[j][0], a[j][1], taps.x);
+            mma_half<T>(z[j], a[j + 1][0], a[j + 1][1], taps.y);
         }
     }
 }
 
-template <typename T, int BLOCKS, int TILES, int ROW>
-__device__ __forceinline__ void convolve_tiles(float (&z)[TILES][BLOCKS][4], SharedAddress (&rows)[TILES],
+__device__ __forceinline__ uint2 load_taps(const unsigned char* taps) { return *reinterpret_cast<const uint2*>(taps); }
+
+// A level's products: `kh` rows of the kernel, an odd number and three at least. `source`: the lane's row of ldmatrix,
+// for the first of them.
+template <typename T, int BLOCKS, int ROW>
+__device__ __forceinline__ void convolve_plane(float (&z)[kTiles][BLOCKS][4], SharedAddress source,
                                                const unsigned char* taps, int kh) {
-    constexpr int kRow = ROW, kTapRow = 8 * kTapEntries;
-    // Seven blocks leave no registers for two rows of the kernel at once.
-    constexpr int kAtOnce = BLOCKS > 4 ? 1 : 2, kFirst = kAtOnce - 1;
-    if constexpr (kFirst == 1) add_kernel_row<T, BLOCKS, TILES>(z, rows, 0, taps);
-    const SharedAddress end = rows[0] + (kh - kFirst) * kRow;
+    uint2 last[kTiles - 1];  // the rows of taps before the next one
+#pragma unroll
+    for (int i = 0; i < kTiles - 1; ++i) {
+        last[i] = load_taps(taps + i * kTapRow);
+        const Fragments<BLOCKS> rows(source + i * ROW);
+#pragma unroll
+        for (int tile = 0; tile <= i; ++tile) add_products<T>(z[tile], rows, last[i - tile]);
+    }
+    source += (kTiles - 1) * ROW;
+    taps += (kTiles - 1) * kTapRow;
+    const SharedAddress end = source + (kh - kTiles + 1) * ROW;
 #pragma unroll 1
-    while (rows[0] != end) {
+    for (; source != end; source += 2 * ROW, taps += 2 * kTapRow) {
+        const uint2 next[] = {load_taps(taps), load_taps(taps + kTapRow)};
 #pragma unroll
-        for (int row = kFirst; row < kFirst + kAtOnce; ++row)
-            add_kernel_row<T, BLOCKS, TILES>(z, rows, row * kRow, taps + row * kTapRow);
+        for (int i = 0; i < 2; ++i) {
+            const Fragments<BLOCKS> rows(source + i * ROW);
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) rows[tile] += kAtOnce * kRow;
-        taps += kAtOnce * kTapRow;
+            for (int tile = 0; tile < kTiles; ++tile)
+                add_products<T>(z[tile], rows, tile <= i ? next[i - tile] : last[kTiles - 1 + i - tile]);
+        }
+        last[0] = last[2];
+        last[1] = next[0];
+        last[2] = next[1];
+    }
+#pragma unroll
+    for (int i = 0; i < kTiles - 1; ++i) {
+        const Fragments<BLOCKS> rows(source + i * ROW);
+#pragma unroll
+        for (int tile = i + 1; tile < kTiles; ++tile) add_products<T>(z[tile], rows, last[kTiles - 1 + i - tile]);
     }
 }
 
-// Calls f(block, pair of gates) for the lane's row in a half.
+// Calls f(block, pair of gates) for the lane's row in a set.
 template <int BLOCKS, typename F>
-__device__ __forceinline__ void for_each_gate(const LaneGates& gates, int half, F f) {
-    constexpr int kHalf = 8 * 16 * toeplitz_gate_blocks(BLOCKS);
+__device__ __forceinline__ void for_each_gate(const unsigned char* gates, int set, F f) {
+    const unsigned char* row = gates + set * toeplitz_gate_row(BLOCKS);
     if constexpr (BLOCKS == 1) {
-        f(0, load_word(gates.first + kHalf * half));
+        f(0, load_word(row));
     } else if constexpr (BLOCKS == 2) {
-        const uint2 two = *reinterpret_cast<const uint2*>(gates.first + kHalf * half);
+        const uint2 two = *reinterpret_cast<const uint2*>(row);
         f(0, two.x);
         f(1, two.y);
     } else {
 #pragma unroll
         for (int j = 0; j < BLOCKS; j += 4) {
-            const uint4 four = *reinterpret_cast<const uint4*>((j > 0 ? gates.second : gates.first) + kHalf * half);
+            const uint4 four = *reinterpret_cast<const uint4*>(row + j / 4 * toeplitz_gate_part(BLOCKS));
             f(j, four.x);
             f(j + 1, four.y);
             if (j + 2 < BLOCKS) f(j + 2, four.z);
@@ -148,165 +156,123 @@ __device__ __forceinline__ void for_each_gate(const LaneGates& gates, int half, 
     }
 }
 
+// Rows that no image has stay zero.
 template <typename T, int BLOCKS, int CHANNELS>
-__device__ __forceinline__ void store_half(const PlanesBlock<T, BLOCKS, CHANNELS>& b,
-                                           const PlanesWarp<T, BLOCKS, CHANNELS>& w, int half,
-                                           const uint32_t (&pairs)[BLOCKS]) {
-    if (Sizes<BLOCKS, CHANNELS>::kStacked ? 8 * half >= w.limit : w.lane() / 4 >= b.rows() - 8 * half) return;
+__device__ __forceinline__ void store_set(const PlanesBlock<T, BLOCKS, CHANNELS>& b,
+                                          const PlanesWarp<T, BLOCKS, CHANNELS>& w, int set,
+                                          const uint32_t (&pairs)[BLOCKS]) {
+    if (set >= w.limit) return;
 #pragma unroll
-    for (int j = 0; j < BLOCKS; ++j) word_at(b.memory, w.place_of(half) + 16 * j) = pairs[j];
+    for (int j = 0; j < BLOCKS; ++j)
+        word_at(b.memory, w.place + set * Sizes<BLOCKS, CHANNELS>::kRow + 16 * j) = pairs[j];
 }
 
-// The sums of a tile's rows, by a product with ones; `sum` as mma's C.
+// The sum of the lane's rows in a tile, by a product with ones.
 template <typename T, int BLOCKS>
-__device__ __forceinline__ void add_rows(float (&sum)[4], const uint32_t (&pairs)[2][BLOCKS]) {
+__device__ __forceinline__ float sum_of_rows(const uint32_t (&pairs)[2][BLOCKS], bool has_upper, bool has_lower) {
     const uint32_t ones = pair_word<T>(PairOf<T>::from(1.0f, 1.0f));
+    float sum[4] = {};
 #pragma unroll
     for (int j = 0; j + 1 < BLOCKS; j += 2)
         mma<T>(sum, pairs[0][j], pairs[1][j], pairs[0][j + 1], pairs[1][j + 1], ones, ones);
     if constexpr (BLOCKS % 2 == 1) mma_half<T>(sum, pairs[0][BLOCKS - 1], pairs[1][BLOCKS - 1], ones);
+    return (has_upper ? sum[0] : 0.0f) + (has_lower ? sum[2] : 0.0f);
 }
 
-// The sums of the lane's rows in a tile.
+// A level of a channel. The last one leaves no plane: it returns the sum of the lane's rows.
 template <typename T, int BLOCKS, int CHANNELS>
-__device__ __forceinline__ void keep_sums(const PlanesBlock<T, BLOCKS, CHANNELS>& b,
-                                          const PlanesWarp<T, BLOCKS, CHANNELS>& w, int tile, float upper,
-                                          float lower) {
-    if (w.lane() % 4 != 0) return;
-    const int row = 16 * tile + w.lane() / 4;
-    float* sums = reinterpret_cast<float*>(b.memory + w.sums(b));
-    if constexpr (Sizes<BLOCKS, CHANNELS>::kStacked) {
-        sums[row] = upper;
-        if (2 * tile + 1 < kHalves) sums[row + 8] = lower;
-    } else {
-        const float sum = (row < b.rows() ? upper : 0.0f) + (row + 8 < b.rows() ? lower : 0.0f);
-        sums[w.lane() / 4] = tile > 0 ? sums[w.lane() / 4] + sum : sum;
-    }
-}
-
-// A level of the warp's channel. The last one leaves the sums of its rows instead of a plane.
-template <typename T, int BLOCKS, int CHANNELS>
-__device__ __forceinline__ void run_plane_level(const PlanesBlock<T, BLOCKS, CHANNELS>& b,
-                                                PlanesWarp<T, BLOCKS, CHANNELS>& w, int level) {
+__device__ __forceinline__ float run_plane_level(const PlanesBlock<T, BLOCKS, CHANNELS>& b,
+                                                 PlanesWarp<T, BLOCKS, CHANNELS>& w, int level) {
     using Size = Sizes<BLOCKS, CHANNELS>;
-    constexpr int kTiles = Size::kTiles;
-    const PlanesParams& p = b.p;
-    const bool is_last = level + 1 == p.L;
-    const int kh = p.level[level].kh;
-    const unsigned char* taps = b.memory + w.taps(b) + p.level[level].first_row * 8 * kTapEntries;
-    uint32_t held[BLOCKS] = {};
+    const PlanesLevel& own = b.p.level[level];
+    const bool is_last = level + 1 == b.p.L;
+    float z[kTiles][BLOCKS][4] = {}, sum = 0.0f;
+    convolve_plane<T, BLOCKS, Size::kRow>(z, w.source - own.rows / 2 * Size::kRow,
+                                          b.memory + w.taps + own.first_row * kTapRow, own.rows);
+    __syncwarp();  // nobody reads the plane any more
+    const unsigned char* gates = b.memory + w.gates + level * Size::kGatePlane;
 #pragma unroll
-    for (int chunk = 0; chunk < Size::kChunks; ++chunk) {
-        float z[kTiles][BLOCKS][4] = {};
-        SharedAddress rows[kTiles];
+    for (int tile = 0; tile < kTiles; ++tile) {
+        uint32_t pairs[2][BLOCKS] = {};
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) rows[tile] = w.source(chunk * kTiles + tile) - kh / 2 * Size::kRow;
-        convolve_tiles<T, BLOCKS, kTiles, Size::kRow>(z, rows, taps, kh);
-        __syncwarp();  // nobody reads the rows above any more
-        if (chunk > 0 && !is_last) store_half(b, w, 2 * kTiles * chunk - 1, held);
-        const LaneGates gates = w.gates(b, level);
+        for (int part = 0; part < 2; ++part) {
+            const int set = tile + kTiles * part;
+            if (set >= kSets) continue;
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-            uint32_t pairs[2][BLOCKS] = {};
-#pragma unroll
-            for (int part = 0; part < 2; ++part) {
-                const int half = 2 * (chunk * kTiles + tile) + part;
-                if (half >= kHalves) continue;
-#pragma unroll
-                for (int j = 0; j < BLOCKS; ++j)
-                    pairs[part][j] = pair_word<T>(gelu_packed<T>(z[tile][j][2 * part], z[tile][j][2 * part + 1]));
-                // What lies beyond the map's columns is zero for the next level.
-                pairs[part][BLOCKS - 1] &= w.mask;
-                for_each_gate<BLOCKS>(gates, half, [&](int j, uint32_t gate) {
-                    w.agg[half][j] = fma_pair<T>(gate, pairs[part][j], w.agg[half][j]);
-                });
-                if (is_last) continue;
-                if (part == 1 && tile + 1 == kTiles && half + 1 < kHalves) {
-#pragma unroll
-                    for (int j = 0; j < BLOCKS; ++j) held[j] = pairs[1][j];
-                } else {
-                    store_half(b, w, half, pairs[part]);
-                }
-            }
-            if (is_last) {
-                float sum[4] = {};
-                add_rows<T, BLOCKS>(sum, pairs);
-                keep_sums(b, w, chunk * kTiles + tile, sum[0], sum[2]);
-            }
+            for (int j = 0; j < BLOCKS; ++j)
+                pairs[part][j] = pair_word<T>(gelu_packed<T>(z[tile][j][2 * part], z[tile][j][2 * part + 1]));
+            // What lies beyond the map's columns is zero for the next level.
+            pairs[part][BLOCKS - 1] &= w.mask;
+            for_each_gate<BLOCKS>(gates, set, [&](int j, uint32_t gate) {
+                w.agg[set][j] = fma_pair<T>(gate, pairs[part][j], w.agg[set][j]);
+            });
+            if (!is_last) store_set(b, w, set, pairs[part]);
         }
+        if (is_last) sum += sum_of_rows<T, BLOCKS>(pairs, tile < w.limit, tile + kTiles < w.limit);
     }
-    __syncwarp();  // the sums are there
+    __syncwarp();  // the plane is there
+    return sum;
 }
 
-// Puts GELU of its image's mean, twice in a word, in the place of each sum. Equal shares of the warp's lanes take an
-// image each.
-template <typename T, int BLOCKS, int CHANNELS>
-__device__ __forceinline__ void form_means(const PlanesBlock<T, BLOCKS, CHANNELS>& b,
-                                           const PlanesWarp<T, BLOCKS, CHANNELS>& w) {
-    using Size = Sizes<BLOCKS, CHANNELS>;
-    const PlanesParams& p = b.p;
-    const int share = Size::kStacked ? kWarp / p.tiling.images : kWarp, image = Size::kStacked ? w.lane() / share : 0;
-    const int count = Size::kStacked ? p.H : Size::kSums, first = w.lane() % share;
-    const int sums = w.sums(b) + 4 * image * p.H;
-    float sum = 0.0f;
-    for (int i = first; i < count; i += share) sum += *reinterpret_cast<const float*>(b.memory + sums + 4 * i);
-    for (int lanes = share / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, lanes);
-    const float value = gelu(sum * (1.0f / static_cast<float>(p.H * p.W)));
-    const uint32_t mean = pair_word<T>(PairOf<T>::from(value, value));
-    for (int i = first; i < count; i += share) word_at(b.memory, sums + 4 * i) = mean;
-    __syncwarp();
+// GELU of the mean of the lane's image, twice in a word, from the sums of the lanes' rows.
+template <typename T>
+__device__ __forceinline__ uint32_t mean_of_image(const PlanesParams& p, float sum) {
+#pragma unroll
+    for (int bit = 0; bit < 3; ++bit) {
+        const float other = __shfl_xor_sync(0xffffffffu, sum, 4 << bit);
+        if (bit < p.tiling.image_bits) sum += other;
+    }
+    const float value = gelu(sum * p.share);
+    return pair_word<T>(PairOf<T>::from(value, value));
 }
 
 template <typename T, int BLOCKS, int CHANNELS>
 __device__ __forceinline__ void finish_planes(const PlanesBlock<T, BLOCKS, CHANNELS>& b,
-                                              PlanesWarp<T, BLOCKS, CHANNELS>& w) {
-    using Size = Sizes<BLOCKS, CHANNELS>;
+                                              PlanesWarp<T, BLOCKS, CHANNELS>& w, uint32_t mean) {
     const PlanesParams& p = b.p;
-    const LaneGates gates = w.gates(b, p.L);
-    const unsigned char* means = b.memory + w.sums(b) + 4 * (w.lane() / 4);
+    const unsigned char* gates = b.memory + w.gates + p.L * Sizes<BLOCKS, CHANNELS>::kGatePlane;
 #pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-        const uint32_t mean = load_word(means + (Size::kStacked ? 32 * half : 0));
-        for_each_gate<BLOCKS>(gates, half,
-                              [&](int j, uint32_t gate) { w.agg[half][j] = fma_pair<T>(gate, mean, w.agg[half][j]); });
+    for (int set = 0; set < kSets; ++set) {
+        for_each_gate<BLOCKS>(gates, set,
+                              [&](int j, uint32_t gate) { w.agg[set][j] = fma_pair<T>(gate, mean, w.agg[set][j]); });
         if (p.scales) {
 #pragma unroll
             for (int j = 0; j < BLOCKS; ++j) {
                 typename PairOf<T>::type pair;
-                memcpy(&pair, &w.agg[half][j], sizeof pair);
+                memcpy(&pair, &w.agg[set][j], sizeof pair);
                 const float2 both = load_pair(reinterpret_cast<const T*>(&pair));
-                w.agg[half][j] = pair_word<T>(PairOf<T>::from(p.scale * both.x, p.scale * both.y));
+                w.agg[set][j] = pair_word<T>(PairOf<T>::from(p.scale * both.x, p.scale * both.y));
             }
         }
-        w.agg[half][BLOCKS - 1] &= w.mask;
-        store_half(b, w, half, w.agg[half]);
+        w.agg[set][BLOCKS - 1] &= w.mask;
+        store_set(b, w, set, w.agg[set]);
     }
 }
 
 template <typename T, int BLOCKS, int CHANNELS>
 __device__ __forceinline__ void compute_group(const PlanesBlock<T, BLOCKS, CHANNELS>& b) {
-    PlanesWarp<T, BLOCKS, CHANNELS> w(b);
-    w.limit = b.rows() - w.lane() / 4;
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half)
-#pragma unroll
-        for (int j = 0; j < BLOCKS; ++j) w.agg[half][j] = 0;
+    const int channels = min(CHANNELS, b.p.C - b.first_c);
 #pragma unroll 1
-    for (int level = 0; level < b.p.L; ++level) run_plane_level(b, w, level);
-    form_means(b, w);
-    finish_planes(b, w);
+    for (int channel = thread_index() / kWarp; channel < channels; channel += Sizes<BLOCKS, CHANNELS>::kWarps) {
+        PlanesWarp<T, BLOCKS, CHANNELS> w(b, channel);
+        float sum = 0.0f;
+#pragma unroll 1
+        for (int level = 0; level < b.p.L; ++level) sum = run_plane_level(b, w, level);
+        finish_planes(b, w, mean_of_image<T>(b.p, sum));
+    }
 }
 
 template <typename T, int BLOCKS, int CHANNELS>
 __device__ __forceinline__ void set_up(const PlanesBlock<T, BLOCKS, CHANNELS>& b) {
-    const int thread = thread_index(), channel = thread / kWarp;
-    zero(reinterpret_cast<T*>(b.memory), b.gates() / 2, thread, Sizes<BLOCKS, CHANNELS>::kThreads);
-    // Beyond C nothing is stored, whatever the warp makes of taps that it does not have.
-    if (b.first_c() + channel < b.p.C) write_plane_taps(b, channel);
+    using Size = Sizes<BLOCKS, CHANNELS>;
+    const int thread = thread_index(), channels = min(CHANNELS, b.p.C - b.first_c);
+    zero(reinterpret_cast<T*>(b.memory), b.p.gates_at / 2, thread, Size::kThreads);
+    for (int channel = thread / kWarp; channel < channels; channel += Size::kWarps) write_plane_taps(b, channel);
 }
 
 template <typename T, int BLOCKS, int CHANNELS>
-__global__ void __launch_bounds__(CHANNELS* kWarp, toeplitz_planes_resident(BLOCKS, CHANNELS))
+__global__ void __launch_bounds__(toeplitz_plane_warps(BLOCKS, CHANNELS) * kWarp,
+                                  toeplitz_planes_resident(BLOCKS, CHANNELS))
     toeplitz_fwd_planes_kernel(const PlanesParams p) {
     FOCALNET_SHARED_MEMORY(memory);
     PlanesBlock<T, BLOCKS, CHANNELS> b(p, memory);
@@ -331,7 +297,7 @@ __global__ void __launch_bounds__(CHANNELS* kWarp, toeplitz_planes_resident(BLOC
         }
         if (!more) return;
         __syncthreads();
-        b.take_next();
+        b.group = group;
         if (p.ctx_width == kPart)
             place_ctx(b, fetched);
         else if (p.ctx_width == 4)
@@ -367,19 +333,20 @@ PlanesParams params_of(const Problem& p, const ToeplitzPlanesTiling& tiling, con
     int row = 0;
     for (int l = 0; l < p.L; ++l) {
         const FocalWeight& w = p.weights[l];
-        params.level[l] = {w.data, w.kh, w.kw, row};
-        row += w.kh;
+        const int rows = toeplitz_plane_tap_rows(w.kh);
+        params.level[l] = {w.data, w.kh, w.kw, rows, row};
+        row += rows;
     }
     params.ctx_width = widest_vector(p.element, p.C, {p.ctx});
     params.agg_width = widest_vector(p.element, p.C, {agg});
     params.four_gates = p.L == 3 && widest_vector(p.element, 4, {p.gates}) == 4;
     params.scales = p.scale != 1.0f;
     params.scale = p.scale;
+    params.share = 1.0f / static_cast<float>(p.H * p.W);
     params.channel_blocks = (p.C + tiling.channels - 1) / tiling.channels;
     params.groups = static_cast<int>((p.B + tiling.images - 1) / tiling.images);
     params.gates_at = tiling.rows * toeplitz_plane_row(tiling.blocks, tiling.channels);
-    params.taps_at = params.gates_at + (p.L + 1) * kRows * 16 * toeplitz_gate_blocks(tiling.blocks);
-    params.sums_at = params.taps_at + tiling.channels * row * 8 * kTapEntries;
+    params.taps_at = params.gates_at + (p.L + 1) * toeplitz_gate_plane(tiling.blocks);
     params.tiling = tiling;
     return params;
 }
@@ -388,7 +355,7 @@ template <typename T, int BLOCKS, int CHANNELS>
 Status launch_planes(const PlanesParams& params, cudaStream_t stream) {
     const int64_t blocks = static_cast<int64_t>(params.tiling.programs) * params.channel_blocks;
     return launch("toeplitz_fwd_planes_kernel", toeplitz_fwd_planes_kernel<T, BLOCKS, CHANNELS>, blocks,
-                  CHANNELS * kWarp, params.tiling.shared_bytes, stream, params);
+                  toeplitz_plane_warps(BLOCKS, CHANNELS) * kWarp, params.tiling.shared_bytes, stream, params);
 }
 
 template <typename T, int CHANNELS>

@@ -155,24 +155,29 @@ int plane_blocks(int W) {
     return W >= kToeplitzPlaneColumns - 8 && W <= kToeplitzPlaneColumns ? 7 : 0;
 }
 
+// Rows that an image takes of a group are 7, 14, 28 or 56: their number as a power.
+int image_bits_of(int H) {
+    int bits = 0;
+    while (kToeplitzPlaneSets << bits < H) ++bits;
+    return bits;
+}
+
 ToeplitzPlanesTiling cut_planes(const Problem& p, int channels, int images) {
     ToeplitzPlanesTiling t{};
     t.channels = channels;
     t.images = images;
+    t.image_bits = image_bits_of(p.H);
     t.blocks = plane_blocks(p.W);
     for (int l = 0; l < p.L; ++l) {
-        t.halo = std::max(t.halo, p.weights[l].kh / 2);
-        t.tap_rows += p.weights[l].kh;
+        const int kh = toeplitz_plane_tap_rows(p.weights[l].kh);
+        t.halo = std::max(t.halo, kh / 2);
+        t.tap_rows += kh;
     }
-    t.rows = images * (p.H + kToeplitzImageGap) - kToeplitzImageGap + 2 * t.halo;
-    t.inverse = images > 1 ? (65536u + p.H - 1) / p.H : 0u;
-    const size_t row = toeplitz_plane_row(t.blocks, channels);
-    t.shared_bytes = t.rows * row +
-                     static_cast<size_t>(p.L + 1) * kToeplitzPlaneRows * 16 * toeplitz_gate_blocks(t.blocks) +
-                     channels * (112 * static_cast<size_t>(t.tap_rows) + 4 * toeplitz_plane_sums(t.blocks));
-    // A lane reads rows beyond the only image, for outputs that nobody stores.
-    if (!toeplitz_planes_stacked(t.blocks))
-        t.shared_bytes = std::max(t.shared_bytes, (kToeplitzPlaneRows + 8 + 2 * t.halo) * row);
+    // A product takes eight sets of rows, where a group has seven: one row more is read.
+    t.rows = images * (t.span() + kToeplitzImageGap) - kToeplitzImageGap + 2 * t.halo + 1;
+    t.shared_bytes = t.rows * static_cast<size_t>(toeplitz_plane_row(t.blocks, channels)) +
+                     (p.L + 1) * static_cast<size_t>(toeplitz_gate_plane(t.blocks)) +
+                     112 * static_cast<size_t>(channels) * t.tap_rows;
     return t;
 }
 
@@ -203,7 +208,7 @@ CostedPlanes best_programs(const Problem& p, ToeplitzPlanesTiling t) {
     const auto fitting = static_cast<int>(p.limits.shared_per_multiprocessor / (t.shared_bytes + kReservedBytes));
     const int resident = std::max(1, std::min(toeplitz_planes_resident(t.blocks, t.channels), fitting));
     const int groups = blocks_for(static_cast<int>(p.B), t.images), blocks = blocks_for(p.C, t.channels);
-    const double warps = t.channels, setup = 40.0 * t.tap_rows + 0.3 * t.rows * (t.blocks + 1);
+    const double channels = t.channels, setup = 40.0 * t.tap_rows + 0.3 * t.rows * (t.blocks + 1);
     // More than a few rounds of blocks gain nothing.
     const int most = std::min(groups, 4 * resident * p.limits.multiprocessors);
     CostedPlanes best;
@@ -212,9 +217,9 @@ CostedPlanes best_programs(const Problem& p, ToeplitzPlanesTiling t) {
         const int rounds = blocks_for(programs * blocks, p.limits.multiprocessors * resident);
         const double used =
             std::min<double>(resident, std::ceil(static_cast<double>(programs) * blocks / p.limits.multiprocessors));
-        // Fewer than 16 warps leave slots empty.
-        const double filled = std::min(1.0, 0.4 + 0.6 * used * warps / kResidentWarps);
-        t.cost = rounds * used * (setup + turns * group_cost(p, t)) * warps / 4 / filled;
+        // Fewer than 16 channels leave slots empty: those of a warp overlap like those of two.
+        const double filled = std::min(1.0, 0.4 + 0.6 * used * channels / kResidentWarps);
+        t.cost = rounds * used * (setup + turns * group_cost(p, t)) * channels / 4 / filled;
         t.programs = programs;
         best.consider({t, t.cost + rounds * used * turns * group_traffic(p, t)});
     }
@@ -229,8 +234,7 @@ ToeplitzPlanesTiling make_planes(const Problem& p) {
     for (int channels : {16, 8}) {
         if (channels > 8 && p.C < channels) continue;
         for (int images : {1, 2, 4, 8}) {
-            if (images > 1 && (!toeplitz_planes_stacked(plane_blocks(p.W)) || images * p.H > kToeplitzPlaneRows))
-                break;
+            if (images > 1 && (!toeplitz_planes_stacked(plane_blocks(p.W)) || images << image_bits_of(p.H) > 8)) break;
             if (images > 1 && images >= 2 * p.B) break;
             const ToeplitzPlanesTiling t = cut_planes(p, channels, images);
             if (t.shared_bytes > static_cast<size_t>(p.limits.shared_per_block)) break;

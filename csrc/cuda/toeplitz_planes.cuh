@@ -2,11 +2,12 @@
 // a group of images, and the taps.
 //
 //     planes     [row][channels][pitch], 16 bytes more a row and 64 more after eight channels: an odd number of 16
-//                bytes, so that eight rows lie in eight quarters of the banks. Images begin H + 8 rows apart. A
+//                bytes, so that every seventh row lies in another eighth of the banks. A group has 56 rows: an image
+//                takes 7, 14, 28 or all of them, whatever its height, and eight rows of zeros lie between images. A
 //                channel's column -4 comes first
-//     gates      [level][56 rows][4][PADDED blocks] of pairs: a lane's pairs of neighbouring blocks in one access
-//     taps       [channel][rows of all kernels][14] of four: what the lanes with the same u hold of T, b0 and b1
-//     sums       [channel][56] in float32, of the last level's rows; of the only image, eight
+//     gates      [level][blocks / 4][56 rows][4][up to 4 blocks] of pairs: a lane's of neighbouring blocks in one
+//     access taps       [channel][rows of all kernels][14] of four: what the lanes with the same u hold of T, b0 and
+//     b1
 //
 // A thread has two neighbouring columns and eight channels of every kRowsAtOnce-th row. Of sixteen channels, two
 // neighbouring lanes take the two halves of a position's 32 bytes. A group is fetched into registers, all loads at
@@ -21,14 +22,13 @@
 
 namespace focalnet::cuda {
 
-constexpr int kRows = kToeplitzPlaneRows;
-constexpr int kHalves = kRows / 8;  // of tiles: a lane has one row in each
-constexpr int kPart = 8;            // channels of a thread: 16 bytes of a position
-constexpr int kTapEntries = 14;
+constexpr int kRows = kToeplitzPlaneRows, kSets = kToeplitzPlaneSets;
+constexpr int kPart = 8;  // channels of a thread: 16 bytes of a position
+constexpr int kTapEntries = 14, kTapRow = 8 * kTapEntries;
 
 struct PlanesLevel {
     const void* weight;
-    int kh, kw, first_row;  // of the taps
+    int kh, kw, rows, first_row;  // rows and the first of them: of the taps
 };
 
 struct PlanesParams {
@@ -41,9 +41,9 @@ struct PlanesParams {
     int ctx_width, agg_width;
     bool four_gates;  // lie in 8 bytes, aligned
     bool scales;
-    float scale;
+    float scale, share;  // share: of a position in the mean
     int channel_blocks, groups;
-    int gates_at, taps_at, sums_at;  // in shared memory, in bytes
+    int gates_at, taps_at;  // in shared memory, in bytes
     ToeplitzPlanesTiling tiling;
 };
 
@@ -51,17 +51,13 @@ constexpr int trips(int rows_at_once) { return (kRows + rows_at_once - 1) / rows
 
 template <int BLOCKS, int CHANNELS>
 struct Sizes {
-    static constexpr int kThreads = CHANNELS * kWarp, kParts = CHANNELS / kPart;
+    static constexpr int kWarps = toeplitz_plane_warps(BLOCKS, CHANNELS), kThreads = kWarps * kWarp;
+    static constexpr int kParts = CHANNELS / kPart;
     static constexpr bool kStacked = toeplitz_planes_stacked(BLOCKS);
-    static constexpr int kTiles = BLOCKS <= 2 ? 4 : BLOCKS <= 4 ? 2 : 1;  // of sixteen rows, at once
-    static constexpr int kChunks = (kHalves + 1) / 2 / kTiles;
-    // Sums of the last level that a warp keeps: of every row, or of every eighth of the only image.
-    static constexpr int kSums = toeplitz_plane_sums(BLOCKS);
     static constexpr int kPitch = toeplitz_plane_pitch(BLOCKS);  // bytes, as all that follows
     static constexpr int kRow = toeplitz_plane_row(BLOCKS, CHANNELS);
-    static constexpr int kPadded = toeplitz_gate_blocks(BLOCKS);
-    static constexpr int kGateRow = 16 * kPadded;
-    static constexpr int kGatePlane = kRows * kGateRow;
+    static constexpr int kGateRow = toeplitz_gate_row(BLOCKS), kGatePart = toeplitz_gate_part(BLOCKS);
+    static constexpr int kGatePlane = toeplitz_gate_plane(BLOCKS);
     // Of positions, two columns each: lanes side by side, times kParts, and rows that a block takes at once.
     static constexpr int kAcross = BLOCKS == 1 ? 4 : BLOCKS == 2 ? 8 : BLOCKS <= 4 ? 16 : 32;
     static constexpr int kRowsAtOnce = kThreads / (kAcross * kParts), kTrips = trips(kRowsAtOnce);
@@ -84,17 +80,6 @@ __device__ __forceinline__ int thread_index() {
     return index;
 #else
     return threadIdx.x;
-#endif
-}
-
-// blockIdx.x, likewise.
-__device__ __forceinline__ unsigned block_index() {
-#ifdef __CUDACC__
-    unsigned index;
-    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
-    return index;
-#else
-    return blockIdx.x;
 #endif
 }
 
@@ -126,54 +111,37 @@ struct PlanesBlock {
     using Size = Sizes<BLOCKS, CHANNELS>;
     const PlanesParams& p;
     unsigned char* memory;
-    // Of the block's groups the one in the planes, by its number or by how many came before it; -1 before the first.
-    // Registers are scarce: each saves one where ptxas would otherwise spill, for sm_100.
-    static constexpr bool kCounts = !std::is_same_v<T, __half>;
-    int place, stacked_rows, stacked_c;  // where registers are left for them
+    int first_c, group;  // the group in the planes; the block's first less a step before there is one
 
     __device__ __forceinline__ PlanesBlock(const PlanesParams& p, unsigned char* memory)
-        : p(p), memory(memory), place(-1), stacked_c(blockIdx.x % p.channel_blocks * CHANNELS) {}
-    __device__ __forceinline__ bool is_empty() const { return place < 0; }
-    __device__ __forceinline__ int first_group() const { return block_index() / p.channel_blocks; }
-    __device__ __forceinline__ int group() const {
-        return kCounts ? first_group() + place * p.tiling.programs : place;
-    }
-    __device__ __forceinline__ int next_group() const {
-        if constexpr (kCounts) return first_group() + (place + 1) * p.tiling.programs;
-        return is_empty() ? first_group() : place + p.tiling.programs;
-    }
-    __device__ __forceinline__ void take_next() {
-        place = kCounts ? place + 1 : next_group();
-        stacked_rows = rows_of(group());
-    }
+        : p(p),
+          memory(memory),
+          first_c(blockIdx.x % p.channel_blocks * CHANNELS),
+          group(static_cast<int>(blockIdx.x / p.channel_blocks) - p.tiling.programs) {}
+    __device__ __forceinline__ bool is_empty() const { return group < 0; }
+    __device__ __forceinline__ int next_group() const { return group + p.tiling.programs; }
     __device__ __forceinline__ int64_t first_image(int group) const {
         return static_cast<int64_t>(group) * p.tiling.images;
     }
-    __device__ __forceinline__ int rows_of(int group) const {
-        if constexpr (!Size::kStacked) return p.H;
-        return static_cast<int>(min(static_cast<int64_t>(p.tiling.images), p.B - first_image(group))) * p.H;
+    __device__ __forceinline__ int images_of(int group) const {
+        if constexpr (!Size::kStacked) return 1;
+        return static_cast<int>(min(static_cast<int64_t>(p.tiling.images), p.B - first_image(group)));
     }
-    __device__ __forceinline__ int rows() const { return Size::kStacked ? stacked_rows : p.H; }
-    __device__ __forceinline__ int first_c() const {
-        return BLOCKS <= 2 ? stacked_c : block_index() % p.channel_blocks * CHANNELS;
-    }
-    __device__ __forceinline__ int gates() const { return p.gates_at; }
-    __device__ __forceinline__ int taps() const { return p.taps_at; }
-    __device__ __forceinline__ int sums() const { return p.sums_at; }
+    // Of a row of a group; a product in place of the division by seven.
     __device__ __forceinline__ int image(int row) const {
-        return Size::kStacked ? static_cast<int>(row * p.tiling.inverse >> 16) : 0;
+        return Size::kStacked ? row * 37 >> (8 + p.tiling.image_bits) : 0;
+    }
+    __device__ __forceinline__ int row_of_image(int row) const { return row - image(row) * p.tiling.span(); }
+    __device__ __forceinline__ bool has(int row, int images) const {
+        return row_of_image(row) < p.H && image(row) < images;
     }
     // Bytes from the planes' beginning to a row of the group.
     __device__ __forceinline__ int plane_row(int row) const {
         return (p.tiling.halo + row + kToeplitzImageGap * image(row)) * Size::kRow;
     }
-    __device__ __forceinline__ int ctx_row(int row) const {
-        const int image = this->image(row);
-        return image * p.ctx_image + (row - image * p.H) * p.ctx_h;
-    }
-    __device__ __forceinline__ int gates_row(int row) const {
-        const int image = this->image(row);
-        return image * p.gates_image + (row - image * p.H) * p.gates_h;
+    // Elements from a map's first image of a group to the row, or to the one nearest to it that exists.
+    __device__ __forceinline__ int map_row(int row, int images, int image_stride, int row_stride) const {
+        return min(image(row), images - 1) * image_stride + min(row_of_image(row), p.H - 1) * row_stride;
     }
 };
 
@@ -191,7 +159,7 @@ struct PlanesThread {
         x = 2 * (thread / Size::kParts % Size::kAcross);
         const int slot = thread / (Size::kParts * Size::kAcross), turn = slot / kWarpRows;
         first_row = turn / kStep * kStep * kWarpRows + turn % kStep + slot % kWarpRows * kStep;
-        channels = b.p.C - b.first_c() - kPart * part;
+        channels = b.p.C - b.first_c - kPart * part;
     }
     __device__ __forceinline__ bool is_inside() const { return x < b.p.W && channels > 0; }
     __device__ __forceinline__ bool has_both() const { return x + 1 < b.p.W; }
@@ -259,12 +227,12 @@ __device__ __forceinline__ void fetch_ctx(const PlanesBlock<T, BLOCKS, CHANNELS>
                                           Fetched<BLOCKS, CHANNELS>& fetched) {
     const PlanesParams& p = b.p;
     const PlanesThread<T, BLOCKS, CHANNELS> thread(b);
-    const int last = b.rows_of(group) - 1;
-    const T* ctx = static_cast<const T*>(p.ctx) + b.first_image(group) * p.ctx_b + b.first_c() +
+    const int images = b.images_of(group);
+    const T* ctx = static_cast<const T*>(p.ctx) + b.first_image(group) * p.ctx_b + b.first_c +
                    (thread.channels > 0 ? kPart * thread.part : 0) + min(thread.x, p.W - 1) * p.ctx_w;
 #pragma unroll
     for (int trip = 0; trip < Sizes<BLOCKS, CHANNELS>::kTrips; ++trip) {
-        const T* from = ctx + b.ctx_row(min(thread.row(trip), last));
+        const T* from = ctx + b.map_row(thread.row(trip), images, p.ctx_image, p.ctx_h);
         fetched.left[trip] = *reinterpret_cast<const uint4*>(from);
         if (thread.has_both()) fetched.right[trip] = *reinterpret_cast<const uint4*>(from + p.ctx_w);
     }
@@ -283,16 +251,16 @@ __device__ __forceinline__ uint2 load_gates(const PlanesParams& p, const T* from
 }
 
 // Calls f(trip, row, x) for the thread's positions.
-template <int BLOCKS, int CHANNELS, typename F>
-__device__ __forceinline__ void for_each_gate_pair(int rows, int columns, F f) {
+template <typename T, int BLOCKS, int CHANNELS, typename F>
+__device__ __forceinline__ void for_each_gate_pair(const PlanesBlock<T, BLOCKS, CHANNELS>& b, F f) {
     using Size = Sizes<BLOCKS, CHANNELS>;
     const unsigned thread = thread_index();
-    const int x = 2 * (thread % Size::kAcross);
-    if (x >= columns) return;
+    const int x = 2 * (thread % Size::kAcross), images = b.images_of(b.group);
+    if (x >= b.p.W) return;
 #pragma unroll
     for (int trip = 0; trip < Size::kGateTrips; ++trip) {
         const int row = thread / Size::kAcross + trip * Size::kGateRowsAtOnce;
-        if (row < rows) f(trip, row, x);
+        if (b.has(row, images)) f(trip, row, x);
     }
 }
 
@@ -302,13 +270,13 @@ __device__ __forceinline__ void fetch_gates(const PlanesBlock<T, BLOCKS, CHANNEL
     using Size = Sizes<BLOCKS, CHANNELS>;
     const PlanesParams& p = b.p;
     const unsigned thread = thread_index();
-    const int last = b.rows_of(group) - 1, x = 2 * (thread % Size::kAcross);
+    const int images = b.images_of(group), x = 2 * (thread % Size::kAcross);
     const bool has_both = x + 1 < p.W;
     const T* gates = static_cast<const T*>(p.gates) + b.first_image(group) * p.gates_b + min(x, p.W - 1) * p.gates_w;
 #pragma unroll
     for (int trip = 0; trip < Size::kGateTrips; ++trip) {
         const int row = thread / Size::kAcross + trip * Size::kGateRowsAtOnce;
-        const T* from = gates + b.gates_row(min(row, last));
+        const T* from = gates + b.map_row(row, images, p.gates_image, p.gates_h);
         if constexpr (FOUR) {
             fetched.left_gates[trip] = *reinterpret_cast<const uint2*>(from);
             if (has_both) fetched.right_gates[trip] = *reinterpret_cast<const uint2*>(from + p.gates_w);
@@ -327,21 +295,21 @@ __device__ __forceinline__ void prefetch_group(const PlanesBlock<T, BLOCKS, CHAN
     const PlanesParams& p = b.p;
     if (group >= p.groups) return;
     const PlanesThread<T, BLOCKS, CHANNELS> thread(b);
-    const int last = b.rows_of(group) - 1, x = min(thread.x + thread.part, p.W - 1);
-    const T* ctx = static_cast<const T*>(p.ctx) + b.first_image(group) * p.ctx_b + b.first_c() + x * p.ctx_w;
+    const int images = b.images_of(group), x = min(thread.x + thread.part, p.W - 1);
+    const T* ctx = static_cast<const T*>(p.ctx) + b.first_image(group) * p.ctx_b + b.first_c + x * p.ctx_w;
     const T* gates = static_cast<const T*>(p.gates) + b.first_image(group) * p.gates_b + x * p.gates_w;
     // One thread of a position takes both columns, two take one each.
     const bool both = Size::kParts == 1 && thread.has_both();
 #pragma unroll
     for (int trip = 0; trip < Size::kTrips; ++trip) {
-        const T* from = ctx + b.ctx_row(min(thread.row(trip), last));
+        const T* from = ctx + b.map_row(thread.row(trip), images, p.ctx_image, p.ctx_h);
         prefetch(from);
         if (both) prefetch(from + p.ctx_w);
     }
-    if (b.first_c() > 0) return;
+    if (b.first_c > 0) return;
 #pragma unroll 1
     for (int trip = 0; trip < Size::kTrips; ++trip) {
-        const T* from = gates + b.gates_row(min(thread.row(trip), last));
+        const T* from = gates + b.map_row(thread.row(trip), images, p.gates_image, p.gates_h);
         prefetch(from);
         if (both) prefetch(from + p.gates_w);
     }
@@ -365,9 +333,10 @@ __device__ __forceinline__ void place_ctx(const PlanesBlock<T, BLOCKS, CHANNELS>
                                           const Fetched<BLOCKS, CHANNELS>& fetched) {
     const PlanesThread<T, BLOCKS, CHANNELS> thread(b);
     if (!thread.is_inside()) return;
+    const int images = b.images_of(b.group);
 #pragma unroll
     for (int trip = 0; trip < Sizes<BLOCKS, CHANNELS>::kTrips; ++trip)
-        if (thread.row(trip) < b.rows())
+        if (b.has(thread.row(trip), images))
             place_pairs(thread, thread.row(trip), fetched.left[trip], fetched.right[trip]);
 }
 
@@ -377,11 +346,13 @@ __device__ __forceinline__ void read_ctx(const PlanesBlock<T, BLOCKS, CHANNELS>&
     const PlanesParams& p = b.p;
     const PlanesThread<T, BLOCKS, CHANNELS> thread(b);
     if (!thread.is_inside()) return;
-    const T* ctx =
-        static_cast<const T*>(p.ctx) + b.first_image(b.group()) * p.ctx_b + b.first_c() + kPart * thread.part;
+    const T* ctx = static_cast<const T*>(p.ctx) + b.first_image(b.group) * p.ctx_b + b.first_c + kPart * thread.part;
+    const int images = b.images_of(b.group);
 #pragma unroll 1
-    for (int row = thread.first_row; row < b.rows(); row += Sizes<BLOCKS, CHANNELS>::kRowsAtOnce) {
-        const T* from = ctx + (b.ctx_row(row) + thread.x * p.ctx_w);
+    for (int trip = 0; trip < Sizes<BLOCKS, CHANNELS>::kTrips; ++trip) {
+        const int row = thread.row(trip);
+        if (!b.has(row, images)) continue;
+        const T* from = ctx + (b.map_row(row, images, p.ctx_image, p.ctx_h) + thread.x * p.ctx_w);
         const uint4 left = load_eight<T, N>(from, thread.channels);
         uint4 right{0, 0, 0, 0};
         if (thread.has_both()) right = load_eight<T, N>(from + p.ctx_w, thread.channels);
@@ -395,17 +366,17 @@ __device__ __forceinline__ void place_gates(const PlanesBlock<T, BLOCKS, CHANNEL
                                             const Fetched<BLOCKS, CHANNELS>& fetched) {
     using Size = Sizes<BLOCKS, CHANNELS>;
     const PlanesParams& p = b.p;
-    for_each_gate_pair<BLOCKS, CHANNELS>(b.rows(), p.W, [&](int trip, int row, int x) {
-        const int swap = BLOCKS > 4 ? row % 2 * 4 : 0;
-        const int to = b.gates() + row * Size::kGateRow + 4 * (x % 8 / 2 * Size::kPadded + (x / 8 ^ swap));
+    for_each_gate_pair(b, [&](int trip, int row, int x) {
+        const int to = p.gates_at + x / 32 * Size::kGatePart + row * Size::kGateRow +
+                       x % 8 / 2 * (Size::kGateRow / 4) + x / 8 % 4 * 4;
         const uint2 &l = fetched.left_gates[trip], &r = fetched.right_gates[trip];
         const uint32_t four[] = {lows(l.x, r.x), highs(l.x, r.x), lows(l.y, r.y), highs(l.y, r.y)};
 #pragma unroll
         for (int level = 0; level < 4; ++level)
             if (level <= p.L) word_at(b.memory, to + level * Size::kGatePlane) = four[level];
         if (p.L < 4) return;
-        const T* from =
-            static_cast<const T*>(p.gates) + b.first_image(b.group()) * p.gates_b + (b.gates_row(row) + x * p.gates_w);
+        const T* from = static_cast<const T*>(p.gates) + b.first_image(b.group) * p.gates_b +
+                        (b.map_row(row, p.tiling.images, p.gates_image, p.gates_h) + x * p.gates_w);
 #pragma unroll 1
         for (int level = 4; level <= p.L; ++level) {
             const T pair[] = {from[level], x + 1 < p.W ? from[level + p.gates_w] : from_float<T>(0.0f)};
@@ -420,19 +391,19 @@ __device__ __forceinline__ void write_group(const PlanesBlock<T, BLOCKS, CHANNEL
     const PlanesParams& p = b.p;
     const PlanesThread<T, BLOCKS, CHANNELS> thread(b);
     if (!thread.is_inside()) return;
-    T* const agg = static_cast<T*>(p.agg) + b.first_image(b.group()) * p.H * p.W * p.C + b.first_c() +
+    T* const agg = static_cast<T*>(p.agg) + b.first_image(b.group) * p.H * p.W * p.C + b.first_c +
                    kPart * thread.part + thread.x * p.C;
-    const int row_size = p.W * p.C;
+    const int row_size = p.W * p.C, images = b.images_of(b.group);
     [[maybe_unused]] constexpr int kUnrolled = N == kPart ? Size::kTrips : 1;
 #pragma unroll kUnrolled
     for (int trip = 0; trip < Size::kTrips; ++trip) {
         const int row = thread.row(trip);
-        if (row >= b.rows()) break;
+        if (!b.has(row, images)) continue;
         const int at = thread.place(row);
         uint32_t pairs[kPart];
 #pragma unroll
         for (int c = 0; c < kPart; ++c) pairs[c] = word_at(b.memory, at + c * Size::kPitch);
-        T* const to = agg + static_cast<int64_t>(row) * row_size;
+        T* const to = agg + static_cast<int64_t>(b.image(row) * p.H + b.row_of_image(row)) * row_size;
         store_eight<T, N>(to,
                           uint4{lows(pairs[0], pairs[1]), lows(pairs[2], pairs[3]), lows(pairs[4], pairs[5]),
                                 lows(pairs[6], pairs[7])},
@@ -454,7 +425,7 @@ __device__ __forceinline__ void write_plane_taps(const PlanesBlock<T, BLOCKS, CH
     for (int level = 0; level < p.L; ++level) {
         const PlanesLevel& own = p.level[level];
         const T* from =
-            static_cast<const T*>(own.weight) + static_cast<int64_t>(b.first_c() + channel) * own.kh * own.kw;
+            static_cast<const T*>(own.weight) + static_cast<int64_t>(b.first_c + channel) * own.kh * own.kw;
         // Beyond the kernel's columns another tap is read, and masked.
         const int first = u - 7 - (kToeplitzPadding - own.kw / 2);
         int column[4];
@@ -466,17 +437,20 @@ __device__ __forceinline__ void write_plane_taps(const PlanesBlock<T, BLOCKS, CH
             column[i] = inside ? x : 0;
             mask[i / 2] |= inside ? 0xffffu << i % 2 * 16 : 0u;
         }
-        from += lane / 16 * own.kw;
-        unsigned char* to =
-            b.memory + b.taps() + 8 * ((channel * p.tiling.tap_rows + own.first_row + lane / 16) * kTapEntries + u);
+        // A kernel of one row has a row of zeros above and below it.
+        const int above = (own.rows - own.kh) / 2;
+        unsigned char* to = b.memory + b.p.taps_at + channel * p.tiling.tap_rows * kTapRow + 8 * u;
 #pragma unroll 1
-        for (int ky = lane / 16; ky < own.kh; ky += 2) {
-            const T four[] = {from[column[0]], from[column[1]], from[column[2]], from[column[3]]};
-            uint2 words;
-            memcpy(&words, four, sizeof words);
-            *reinterpret_cast<uint2*>(to) = uint2{words.x & mask[0], words.y & mask[1]};
-            from += 2 * own.kw;
-            to += 2 * 8 * kTapEntries;
+        for (int row = lane / 16; row < own.rows; row += 2) {
+            const int ky = row - above;
+            uint2 words{0, 0};
+            if (static_cast<unsigned>(ky) < static_cast<unsigned>(own.kh)) {
+                const T* taps = from + ky * own.kw;
+                const T four[] = {taps[column[0]], taps[column[1]], taps[column[2]], taps[column[3]]};
+                memcpy(&words, four, sizeof words);
+            }
+            *reinterpret_cast<uint2*>(to + (own.first_row + row) * kTapRow) =
+                uint2{words.x & mask[0], words.y & mask[1]};
         }
     }
 }

@@ -30,10 +30,9 @@ BARRIERS = {
     "behind the zeros": ("toeplitz_fwd.cu", "    __syncthreads();\n    load_planes(b);\n"),
     "behind the zeros of the planes": (
         "toeplitz_fwd_planes.cu",
-        "        __syncthreads();\n        b.take_next();\n",
+        "        __syncthreads();\n        b.group = group;\n",
     ),
     "before planes are written": ("toeplitz_fwd_planes.cu", "            __syncthreads();\n            with_width"),
-    "behind the sums": ("toeplitz_fwd_planes.cu", "    __syncwarp();  // the sums are there\n"),
 }
 
 

@@ -27,7 +27,9 @@ pytestmark = [
 )
 def test_planes_have_sixteen_channels_where_they_fit_and_fill_the_device(program, tmp_path, device, shape, channels):
     path, _, (forward, *_rest) = plan(program, tmp_path, shape, torch.bfloat16, device, True)
-    assert (path, forward.block_c, forward.threads) == ("planes", channels, 32 * channels)
+    # Wide maps leave a warp no registers for company: eight take two channels each.
+    warps = 8 if shape.width > 16 else channels
+    assert (path, forward.block_c, forward.threads) == ("planes", channels, 32 * warps)
 
 
 # The stages of the published variants at their image sizes, and detection maps.

@@ -88,7 +88,8 @@ int print_plans(const Problem& p) {
     const ForwardPlan plan = plan_forward(p);
     std::cout << path_of(p) << "\n" << backward_path_of(p) << "\n";
     if (const ToeplitzPlanesTiling t = plan_toeplitz_planes(p); p.tensor_cores && planes_forward(p))
-        print("forward", t.channels, p.H, p.W, 32 * t.channels, t.shared_bytes, t.cost);
+        print("forward", t.channels, p.H, p.W, 32 * toeplitz_plane_warps(t.blocks, t.channels), t.shared_bytes,
+              t.cost);
     else if (const ToeplitzTiling t = plan_toeplitz(p); p.tensor_cores)
         print("forward", t.block_c, t.tile_h, t.tile_w, t.threads(), t.shared_bytes, t.cost);
     for (int i = 0; i < plan.groups && !p.tensor_cores; ++i) print("forward", plan.group[i].tiling);
