@@ -27,8 +27,8 @@
 //     toeplitz_bwd_kernel   copies rows to shared memory as they lie; dctx replaces ctx's copy, agg dagg's
 //     from_planar_kernel    dctx, and agg if it is wanted, channels last
 //
-// Launches: this one, or these three; and two small kernels (gated_aggregation_bwd.cu, _bwd_planes.cu) that add up the
-// partials in a fixed order, for dgates and for each level's dweights.
+// Launches: this one, or these three; and two small kernels (partial_sums.cu) that add up the partials in a fixed
+// order, for dgates and for the dweights of all levels.
 //
 // Bytes: ctx read twice (once from L2, mostly); dagg read, agg and dctx written once; the gates once for every
 // `chunks` blocks of channels. Planar: each of the four maps read and written once more. Partials: dgates, a plane of
@@ -432,9 +432,7 @@ Status backward(const Problem& p, const Map& dagg, const Gradients& out, void* m
     if (Status s = turn_back<T>(p, t, out, scratch, stream)) return s;
     if (out.want_gates)
         if (Status s = sum_dgates<T>(p, scratch.dgates, splits_of(p, t), out.dgates, stream, true)) return s;
-    for (int l = 0; l < p.L && out.want_weights; ++l)
-        if (Status s = sum_partials<T>(p, l, scratch.dweights[l], groups_of(p, t), out.dweights[l], stream)) return s;
-    return {};
+    return sum_weight_partials<T>(p, out, scratch.dweights, [&](int) { return groups_of(p, t); }, stream);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ import shutil
 
 import pytest
 import torch
-from cuda_program import CUDA, SM_80, SM_86, SM_90, Device, call, compile_sources, modulate, plan
+from cuda_program import CUDA, SM_80, SM_86, SM_90, Device, call, compile_sources, grids, modulate, plan
 from operands import SHAPES, Shape, operands
 
 from focalnet import reference
@@ -381,6 +381,16 @@ def test_the_stages_of_the_tiny_model_are_taken_as_whole_maps_on_hopper(program,
             assert backward == ("levels" if stage.height == 56 else "whole map")
 
 
+@pytest.mark.parametrize(("stage", "launches"), enumerate([5, 3, 3, 3]), ids=str)
+def test_the_partials_of_all_levels_are_summed_in_one_launch(program, tmp_path, stage, launches):
+    """Backward of the tiny model is one launch, the first stage's with a turn before and behind, and two sums: of
+    dgates, and of all levels' dweights. Each of them has two blocks for every multiprocessor."""
+    shape = Shape(128, 56 >> stage, 56 >> stage, 96 << stage, (3, 5, 7))
+    found = grids(program, tmp_path, shape, torch.bfloat16, SM_90, True)
+    assert len(found) == launches
+    assert min(found) >= 2 * SM_90.multiprocessors
+
+
 @pytest.mark.parametrize(("dtype", "tensor_cores"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
 def test_views_with_any_strides(run, dtype, tensor_cores):
     """Transposed rows, a gap between positions and an expanded batch are read where they lie."""
@@ -484,6 +494,7 @@ ROWS = {
     "one channel": (600, 1, 0, 5, 2, 3, 1),
     "more vectors than threads": (9, 1001, 0, 1001, 0, 1003, 2),
     "more rows than blocks at once take": (3000, 8, 0, 24, 8, 16, 1),
+    "more partials than a block has in flight": (600, 252, 1, 259, 0, 252, 132),
     "one row for all rows": (40, 16, 0, 0, 0, 16, 4),
     "one row": (1, 24, 0, 24, 0, 24, 132),
     "no rows": (0, 24, 0, 24, 0, 24, 4),

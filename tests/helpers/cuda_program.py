@@ -98,14 +98,25 @@ class Cut:
 
 def plan(program, folder, shape, dtype, device, tensor_cores=False):
     """(path of forward, path of backward, cuts of their launches) for a contiguous problem of this shape."""
-    numbers = [0, 0, ELEMENTS[dtype], shape.batch, shape.height, shape.width, shape.channels, len(shape.kernels), 0]
-    numbers += [int(tensor_cores), *device.numbers(), *[0] * 15]
-    for sizes in shape.kernel_sizes:
-        numbers += sizes
-    (folder / "case").write_bytes(case([*numbers, 1, 1, 1, 1, shape.channels]))
+    (folder / "case").write_bytes(_without_tensors(0, shape, dtype, device, tensor_cores))
     forward, backward, *cuts = run([str(program), str(folder / "case")]).splitlines()
     fields = (line.split() for line in cuts)
     return forward, backward, [Cut(what, *map(int, rest[:-1]), rest[-1] == "1") for what, *rest in fields]
+
+
+def grids(program, folder, shape, dtype, device, tensor_cores=False):
+    """Blocks of every launch of backward, with agg once more, for a contiguous problem of this shape."""
+    (folder / "case").write_bytes(_without_tensors(1, shape, dtype, device, tensor_cores))
+    _, *launches = run([str(program), str(folder / "case"), "-", "launches"]).splitlines()
+    return [int(line.split()[1]) for line in launches]
+
+
+def _without_tensors(operation, shape, dtype, device, tensor_cores):
+    numbers = [operation, 0, ELEMENTS[dtype], shape.batch, shape.height, shape.width, shape.channels]
+    numbers += [len(shape.kernels), 0, int(tensor_cores), *device.numbers(), *[0] * 15]
+    for sizes in shape.kernel_sizes:
+        numbers += sizes
+    return case([*numbers, 1, 1, 1, 1])
 
 
 def call(
