@@ -14,8 +14,7 @@ inline int blocks_for(int64_t n, int64_t size) { return static_cast<int>((n + si
 // [parts][taps][C] in float32, and where their sum goes, (C, taps).
 struct Partials {
     const float* data;
-    int64_t parts;
-    int taps;
+    int parts, taps;
     void* sum;
 };
 
@@ -29,7 +28,7 @@ Status sum_weight_partials(const Problem& p, const Gradients& out, float* const*
                            cudaStream_t stream) {
     Partials levels[kMaxLevels];
     for (int l = 0; l < p.L; ++l)
-        levels[l] = {partials[l], parts(l), p.weights[l].kh * p.weights[l].kw, out.dweights[l]};
+        levels[l] = {partials[l], static_cast<int>(parts(l)), p.weights[l].kh * p.weights[l].kw, out.dweights[l]};
     return sum_partials<T>(levels, out.want_weights ? p.L : 0, p.C, stream);
 }
 

@@ -150,7 +150,7 @@ Status modulate_and_sum(const RowsProblem& p, const Rows& a, const Rows& b, cons
     return with_element(p.element, [&](auto element) -> Status {
         using T = decltype(element);
         const auto add_up = [&](int64_t parts) {
-            const Partials partials{static_cast<const float*>(scratch), parts, 1, sum};
+            const Partials partials{static_cast<const float*>(scratch), static_cast<int>(parts), 1, sum};
             return sum_partials<T>(&partials, 1, p.C, stream);
         };
         if (p.rows == 0) return add_up(0);

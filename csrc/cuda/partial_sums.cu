@@ -3,8 +3,8 @@
 //     sum_partials_kernel    the weights' gradients of all levels, or the bias's: [parts][taps][C] -> (C, taps)
 //     sum_dgates_kernel      the gates' gradients, of every block of channels
 //
-// Both wait for memory. Every thread therefore has kAtOnce loads in flight before it adds the first, those beyond the
-// last part being zero. Bytes: every partial read once.
+// Both wait for memory. Every thread therefore has several loads in flight before it adds the first; those beyond
+// the last part are zero. Bytes: every partial read once.
 
 #include "gated_aggregation_bwd.cuh"
 #include "launch.cuh"
@@ -13,7 +13,8 @@
 namespace focalnet::cuda {
 namespace {
 
-constexpr int kAtOnce = 8;
+constexpr int kFew = 4;
+constexpr int64_t kManySums = 4096;            // of vectors: sixteen a block, two blocks for every multiprocessor
 constexpr int kSumRows = 32, kSumVectors = 4;  // of a block of sum_partials_kernel
 constexpr int kSumThreads = kSumRows * kSumVectors;
 constexpr int kFewestGateThreads = 64;
@@ -21,24 +22,28 @@ constexpr int kFewestGateThreads = 64;
 template <int N>
 using Floats = typename RawOf<N * sizeof(float)>::type;
 
-// sum += every `step`-th of `count` vectors, `stride` floats apart, from the `first`-th on.
-template <int N>
-__device__ __forceinline__ void add_up(const float* from, int64_t first, int64_t step, int64_t count, int64_t stride,
-                                       float (&sum)[N]) {
-    for (; first < count; first += kAtOnce * step) {
-        Floats<N> raw[kAtOnce] = {};
+// sum += the first `count` of AT_ONCE vectors, `stride` floats apart.
+template <int N, int AT_ONCE>
+__device__ __forceinline__ void add_at_once(const float* from, int64_t stride, int count, float (&sum)[N]) {
+    Floats<N> raw[AT_ONCE] = {};
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i)
-            if (first + i * step < count)
-                raw[i] = *reinterpret_cast<const Floats<N>*>(from + (first + i * step) * stride);
+    for (int i = 0; i < AT_ONCE; ++i)
+        if (i < count) raw[i] = *reinterpret_cast<const Floats<N>*>(from + i * stride);
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-            float values[N];
-            memcpy(values, &raw[i], sizeof values);
+    for (int i = 0; i < AT_ONCE; ++i) {
+        float values[N];
+        memcpy(values, &raw[i], sizeof values);
 #pragma unroll
-            for (int k = 0; k < N; ++k) sum[k] += values[k];
-        }
+        for (int k = 0; k < N; ++k) sum[k] += values[k];
     }
+}
+
+// sum += `count` vectors, in order.
+template <int N>
+__device__ __forceinline__ void add_up(const float* from, int64_t stride, int count, float (&sum)[N]) {
+    constexpr int kAtOnce = N == 1 ? 8 : kFew;  // of vectors no more fit the registers of a full multiprocessor
+    for (; count > kFew; count -= kAtOnce, from += kAtOnce * stride) add_at_once<N, kAtOnce>(from, stride, count, sum);
+    if (count > 0) add_at_once<N, kFew>(from, stride, count, sum);
 }
 
 struct SummedLevel {
@@ -64,8 +69,9 @@ __global__ void __launch_bounds__(kSumThreads) sum_partials_kernel(const SumPara
     const int c = (block - tap * p.columns) * kSumVectors * N + place;
     float sum[N] = {};
     if (c < p.C)
-        add_up<N>(given.data + static_cast<int64_t>(tap) * p.C + c, row, kSumRows, given.parts,
-                  static_cast<int64_t>(given.taps) * p.C, sum);
+        add_up<N>(given.data + (static_cast<int64_t>(row) * given.taps + tap) * p.C + c,
+                  static_cast<int64_t>(kSumRows) * given.taps * p.C, (given.parts + kSumRows - 1 - row) / kSumRows,
+                  sum);
 #pragma unroll
     for (int k = 0; k < N; ++k) sums[row][place + k] = sum[k];
     __syncthreads();
@@ -100,7 +106,7 @@ __global__ void sum_dgates_kernel(const DgatesPartials p, T* dgates, int64_t pit
                       (p.planar ? gate * static_cast<int64_t>(p.positions) + position
                                 : static_cast<int64_t>(position) * p.gates + gate);
     float sum[1] = {};
-    add_up<1>(at, 0, 1, p.blocks, p.count, sum);
+    add_up<1>(at, p.count, p.blocks, sum);
     dgates[(image * p.positions + position) * pitch + gate] = from_float<T>(scale * sum[0]);
 }
 
@@ -123,7 +129,10 @@ Status run(SumParams& params, const Partials* partials, int count, int C, cudaSt
 template <typename T>
 Status sum_partials(const Partials* partials, int count, int C, cudaStream_t stream) {
     SumParams params{};
-    return C % 4 == 0 ? run<T, 4>(params, partials, count, C, stream) : run<T, 1>(params, partials, count, C, stream);
+    int64_t sums = 0;
+    for (int i = 0; i < count; ++i) sums += static_cast<int64_t>(partials[i].taps) * C;
+    return C % 4 == 0 && sums >= kManySums ? run<T, 4>(params, partials, count, C, stream)
+                                           : run<T, 1>(params, partials, count, C, stream);
 }
 
 template <typename T>

@@ -316,6 +316,28 @@ def test_a_packed_gradient_gets_the_same_bits_and_nothing_beside_them(run, tenso
     assert dq.isnan().all() and padding.isnan().all()
 
 
+@pytest.mark.parametrize(
+    ("device", "shape"),
+    [
+        (Device(227, 228, 1), Shape(2, 56, 56, 9, (3, 5, 7))),
+        (SM_86, Shape(5, 25, 24, 35, (3, 5), normalize=True)),
+        (Device(227, 228, 1), Shape(1, 40, 40, 34, (11, 13))),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("agg", [True, False], ids=["agg", "no agg"])
+def test_planar_maps_give_the_same_bits(run, device, shape, agg):
+    """A gradient that a product wrote planar, and agg for the products that read it, instead of copies that turn."""
+    _, ctx, gates, focal_weights, *_ = operands(shape, torch.bfloat16)
+    options = {"dagg": gradient_of(ctx, torch.bfloat16), "device": device, "tensor_cores": True}
+    options["mask"] = (True, True, agg, True)
+    (path, expected), (_, made) = (
+        run(ctx, gates, focal_weights, shape.normalize, planar=planar, **options) for planar in (False, True)
+    )
+    assert path == "planar"
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+
+
 MASKS = [tuple(position == wanted for position in range(4)) for wanted in range(4)]
 
 
@@ -381,7 +403,7 @@ def test_the_stages_of_the_tiny_model_are_taken_as_whole_maps_on_hopper(program,
             assert backward == ("levels" if stage.height == 56 else "whole map")
 
 
-@pytest.mark.parametrize(("stage", "launches"), enumerate([5, 3, 3, 3]), ids=str)
+@pytest.mark.parametrize(("stage", "launches"), [*enumerate([5, 3, 3, 3])], ids=str)
 def test_the_partials_of_all_levels_are_summed_in_one_launch(program, tmp_path, stage, launches):
     """Backward of the tiny model is one launch, the first stage's with a turn before and behind, and two sums: of
     dgates, and of all levels' dweights. Each of them has two blocks for every multiprocessor."""

@@ -132,13 +132,16 @@ def call(
     seed=0,
     tensor_cores=False,
     gradient_pitch=0,
+    planar=False,
 ):
     """(path taken, outputs): agg, or with ``dagg`` what ``mask`` wants of [dctx, dgates, agg, *dfocal_weights].
 
     With ``gradient_pitch`` dctx and dgates are written into a packed gradient (B, H, W, pitch), behind C elements of a
-    row for dq. It takes their places in the list, and what is not written is NaN.
+    row for dq. It takes their places in the list, and what is not written is NaN. ``planar``: dagg is given, and agg
+    written, as a matrix (C, B * H * W).
     """
     packed = storage_of(ctx, gates)
+    dagg = dagg.permute(3, 0, 1, 2).contiguous() if planar else dagg
     dout = ctx.new_empty(ctx.shape) if dagg is None else dagg
     numbers = [int(dagg is not None), seed, ELEMENTS[ctx.dtype], *ctx.shape, len(focal_weights), int(normalize)]
     numbers += [int(tensor_cores)]
@@ -146,7 +149,7 @@ def call(
     numbers += [*layout(ctx, packed.numel()), *layout(gates, packed.numel()), *layout(dout, storage_of(dout).numel())]
     for weight in focal_weights:
         numbers += weight.shape[2:]
-    numbers += [*map(int, mask), gradient_pitch]
+    numbers += [*map(int, mask), gradient_pitch, int(planar)]
     data = case(numbers) + raw(packed) + b"".join(map(raw, focal_weights))
     if dagg is not None:
         data += raw(storage_of(dagg))
@@ -160,7 +163,11 @@ def call(
         outputs = [shape if want else (0,) for shape, want in zip(shapes, wanted, strict=True)]
         if gradient_pitch:
             outputs[:2] = [(*ctx.shape[:3], gradient_pitch)]
-    return path, results(folder, ctx.dtype, outputs)
+    made = results(folder, ctx.dtype, outputs)
+    if planar and mask[2]:
+        place = 1 if gradient_pitch else 2
+        made[place] = made[place].flatten().view(dagg.shape).permute(1, 2, 3, 0)
+    return path, made
 
 
 def results(folder, dtype, shapes):
