@@ -4,11 +4,10 @@
 //     1  toeplitz_fwd_kernel        z_l of every level, the sums of the last one, and agg if it is wanted
 //     2  gate_sums_kernel, global_bwd_kernel    (gated_aggregation_bwd.cu)
 //     3  toeplitz_first_bwd_kernel  dagg, planar; dz_L = (dagg * gate + dmean) * GELU'(z_L); the share of some
-//     channels
-//                                   in dgates of the last two gates
+//                                   channels in dgates of the last two gates
 //     4  toeplitz_level_bwd_kernel  from the last level to the first, from dz_l: dweights_l; with z of the level below
 //                                   its dz and dgates, or dctx
-//        sum_partials_kernel, sum_dgates_kernel: everything that blocks left, in a fixed order
+//     5  sum_partials_kernel, sum_dgates_kernel: everything that blocks left, in a fixed order
 //
 // A block owns a band of an image's rows, all columns, and block_c channels. z, dz and dagg lie in global memory as
 // planar maps (toeplitz.h), as they do in shared memory: only ctx and dagg are turned, once each.
