@@ -86,7 +86,7 @@ def focal_modulation_bwd(
     levels = _focal_levels(ctx, focal_weights)
     dmodulator = dout * q
     if need_q or need_weight:
-        agg = _aggregate(_gelu_each(levels), gates, normalize_modulator)
+        agg = _aggregate(_gelu_each(levels), gates, normalize_modulator).contiguous()
     if need_q:
         dq = dout * F.linear(agg, weight, bias)
     if need_weight:

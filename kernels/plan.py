@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from .launch_table import LevelConfig
+from .padding import padded_row
 
 INTERPRETED = triton.knobs.runtime.interpret
 _TRITON_TYPES = {
@@ -28,17 +29,6 @@ _TRITON_TYPES = {
 
 # Shared memory that one block may have, in bytes: CUDA C++ Programming Guide, "Compute Capabilities".
 SHARED_BYTES = {75: 65536, 80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
-
-
-# Rows of a model's projection begin at multiples of so many elements. The models cannot read it here: they pad without
-# Triton too (focalnet/operators/norm_linear.py).
-ROW_ELEMENTS = 16
-
-
-def padded_row(features: int) -> int:
-    """Elements of a row of so many features."""
-    return math.ceil(features / ROW_ELEMENTS) * ROW_ELEMENTS
-
 
 # Planes that a program walks over within one chunk, at most: this bounds the scratch of a large batch.
 MAX_ITEMS = 16

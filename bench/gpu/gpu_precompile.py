@@ -21,8 +21,10 @@ from typing import Annotated
 
 import torch
 import typer
-from focalnet.kernels import focal_modulation, gated_aggregation, gated_aggregation_bwd, launch_table
-from focalnet.kernels.plan import Case, Device, Launch, Plan, padded_row
+from focalnet.kernels import launch_table
+from focalnet.kernels.operators import PLANS
+from focalnet.kernels.padding import padded_row
+from focalnet.kernels.plan import Case, Device, Launch, Plan
 from gpu_numbers import DTYPES, SHAPES
 
 from focalnet.benchmark.floors import OPERATORS, stages
@@ -32,12 +34,6 @@ from residual_bytes import ends
 from residual_bytes import plans as plans_of_ends
 
 MEASURED = (("tiny_lrf", 128), ("tiny_lrf", 1), ("large_fl3", 32))
-PLANS = {
-    "gated_aggregation": gated_aggregation.forward_plan,
-    "gated_aggregation_bwd": gated_aggregation_bwd.backward_plan,
-    "focal_modulation": focal_modulation.forward_plan,
-    "focal_modulation_bwd": focal_modulation.backward_plan,
-}
 MASKS = {"gated_aggregation_bwd": (True,) * 3, "focal_modulation_bwd": (True,) * 6}
 
 

@@ -26,6 +26,7 @@ import torch
 import typer
 from focalnet.kernels import focal_modulation, gated_aggregation, gated_aggregation_bwd
 from focalnet.kernels.level_launch import level_config_of
+from focalnet.kernels.operators import PLANS
 from focalnet.kernels.plan import H100, Case, Device, Launch, Plan
 from rich.console import Console
 from rich.table import Table
@@ -70,13 +71,7 @@ def case_of(operator: str, stage: Stage, batch: int, dtype: torch.dtype) -> Case
 
 def plan_of(operator: str, case: Case, device: Device = H100) -> Plan:
     """The launches of one call of an operator of `floors.OPERATORS`."""
-    make = {
-        "gated_aggregation": gated_aggregation.forward_plan,
-        "gated_aggregation_bwd": gated_aggregation_bwd.backward_plan,
-        "focal_modulation": focal_modulation.forward_plan,
-        "focal_modulation_bwd": focal_modulation.backward_plan,
-    }[operator]
-    return make(case, device)
+    return PLANS[operator](case, device)
 
 
 def moved(operator: str, stage: Stage, batch: int, dtype: torch.dtype, device: Device = H100) -> Moved:

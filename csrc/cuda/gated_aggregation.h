@@ -57,6 +57,7 @@ struct Gradients {
     Map dctx, dgates;            // of the inputs' element type; the rows of dgates at one pitch, stride_w
     void* dweights[kMaxLevels];  // contiguous (C, 1, kh, kw), of the inputs' element type
     Map agg;                     // forward's result once more, contiguous; no data: not wanted
+    bool planar_maps;            // dagg lies as takes_planar_maps (toeplitz.h) says, and agg will
 };
 
 // How a launch cuts the maps: a block owns one tile of one image and block_c channels of it.

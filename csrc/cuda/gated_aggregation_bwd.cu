@@ -6,7 +6,7 @@
 //        global_bwd_kernel                 GELU(mean); the gradient that every position of the last level receives
 //     3  dgates_kernel                     sums over channels of dagg * level                      (for dgates)
 //     4  focal_level_bwd_kernel            from the last level to the first: dz_l -> dz_{l-1} or dctx, and dweights
-//        sum_partials_kernel               dweights of all blocks into one, in a fixed order
+//     5  sum_partials_kernel               dweights of all blocks into one (partial_sums.cu)
 //
 // Bytes, in maps of C channels: 1 + L for the levels, 1 for the sums, 1 + L for dgates, and for a level of (4) dz, its
 // input, dagg, z and one write. z and dz are kept in the inputs' element type, sums in float32. No sum depends on the
@@ -22,8 +22,7 @@
 namespace focalnet::cuda {
 namespace {
 
-constexpr int kSumColumns = 64;     // channels of a block of gate_sums_kernel
-constexpr int kPartialColumns = 8;  // channels of a block of sum_partials_kernel: a sector of a row
+constexpr int kSumColumns = 64;  // channels of a block of gate_sums_kernel
 
 // A block owns kSumPositions of an image and kSumColumns channels: its threads take vectors of N channels of a
 // position, side by side, and positions in turn. sums [B][chunks][C] = sum over the positions of dagg * gate.
@@ -234,35 +233,7 @@ __global__ void __launch_bounds__(kThreads, 2) focal_level_bwd_kernel(const Leve
             first_c, sums);
 }
 
-// A block owns a tap and kPartialColumns channels: 32 rows of threads take every 32nd part, then add up in order. Few
-// parts for a thread, because it waits for each load: there are some hundred parts and few blocks.
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    sum_partials_kernel(const float* partials, T* out, int64_t parts, int taps, int C) {
-    __shared__ float sums[kThreads];
-    const int columns = (C + kPartialColumns - 1) / kPartialColumns, tap = blockIdx.x / columns;
-    const int c = blockIdx.x % columns * kPartialColumns + threadIdx.x % kPartialColumns;
-    constexpr int kRows = kThreads / kPartialColumns;
-    float sum = 0.0f;
-    if (c < C)
-#pragma unroll 8
-        for (int64_t part = threadIdx.x / kPartialColumns; part < parts; part += kRows)
-            sum += partials[(part * taps + tap) * C + c];
-    sums[threadIdx.x] = sum;
-    __syncthreads();
-    if (static_cast<int>(threadIdx.x) >= kPartialColumns || c >= C) return;
-    for (int i = 1; i < kRows; ++i) sum += sums[i * kPartialColumns + threadIdx.x];
-    out[static_cast<int64_t>(c) * taps + tap] = from_float<T>(sum);
-}
-
 }  // namespace
-
-template <typename T>
-Status sum_partials(const float* partials, int64_t parts, int taps, int C, void* sum, cudaStream_t stream) {
-    return launch("sum_partials_kernel", sum_partials_kernel<T>,
-                  static_cast<int64_t>(taps) * blocks_for(C, kPartialColumns), kThreads, 0, stream, partials,
-                  static_cast<T*>(sum), parts, taps, C);
-}
 
 template <typename T>
 Status global_gradient(const Problem& p, const Map& dagg, const GlobalTerm& term, bool wants_dmean,
@@ -285,10 +256,6 @@ template Status global_gradient<float>(const Problem&, const Map&, const GlobalT
 template Status global_gradient<__half>(const Problem&, const Map&, const GlobalTerm&, bool, cudaStream_t);
 template Status global_gradient<__nv_bfloat16>(const Problem&, const Map&, const GlobalTerm&, bool, cudaStream_t);
 
-template Status sum_partials<float>(const float*, int64_t, int, int, void*, cudaStream_t);
-template Status sum_partials<__half>(const float*, int64_t, int, int, void*, cudaStream_t);
-template Status sum_partials<__nv_bfloat16>(const float*, int64_t, int, int, void*, cudaStream_t);
-
 namespace {
 
 int64_t parts_of(const Problem& p, const Tiling& t) { return p.B * t.tiles_y * t.tiles_x; }
@@ -301,7 +268,7 @@ struct Workspace {
     T* between[2];  // levels on the way, where forward takes several launches
     T* dz[2];
     GlobalTerm global;
-    float* partials;
+    float* dweights[kMaxLevels];  // partials
     int64_t bytes;
     bool fits;  // on this device
 
@@ -309,17 +276,16 @@ struct Workspace {
         Scratch scratch{memory};
         const int64_t map = p.B * p.H * p.W * p.C;
         fits = focalnet::cuda::fits(plan);
-        int64_t most = 0;
         for (int l = 0; l < p.L; ++l) {
             const Tiling tiling = plan_backward_level(p, l);
             fits = fits && tiling.cost > 0;
             z[l] = scratch.take<T>(map);
-            most = std::max(most, parts_of(p, tiling) * p.weights[l].kh * p.weights[l].kw * p.C);
+            dweights[l] =
+                scratch.take<float>(out.want_weights * parts_of(p, tiling) * p.weights[l].kh * p.weights[l].kw * p.C);
         }
         for (int i = 0; i < 2; ++i) between[i] = scratch.take<T>(plan.groups > i + 1 ? map : 0);
         for (int i = 0; i < 2; ++i) dz[i] = scratch.take<T>(p.L > i + 1 ? map : 0);
         global = GlobalTerm(p, last_tiles(plan), scratch);
-        partials = scratch.take<float>(out.want_weights ? most : 0);
         bytes = scratch.bytes;
     }
 };
@@ -369,7 +335,7 @@ Status level_gradients(const Problem& p, const Map& dagg, const Gradients& out, 
     params.weight = weight.data;
     params.dinput = level > 0 ? contiguous_map(p, w.dz[(level - 1) % 2]) : out.want_ctx ? out.dctx : Map{};
     params.dinput_paired = is_paired(p.element, p.C, params.dinput);
-    params.partials = out.want_weights ? w.partials : nullptr;
+    params.partials = out.want_weights ? w.dweights[level] : nullptr;
     params.kh = weight.kh;
     params.kw = weight.kw;
     const int dagg_width = widest_vector(p.element, p.C, {dagg}), own = widest_vector(p.element, p.C, {});
@@ -379,12 +345,8 @@ Status level_gradients(const Problem& p, const Map& dagg, const Gradients& out, 
     params.scale = p.scale;
     params.tiling = plan_backward_level(p, level);
     const Tiling& t = params.tiling;
-    const int64_t parts = parts_of(p, t);
-    if (Status s = launch("focal_level_bwd_kernel", focal_level_bwd_kernel<T>, parts * blocks_for(p.C, t.block_c),
-                          t.threads, t.shared_bytes, stream, params))
-        return s;
-    if (!out.want_weights) return {};
-    return sum_partials<T>(p, level, w.partials, parts, out.dweights[level], stream);
+    return launch("focal_level_bwd_kernel", focal_level_bwd_kernel<T>, parts_of(p, t) * blocks_for(p.C, t.block_c),
+                  t.threads, t.shared_bytes, stream, params);
 }
 
 bool on_tensor_cores(const Problem& p) {
@@ -394,9 +356,8 @@ bool on_tensor_cores(const Problem& p) {
 // An empty batch: no gradient reaches the weights.
 template <typename T>
 Status no_weight_gradients(const Problem& p, const Gradients& out, cudaStream_t stream) {
-    for (int l = 0; l < p.L && out.want_weights; ++l)
-        if (Status s = sum_partials<T>(p, l, nullptr, 0, out.dweights[l], stream)) return s;
-    return {};
+    float* nothing[kMaxLevels] = {};
+    return sum_weight_partials<T>(p, out, nothing, [](int) { return 0; }, stream);
 }
 
 template <typename T>
@@ -415,7 +376,8 @@ Status backward(const Problem& p, const Map& dagg, const Gradients& out, void* s
     if (!out.want_ctx && !out.want_weights) return {};
     for (int level = p.L - 1; level >= 0; --level)
         if (Status s = level_gradients(p, dagg, out, w, level, stream)) return s;
-    return {};
+    return sum_weight_partials<T>(
+        p, out, w.dweights, [&](int l) { return parts_of(p, plan_backward_level(p, l)); }, stream);
 }
 
 }  // namespace

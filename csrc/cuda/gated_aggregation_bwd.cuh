@@ -11,15 +11,25 @@ inline constexpr int kSumPositions = 1024;  // of a block of gate_sums_kernel
 
 inline int blocks_for(int64_t n, int64_t size) { return static_cast<int>((n + size - 1) / size); }
 
-// sum [C][taps] of partials [parts][taps][C], in a fixed order.
-template <typename T>
-Status sum_partials(const float* partials, int64_t parts, int taps, int C, void* sum, cudaStream_t stream);
+// [parts][taps][C] in float32, and where their sum goes, (C, taps).
+struct Partials {
+    const float* data;
+    int parts, taps;
+    void* sum;
+};
 
-// dweight of one level.
+// At most kMaxLevels sums in one launch, each in a fixed order (partial_sums.cu).
 template <typename T>
-Status sum_partials(const Problem& p, int level, const float* partials, int64_t parts, void* dweight,
-                    cudaStream_t stream) {
-    return sum_partials<T>(partials, parts, p.weights[level].kh * p.weights[level].kw, p.C, dweight, stream);
+Status sum_partials(const Partials* partials, int count, int C, cudaStream_t stream);
+
+// dweights of all levels, if they are wanted: of a level there are parts(level) partials.
+template <typename T, typename F>
+Status sum_weight_partials(const Problem& p, const Gradients& out, float* const* partials, F parts,
+                           cudaStream_t stream) {
+    Partials levels[kMaxLevels];
+    for (int l = 0; l < p.L; ++l)
+        levels[l] = {partials[l], static_cast<int>(parts(l)), p.weights[l].kh * p.weights[l].kw, out.dweights[l]};
+    return sum_partials<T>(levels, out.want_weights ? p.L : 0, p.C, stream);
 }
 
 // dgates: the sum of partials [blocks][B * H * W][L + 1], or if `planar` [blocks][B][L + 1][H * W], times the scale.

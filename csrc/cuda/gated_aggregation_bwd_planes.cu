@@ -13,7 +13,8 @@
 //     write    dctx once
 //
 // 2 L + 1 planes. dagg is read L + 2 times, from L2 but for the first. Partials: dgates, L + 1 numbers a position for
-// every block_c channels; dweights, one kernel an image. Two small kernels add them up in a fixed order.
+// every block_c channels; dweights, one kernel an image. Two small kernels add them up
+// (partial_sums.cu).
 
 #include "correlate.cuh"
 #include "gated_aggregation.h"
@@ -247,30 +248,6 @@ __global__ void __launch_bounds__(512, 1) plane_bwd_kernel(const PlaneParams p) 
     }
 }
 
-// Where the partials of sum_dgates_kernel lie: [blocks][B * H * W][gates], or planar, [blocks][B][gates][H * W].
-struct DgatesPartials {
-    const float* data;
-    int64_t count;  // of a block
-    int blocks, positions, gates;
-    bool planar;
-};
-
-// A thread owns a gate of a position, a block of threads whole positions of one image, and each adds up in a fixed
-// order. Rows of dgates are `pitch` elements apart.
-template <typename T>
-__global__ void sum_dgates_kernel(const DgatesPartials p, T* dgates, int64_t pitch, int blocks_of_image, float scale) {
-    const int64_t image = blockIdx.x / blocks_of_image, block_in_image = blockIdx.x - image * blocks_of_image;
-    const int together = blockDim.x / p.gates, gate = threadIdx.x % p.gates;
-    const int64_t position = block_in_image * together + threadIdx.x / p.gates;
-    if (position >= p.positions) return;
-    const float* at = p.data + image * p.positions * p.gates +
-                      (p.planar ? gate * static_cast<int64_t>(p.positions) + position : position * p.gates + gate);
-    float sum = 0.0f;
-#pragma unroll 4
-    for (int block = 0; block < p.blocks; ++block) sum += at[block * p.count];
-    dgates[(image * p.positions + position) * pitch + gate] = from_float<T>(scale * sum);
-}
-
 struct PlaneScratch {
     float* dgates;
     float* dweights[kMaxLevels];
@@ -319,16 +296,6 @@ PlaneParams params_of(const Problem& p, const Map& dagg, const Gradients& out, c
 }  // namespace
 
 template <typename T>
-Status sum_dgates(const Problem& p, const float* partials, int blocks, const Map& dgates, cudaStream_t stream,
-                  bool planar) {
-    const int positions = p.H * p.W, gates = p.L + 1, together = kThreads / gates;
-    const int blocks_of_image = blocks_for(positions, together);
-    const DgatesPartials given{partials, p.B * positions * gates, blocks, positions, gates, planar};
-    return launch("sum_dgates_kernel", sum_dgates_kernel<T>, p.B * blocks_of_image, together * gates, 0, stream, given,
-                  static_cast<T*>(dgates.data), dgates.stride_w, blocks_of_image, p.scale);
-}
-
-template <typename T>
 size_t scratch_bytes_of_planes(const Problem& p, const Gradients& out) {
     return static_cast<size_t>(PlaneScratch(p, out, nullptr).bytes);
 }
@@ -343,14 +310,11 @@ Status backward_of_planes(const Problem& p, const Map& dagg, const Gradients& ou
         return s;
     if (out.want_gates)
         if (Status s = sum_dgates<T>(p, scratch.dgates, blocks, out.dgates, stream)) return s;
-    for (int l = 0; l < p.L && out.want_weights; ++l)
-        if (Status s = sum_partials<T>(p, l, scratch.dweights[l], p.B, out.dweights[l], stream)) return s;
-    return {};
+    return sum_weight_partials<T>(p, out, scratch.dweights, [&](int) { return p.B; }, stream);
 }
 
-#define FOCALNET_INSTANTIATE(T)                                                                       \
-    template Status sum_dgates<T>(const Problem&, const float*, int, const Map&, cudaStream_t, bool); \
-    template size_t scratch_bytes_of_planes<T>(const Problem&, const Gradients&);                     \
+#define FOCALNET_INSTANTIATE(T)                                                   \
+    template size_t scratch_bytes_of_planes<T>(const Problem&, const Gradients&); \
     template Status backward_of_planes<T>(const Problem&, const Map&, const Gradients&, void*, cudaStream_t);
 FOCALNET_INSTANTIATE(float)
 FOCALNET_INSTANTIATE(__half)

@@ -2,7 +2,7 @@
 //
 //     forward    out = modulator * q                                      modulate_kernel, in place of the modulator
 //     backward   dmodulator = dout * q, and its sum over the rows         modulate_kernel with SUMS
-//                dbias                                                    sum_partials_kernel
+//                dbias                                                    sum_partials_kernel (partial_sums.cu)
 //                dq = dout * modulator                                    modulate_kernel
 //
 // A block owns rows_of_block rows and `columns` vectors of N channels. A thread keeps its column, so its sums stay in
@@ -149,10 +149,14 @@ Status modulate_and_sum(const RowsProblem& p, const Rows& a, const Rows& b, cons
                         cudaStream_t stream) {
     return with_element(p.element, [&](auto element) -> Status {
         using T = decltype(element);
-        if (p.rows == 0) return sum_partials<T>(nullptr, 0, 1, p.C, sum, stream);
+        const auto add_up = [&](int64_t parts) {
+            const Partials partials{static_cast<const float*>(scratch), static_cast<int>(parts), 1, sum};
+            return sum_partials<T>(&partials, 1, p.C, stream);
+        };
+        if (p.rows == 0) return add_up(0);
         const Cut cut(p, a, b, out, true);
         if (Status s = run<T, true>(cut, params_of(p, cut, a, b, out, scratch), stream)) return s;
-        return sum_partials<T>(static_cast<const float*>(scratch), cut.parts, 1, p.C, sum, stream);
+        return add_up(cut.parts);
     });
 }
 

@@ -114,7 +114,7 @@ struct ToeplitzBackwardTiling {
     int product;                        // floats of a warp's sums for dweights
     int tap_rows, tap_pitch;
     int all_taps;  // of a channel, of all levels
-    bool planar;   // ctx and dagg are read from planar copies, dctx and agg written there (toeplitz_turn.cu)
+    bool planar;   // ctx and dagg are read planar, dctx and agg written so (toeplitz_turn.cu)
     size_t shared_bytes;
     double cost;  // 0: nothing fits
 
@@ -165,6 +165,11 @@ bool whole_maps_backward(const Problem& p);
 
 // A planar map is [B][C][H][planar_pitch(W)]: rows are 16 bytes wide, and what lies beyond W is zero.
 constexpr __host__ __device__ int planar_pitch(int W) { return (W + 7) / 8 * 8; }
+
+// Those of backward on whole maps have their first two axes exchanged: [C][B][H][planar_pitch(W)]. Where W fills the
+// pitch that is a matrix (C, B * H * W), which products outside write and read at no cost. True if backward works on
+// such maps: dagg may then be given so, and agg comes so (Gradients::planar_maps).
+bool takes_planar_maps(const Problem& p);
 
 template <typename T>
 Status toeplitz_planes(const Problem& p, const Map& agg, cudaStream_t stream);

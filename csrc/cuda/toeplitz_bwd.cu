@@ -27,11 +27,13 @@
 //     toeplitz_bwd_kernel   copies rows to shared memory as they lie; dctx replaces ctx's copy, agg dagg's
 //     from_planar_kernel    dctx, and agg if it is wanted, channels last
 //
-// Launches: this one, or these three; and two small kernels (gated_aggregation_bwd.cu, _bwd_planes.cu) that add up the
-// partials in a fixed order, for dgates and for each level's dweights.
+// Products make dagg and read agg as well planar as channels last (takes_planar_maps): only ctx and dctx then turn.
+//
+// Launches: this one, or these three; and two small kernels (partial_sums.cu) that add up the partials in a fixed
+// order, for dgates and for the dweights of all levels.
 //
 // Bytes: ctx read twice (once from L2, mostly); dagg read, agg and dctx written once; the gates once for every
-// `chunks` blocks of channels. Planar: each of the four maps read and written once more. Partials: dgates, a plane of
+// `chunks` blocks of channels. Planar: every map that turns read and written once more. Partials: dgates, a plane of
 // floats for each gate and `chunks` blocks of channels, to which the later ones are added where they lie; dweights,
 // one kernel for the images of a block. z and dz are kept in T, sums in float32.
 
@@ -295,7 +297,7 @@ __device__ __forceinline__ void run_forward(const BackwardBlock<T>& b, bool firs
     if (!p.agg.data) return;
     __syncthreads();
     if (p.tiling.planar)
-        store_planar(b, b.agg, p.planar_dagg);
+        store_planar(b, b.agg, p.planar_agg);
     else
         store(b, b.agg, p.agg, p.agg_width);
 }
@@ -328,7 +330,7 @@ __device__ __forceinline__ void run_backward(const BackwardBlock<T>& b) {
     }
     if (!p.dctx.data) return;
     if (p.tiling.planar)
-        store_planar(b, b.dagg, p.planar_ctx);
+        store_planar(b, b.dagg, p.planar_dctx);
     else
         store(b, b.dagg, p.dctx, p.dctx_width);
 }
@@ -360,7 +362,7 @@ int splits_of(const Problem& p, const ToeplitzBackwardTiling& t) { return blocks
 struct BackwardScratch {
     float* dgates;
     float* dweights[kMaxLevels];
-    void* planar[2];  // of ctx and then dctx, of dagg and then agg
+    void *planar_ctx, *planar_dagg;  // dctx, and agg, take their places
     int64_t bytes;
 
     BackwardScratch(const Problem& p, const ToeplitzBackwardTiling& t, const Gradients& out, void* memory) {
@@ -370,8 +372,9 @@ struct BackwardScratch {
             dweights[l] = out.want_weights
                               ? scratch.take<float>(groups_of(p, t) * p.weights[l].kh * p.weights[l].kw * p.C)
                               : nullptr;
-        for (void*& map : planar)
-            map = t.planar ? scratch.take<uint16_t>(p.B * p.C * p.H * planar_pitch(p.W)) : nullptr;
+        const int64_t map = p.B * p.C * p.H * planar_pitch(p.W);
+        planar_ctx = t.planar ? scratch.take<uint16_t>(map) : nullptr;
+        planar_dagg = t.planar && !out.planar_maps ? scratch.take<uint16_t>(map) : nullptr;
         bytes = scratch.bytes;
     }
 };
@@ -390,8 +393,9 @@ BackwardParams params_of(const Problem& p, const ToeplitzBackwardTiling& t, cons
     params.dctx = out.want_ctx ? out.dctx : Map{};
     params.agg = out.agg;
     params.dgates = scratch.dgates;
-    params.planar_ctx = scratch.planar[0];
-    params.planar_dagg = scratch.planar[1];
+    params.planar_ctx = params.planar_dctx = scratch.planar_ctx;
+    params.planar_dagg = out.planar_maps ? dagg.data : scratch.planar_dagg;
+    params.planar_agg = out.planar_maps ? out.agg.data : scratch.planar_dagg;
     params.taps_aligned = true;
     for (int l = 0, taps = 0; l < p.L; ++l) {
         const FocalWeight& w = p.weights[l];
@@ -413,14 +417,22 @@ BackwardParams params_of(const Problem& p, const ToeplitzBackwardTiling& t, cons
     return params;
 }
 
+// What the kernel is to find planar.
+template <typename T>
+Status turn(const Problem& p, const ToeplitzBackwardTiling& t, const Map& dagg, const Gradients& out,
+            const BackwardScratch& scratch, cudaStream_t stream) {
+    const TurnedMap read[] = {{p.ctx, scratch.planar_ctx}, {dagg, scratch.planar_dagg}};
+    return turn_maps<T>(p, read, !t.planar ? 0 : out.planar_maps ? 1 : 2, false, stream);
+}
+
 // What the kernel left where the planar copies were.
 template <typename T>
 Status turn_back(const Problem& p, const ToeplitzBackwardTiling& t, const Gradients& out,
                  const BackwardScratch& scratch, cudaStream_t stream) {
     TurnedMap written[2];
     int count = 0;
-    if (t.planar && out.want_ctx) written[count++] = {out.dctx, scratch.planar[0]};
-    if (t.planar && out.agg.data) written[count++] = {out.agg, scratch.planar[1]};
+    if (t.planar && out.want_ctx) written[count++] = {out.dctx, scratch.planar_ctx};
+    if (t.planar && out.agg.data && !out.planar_maps) written[count++] = {out.agg, scratch.planar_dagg};
     return turn_maps<T>(p, written, count, true, stream);
 }
 
@@ -433,20 +445,22 @@ Status backward(const Problem& p, const Map& dagg, const Gradients& out, void* m
                         : t.blocks == 2 ? toeplitz_bwd_kernel<T, 2>
                         : t.blocks == 4 ? toeplitz_bwd_kernel<T, 4>
                                         : toeplitz_bwd_kernel<T, 7>;
-    const TurnedMap read[] = {{p.ctx, scratch.planar[0]}, {dagg, scratch.planar[1]}};
-    if (Status s = turn_maps<T>(p, read, t.planar ? 2 : 0, false, stream)) return s;
+    if (Status s = turn<T>(p, t, dagg, out, scratch, stream)) return s;
     if (Status s = launch("toeplitz_bwd_kernel", kernel, groups_of(p, t) * splits_of(p, t), t.threads(),
                           t.shared_bytes, stream, params))
         return s;
     if (Status s = turn_back<T>(p, t, out, scratch, stream)) return s;
     if (out.want_gates)
         if (Status s = sum_dgates<T>(p, scratch.dgates, splits_of(p, t), out.dgates, stream, true)) return s;
-    for (int l = 0; l < p.L && out.want_weights; ++l)
-        if (Status s = sum_partials<T>(p, l, scratch.dweights[l], groups_of(p, t), out.dweights[l], stream)) return s;
-    return {};
+    return sum_weight_partials<T>(p, out, scratch.dweights, [&](int) { return groups_of(p, t); }, stream);
 }
 
 }  // namespace
+
+bool takes_planar_maps(const Problem& p) {
+    return p.tensor_cores && p.B > 0 && p.W == planar_pitch(p.W) && whole_maps_backward(p) &&
+           plan_toeplitz_backward(p).planar;
+}
 
 size_t toeplitz_backward_scratch_bytes(const Problem& p, const Gradients& out) {
     if (whole_maps_backward(p))

@@ -24,9 +24,10 @@ struct BackwardParams {
     int64_t B;
     int H, W, C, L;
     Map ctx, gates, dagg;
-    Map dctx, agg;                   // no data: not wanted
-    void *planar_ctx, *planar_dagg;  // copies of ctx and dagg; dctx and agg take their places. Null: channels last
-    float* dgates;                   // [splits of channels][B][H * W][L + 1]; null: not wanted
+    Map dctx, agg;                         // no data: not wanted
+    const void *planar_ctx, *planar_dagg;  // null: channels last
+    void *planar_dctx, *planar_agg;        // dctx may take the place of ctx, agg that of dagg
+    float* dgates;                         // [splits of channels][B][H * W][L + 1]; null: not wanted
     BackwardLevel level[kMaxLevels];
     int ctx_width, dagg_width, dctx_width, agg_width;
     bool taps_aligned;                       // to 4 bytes
@@ -251,10 +252,10 @@ __device__ __forceinline__ void for_each_eight(const BackwardBlock<T>& b, F f) {
 
 // Of a planar map: eight columns of the block's channel c.
 template <typename T>
-__device__ __forceinline__ T* eight_of(const BackwardBlock<T>& b, void* map, int c, int row, int x) {
+__device__ __forceinline__ int64_t eight_of(const BackwardBlock<T>& b, int c, int row, int x) {
     const int image = b.rows.image(row);
-    const int64_t plane = (b.first_image() + image) * b.p.C + b.first_c + c;
-    return static_cast<T*>(map) + (plane * b.p.H + row - image * b.p.H) * planar_pitch(b.p.W) + x;
+    const int64_t plane = (b.first_c + c) * b.p.B + b.first_image() + image;
+    return (plane * b.p.H + row - image * b.p.H) * planar_pitch(b.p.W) + x;
 }
 
 // Planar maps -> planes of shared memory, in flight when this returns (async_copy.cuh); zeros for channels beyond C.
@@ -264,11 +265,11 @@ __device__ __forceinline__ void copy_planar(const BackwardBlock<T>& b, bool ctx,
         T *context = b.context_of(c) + b.rows.offset(row) + x, *sum = b.dagg + c * b.sums() + b.sum_at(row, x);
         if (b.first_c + c < b.p.C) {
             if (ctx) {
-                const T* from = eight_of(b, b.p.planar_ctx, c, row, x);
+                const T* from = static_cast<const T*>(b.p.planar_ctx) + eight_of(b, c, row, x);
                 copy_async<8>(context, from);
                 copy_async<8>(context + 4, from + 4);
             }
-            if (dagg) copy_async<16>(sum, eight_of(b, b.p.planar_dagg, c, row, x));
+            if (dagg) copy_async<16>(sum, static_cast<const T*>(b.p.planar_dagg) + eight_of(b, c, row, x));
         } else {
             if (ctx) reinterpret_cast<uint2*>(context)[0] = reinterpret_cast<uint2*>(context)[1] = uint2{0, 0};
             if (dagg) *reinterpret_cast<uint4*>(sum) = uint4{0, 0, 0, 0};
@@ -282,9 +283,9 @@ __device__ __forceinline__ void prefetch_planar(const BackwardBlock<T>& b) {
     constexpr int kStep = 32 / sizeof(T);
     const int next = b.first_c + b.p.tiling.block_c, channels = min(b.p.tiling.block_c, b.p.C - next);
     const int plane = b.p.H * planar_pitch(b.p.W);
-    for (int image = 0; image < b.images; ++image) {
-        const int64_t first = ((b.first_image() + image) * b.p.C + next) * plane;
-        for (int i = kStep * threadIdx.x; i < channels * plane; i += kStep * blockDim.x) {
+    for (int c = 0; c < channels; ++c) {
+        const int64_t first = ((next + c) * b.p.B + b.first_image()) * plane;
+        for (int i = kStep * threadIdx.x; i < b.images * plane; i += kStep * blockDim.x) {
             prefetch(static_cast<const T*>(b.p.planar_ctx) + first + i);
             prefetch(static_cast<const T*>(b.p.planar_dagg) + first + i);
         }
@@ -296,7 +297,7 @@ template <typename T>
 __device__ __forceinline__ void store_planar(const BackwardBlock<T>& b, const T* planes, void* map) {
     for_each_eight(b, [&](int c, int row, int x) {
         if (b.first_c + c >= b.p.C) return;
-        *reinterpret_cast<uint4*>(eight_of(b, map, c, row, x)) =
+        *reinterpret_cast<uint4*>(static_cast<T*>(map) + eight_of(b, c, row, x)) =
             *reinterpret_cast<const uint4*>(planes + c * b.sums() + b.sum_at(row, x));
     });
 }

@@ -4,11 +4,10 @@
 //     1  toeplitz_fwd_kernel        z_l of every level, the sums of the last one, and agg if it is wanted
 //     2  gate_sums_kernel, global_bwd_kernel    (gated_aggregation_bwd.cu)
 //     3  toeplitz_first_bwd_kernel  dagg, planar; dz_L = (dagg * gate + dmean) * GELU'(z_L); the share of some
-//     channels
-//                                   in dgates of the last two gates
+//                                   channels in dgates of the last two gates
 //     4  toeplitz_level_bwd_kernel  from the last level to the first, from dz_l: dweights_l; with z of the level below
 //                                   its dz and dgates, or dctx
-//        sum_partials_kernel, sum_dgates_kernel: everything that blocks left, in a fixed order
+//     5  sum_partials_kernel, sum_dgates_kernel: everything that blocks left, in a fixed order
 //
 // A block owns a band of an image's rows, all columns, and block_c channels. z, dz and dagg lie in global memory as
 // planar maps (toeplitz.h), as they do in shared memory: only ctx and dagg are turned, once each.
@@ -334,7 +333,7 @@ struct Workspace {
     ToeplitzBandsPlan plan;
     T *z[kMaxLevels], *dz[2], *dagg;
     GlobalTerm global;
-    float *dgates, *dweights;
+    float *dgates, *dweights[kMaxLevels];
     int64_t bytes;
 
     Workspace(const Problem& p, const Gradients& out, void* memory) : plan(plan_toeplitz_bands(p)) {
@@ -346,10 +345,9 @@ struct Workspace {
         global = GlobalTerm(p, toeplitz_forward_tiles(p), scratch);
         dgates = out.want_gates ? scratch.take<float>(blocks_for(p.C, plan.block_c) * p.B * p.H * p.W * (p.L + 1))
                                 : nullptr;
-        int64_t most = 0;
         for (int l = 0; l < p.L; ++l)
-            most = std::max(most, p.B * plan.level[l].bands * p.weights[l].kh * p.weights[l].kw * p.C);
-        dweights = out.want_weights ? scratch.take<float>(most) : nullptr;
+            dweights[l] = scratch.take<float>(out.want_weights * p.B * plan.level[l].bands * p.weights[l].kh *
+                                              p.weights[l].kw * p.C);
         bytes = scratch.bytes;
     }
 };
@@ -399,7 +397,7 @@ Status launch_level(const Problem& p, const Gradients& out, const Workspace<T>& 
     params.weight = weight.data;
     params.dbelow = level > 0 && (out.want_ctx || out.want_weights) ? w.dz[(level - 1) % 2] : nullptr;
     params.dctx = level == 0 && out.want_ctx ? out.dctx : Map{};
-    params.dweights = out.want_weights ? w.dweights : nullptr;
+    params.dweights = out.want_weights ? w.dweights[level] : nullptr;
     params.kh = weight.kh;
     params.kw = weight.kw;
     params.by_kw = Division(weight.kw);
@@ -409,11 +407,8 @@ Status launch_level(const Problem& p, const Gradients& out, const Workspace<T>& 
     const auto kernel = t.blocks == 2   ? toeplitz_level_bwd_kernel<T, 2>
                         : t.blocks == 4 ? toeplitz_level_bwd_kernel<T, 4>
                                         : toeplitz_level_bwd_kernel<T, 7>;
-    if (Status s = launch("toeplitz_level_bwd_kernel", kernel, p.B * t.bands * blocks_for(p.C, t.block_c),
-                          32 * t.warps, t.shared_bytes, stream, params))
-        return s;
-    if (!out.want_weights) return {};
-    return sum_partials<T>(p, level, w.dweights, p.B * t.bands, out.dweights[level], stream);
+    return launch("toeplitz_level_bwd_kernel", kernel, p.B * t.bands * blocks_for(p.C, t.block_c), 32 * t.warps,
+                  t.shared_bytes, stream, params);
 }
 
 }  // namespace
@@ -438,6 +433,8 @@ Status toeplitz_backward_bands(const Problem& p, const Map& dagg, const Gradient
         if (level == 0 && !wants_dz) break;
         if (Status s = launch_level<T>(p, out, w, level, stream)) return s;
     }
+    const auto parts = [&](int l) { return p.B * w.plan.level[l].bands; };
+    if (Status s = sum_weight_partials<T>(p, out, w.dweights, parts, stream)) return s;
     if (!out.want_gates) return {};
     return sum_dgates<T>(p, w.dgates, blocks_for(p.C, w.plan.block_c), out.dgates, stream);
 }

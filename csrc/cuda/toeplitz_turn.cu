@@ -61,7 +61,7 @@ struct TurnPlace {
     template <typename T>
     __device__ __forceinline__ T* planar(const TurnParams& p) const {
         void* data = second ? p.map[1].planar : p.map[0].planar;
-        return static_cast<T*>(data) + ((image * p.C + c) * p.H + y) * p.planar + x;
+        return static_cast<T*>(data) + ((c * p.B + image) * p.H + y) * p.planar + x;
     }
 };
 
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kTurnThreads) to_planar_kernel(const TurnParam
         T row[kColumns];
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) row[i] = values[i][k];
-        store_raw<kColumns>(to + k * p.H * p.planar, row);
+        store_raw<kColumns>(to + k * p.B * p.H * p.planar, row);
     }
 }
 
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kTurnThreads) from_planar_kernel(const TurnPar
     const T* from = at.template planar<T>(p);
     T rows[N][kColumns];
 #pragma unroll
-    for (int k = 0; k < N; ++k) load_raw<kColumns>(from + k * p.H * p.planar, rows[k]);
+    for (int k = 0; k < N; ++k) load_raw<kColumns>(from + k * p.B * p.H * p.planar, rows[k]);
     T* to = at.template channels_last<T>(p);
     const int64_t step = at.step(p);
 #pragma unroll

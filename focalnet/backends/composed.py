@@ -38,14 +38,20 @@ def linear_bwd(dout: Tensor, rows: Tensor, weight: Tensor, mask: Sequence[bool])
     ]
 
 
+def never(*_: object) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Steps:
-    """What a backend does of focal modulation. The last three are those of this file, or faster ones.
+    """What a backend does of focal modulation. All but the first two are those of this file, or faster ones.
 
     ``aggregate(ctx, gates, focal_weights, normalize_modulator)`` returns agg. ``aggregate_bwd(dagg, ctx, gates,
     focal_weights, normalize_modulator, mask)`` returns [dctx, dgates, agg, *dfocal_weights]; ``mask`` selects among
     ctx, gates, agg and the focal weights, and the others are None. ``times_and_sum(dout, q, need_sum)`` returns their
     product and, if it is wanted, the sum of that over all positions (C,), or None if `linear_bwd` is to compute it.
+    ``takes_planar_maps(ctx, focal_weights)``: whether ``aggregate_bwd`` wants dagg as a view of a matrix
+    (C, B * H * W), and returns agg as one. Products read and write either at the same cost.
 
     If the backend takes ``out`` (see `registry.Backend`), so must ``times_linear``, for dq, and ``aggregate_bwd``, for
     dctx and dgates; they return it.
@@ -56,6 +62,7 @@ class Steps:
     times_linear: Callable[..., Tensor] = times_linear
     times_and_sum: Callable[..., tuple[Tensor, Tensor | None]] = times_and_sum
     linear_bwd: Callable[..., Sequence[Tensor | None]] = linear_bwd
+    takes_planar_maps: Callable[..., bool] = never
 
 
 def focal_modulation(
@@ -98,7 +105,10 @@ def focal_modulation_bwd(
         dmodulator, dbias = steps.times_and_sum(dout, q, need_bias)
         dmodulator = dmodulator.flatten(0, 2)
     if need_dagg:
-        dagg: Any = steps.linear_bwd(dmodulator, dmodulator, weight, (True, False, False))[0]
+        if steps.takes_planar_maps(ctx, focal_weights):
+            dagg: Any = (weight.T @ dmodulator.T).T
+        else:
+            dagg = steps.linear_bwd(dmodulator, dmodulator, weight, (True, False, False))[0]
         mask = [need_ctx, need_gates, need_agg, need_focal]
         dctx, dgates, agg, *dfocal_weights = steps.aggregate_bwd(dagg.view(ctx.shape), *inputs, mask, **to_dctx)
     elif need_agg:

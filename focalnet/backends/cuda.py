@@ -120,7 +120,7 @@ def _bwd_with_agg(
     output_mask: Sequence[bool],
     out: Sequence[Tensor] = (),
 ) -> list[Tensor | None]:
-    """[dctx, dgates, agg, *dfocal_weights]; ``out``: where dctx and dgates go, or nothing."""
+    """[dctx, dgates, agg, *dfocal_weights]; ``out``: where dctx and dgates go, or nothing. agg lies as dagg does."""
     tensor_cores = _uses_tensor_cores("gated_aggregation_bwd", ctx, focal_weights)
     made = torch.ops.focalnet.cuda_gated_aggregation_bwd(
         dagg, ctx, gates, focal_weights, normalize_modulator, tensor_cores, output_mask, *out
@@ -128,10 +128,16 @@ def _bwd_with_agg(
     return [*out, *made[len(out) :]]
 
 
+def _takes_planar_maps(ctx: Tensor, focal_weights: Sequence[Tensor]) -> bool:
+    tensor_cores = _uses_tensor_cores("gated_aggregation_bwd", ctx, focal_weights)
+    return torch.ops.focalnet.cuda_takes_planar_maps(ctx, focal_weights, tensor_cores)
+
+
 def _times_linear(
     rows: Tensor, weight: Tensor, bias: Tensor | None, factor: Tensor, out: Tensor | None = None
 ) -> Tensor:
-    modulator = F.linear(rows, weight, bias)
+    # A matrix: of four dimensions that are planar, F.linear would make many small products.
+    modulator = F.linear(rows.flatten(0, -2), weight, bias).view(factor.shape)
     out = modulator if out is None else out
     torch.ops.focalnet.cuda_modulate(modulator, factor, out)
     return out
@@ -143,6 +149,8 @@ def _times_and_sum(dout: Tensor, q: Tensor, need_sum: bool) -> tuple[Tensor, Ten
 
 
 OPTIONAL = {"padded_linear": F.linear}
-_STEPS = composed.Steps(gated_aggregation, _bwd_with_agg, _times_linear, _times_and_sum)
+_STEPS = composed.Steps(
+    gated_aggregation, _bwd_with_agg, _times_linear, _times_and_sum, takes_planar_maps=_takes_planar_maps
+)
 focal_modulation = functools.partial(composed.focal_modulation, _STEPS)
 focal_modulation_bwd = functools.partial(composed.focal_modulation_bwd, _STEPS)

@@ -76,17 +76,11 @@ def _case(tensors: dict[str, Tensor], normalize: bool, mask: tuple[bool, ...]) -
 
 def _with(config: LevelConfig | None, operator: str, tensors: dict[str, Tensor], case: Case, precise: bool) -> Plan:
     """The plan with a configuration; None: that of the table."""
-    from ..kernels import focal_modulation, gated_aggregation, gated_aggregation_bwd
+    from ..kernels.operators import PLANS
     from ..kernels.plan import Device
 
     precision = {"precision": "ieee" if precise else "tf32"} if "q" in tensors else {}
-    plan_of = {
-        "gated_aggregation": gated_aggregation.forward_plan,
-        "gated_aggregation_bwd": gated_aggregation_bwd.backward_plan,
-        "focal_modulation": focal_modulation.forward_plan,
-        "focal_modulation_bwd": focal_modulation.backward_plan,
-    }[operator]
-    return plan_of(case, Device.of(tensors["ctx"].device), config, **precision)
+    return PLANS[operator](case, Device.of(tensors["ctx"].device), config, **precision)
 
 
 def _tuned(operator: str, tensors: dict[str, Tensor], case: Case) -> LevelConfig | None:

@@ -21,17 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backends.composed import linear_bwd as composed_linear_bwd
 from ..backends.registry import optional, requested
+from ..kernels.padding import padded_row
 from .define import operator
 from .gradients import composed_gradients, pack, unpack
-
-ROW_ELEMENTS = 16
 
 
 def padded_empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     """An uninitialised tensor (..., N) whose rows begin at multiples of `ROW_ELEMENTS` elements."""
     *leading, features = shape
-    return like.new_empty((*leading, _padded(features)))[..., :features]
+    return like.new_empty((*leading, padded_row(features)))[..., :features]
 
 
 def padded_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -42,7 +42,7 @@ def padded_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     the bias to every row, and the product reads all of it back.
     """
     features = weight.shape[0]
-    rows = _padded(features)
+    rows = padded_row(features)
     bias = None if bias is None else _with_rows(bias, rows)
     return F.linear(x, _with_rows(weight, rows), bias)[..., :features]
 
@@ -53,7 +53,7 @@ def with_room(parameter: Tensor) -> Tensor:
     `padded_linear` reads those rows where they lie.
     """
     rows, *size = parameter.shape
-    return parameter.new_zeros((_padded(rows), *size))[:rows].copy_(parameter)
+    return parameter.new_zeros((padded_row(rows), *size))[:rows].copy_(parameter)
 
 
 def wants_room(parameter: Tensor) -> bool:
@@ -64,7 +64,7 @@ def wants_room(parameter: Tensor) -> bool:
 def _has_room(parameter: Tensor) -> bool:
     """Whether the memory of ``parameter`` (N, ...) goes on to a multiple of `ROW_ELEMENTS` rows."""
     rows, *size = parameter.shape
-    end = parameter.storage_offset() + _padded(rows) * math.prod(size)
+    end = parameter.storage_offset() + padded_row(rows) * math.prod(size)
     return parameter.is_contiguous() and parameter.untyped_storage().nbytes() >= end * parameter.itemsize
 
 
@@ -73,10 +73,6 @@ def _with_rows(parameter: Tensor, rows: int) -> Tensor:
     if not torch.compiler.is_compiling() and _has_room(parameter):
         return parameter.as_strided((rows, *parameter.shape[1:]), parameter.stride())
     return torch.cat([parameter, parameter[-1:].expand(rows - parameter.shape[0], *parameter.shape[1:])])
-
-
-def _padded(features: int) -> int:
-    return math.ceil(features / ROW_ELEMENTS) * ROW_ELEMENTS
 
 
 def norm(
@@ -173,12 +169,7 @@ def linear_bwd(
     run = optional("linear_bwd", dout, backend)
     if not isinstance(run, str):
         return run(dout.contiguous(), rows, weight, mask)
-    need_rows, need_weight, need_bias = mask
-    return [
-        dout @ weight if need_rows else None,
-        dout.T @ rows if need_weight else None,
-        dout.sum(0) if need_bias else None,
-    ]
+    return composed_linear_bwd(dout, rows, weight, mask)
 
 
 @torch.library.register_fake("focalnet::norm_linear")

@@ -9,6 +9,7 @@ from operands import SHAPES, Shape, operands
 from rule import assert_within_rule
 
 import focalnet
+from focalnet import reference
 from focalnet.backends import cuda
 from focalnet.backends.problem import Problem
 from focalnet.operators.norm_linear import padded_empty
@@ -125,6 +126,34 @@ def test_a_packed_gradient_gets_the_same_bits_and_nothing_beside_them(shape, dty
     assert all(gradient is part for gradient, part in zip(made, parts, strict=False))
     assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True) if b is not None)
     assert (whole[..., sum(sizes) :] == 7).all()
+
+
+def test_planar_maps_give_the_bits_of_copies_that_turn():
+    """Where the plan is planar, a planar dagg is taken as it is and agg is planar; the numbers are the same."""
+    ctx, gates, focal_weights, dagg = on_device(Shape(128, 56, 56, 96, (3, 5, 7)))
+    assert torch.ops.focalnet.cuda_takes_planar_maps(ctx, focal_weights, True)
+    planar = dagg.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
+    made, expected = (
+        torch.ops.focalnet.cuda_gated_aggregation_bwd(one, ctx, gates, focal_weights, False, True, [True] * 4)
+        for one in (planar, dagg)
+    )
+    assert made[2].stride() == planar.stride() and expected[2].is_contiguous()
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
+
+
+def test_gradients_through_planar_maps_obey_the_rule():
+    arguments = packed(Shape(128, 56, 56, 96, (3, 5, 7)), torch.bfloat16)
+    mask = (True,) * 6
+    exact = reference.focal_modulation_bwd(
+        *[[t.double() for t in one] if isinstance(one, list) else one.double() for one in arguments[:-1]],
+        arguments[-1],
+        mask,
+    )
+    with torch.backends.cudnn.flags(enabled=False):
+        rounded = reference.focal_modulation_bwd(*arguments, mask)
+    mine = cuda.focal_modulation_bwd(*arguments, mask)
+    for position, (m, r, e) in enumerate(zip(mine, rounded, exact, strict=True)):
+        assert_within_rule(f"tensor {position}", m, r, e)
 
 
 @pytest.mark.parametrize("shape", STAGES[:4], ids=str)

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from cuda_program import SM_80, SM_86, SM_90, plan
+from cuda_program import SM_80, SM_86, SM_90, grids, plan
 from cuda_rule import ONE, SIXTEEN, each_dtype
 from operands import Shape
 
@@ -68,3 +68,13 @@ def test_the_stages_of_the_tiny_model_are_taken_as_whole_maps_on_hopper(program,
             forward, backward, _ = plan(program, tmp_path, stage, torch.bfloat16, SM_90)
             assert forward == "whole map"
             assert backward == ("levels" if stage.height == 56 else "whole map")
+
+
+@pytest.mark.parametrize(("stage", "launches"), [*enumerate([5, 3, 3, 3])], ids=str)
+def test_the_partials_of_all_levels_are_summed_in_one_launch(program, tmp_path, stage, launches):
+    """Backward of the tiny model is one launch, the first stage's with a turn before and behind, and two sums: of
+    dgates, and of all levels' dweights. Each of them has two blocks for every multiprocessor."""
+    shape = Shape(128, 56 >> stage, 56 >> stage, 96 << stage, (3, 5, 7))
+    found = grids(program, tmp_path, shape, torch.bfloat16, SM_90, True)
+    assert len(found) == launches
+    assert min(found) >= 2 * SM_90.multiprocessors

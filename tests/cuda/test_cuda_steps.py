@@ -38,7 +38,17 @@ def aggregation_bwd(dagg, ctx, gates, focal_weights, normalize_modulator, tensor
     return [ctx.new_empty(0) if one is None else one for one in gradients]
 
 
+def planar_aggregation_bwd(dagg, ctx, *arguments):
+    """Takes dagg as a matrix (C, B * H * W), and gives agg as one."""
+    assert dagg.permute(3, 0, 1, 2).is_contiguous()
+    dctx, dgates, agg, *dfocal_weights = aggregation_bwd(dagg, ctx, *arguments)
+    if agg.numel():
+        agg = into(agg.new_empty(agg.permute(3, 0, 1, 2).shape).permute(1, 2, 3, 0), agg)
+    return [dctx, dgates, agg, *dfocal_weights]
+
+
 STAND_INS = {
+    "cuda_takes_planar_maps": lambda *_: False,
     "cuda_gated_aggregation": lambda *arguments: reference.gated_aggregation(*arguments[:4]),
     "cuda_gated_aggregation_bwd": aggregation_bwd,
     "cuda_modulate": lambda modulator, factor, out: torch.mul(modulator, factor, out=out),
@@ -49,9 +59,12 @@ STAND_INS = {
 }
 
 
-@pytest.fixture
-def called(monkeypatch):
-    """Counts the calls of the extension's operators."""
+PLANAR = {"cuda_takes_planar_maps": lambda *_: True, "cuda_gated_aggregation_bwd": planar_aggregation_bwd}
+
+
+@pytest.fixture(params=[{}, PLANAR], ids=["channels last", "planar"])
+def called(monkeypatch, request):
+    """Counts the calls of the extension's operators, whose maps lie in either way."""
     counts = Counter()
 
     def counting(name, run):
@@ -61,7 +74,7 @@ def called(monkeypatch):
 
         return counted
 
-    for name, run in STAND_INS.items():
+    for name, run in (STAND_INS | request.param).items():
         monkeypatch.setattr(OPS, name, counting(name, run), raising=False)
     able = replace(registry._REGISTRY["cuda"], missing=lambda: None, accepts=lambda _: None)
     monkeypatch.setitem(registry._REGISTRY, "cuda", able)
@@ -105,12 +118,14 @@ def test_backward_computes_what_is_asked_for_and_nothing_twice(mask, called):
     through_agg = need_ctx or need_gates or need_focal
     assert called == Counter(
         cuda_modulate_bwd=through_agg or need_weight or need_bias,
+        cuda_takes_planar_maps=through_agg,
         cuda_gated_aggregation_bwd=through_agg,
         cuda_gated_aggregation=not through_agg and (need_q or need_weight),
         cuda_modulate=need_q,
     )
     products = sum(calls.counts[name] for name in ("aten::mm", "aten::addmm"))
     assert products == through_agg + need_q + need_weight
+    assert not calls.counts.keys() & {*COPIES, "aten::bmm"}
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -123,5 +138,6 @@ def test_the_gradient_of_a_projection_is_written_in_place(shape, called):
         made = OPS.packed_focal_modulation_bwd(*call, "cuda")
     for mine, expected in zip(made, OPS.packed_focal_modulation_bwd(*call, "reference"), strict=True):
         torch.testing.assert_close(mine, expected)
-    assert called == {"cuda_modulate_bwd": 1, "cuda_gated_aggregation_bwd": 1, "cuda_modulate": 1}
+    operators = "cuda_modulate_bwd", "cuda_takes_planar_maps", "cuda_gated_aggregation_bwd", "cuda_modulate"
+    assert called == dict.fromkeys(operators, 1)
     assert not calls.counts.keys() & COPIES

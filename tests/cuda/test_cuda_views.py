@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from cuda_program import SM_86, SM_90
-from cuda_rule import SMALL, gradient_of
+from cuda_rule import ONE, SMALL, gradient_of
 from operands import Shape, operands
 
 pytestmark = [
@@ -41,6 +41,28 @@ def test_a_packed_gradient_gets_the_same_bits_and_nothing_beside_them(run, tenso
     dq, *parts, padding = rows.split([shape.channels, shape.channels, len(shape.kernels) + 1, pitch - used], -1)
     assert all(torch.equal(a, b) for a, b in zip([*parts, *made], [dctx, dgates, *expected], strict=True))
     assert dq.isnan().all() and padding.isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("device", "shape"),
+    [
+        (ONE, Shape(2, 56, 56, 9, (3, 5, 7))),
+        (SM_86, Shape(5, 25, 24, 35, (3, 5), normalize=True)),
+        (ONE, Shape(1, 40, 40, 34, (11, 13))),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("agg", [True, False], ids=["agg", "no agg"])
+def test_planar_maps_give_the_same_bits(run, device, shape, agg):
+    """A gradient that a product wrote planar, and agg for the products that read it, instead of copies that turn."""
+    _, ctx, gates, focal_weights, *_ = operands(shape, torch.bfloat16)
+    options = {"dagg": gradient_of(ctx, torch.bfloat16), "device": device, "tensor_cores": True}
+    options["mask"] = (True, True, agg, True)
+    (path, expected), (_, made) = (
+        run(ctx, gates, focal_weights, shape.normalize, planar=planar, **options) for planar in (False, True)
+    )
+    assert path == "planar"
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
 
 
 @pytest.mark.parametrize(("dtype", "tensor_cores"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)

@@ -25,6 +25,7 @@ ROWS = {
     "one channel": (600, 1, 0, 5, 2, 3, 1),
     "more vectors than threads": (9, 1001, 0, 1001, 0, 1003, 2),
     "more rows than blocks at once take": (3000, 8, 0, 24, 8, 16, 1),
+    "more partials than a block has in flight": (600, 252, 1, 259, 0, 252, 132),
     "one row for all rows": (40, 16, 0, 0, 0, 16, 4),
     "one row": (1, 24, 0, 24, 0, 24, 132),
     "no rows": (0, 24, 0, 24, 0, 24, 4),

@@ -129,14 +129,25 @@ class Cut:
 
 def plan(program, folder, shape, dtype, device, tensor_cores=False):
     """(path of forward, path of backward, cuts of their launches) for a contiguous problem of this shape."""
-    numbers = [0, 0, ELEMENTS[dtype], shape.batch, shape.height, shape.width, shape.channels, len(shape.kernels), 0]
-    numbers += [int(tensor_cores), *device.numbers(), *[0] * 15]
-    for sizes in shape.kernel_sizes:
-        numbers += sizes
-    (folder / "case").write_bytes(case([*numbers, 1, 1, 1, 1, shape.channels]))
+    (folder / "case").write_bytes(_without_tensors(0, shape, dtype, device, tensor_cores))
     forward, backward, *cuts = run([program, folder / "case"]).splitlines()
     fields = (line.split() for line in cuts)
     return forward, backward, [Cut(what, *map(int, rest[:-1]), rest[-1] == "1") for what, *rest in fields]
+
+
+def grids(program, folder, shape, dtype, device, tensor_cores=False):
+    """Blocks of every launch of backward, with agg once more, for a contiguous problem of this shape."""
+    (folder / "case").write_bytes(_without_tensors(1, shape, dtype, device, tensor_cores))
+    _, *launches = run([program, folder / "case", "-", "launches"]).splitlines()
+    return [int(line.split()[1]) for line in launches]
+
+
+def _without_tensors(operation, shape, dtype, device, tensor_cores):
+    numbers = [operation, 0, ELEMENTS[dtype], shape.batch, shape.height, shape.width, shape.channels]
+    numbers += [len(shape.kernels), 0, int(tensor_cores), *device.numbers(), *[0] * 15]
+    for sizes in shape.kernel_sizes:
+        numbers += sizes
+    return case([*numbers, 1, 1, 1, 1])
 
 
 def call(
@@ -153,13 +164,16 @@ def call(
     tensor_cores=False,
     gradient_pitch=0,
     without=None,
+    planar=False,
 ):
     """(path taken, outputs): agg, or with ``dagg`` what ``mask`` wants of [dctx, dgates, agg, *dfocal_weights].
 
     With ``gradient_pitch`` dctx and dgates are written into a packed gradient (B, H, W, pitch), behind C elements of a
     row for dq. It takes their places in the list, and what is not written is NaN. ``without``: see ``run``.
+    ``planar``: dagg is given, and agg written, as a matrix (C, B * H * W).
     """
     packed = storage_of(ctx, gates)
+    dagg = dagg.permute(3, 0, 1, 2).contiguous() if planar else dagg
     dout = ctx.new_empty(ctx.shape) if dagg is None else dagg
     numbers = [int(dagg is not None), seed, ELEMENTS[ctx.dtype], *ctx.shape, len(focal_weights), int(normalize)]
     numbers += [int(tensor_cores)]
@@ -167,7 +181,7 @@ def call(
     numbers += [*layout(ctx, packed.numel()), *layout(gates, packed.numel()), *layout(dout, storage_of(dout).numel())]
     for weight in focal_weights:
         numbers += weight.shape[2:]
-    numbers += [*map(int, mask), gradient_pitch]
+    numbers += [*map(int, mask), gradient_pitch, int(planar)]
     data = case(numbers) + raw(packed) + b"".join(map(raw, focal_weights))
     if dagg is not None:
         data += raw(storage_of(dagg))
@@ -181,7 +195,11 @@ def call(
         outputs = [shape if want else (0,) for shape, want in zip(shapes, wanted, strict=True)]
         if gradient_pitch:
             outputs[:2] = [(*ctx.shape[:3], gradient_pitch)]
-    return path, results(folder, ctx.dtype, outputs)
+    made = results(folder, ctx.dtype, outputs)
+    if planar and mask[2]:
+        place = 1 if gradient_pitch else 2
+        made[place] = made[place].flatten().view(dagg.shape).permute(1, 2, 3, 0)
+    return path, made
 
 
 def results(folder, dtype, shapes):

@@ -101,6 +101,18 @@ def test_backward_computes_only_the_gradients_that_are_asked_for(wanted, monkeyp
             assert mine.grad is None
 
 
+def test_the_specification_makes_the_modulator_as_one_product_in_both_directions(monkeypatch):
+    """A convolution may return planes, as CUDA's own does. F.linear of planes is a product for every row of an image,
+    whose short sums are more exact in float32: the rule would then compare two ways of adding up."""
+    monkeypatch.setattr(reference, "conv2d", lambda *a, **options: F.conv2d(*a, **options).contiguous())
+    linear, contiguous = F.linear, []
+    monkeypatch.setattr(F, "linear", lambda x, *rest: contiguous.append(x.is_contiguous()) or linear(x, *rest))
+    q, *arguments = operands(Shape(2, 7, 7, 96, (3, 5)))
+    reference.focal_modulation(q, *arguments)
+    reference.focal_modulation_bwd(torch.ones(q.shape), q, *arguments, False, (True, *[False] * 5))
+    assert contiguous == [True, True]
+
+
 @pytest.mark.slow
 @each_shape
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "training"])

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from focalnet.kernels.padding import ROW_ELEMENTS
 from operands import SHAPES, Shape, operands
 from rule import assert_within_rule
 from small_models import theirs
@@ -20,7 +21,7 @@ from focalnet import modules as modules_of_focalnet
 from focalnet.backends import registry
 from focalnet.fusion import norm_branches
 from focalnet.operators import norm_linear
-from focalnet.operators.norm_linear import ROW_ELEMENTS, padded_empty, padded_linear
+from focalnet.operators.norm_linear import padded_empty, padded_linear
 
 OPS = torch.ops.focalnet
 BACKENDS = [name for name in ("reference", "cpu") if focalnet.backends()[name] is None]

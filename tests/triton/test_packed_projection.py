@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from focalnet.kernels import focal_modulation, launch_table, plan
+from focalnet.kernels import focal_modulation, launch_table
 from focalnet.kernels.launch_table import LevelConfig
 from focalnet.kernels.level_launch import alignment
+from focalnet.kernels.padding import ROW_ELEMENTS
 from focalnet.kernels.plan import H100, Case
 from operands import Shape, operands
 from rule import assert_same_numbers
@@ -18,7 +19,7 @@ from focalnet.backends import triton as triton_backend
 from focalnet.backends import triton_plans
 from focalnet.fusion import gpu_block
 from focalnet.models.layers import OURS, FocalNetLayer
-from focalnet.operators.norm_linear import ROW_ELEMENTS, padded_empty
+from focalnet.operators.norm_linear import padded_empty
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SENTINEL = 7.0
@@ -103,7 +104,6 @@ def test_every_chunk_of_images_writes_its_own_rows():
 
 
 def test_models_pad_to_what_plans_of_a_padded_projection_say():
-    assert plan.ROW_ELEMENTS == ROW_ELEMENTS
     for channels, kernels in ((96, (3, 5, 7)), (96, (3, 5)), (192, (3, 5, 7, 9)), (24, (3,))):
         rows = padded_empty(torch.empty(0), (1, 1, 1, 2 * channels + len(kernels) + 1))
         assert Case.packed(1, 1, 1, channels, kernels, torch.bfloat16).q_pitch == rows.stride(-2)

@@ -130,6 +130,7 @@ int print_launches(Problem p, bool backward, Gradients out, bool want_agg) {
     if (out.want_ctx) out.dctx = map;
     if (out.want_gates) out.dgates = contiguous(somewhere, p, p.L + 1);
     if (want_agg) out.agg = map;
+    out.planar_maps = takes_planar_maps(p);  // as focal modulation gives and wants them
     for (int l = 0; l < p.L; ++l) out.dweights[l] = somewhere;
     memory(backward_scratch_bytes(p, out));
     check(gated_aggregation_backward(p, map, out, somewhere, nullptr));
@@ -248,6 +249,8 @@ int main(int count, char** argv) {
     if (count == 4) return print_launches(p, backward, out, want_agg);
 
     const int64_t gradient_pitch = input.number();
+    out.planar_maps = input.number();  // dagg's elements follow in that order, and agg's are written so
+    if (out.planar_maps && !takes_planar_maps(p)) cuda_on_cpu::fail("backward takes no planar maps of this shape");
     std::ofstream result(argv[2], std::ios::binary);
     void* packed = input.elements(ctx.size * size);
     p.ctx = ctx.map(packed, size);
