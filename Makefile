@@ -91,11 +91,13 @@ $(BIN)/python:
 	@echo "making $(VENV) ..."
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
+# pip would compile 20,000 modules in one process. Templates among them are no Python, which compileall says by its code.
 # grad-cam wants torchvision, which has no CPU build to install beside torch's; its tests do without.
 $(VENV)/.requirements: requirements.txt | $(BIN)/python
 	@echo "installing torch $(TORCH), transformers $(TRANSFORMERS) and what else requirements.txt names ... (minutes, once)"
-	@$(PIP) install -r requirements.txt
-	@$(PIP) install --no-deps grad-cam
+	@$(PIP) install --no-compile -r requirements.txt
+	@$(PIP) install --no-compile --no-deps grad-cam
+	@$(BIN)/python -m compileall -qq -j $(WORKERS) $(VENV)/lib || true
 	@touch $@
 
 # Never with build isolation, which would hide torch; never with dependencies, which requirements.txt has settled.

@@ -152,8 +152,8 @@ struct Fiber {
     std::unique_ptr<char[]> stack{new char[kStackBytes]};
     State state = kReady;
     void* fake_stack = nullptr;
-    // What the lane brings to a shuffle or an mma: one value, or its elements of A and B. Two of each, in turn: no lane
-    // gets to the second operation before all have read what they need of the first.
+    // What the lane brings to a shuffle or an mma: one value, or its elements of A and B. Two of each, in turn: no
+    // lane gets to the second operation before all have read what they need of the first.
     int turn = 0;
     float shuffled[2] = {};
     float elements[2][12] = {};

@@ -1,8 +1,8 @@
-// ldmatrix, mma.m16n8k16 and m16n8k8 on a CPU, from the layouts of fragments in the PTX ISA. They are collective: every
-// lane of a warp lays down what it brings, waits for the others, and takes what it is to hold; after ldmatrix it waits
-// once more, since what was read is not a copy. Bank conflicts of ldmatrix are counted: a matrix is read in one pass if
-// its eight rows of 16 bytes lie in eight different quarters of the 32 banks, and every further row in the same quarter
-// costs a pass more.
+// ldmatrix, mma.m16n8k16 and m16n8k8 on a CPU, from the layouts of fragments in the PTX ISA. They are collective:
+// every lane of a warp lays down what it brings, waits for the others, and takes what it is to hold; after ldmatrix it
+// waits once more, since what was read is not a copy. Bank conflicts of ldmatrix are counted: a matrix is read in one
+// pass if its eight rows of 16 bytes lie in eight different quarters of the 32 banks, and every further row in the
+// same quarter costs a pass more.
 
 #pragma once
 
@@ -58,8 +58,8 @@ inline float cut_off(double value) {
     return std::fabs(static_cast<double>(nearest)) > std::fabs(value) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
-// K elements of the inner axis, 16 or 8, of the two rows of A and the two columns of B that four of the outputs need. Not
-// instrumented: most of a run is spent here, and nothing of what is tested is read or written.
+// K elements of the inner axis, 16 or 8, of the two rows of A and the two columns of B that four of the outputs need.
+// Not instrumented: most of a run is spent here, and nothing of what is tested is read or written.
 template <int K>
 __attribute__((no_sanitize("address"))) void dot_products(const Fiber* const* lanes, int turn, int g, int t,
                                                           float (&c)[4]) {
