@@ -579,14 +579,21 @@ def test_a_product_of_few_images_has_blocks_for_every_multiprocessor(program, tm
     assert launches == 1 and blocks >= 132
 
 
-def test_a_barrier_that_is_missing_in_a_sum_is_seen(program, tmp_path):
-    line = "        __syncthreads();\n        if (row + half"
-    text = (CUDA / "modulate.cu").read_text()
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("modulate.cu", "        __syncthreads();\n        if (row + half"),
+        ("partial_sums.cu", "    __syncthreads();\n    if (row > 0"),
+    ],
+    ids=["of rows", "of partials"],
+)
+def test_a_barrier_that_is_missing_in_a_sum_is_seen(program, tmp_path, source, line):
+    text = (CUDA / source).read_text()
     changed = text.replace(line, line.replace("__syncthreads();", ""))
     assert changed != text
     broken = shutil.copytree(program.parent, tmp_path / "broken")
-    (broken / "modulate.cu").write_text(changed)
-    program = compile_sources(broken, [broken / "modulate.cu"])
+    (broken / source).write_text(changed)
+    program = compile_sources(broken, [broken / source])
     dout, q, out, multiprocessors = factors("contiguous", torch.float32)
     _, total, _ = modulate(program, tmp_path, dout, q, out, True, multiprocessors)
     assert not torch.allclose(total, (dout * q).sum(0))
