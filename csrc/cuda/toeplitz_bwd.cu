@@ -458,8 +458,8 @@ Status backward(const Problem& p, const Map& dagg, const Gradients& out, void* m
 }  // namespace
 
 bool takes_planar_maps(const Problem& p) {
-    return p.tensor_cores && p.B > 0 && p.W == planar_pitch(p.W) && whole_maps_backward(p) &&
-           plan_toeplitz_backward(p).planar;
+    const bool fills_rows = p.W == planar_pitch(p.W), is_empty = p.B == 0 || p.H == 0 || p.W == 0;
+    return p.tensor_cores && fills_rows && !is_empty && whole_maps_backward(p) && plan_toeplitz_backward(p).planar;
 }
 
 size_t toeplitz_backward_scratch_bytes(const Problem& p, const Gradients& out) {

@@ -97,7 +97,7 @@ def cuda_missing() -> str | None:
     """None if the extension is loaded and contains the CUDA kernels, else the reason with instructions."""
     if _missing is not None:
         return _missing
-    if hasattr(torch.ops.focalnet, "cuda_modulate"):
+    if hasattr(torch.ops.focalnet, "cuda_takes_planar_maps"):
         return None
     cause = recorded_build().get("cuda", {}).get("reason") or "it was built by a version that had none"
     return (

@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backends.composed import linear_bwd as composed_linear_bwd
 from ..backends.registry import optional, requested
 from ..kernels.padding import padded_row
 from .define import operator
@@ -169,7 +168,12 @@ def linear_bwd(
     run = optional("linear_bwd", dout, backend)
     if not isinstance(run, str):
         return run(dout.contiguous(), rows, weight, mask)
-    return composed_linear_bwd(dout, rows, weight, mask)
+    need_rows, need_weight, need_bias = mask
+    return [
+        dout @ weight if need_rows else None,
+        dout.T @ rows if need_weight else None,
+        dout.sum(0) if need_bias else None,
+    ]
 
 
 @torch.library.register_fake("focalnet::norm_linear")

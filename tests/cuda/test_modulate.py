@@ -88,8 +88,16 @@ def test_a_product_of_few_images_has_blocks_for_every_multiprocessor(program, tm
     assert launches == 1 and blocks >= 132
 
 
-def test_a_barrier_that_is_missing_in_a_sum_is_seen(program, tmp_path):
-    missing = barrier_at("modulate.cu", "        __syncthreads();\n        if (row + half")
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("modulate.cu", "        __syncthreads();\n        if (row + half"),
+        ("partial_sums.cu", "    __syncthreads();\n    if (row > 0"),
+    ],
+    ids=["of rows", "of partials"],
+)
+def test_a_barrier_that_is_missing_in_a_sum_is_seen(program, tmp_path, source, line):
     dout, q, out, multiprocessors = factors("contiguous", torch.float32)
+    missing = barrier_at(source, line)
     _, total, _ = modulate(program, tmp_path, dout, q, out, True, multiprocessors, without=missing)
     assert not torch.allclose(total, (dout * q).sum(0))
