@@ -174,13 +174,13 @@ class Table:
         return in_order((row for row in stored if call_of(row) in calls), self.operators)
 
     def lacking(self, rows: Iterable[dict]) -> list[Work]:
-        """The groups and stages of the calls that ``rows`` do not have."""
+        """Of the calls that ``rows`` do not have: groups, and stages whose kernels are the same ones."""
         have = {call_of(row) for row in rows if row["subject"] == "all"}
-        work: dict[Group, dict[Stage, None]] = {}
+        work: dict[tuple, dict[Stage, None]] = {}
         for call, group, stage in _calls(self.operators):
             if call not in have:
-                work.setdefault(group, {})[stage] = None
-        return [(group, tuple(its_stages)) for group, its_stages in work.items()]
+                work.setdefault((group, stage.kernels), {})[stage] = None
+        return [(group, tuple(its_stages)) for (group, _), its_stages in work.items()]
 
     def fill(self, rows_of: Callable[[Group, tuple[Stage, ...]], list[dict]], jobs: int) -> None:
         """Predict what is missing and write it as it comes; print what is missing at the end."""
@@ -204,7 +204,9 @@ def _in_processes(todo: Sequence[Work], rows_of: Callable, save: Callable[[list[
             for number, done in enumerate(as_completed(waiting), 1):
                 group, its_stages = waiting[done]
                 save(done.result())
-                print(f"{number} of {len(todo)}: {group}: {len(its_stages)} stages", flush=True)
+                print(
+                    f"{number} of {len(todo)}: {group}, {its_stages[0].kernels}: {len(its_stages)} stages", flush=True
+                )
         except (KeyboardInterrupt, BrokenProcessPool):
             pool.shutdown(wait=False, cancel_futures=True)
             print("stopped: what was predicted is kept; the same command goes on", file=sys.stderr)
