@@ -23,6 +23,8 @@ from focalnet.variants import VARIANTS
 # By use: what comes first is predicted first.
 DEVICES, DTYPES, BATCHES = ("H100", "B200", "A100", "RTX 4090"), ("bfloat16", "float16", "float32"), (128, 8, 1)
 DETAILED = ("tiny_lrf", "large_fl3")
+# Predicted for every case before the others: its stages are of every class of the automatic order (gpu_order.py).
+FIRST = "tiny_lrf"
 # What a bar asks for beside: (variant, stage, device, dtype, batch).
 BESIDE = (("large_fl3", 1, "H100", "bfloat16", 32),)
 Case = tuple[str, str, int]  # device, dtype, batch
@@ -179,8 +181,9 @@ class Table:
         work: dict[tuple, dict[Stage, None]] = {}
         for call, group, stage in _calls(self.operators):
             if call not in have:
-                work.setdefault((group, stage.kernels), {})[stage] = None
-        return [(group, tuple(its_stages)) for (group, _), its_stages in work.items()]
+                work.setdefault((stage.variant != FIRST, group, stage.kernels), {})[stage] = None
+        first = sorted(work, key=lambda part: part[0])
+        return [(part[1], tuple(work[part])) for part in first]
 
     def fill(self, rows_of: Callable[[Group, tuple[Stage, ...]], list[dict]], jobs: int) -> None:
         """Predict what is missing and write it as it comes; print what is missing at the end."""
