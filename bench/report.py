@@ -10,6 +10,7 @@ and plot of measured figures names the processor.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable
 from itertools import groupby
 
@@ -23,6 +24,9 @@ from scaling import fitted
 
 from focalnet.benchmark import rows
 from focalnet.benchmark.environment import ROOT
+
+sys.path.append(str(ROOT / "bench" / "static"))
+import predicted_calls
 
 PAGE = ROOT / "docs" / "performance.md"
 MISSING = "Not measured yet."
@@ -336,6 +340,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "gpu": gpu,
     "gpu-operators": gpu_tables.operators,
     "gpu-kernels": gpu_tables.kernels,
+    "predicted": predicted_calls.page,
 }
 
 

@@ -2,7 +2,7 @@
 
     python bench/static/backend_order.py
 
-Rows come from predicted.json and predicted_cuda.json in bench/results/without-gpu. They name their backend; without a
+Rows come from predicted.csv and predicted_cuda.csv in bench/results/without-gpu. They name their backend; without a
 name it is triton. Where a variant's stage was predicted for both backends, the sums of each class decide: a class is a
 GPU, a dtype, an operator, the side of the map and the batch. `cuda` leaves the products to PyTorch: where only its
 aggregation was predicted, torch_launches.py adds those. A class that was not predicted for both backends is a dot, and

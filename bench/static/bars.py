@@ -2,7 +2,7 @@
 
     python bench/static/bars.py
 
-Rows come from predicted.json (Triton) and predicted_cuda.json (CUDA) in bench/results/without-gpu, for an H100 in
+Rows come from predicted.csv (Triton) and predicted_cuda.csv (CUDA) in bench/results/without-gpu, for an H100 in
 bfloat16. The CUDA backend leaves the products of focal_modulation to PyTorch; torch_launches.py adds them. A bar is
 met if one of the two backends meets it, since a call goes to the faster one; the bar on programs is for every kernel
 of both. No figure is measured.

@@ -6,9 +6,9 @@
 The program of the tests (tests/cuda/cuda_on_cpu) prints the launches of a call with their arguments; nvcc compiles the
 kernels for the device; `instruction_counts` runs the machine code on the arguments, for every warp of some programs.
 Bytes of the L2 are the sectors that a program asks for, bytes of memory those that the kernels' headers name. It needs
-nvcc and g++, and no GPU. Rows: bench/results/without-gpu/predicted_cuda.csv; coverage.py says of what. The operators
-are the aggregation and its gradients, with agg once more. A row's digest is that of the files that its launches depend
-on. compile_cache.py keeps what was compiled. No figure is measured.
+nvcc and g++, and no GPU. Rows: bench/results/without-gpu/predicted_cuda.csv; predicted_calls.py says of what. The
+operators are the aggregation and its gradients, with agg once more. A row's digest is that of the files that its
+launches depend on. compile_cache.py keeps what was compiled. No figure is measured.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import coverage
+import predicted_calls
 import torch
 import typer
 import warp
 from assembly import section
 from constants import constants
-from coverage import Group
 from cuda_code import compiled, names
 from included_files import digest
 from instruction_counts import Asked, Executed, Kernel
@@ -39,6 +38,7 @@ from launch_bytes import Bytes
 from machine_code import load_cycles
 from parameters import layout, packed
 from performance_model import SAMPLE, Predicted, microseconds, predict, sample_of
+from predicted_calls import Group
 from processors import GAP, PROCESSORS, Processor
 from ptxas import kernel_name
 from rich.console import Console
@@ -350,7 +350,7 @@ def main(
     TABLE.fill(rows_of_group, jobs)
 
 
-TABLE = coverage.Table(FILE, FIELDS, OPERATORS, is_current)
+TABLE = predicted_calls.Table(FILE, FIELDS, OPERATORS, is_current)
 
 
 def rows_of_group(group: Group, its_stages: Sequence[Stage]) -> list[dict]:
@@ -364,7 +364,7 @@ def rows_of_group(group: Group, its_stages: Sequence[Stage]) -> list[dict]:
         except ValueError as error:  # such as a branch that warp.py cannot follow
             print(f"left out: {group}, {call.stage}: {error}", flush=True)
         else:
-            rows += [total, *(each if call.stage.variant in coverage.DETAILED else [])]
+            rows += [total, *(each if call.stage.variant in predicted_calls.DETAILED else [])]
     return rows
 
 

@@ -15,7 +15,7 @@ more than they overlap: the time is that of the busiest (processor, L1, L2 or me
 others take, but at least the chain. An operator takes the sum over its launches and ``GAP`` between two of them. The
 floor is that of `floors.work`; "inductor >=" is the least that the reference takes under torch.compile
 (torch_launches.py). No figure here is measured: every one is a prediction. Rows:
-bench/results/without-gpu/predicted.csv; coverage.py says of what.
+bench/results/without-gpu/predicted.csv; predicted_calls.py says of what.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-import coverage
+import predicted_calls
 import torch
 import torch_launches
 import triton
@@ -42,12 +42,12 @@ from bytes_moved import case_of, plan_of
 from compile_report import source
 from compiled import Resources, compile_launch, resources, tool
 from constants import constants
-from coverage import Group
 from focalnet.kernels.plan import Case, Launch, Plan
 from instruction_counts import Asked, Executed, Kernel
 from launch_bytes import Bytes, bytes_of, ring_bytes
 from machine_code import load_cycles
 from parameters import layout, packed
+from predicted_calls import Group
 from processors import GAP, PROCESSORS, SCHEDULERS, Processor
 from rich.console import Console
 from rich.table import Table
@@ -396,7 +396,7 @@ def rows_of_group(group: Group, its_stages: Sequence[Stage]) -> list[dict]:
     )
     for operator, stage in calls:
         total, *each = rows_of(operator, stage, group.batch, dtype, processor)
-        rows += [total, *(each if stage.variant in coverage.DETAILED else [])]
+        rows += [total, *(each if stage.variant in predicted_calls.DETAILED else [])]
     return rows
 
 
@@ -407,7 +407,7 @@ def is_current(row: dict) -> bool:
     return (row["triton"], row["digest"]) == (triton.__version__, plan_digest(plan_of(row["operator"], case, device)))
 
 
-TABLE = coverage.Table(FILE, FIELDS, OPERATORS, is_current)
+TABLE = predicted_calls.Table(FILE, FIELDS, OPERATORS, is_current)
 
 
 def show(rows: list[dict], title: str) -> None:

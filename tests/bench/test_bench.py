@@ -52,6 +52,18 @@ def test_no_row_of_another_kind_or_device_is_read(results):
     assert rows.read("training", "one") == []
 
 
+def test_a_table_keeps_numbers_as_numbers_and_digests_as_text(tmp_path, monkeypatch):
+    """A digest may look like a number; a cell that is empty is no field."""
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    written = [
+        {"x": "RTX 4090", "batch": 128, "predicted_us": 0.25, "digest": "0123456789012345", "triton": "3.6"},
+        {"x": "H100", "batch": 1, "subject": "1 a_kernel<float16, 4>", "digest": "12e4567890123456"},
+    ]
+    path = rows.write_table(written, "predicted", "one", ("x", "batch", "subject", "predicted_us", "digest", "triton"))
+    assert rows.read("predicted", "one") == written
+    assert len(path.read_text().splitlines()) == 3
+
+
 CPUINFO = {
     "Zen 3": "processor : 0\ncpu family : 25\nmodel : 1\nmodel name : AMD EPYC\nflags : fpu avx2\n\nprocessor : 1",
     "Zen 4": "cpu family : 25\nmodel : 17\nmodel name : AMD EPYC\nflags : avx2 avx512f avx512_vnni avx512_bf16",

@@ -8,11 +8,13 @@ import functools
 import struct
 
 import cuda_model
+import included_files
+import predicted_calls
 import pytest
 import torch
 from backend_order import committed
 from bars import bars
-from cuda_model import FILE, Call, digest, executed, launches
+from cuda_model import CUDA, FIELDS, FILE, OPERATORS, Call, digest_of, executed, launches
 from executed import Ptx, arguments_of, operations
 from processors import PROCESSORS
 
@@ -20,9 +22,10 @@ from focalnet.benchmark.environment import ROOT
 from focalnet.benchmark.floors import stages
 from focalnet.benchmark.rows import NOWHERE, read
 
+EVERY = read(FILE, NOWHERE)
 ROWS = {
     (row["operator"], row["stage"], row["subject"]): row
-    for row in read(FILE, NOWHERE)
+    for row in EVERY
     if (row["variant"], row["x"], row["batch"], row["dtype"]) == ("tiny_lrf", "H100", 128, "bfloat16")
 }
 HEAD = """.visible .entry k(
@@ -79,8 +82,40 @@ def test_only_addresses_are_moved_apart():
 
 
 def test_rows_are_of_these_sources():
+    """Fails when a file changes that the launches of a row depend on: then `bench/static/cuda_model.py` is due."""
     assert ROWS
-    assert {row["digest"] for row in ROWS.values() if row["subject"] == "all"} == {digest()}
+    old = [row for row in EVERY if row["subject"] == "all" and not cuda_model.is_current(row)]
+    assert not old, f"{len(old)} calls, such as {old[0]}"
+
+
+def test_a_change_of_the_backward_leaves_rows_of_the_forward_as_they_are(monkeypatch):
+    def digests():
+        cuda_model._digest.cache_clear()
+        forward = digest_of(["toeplitz_fwd_planes"], False, torch.bfloat16)
+        return forward, digest_of(["toeplitz_bwd"], True, torch.bfloat16)
+
+    before = digests()
+    texts = included_files._text
+    backward = {CUDA / "toeplitz_bwd.cu", CUDA / "toeplitz_bwd_block.cuh", CUDA / "toeplitz_correlate.cuh"}
+    changed = lambda path: texts(path) + b" " * (path in backward)  # noqa: E731
+    monkeypatch.setattr(included_files, "_text", changed)
+    after = digests()
+    monkeypatch.setattr(included_files, "_text", lambda path: texts(path) + b" " * (path.name == "launch.cuh"))
+    shared = digests()
+    cuda_model._digest.cache_clear()
+    assert (after[0] == before[0], after[1] == before[1]) == (True, False)
+    assert shared[0] != before[0] and shared[1] != before[1]
+
+
+def test_columns_hold_every_field_of_a_row():
+    assert {name for row in EVERY for name in row} <= set(FIELDS)
+
+
+def test_every_published_variant_has_its_rows_in_the_cases_that_are_promised():
+    """`predicted_calls.WHOLE` promises them; a case that has become whole is promised as well."""
+    left_out = predicted_calls.lacking(EVERY, OPERATORS)
+    whole = tuple(case for case in predicted_calls.EVERY if case not in left_out)
+    assert whole == predicted_calls.WHOLE[FILE]
 
 
 @pytest.mark.parametrize("stage", range(1, 5))

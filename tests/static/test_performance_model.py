@@ -3,13 +3,13 @@
 Its figures are predictions. Nothing in them was measured.
 """
 
-import itertools
 import math
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
 import performance_model
+import predicted_calls
 import pytest
 import torch
 import warp
@@ -24,10 +24,11 @@ from launch_bytes import Bytes
 from loops import loops
 from machine_code import Chain, load_cycles, multiply_adds, pipe, wavefronts_alone
 from parameters import layout, packed
-from performance_model import FILE, PREDICTED, disassembled, plan_digest, predict
+from performance_model import FILE, disassembled, plan_digest, predict
 from processors import H100, PROCESSORS, RTX_4090
 from toy_kernels import walk_kernel
 
+from focalnet.benchmark import rows
 from focalnet.benchmark.floors import ERF_OPERATIONS, OPERATORS, Work, stages
 from focalnet.benchmark.rows import NOWHERE, read
 from focalnet.variants import VARIANTS
@@ -214,7 +215,7 @@ def _plan(row):
     return case, plan_of(row["operator"], case, PROCESSORS[row["x"]].device)
 
 
-@pytest.mark.parametrize("device", sorted({row["x"] for row in WHOLE}))
+@pytest.mark.parametrize("device", predicted_calls.DEVICES)
 def test_every_row_was_predicted_from_the_source_that_is_here(device):
     """Fails when a kernel or a plan changes and the rows do not: then `bench/static/performance_model.py` is due."""
     for row in WHOLE:
@@ -228,8 +229,8 @@ def test_a_row_follows_from_the_model_again():
     row = next(
         row
         for row in ROWS
-        if (row["operator"], row["subject"], row["stage"], row["batch"], row["x"])
-        == ("focal_modulation", "modulator_fwd_kernel", 4, 128, "H100")
+        if (row["operator"], row["subject"], row["stage"], row["batch"], row["x"], row["variant"], row["dtype"])
+        == ("focal_modulation", "modulator_fwd_kernel", 4, 128, "H100", "tiny_lrf", "bfloat16")
     )
     case, plan = _plan(row)
     total = performance_model.predict_plan(
@@ -238,25 +239,55 @@ def test_a_row_follows_from_the_model_again():
     assert round(1e6 * total.seconds, 2) == row["predicted_us"]
 
 
-def _calls(rows):
-    return {tuple(row[name] for name in ("variant", "x", "dtype", "batch", "operator", "stage")) for row in rows}
+def test_every_published_variant_has_its_rows_in_the_cases_that_are_promised():
+    """`predicted_calls.WHOLE` promises them; a case that has become whole is promised as well."""
+    left_out = predicted_calls.lacking(ROWS, OPERATORS)
+    whole = tuple(case for case in predicted_calls.EVERY if case not in left_out)
+    assert whole == predicted_calls.WHOLE[FILE]
 
 
-def test_rows_cover_what_the_command_lists_and_nothing_else():
-    """What is left out is named by the command: `left_out`."""
-    listed = {
-        (*case, operator, stage)
-        for case in performance_model.COVERED
-        for operator in OPERATORS
-        for stage in (1, 2, 3, 4)
-    }
-    assert _calls(WHOLE) == listed
+def test_a_stage_is_predicted_under_the_name_of_the_first_variant_that_has_it():
+    assert len(predicted_calls.sizes()) < sum(len(stages(name)) for name in VARIANTS)
+    for name in VARIANTS:
+        for stage in stages(name):
+            found = predicted_calls.named(name, stage.index + 1)
+            assert found in predicted_calls.sizes()
+            assert replace(found, variant=name, index=stage.index) == stage
 
 
-def test_what_is_covered_and_what_is_left_out_are_every_published_size():
-    covered, left = set(performance_model.COVERED), set(performance_model.left_out())
-    assert not covered & left
-    assert covered | left == set(itertools.product(VARIANTS, PREDICTED, performance_model.DTYPES, (1, 8, 128)))
+@pytest.mark.parametrize("name", predicted_calls.DETAILED)
+def test_each_kernel_of_a_detailed_variant_has_a_row(name):
+    kernels = {predicted_calls.call_of(row) for row in ROWS if row["variant"] == name and row["subject"] != "all"}
+    assert kernels == {predicted_calls.call_of(row) for row in WHOLE if row["variant"] == name}
+
+
+def test_what_is_left_out_is_said_by_case_and_counted_where_some_of_it_is_there():
+    rows = [dict(zip(("variant", "stage", "x", "dtype", "batch", "operator"), call, strict=True)) | {"subject": "all"}
+            for call in predicted_calls.calls(OPERATORS)]  # fmt: skip
+    assert predicted_calls.lacking(rows, OPERATORS) == {}
+    one, *others = [row for row in rows if (row["x"], row["dtype"], row["batch"]) == ("A100", "float16", 8)]
+    rows = [row for row in rows if row != one and (row["x"], row["dtype"], row["batch"]) != ("A100", "float16", 1)]
+    words = predicted_calls.in_words(predicted_calls.lacking(rows, OPERATORS))
+    assert words == f"A100: float16 at batch 8 (1 of {len(others) + 1} calls), 1"
+
+
+def test_a_run_predicts_what_is_missing_keeps_what_is_current_and_forgets_the_rest(monkeypatch, tmp_path):
+    """Rows of older sources are predicted anew, whether or not the run comes to an end."""
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    fields = ("operator", "variant", "stage", "x", "dtype", "batch", "subject", "digest")
+    operators = ("gated_aggregation",)
+    table = predicted_calls.Table("table", fields, operators, lambda row: row["digest"] == "new")
+
+    def row(call, digest):
+        names = ("variant", "stage", "x", "dtype", "batch", "operator")
+        return dict(zip(names, call, strict=True)) | {"subject": "all", "digest": digest}
+
+    first, second, *others = predicted_calls.calls(table.operators)
+    rows.write_table([row(first, "new"), row(second, "old")], "table", NOWHERE, table.fields)
+    assert table.current() == [row(first, "new")]
+    todo = [(stage.variant, stage.index + 1, group.device, group.dtype, group.batch, "gated_aggregation")
+            for group, its_stages in table.lacking(table.current()) for stage in its_stages]  # fmt: skip
+    assert sorted(todo) == sorted([second, *others])
 
 
 # Launches of a call, at most; microseconds on an H100, predicted, at batch 128 in bfloat16: no slower than the kernels
@@ -288,7 +319,7 @@ def test_a_call_of_a_tiny_model_at_batch_128_has_few_launches(operator):
 @pytest.mark.parametrize("kernel", ["gated_aggregation_fwd_kernel", "gated_aggregation_bwd_kernel"])
 def test_levels_at_batch_128_put_two_programs_on_every_processor(kernel):
     """Counts that are no multiple of the blocks of channels leave a block's worth of places empty."""
-    found = [row for row in ROWS if row["subject"] == kernel and row["batch"] == 128]
+    found = [row for row in ROWS if (row["subject"], row["batch"], row["variant"]) == (kernel, 128, "tiny_lrf")]
     assert found
     for row in found:
         device = PROCESSORS[row["x"]].device

@@ -6,6 +6,7 @@ Texts are written by hand as nvdisasm prints them. A result is seen by the addre
 import pytest
 from assembly import code_of
 from instruction_counts import Kernel
+from machine_code import Chain, latency
 from warp import Launch, Machine
 
 HEAD = "//--------------------- .text.kernel --------------------------\n"
@@ -294,3 +295,53 @@ EXIT
     both = executed(body, 64)
     one = executed(body, 32)
     assert both.chain - one.chain == pytest.approx(20 * 20, abs=25)
+
+
+# Program p of a launch with number n: warp w goes round n + p + w times, and its threads ask n bytes apart.
+WALK = """
+S2R R0, SR_TID.X
+S2R R1, SR_CTAID.X
+LDC R2, c[0x0][0x210]
+SHF.R.U32.HI R3, RZ, 0x5, R0
+IADD3 R4, R1, R2, R3
+IMAD R6, R0, R2, RZ
+LDS R5, [R6]
+MOV R7, RZ
+.L_loop:
+ISETP.EQ.AND P0, PT, R4, RZ, PT
+@P0 BRA `(.L_out)
+STG.E desc[UR4][R6.64], R5
+IADD3 R6, R6, 0x80, RZ
+IADD3 R4, R4, -0x1, RZ
+FFMA R5, R5, R5, R5
+BRA `(.L_loop)
+.L_out:
+@P0 BAR.SYNC 0x0
+FADD R5, R5, R5
+EXIT
+"""
+
+
+def test_programs_side_by_side_execute_what_each_executes_alone():
+    """Of several launches, with other trips, conflicts and sectors."""
+    launches = [Launch(n.to_bytes(4, "little") + bytes(4), (9, 1, 1), 96) for n in (2, 4, 36)]
+    programs = ((0, 0, 0), (1, 0, 0), (8, 0, 0))
+    together, asked = Kernel(machine(WALK), 90), [(launch, programs, 150) for launch in launches]
+    together.prepare(asked)
+    alone = [Kernel(machine(WALK), 90).executed(one, [place], 150)[0] for one in launches for place in programs]
+    assert [found for one in asked for found in together.executed(*one)] == alone
+    assert len({found.sectors for found in alone}) == len(alone)
+
+
+def test_a_loop_takes_as_long_as_its_instructions_one_by_one():
+    """What is pending at the end of a block is waited for in the next, however often it comes."""
+    body = (
+        "LDG.E R1, desc[UR4][R8.64]\nFFMA R2, R1, R3, R2\nMUFU.RCP R3, R2\nBRA `(.L_0)\n.L_0:\nFADD R4, R3, R4\nEXIT"
+    )
+    blocks = code_of(machine(body)).blocks
+    passed = [0, 0, 1, 0, 1, 1, *[0] * 50, 1]
+    ready, now = {}, 0
+    for one in (one for block in passed for one in blocks[block].instructions):
+        now = max(now + 1, *(ready.get(register, 0) for register in range(1024) if one.reads >> register & 1), 0)
+        ready |= {register: now + latency(one, 270) for register in range(1024) if one.writes >> register & 1}
+    assert Chain(blocks, 270).cycles(passed) == (now,)

@@ -1,7 +1,7 @@
 """What the performance models predict: every stage of the published variants, on four GPUs, by use.
 
 Variants share stages: the small ones have those of the tiny ones. A stage is predicted once, under the first variant
-that has it; `named` says which. Of `DETAILED` each kernel has a row, of the others a call has one.
+that has it: `named` says which. Of `DETAILED` each kernel has a row, of the others a call has one.
 """
 
 from __future__ import annotations
@@ -10,20 +10,28 @@ import functools
 import itertools
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
-from focalnet.benchmark.floors import Stage, stages
+from focalnet.benchmark.floors import OPERATORS, Stage, stages
 from focalnet.benchmark.rows import NOWHERE, read, write_table
 from focalnet.variants import VARIANTS
 
 # By use: what comes first is predicted first.
 DEVICES, DTYPES, BATCHES = ("H100", "B200", "A100", "RTX 4090"), ("bfloat16", "float16", "float32"), (128, 8, 1)
 DETAILED = ("tiny_lrf", "large_fl3")
+# Predicted for every case before the others: its stages are of every class of the automatic order (gpu_order.py).
+FIRST = "tiny_lrf"
 # What a bar asks for beside: (variant, stage, device, dtype, batch).
 BESIDE = (("large_fl3", 1, "H100", "bfloat16", 32),)
+Case = tuple[str, str, int]  # device, dtype, batch
+EVERY: tuple[Case, ...] = tuple(itertools.product(DEVICES, DTYPES, BATCHES))
+# The cases of which every call has a row, by the file of the rows. A run that comes further makes them more.
+WHOLE: dict[str, tuple[Case, ...]] = {"predicted": (), "predicted_cuda": ()}
+OF_FILE = {"predicted": OPERATORS, "predicted_cuda": OPERATORS[:2]}
 
 
 @dataclass(frozen=True)
@@ -41,8 +49,7 @@ class Group:
 
 def groups() -> list[Group]:
     """Of everything, by use: an H100 in every dtype, then the other devices."""
-    product = itertools.product(DEVICES, DTYPES, BATCHES)
-    by_use = sorted(product, key=lambda one: (one[0] != DEVICES[0], DTYPES.index(one[1]), DEVICES.index(one[0])))
+    by_use = sorted(EVERY, key=lambda one: (one[0] != DEVICES[0], DTYPES.index(one[1]), DEVICES.index(one[0])))
     cases = [*by_use, *((device, dtype, batch) for _, _, device, dtype, batch in BESIDE)]
     return [Group(*case, backward) for case in cases for backward in (False, True)]
 
@@ -107,17 +114,39 @@ def _calls(operators: Sequence[str]) -> Iterator[tuple[Call, Group, Stage]]:
                 yield (stage.variant, stage.index + 1, *_case(group), operator), group, stage
 
 
-def missing(rows: Iterable[dict], operators: Sequence[str]) -> list[str]:
-    """In words: of each device, dtype and batch, how many calls have no row."""
+def lacking(rows: Iterable[dict], operators: Sequence[str]) -> dict[Case, tuple[int, int]]:
+    """By device, dtype and batch: how many calls have no row, and of how many. Those that have all are not here."""
     have = {call_of(row) for row in rows if row["subject"] == "all"}
-    found: dict[tuple, list[bool]] = {}
-    for call in calls(operators):
-        found.setdefault(call[2:5], []).append(call in have)
-    return [
-        f"left out: {device}, {dtype}, batch {batch}: {there.count(False)} of {len(there)} calls"
-        for (device, dtype, batch), there in found.items()
-        if not all(there)
-    ]
+    every = calls(operators)
+    of = Counter(call[2:5] for call in every)
+    return {case: (count, of[case]) for case, count in Counter(one[2:5] for one in every if one not in have).items()}
+
+
+def in_words(left_out: Mapping[Case, tuple[int, int]]) -> str:
+    """Such as "H100: bfloat16 at batch 8 (3 of 84 calls), 1; float32 at batch 1. B200: ..."."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for (device, dtype, batch), (count, of) in left_out.items():
+        some = f"{batch}" if count == of else f"{batch} ({count} of {of} calls)"
+        found.setdefault(device, {}).setdefault(dtype, []).append(some)
+
+    def of_device(types: dict[str, list[str]]) -> str:
+        return "; ".join(f"{dtype} at batch {', '.join(batches)}" for dtype, batches in types.items())
+
+    return ". ".join(f"{device}: {of_device(types)}" for device, types in found.items())
+
+
+def page() -> str:
+    """What the committed rows are of, and what is left out, for docs/performance.md."""
+    stored = {file: read(file, NOWHERE) for file in OF_FILE}
+    if not any(stored.values()):
+        return "Nothing is predicted yet."
+    lines = []
+    for file, operators in OF_FILE.items():
+        left_out = lacking(stored[file], operators)
+        what = f"left out are {in_words(left_out)}" if left_out else "nothing is left out"
+        missing, every = sum(count for count, _ in left_out.values()), len(calls(operators))
+        lines.append(f"- `{file}.csv` has {every - missing} of {every} calls; {what}.")
+    return "\n".join(lines)
 
 
 def in_order(rows: Iterable[dict], operators: Sequence[str]) -> list[dict]:
@@ -147,13 +176,14 @@ class Table:
         return in_order((row for row in stored if call_of(row) in calls), self.operators)
 
     def lacking(self, rows: Iterable[dict]) -> list[Work]:
-        """The groups and stages of the calls that ``rows`` do not have."""
+        """Of the calls that ``rows`` do not have: groups, and stages whose kernels are the same ones."""
         have = {call_of(row) for row in rows if row["subject"] == "all"}
-        work: dict[Group, dict[Stage, None]] = {}
+        work: dict[tuple, dict[Stage, None]] = {}
         for call, group, stage in _calls(self.operators):
             if call not in have:
-                work.setdefault(group, {})[stage] = None
-        return [(group, tuple(its_stages)) for group, its_stages in work.items()]
+                work.setdefault((stage.variant != FIRST, group, stage.kernels), {})[stage] = None
+        first = sorted(work, key=lambda part: part[0])
+        return [(part[1], tuple(work[part])) for part in first]
 
     def fill(self, rows_of: Callable[[Group, tuple[Stage, ...]], list[dict]], jobs: int) -> None:
         """Predict what is missing and write it as it comes; print what is missing at the end."""
@@ -165,7 +195,8 @@ class Table:
 
         save([])
         _in_processes(self.lacking(rows), rows_of, save, jobs)
-        print("\n".join(missing(rows, self.operators)))
+        left_out = lacking(rows, self.operators)
+        print(f"left out: {in_words(left_out)}" if left_out else "every call has its rows")
 
 
 def _in_processes(todo: Sequence[Work], rows_of: Callable, save: Callable[[list[dict]], None], jobs: int) -> None:
@@ -176,7 +207,9 @@ def _in_processes(todo: Sequence[Work], rows_of: Callable, save: Callable[[list[
             for number, done in enumerate(as_completed(waiting), 1):
                 group, its_stages = waiting[done]
                 save(done.result())
-                print(f"{number} of {len(todo)}: {group}: {len(its_stages)} stages", flush=True)
+                print(
+                    f"{number} of {len(todo)}: {group}, {its_stages[0].kernels}: {len(its_stages)} stages", flush=True
+                )
         except (KeyboardInterrupt, BrokenProcessPool):
             pool.shutdown(wait=False, cancel_futures=True)
             print("stopped: what was predicted is kept; the same command goes on", file=sys.stderr)
