@@ -85,12 +85,13 @@ def kernels(log: str) -> list[dict[str, object]]:
 
 
 def kernel_name(mangled: str) -> str:
-    """``dgates_kernel<float16, 4>`` from the compiler's name for it."""
+    """``dgates_kernel<float16, 4>`` from the compiler's name for it, with all its template arguments."""
     name, rest = re.search(r"\d([a-z_]+_kernel)(.*)", mangled).groups()
-    arguments = re.match(r"I(6__half|13__nv_bfloat16|f)(?:Li(\d+)E)?", rest)
+    arguments = re.match(r"I(6__half|13__nv_bfloat16|f)((?:L[ib]\d+E)*)", rest)
     if arguments is None:
         return name
-    return f"{name}<{', '.join(filter(None, (TYPES[arguments[1]], arguments[2])))}>"
+    numbers = re.findall(r"L[ib](\d+)E", arguments[2])
+    return f"{name}<{', '.join([TYPES[arguments[1]], *numbers])}>"
 
 
 def table(rows: list[dict[str, object]]) -> Table:

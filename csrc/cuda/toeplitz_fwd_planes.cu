@@ -179,13 +179,12 @@ __device__ __forceinline__ float sum_of_rows(const uint32_t (&pairs)[2][BLOCKS],
     return (has_upper ? sum[0] : 0.0f) + (has_lower ? sum[2] : 0.0f);
 }
 
-// A level of a channel. The last one leaves no plane: it returns the sum of the lane's rows.
-template <typename T, int BLOCKS, int CHANNELS>
+// A level of a channel. It returns the sum of the lane's rows, if it is the last one, and else leaves a plane.
+template <bool LAST, typename T, int BLOCKS, int CHANNELS>
 __device__ __forceinline__ float run_plane_level(const PlanesBlock<T, BLOCKS, CHANNELS>& b,
                                                  PlanesWarp<T, BLOCKS, CHANNELS>& w, int level) {
     using Size = Sizes<BLOCKS, CHANNELS>;
     const PlanesLevel& own = b.p.level[level];
-    const bool is_last = level + 1 == b.p.L;
     float z[kTiles][BLOCKS][4] = {}, sum = 0.0f;
     convolve_plane<T, BLOCKS, Size::kRow>(z, w.source - own.rows / 2 * Size::kRow,
                                           b.memory + w.taps + own.first_row * kTapRow, own.rows);
@@ -206,9 +205,9 @@ __device__ __forceinline__ float run_plane_level(const PlanesBlock<T, BLOCKS, CH
             for_each_gate<BLOCKS>(gates, set, [&](int j, uint32_t gate) {
                 w.agg[set][j] = fma_pair<T>(gate, pairs[part][j], w.agg[set][j]);
             });
-            if (!is_last) store_set(b, w, set, pairs[part]);
+            if constexpr (!LAST) store_set(b, w, set, pairs[part]);
         }
-        if (is_last) sum += sum_of_rows<T, BLOCKS>(pairs, tile < w.limit, tile + kTiles < w.limit);
+        if constexpr (LAST) sum += sum_of_rows<T, BLOCKS>(pairs, tile < w.limit, tile + kTiles < w.limit);
     }
     __syncwarp();  // the plane is there
     return sum;
@@ -255,9 +254,10 @@ __device__ __forceinline__ void compute_group(const PlanesBlock<T, BLOCKS, CHANN
 #pragma unroll 1
     for (int channel = thread_index() / kWarp; channel < channels; channel += Sizes<BLOCKS, CHANNELS>::kWarps) {
         PlanesWarp<T, BLOCKS, CHANNELS> w(b, channel);
-        float sum = 0.0f;
+        const int last = b.p.L - 1;
 #pragma unroll 1
-        for (int level = 0; level < b.p.L; ++level) sum = run_plane_level(b, w, level);
+        for (int level = 0; level < last; ++level) run_plane_level<false>(b, w, level);
+        const float sum = run_plane_level<true>(b, w, last);
         finish_planes(b, w, mean_of_image<T>(b.p, sum));
     }
 }
@@ -265,9 +265,11 @@ __device__ __forceinline__ void compute_group(const PlanesBlock<T, BLOCKS, CHANN
 template <typename T, int BLOCKS, int CHANNELS>
 __device__ __forceinline__ void set_up(const PlanesBlock<T, BLOCKS, CHANNELS>& b) {
     using Size = Sizes<BLOCKS, CHANNELS>;
-    const int thread = thread_index(), channels = min(CHANNELS, b.p.C - b.first_c);
+    const int thread = thread_index();
     zero(reinterpret_cast<T*>(b.memory), b.p.gates_at / 2, thread, Size::kThreads);
-    for (int channel = thread / kWarp; channel < channels; channel += Size::kWarps) write_plane_taps(b, channel);
+#pragma unroll 1
+    for (int channel = 2 * (thread / kWarp); channel < CHANNELS; channel += 2 * Size::kWarps)
+        write_plane_taps(b, channel + thread % kWarp / 16);
 }
 
 template <typename T, int BLOCKS, int CHANNELS>
@@ -313,7 +315,6 @@ __global__ void __launch_bounds__(toeplitz_plane_warps(BLOCKS, CHANNELS) * kWarp
 
 PlanesParams params_of(const Problem& p, const ToeplitzPlanesTiling& tiling, const Map& agg) {
     PlanesParams params{};
-    params.B = p.B;
     params.ctx_b = p.ctx.stride_b;
     params.gates_b = p.gates.stride_b;
     params.ctx = p.ctx.data;
@@ -345,6 +346,7 @@ PlanesParams params_of(const Problem& p, const ToeplitzPlanesTiling& tiling, con
     params.share = 1.0f / static_cast<float>(p.H * p.W);
     params.channel_blocks = (p.C + tiling.channels - 1) / tiling.channels;
     params.groups = static_cast<int>((p.B + tiling.images - 1) / tiling.images);
+    params.last_images = static_cast<int>(p.B - static_cast<int64_t>(params.groups - 1) * tiling.images);
     params.gates_at = tiling.rows * toeplitz_plane_row(tiling.blocks, tiling.channels);
     params.taps_at = params.gates_at + (p.L + 1) * toeplitz_gate_plane(tiling.blocks);
     params.tiling = tiling;

@@ -32,7 +32,7 @@ struct PlanesLevel {
 };
 
 struct PlanesParams {
-    int64_t B, ctx_b, gates_b;  // strides from image to image
+    int64_t ctx_b, gates_b;  // strides from image to image
     const void *ctx, *gates;
     void* agg;  // contiguous
     int H, W, C, L;
@@ -41,9 +41,9 @@ struct PlanesParams {
     int ctx_width, agg_width;
     bool four_gates;  // lie in 8 bytes, aligned
     bool scales;
-    float scale, share;  // share: of a position in the mean
-    int channel_blocks, groups;
-    int gates_at, taps_at;  // in shared memory, in bytes
+    float scale, share;                       // share: of a position in the mean
+    int channel_blocks, groups, last_images;  // of the last group
+    int gates_at, taps_at;                    // in shared memory, in bytes
     ToeplitzPlanesTiling tiling;
 };
 
@@ -124,8 +124,7 @@ struct PlanesBlock {
         return static_cast<int64_t>(group) * p.tiling.images;
     }
     __device__ __forceinline__ int images_of(int group) const {
-        if constexpr (!Size::kStacked) return 1;
-        return static_cast<int>(min(static_cast<int64_t>(p.tiling.images), p.B - first_image(group)));
+        return !Size::kStacked ? 1 : group + 1 < p.groups ? p.tiling.images : p.last_images;
     }
     // Of a row of a group; a product in place of the division by seven.
     __device__ __forceinline__ int image(int row) const {
@@ -416,41 +415,42 @@ __device__ __forceinline__ void write_group(const PlanesBlock<T, BLOCKS, CHANNEL
     }
 }
 
-// The taps of the warp's channel, for every u = 2 * (lane % 4) + 7 - lane / 4 (toeplitz.cuh). Half a warp takes a row.
+// The taps of a channel, for every u = 2 * (lane % 4) + 7 - lane / 4 (toeplitz.cuh), by half a warp.
 template <typename T, int BLOCKS, int CHANNELS>
 __device__ __forceinline__ void write_plane_taps(const PlanesBlock<T, BLOCKS, CHANNELS>& b, int channel) {
     const PlanesParams& p = b.p;
-    const int lane = thread_index() % kWarp, u = lane % 16;
-    if (u >= kTapEntries) return;
+    const int u = thread_index() % 16;
+    if (u >= kTapEntries || b.first_c + channel >= p.C) return;
+#pragma unroll 1
     for (int level = 0; level < p.L; ++level) {
         const PlanesLevel& own = p.level[level];
-        const T* from =
-            static_cast<const T*>(own.weight) + static_cast<int64_t>(b.first_c + channel) * own.kh * own.kw;
+        const T* const from = static_cast<const T*>(own.weight);
+        const int kh = own.kh, kw = own.kw, taps = (b.first_c + channel) * kh * kw;
         // Beyond the kernel's columns another tap is read, and masked.
-        const int first = u - 7 - (kToeplitzPadding - own.kw / 2);
+        const int first = u - 7 - (kToeplitzPadding - kw / 2);
         int column[4];
         uint32_t mask[2] = {};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int x = first + i % 2 + i / 2 * 8;
-            const bool inside = static_cast<unsigned>(x) < static_cast<unsigned>(own.kw);
-            column[i] = inside ? x : 0;
+            const bool inside = static_cast<unsigned>(x) < static_cast<unsigned>(kw);
+            column[i] = taps + (inside ? x : 0);
             mask[i / 2] |= inside ? 0xffffu << i % 2 * 16 : 0u;
         }
+        unsigned char* to = b.memory + p.taps_at + (channel * p.tiling.tap_rows + own.first_row) * kTapRow + 8 * u;
         // A kernel of one row has a row of zeros above and below it.
-        const int above = (own.rows - own.kh) / 2;
-        unsigned char* to = b.memory + b.p.taps_at + channel * p.tiling.tap_rows * kTapRow + 8 * u;
-#pragma unroll 1
-        for (int row = lane / 16; row < own.rows; row += 2) {
-            const int ky = row - above;
-            uint2 words{0, 0};
-            if (static_cast<unsigned>(ky) < static_cast<unsigned>(own.kh)) {
-                const T* taps = from + ky * own.kw;
-                const T four[] = {taps[column[0]], taps[column[1]], taps[column[2]], taps[column[3]]};
-                memcpy(&words, four, sizeof words);
-            }
-            *reinterpret_cast<uint2*>(to + (own.first_row + row) * kTapRow) =
-                uint2{words.x & mask[0], words.y & mask[1]};
+        if (own.rows > kh) {
+            *reinterpret_cast<uint2*>(to) = *reinterpret_cast<uint2*>(to + 2 * kTapRow) = uint2{0, 0};
+            to += kTapRow;
+        }
+#pragma unroll 4
+        for (int ky = 0; ky < kh; ++ky) {
+            T four[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) four[i] = from[column[i] + ky * kw];
+            uint2 words;
+            memcpy(&words, four, sizeof words);
+            *reinterpret_cast<uint2*>(to + ky * kTapRow) = uint2{words.x & mask[0], words.y & mask[1]};
         }
     }
 }

@@ -17,6 +17,7 @@ from bars import bars
 from cuda_model import CUDA, FIELDS, FILE, OPERATORS, Call, digest_of, executed, launches
 from executed import Ptx, arguments_of, operations
 from processors import PROCESSORS
+from ptxas import kernel_name
 
 from focalnet.benchmark.environment import ROOT
 from focalnet.benchmark.floors import stages
@@ -70,6 +71,13 @@ $L__BB0_2:
 \tret;"""
     assert entered(body, {"k_param_1+0.32": 2}) == [1, 0, 1, 0]
     assert entered(body, {"k_param_1+0.32": 3}) == [1, 1, 1, 0]
+
+
+def test_kernels_that_differ_in_any_template_argument_have_different_names():
+    """The model finds the machine code of a launch by the name."""
+    mangled = "_ZN8focalnet4cuda26toeplitz_fwd_planes_kernelI13__nv_bfloat16Li7ELi{}EEEvNS0_12PlanesParamsE"
+    names = [kernel_name(mangled.format(channels)) for channels in (8, 16)]
+    assert names == [f"toeplitz_fwd_planes_kernel<bfloat16, 7, {channels}>" for channels in (8, 16)]
 
 
 def test_only_addresses_are_moved_apart():
