@@ -276,7 +276,7 @@ __device__ __forceinline__ void run_forward(const BackwardBlock<T>& b, bool firs
     const BackwardParams& p = b.p;
     load_raw_taps(b);
     if (p.tiling.planar)
-        copy_planar(b, true, true);
+        copy_planar<true>(b);
     else
         load_maps<true>(b);
     wait_for_copies();
@@ -309,7 +309,7 @@ __device__ __forceinline__ void run_backward(const BackwardBlock<T>& b) {
         T* dz = b.z + l * p.tiling.block_c * p.tiling.plane();
         const bool used = l + 1 < p.L && wants_weights;  // context holds what another level needed
         const bool reads_ctx = l == 0 && used;
-        if (reads_ctx && p.tiling.planar) copy_planar(b, true, false);  // while dctx is made
+        if (reads_ctx && p.tiling.planar) copy_planar<false>(b);  // while dctx is made
         if (l > 0)
             convolve_level<BLOCKS>(b, dz, l, [&](const Tile<BLOCKS>& tile) { store_dz(b, l - 1, used, tile); });
         else if (p.dctx.data)
@@ -408,6 +408,7 @@ BackwardParams params_of(const Problem& p, const ToeplitzBackwardTiling& t, cons
     params.by_pairs = Division((p.W + 1) / 2);
     params.by_fours = Division((p.W + 3) / 4);
     params.by_eights = Division(planar_pitch(p.W) / 8);
+    params.by_rows = Division(p.H);
     params.scale = p.scale;
     params.tiling = t;
     return params;

@@ -32,6 +32,7 @@ struct BackwardParams {
     bool taps_aligned;                       // to 4 bytes
     bool gates_aligned;                      // to 8 bytes, and four of them
     Division by_pairs, by_fours, by_eights;  // of columns
+    Division by_rows;                        // of a map
     float scale;
     ToeplitzBackwardTiling tiling;
 };
@@ -229,51 +230,55 @@ __device__ __forceinline__ void load_raw_taps(const BackwardBlock<T>& b) {
     }
 }
 
-// f(c, row, x) for every channel, row and eighth column of the block's planar maps.
+// f(c, row, x, i) for every channel, every eighth column and every row of an image of the block's planar maps; rows
+// are counted over all channels. i: of the eights, which follow each other without a gap.
 template <typename T, typename F>
 __device__ __forceinline__ void for_each_eight(const BackwardBlock<T>& b, F f) {
-    const int eights = planar_pitch(b.p.W) / 8, rows = b.count(), threads = blockDim.x;
-    const int step_y = b.p.by_eights(threads), step_x = threads - step_y * eights;
-    int c = 0, y = b.p.by_eights(threadIdx.x), x = threadIdx.x - y * eights;
-#pragma unroll 4
-    while (true) {
-        for (; y >= rows; y -= rows) ++c;
-        if (c >= b.p.tiling.block_c) break;
-        f(c, y, 8 * x);
-        y += step_y;
+    const int eights = planar_pitch(b.p.W) / 8, rows = b.p.tiling.block_c * b.p.H, threads = blockDim.x;
+    const int step_row = b.p.by_eights(threads), step_x = threads - step_row * eights;
+    int row = b.p.by_eights(threadIdx.x), x = threadIdx.x - row * eights;
+#pragma unroll 2
+    for (int i = threadIdx.x; row < rows; i += threads) {
+        f(b.p.by_rows(row), row, 8 * x, i);
+        row += step_row;
         x += step_x;
         if (x >= eights) {
             x -= eights;
-            ++y;
+            ++row;
         }
     }
 }
 
-// Of a planar map: eight columns of the block's channel c.
+// The block's first channel of an image, in a planar map.
 template <typename T>
-__device__ __forceinline__ T* eight_of(const BackwardBlock<T>& b, void* map, int c, int row, int x) {
-    const int image = b.rows.image(row);
-    const int64_t plane = (b.first_image() + image) * b.p.C + b.first_c + c;
-    return static_cast<T*>(map) + (plane * b.p.H + row - image * b.p.H) * planar_pitch(b.p.W) + x;
+__device__ __forceinline__ T* image_of(const BackwardBlock<T>& b, void* map, int image) {
+    const int64_t plane = (b.first_image() + image) * b.p.C + b.first_c;
+    return static_cast<T*>(map) + plane * b.p.H * planar_pitch(b.p.W);
 }
 
 // Planar maps -> planes of shared memory, in flight when this returns (async_copy.cuh); zeros for channels beyond C.
-template <typename T>
-__device__ __forceinline__ void copy_planar(const BackwardBlock<T>& b, bool ctx, bool dagg) {
-    for_each_eight(b, [&](int c, int row, int x) {
-        T *context = b.context_of(c) + b.rows.offset(row) + x, *sum = b.dagg + c * b.sums() + b.sum_at(row, x);
-        if (b.first_c + c < b.p.C) {
-            if (ctx) {
-                const T* from = eight_of(b, b.p.planar_ctx, c, row, x);
-                copy_async<8>(context, from);
-                copy_async<8>(context + 4, from + 4);
+template <bool DAGG, typename T>
+__device__ __forceinline__ void copy_planar(const BackwardBlock<T>& b) {
+    const ToeplitzBackwardTiling& t = b.p.tiling;
+    const int channels = b.p.C - b.first_c;
+    // From a channel's last row to the next one's first.
+    const int gap = t.plane() - b.p.H * t.pitch, sum_gap = b.sums() - b.p.H * t.sum_pitch;
+    for (int image = 0; image < b.images; ++image) {
+        const T *ctx = image_of(b, b.p.planar_ctx, image), *dagg = image_of(b, b.p.planar_dagg, image);
+        T *context = b.context_of(0) + image * t.rows * t.pitch, *sum = b.dagg + image * b.p.H * t.sum_pitch;
+        for_each_eight(b, [&](int c, int row, int x, int i) {
+            T* to = context + c * gap + row * t.pitch + x;
+            T* to_dagg = sum + c * sum_gap + row * t.sum_pitch + x;
+            if (c < channels) {
+                copy_async<8>(to, ctx + 8 * i);
+                copy_async<8>(to + 4, ctx + 8 * i + 4);
+                if constexpr (DAGG) copy_async<16>(to_dagg, dagg + 8 * i);
+            } else {
+                reinterpret_cast<uint2*>(to)[0] = reinterpret_cast<uint2*>(to)[1] = uint2{0, 0};
+                if constexpr (DAGG) *reinterpret_cast<uint4*>(to_dagg) = uint4{0, 0, 0, 0};
             }
-            if (dagg) copy_async<16>(sum, eight_of(b, b.p.planar_dagg, c, row, x));
-        } else {
-            if (ctx) reinterpret_cast<uint2*>(context)[0] = reinterpret_cast<uint2*>(context)[1] = uint2{0, 0};
-            if (dagg) *reinterpret_cast<uint4*>(sum) = uint4{0, 0, 0, 0};
-        }
-    });
+        });
+    }
 }
 
 // The planes of the block's next channels: they come from memory while it computes.
@@ -294,11 +299,16 @@ __device__ __forceinline__ void prefetch_planar(const BackwardBlock<T>& b) {
 // Planes of sums -> a planar map.
 template <typename T>
 __device__ __forceinline__ void store_planar(const BackwardBlock<T>& b, const T* planes, void* map) {
-    for_each_eight(b, [&](int c, int row, int x) {
-        if (b.first_c + c >= b.p.C) return;
-        *reinterpret_cast<uint4*>(eight_of(b, map, c, row, x)) =
-            *reinterpret_cast<const uint4*>(planes + c * b.sums() + b.sum_at(row, x));
-    });
+    const int sum_pitch = b.p.tiling.sum_pitch, channels = b.p.C - b.first_c, gap = b.sums() - b.p.H * sum_pitch;
+    for (int image = 0; image < b.images; ++image) {
+        T* to = image_of(b, map, image);
+        const T* from = planes + image * b.p.H * sum_pitch;
+        for_each_eight(b, [&](int c, int row, int x, int i) {
+            if (c >= channels) return;
+            *reinterpret_cast<uint4*>(to + 8 * i) =
+                *reinterpret_cast<const uint4*>(from + c * gap + row * sum_pitch + x);
+        });
+    }
 }
 
 // Planar -> channels last, from planes of sums.
