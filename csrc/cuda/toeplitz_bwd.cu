@@ -44,12 +44,13 @@
 namespace focalnet::cuda {
 namespace {
 
-// A level's convolution of `planes`; f(tile).
-template <int BLOCKS, typename T, typename F>
+// A level's convolution of `planes`, under the kernel turned around or as it is; f(tile).
+template <int BLOCKS, bool TURNED, typename T, typename F>
 __device__ __forceinline__ void convolve_level(const BackwardBlock<T>& b, T* planes, int level, F f) {
     const BackwardLevel& own = b.p.level[level];
     with_steps(own.kw, [&](auto steps) {
-        convolve<BLOCKS, decltype(steps)::value, T>(b, [&](int c) { return b.inside(planes, c); }, own.kh, f);
+        convolve<BLOCKS, decltype(steps)::value, TURNED, T>(
+            b, [&](int c) { return b.inside(planes, c); }, b.taps_of(level), own.kh, f);
     });
 }
 
@@ -282,12 +283,14 @@ __device__ __forceinline__ void run_forward(const BackwardBlock<T>& b, bool firs
     wait_for_copies();
     __syncthreads();
     if (p.tiling.planar && !last) prefetch_planar(b);
+    write_all_taps(b);
+    __syncthreads();
     for (int l = 0; l < p.L; ++l) {
-        load_taps(b, b.raw_of(l), p.level[l].kh, p.level[l].kw, false);
+        convolve_level<BLOCKS, false>(b, b.context, l, [&](const Tile<BLOCKS>& tile) { store_level(b, l, tile); });
         __syncthreads();
-        convolve_level<BLOCKS>(b, b.context, l, [&](const Tile<BLOCKS>& tile) { store_level(b, l, tile); });
+        if (l + 1 == p.L) break;
+        activate(b, l, first);
         __syncthreads();
-        if (l + 1 < p.L) activate(b, l, first);
     }
     form_global(b);
     __syncthreads();
@@ -311,16 +314,15 @@ __device__ __forceinline__ void run_backward(const BackwardBlock<T>& b) {
         const bool reads_ctx = l == 0 && used;
         if (reads_ctx && p.tiling.planar) copy_planar<false>(b);  // while dctx is made
         if (l > 0)
-            convolve_level<BLOCKS>(b, dz, l, [&](const Tile<BLOCKS>& tile) { store_dz(b, l - 1, used, tile); });
+            convolve_level<BLOCKS, true>(b, dz, l, [&](const Tile<BLOCKS>& tile) { store_dz(b, l - 1, used, tile); });
         else if (p.dctx.data)
-            convolve_level<BLOCKS>(b, dz, l, [&](const Tile<BLOCKS>& tile) { store_dctx(b, tile); });
+            convolve_level<BLOCKS, true>(b, dz, l, [&](const Tile<BLOCKS>& tile) { store_dctx(b, tile); });
         if (reads_ctx && !p.tiling.planar) load_maps<false>(b);
         wait_for_copies();
         __syncthreads();
         if (wants_weights)
             correlate<BLOCKS, T>(
                 b, [&](int c) { return b.inside(dz, c); }, [&](int c) { return b.context_of(c); }, own.kh, own.kw);
-        if (l > 0) load_taps(b, b.raw_of(l - 1), p.level[l - 1].kh, p.level[l - 1].kw, true);
         __syncthreads();
         if (wants_weights)
             sum_products(b, own.dweights + static_cast<int64_t>(b.group) * own.kh * own.kw * p.C, own.kh, own.kw,
@@ -347,7 +349,6 @@ __global__ void __launch_bounds__(kMaxToeplitzBackwardThreads, 1) toeplitz_bwd_k
         if (!first) __syncthreads();
         run_forward<BLOCKS>(b, first, b.first_c + t.block_c >= end_c);
         if (!b.wants_dz()) continue;
-        load_taps(b, b.raw_of(p.L - 1), p.level[p.L - 1].kh, p.level[p.L - 1].kw, true);
         __syncthreads();
         run_backward<BLOCKS>(b);
     }
@@ -393,10 +394,11 @@ BackwardParams params_of(const Problem& p, const ToeplitzBackwardTiling& t, cons
     params.planar_ctx = scratch.planar[0];
     params.planar_dagg = scratch.planar[1];
     params.taps_aligned = true;
-    for (int l = 0, taps = 0; l < p.L; ++l) {
+    for (int l = 0, rows = 0, taps = 0; l < p.L; ++l) {
         const FocalWeight& w = p.weights[l];
-        params.level[l] = {w.data, scratch.dweights[l], w.kh, w.kw, taps, Division(w.kw)};
+        params.level[l] = {w.data, scratch.dweights[l], w.kh, w.kw, rows, taps, Division(w.kw)};
         params.taps_aligned &= reinterpret_cast<uintptr_t>(w.data) % 4 == 0;
+        rows += w.kh;
         taps += w.kh * w.kw;
     }
     params.ctx_width = std::min(widest_vector(p.element, p.C, {p.ctx}), t.block_c);

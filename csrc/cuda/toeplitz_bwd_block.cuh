@@ -3,7 +3,7 @@
 // owns eight columns of a channel.
 //
 //     planes of T, block_c of each: context, z_1 .. z_L (with halos), dagg
-//     the gates, a plane each; taps of one level; those of all levels as they lie in memory
+//     the gates, a plane each; the taps of all levels, written out and as they lie in memory
 //     agg, or later the sums for dweights (toeplitz_correlate.cuh); the sums over strips
 
 #pragma once
@@ -15,8 +15,9 @@ namespace focalnet::cuda {
 
 struct BackwardLevel {
     const void* weight;
-    float* dweights;          // [groups of images][taps][C]; null: not wanted
-    int kh, kw, taps_before;  // of the levels before, of a channel
+    float* dweights;  // [groups of images][taps][C]; null: not wanted
+    int kh, kw;
+    int rows_before, taps_before;  // of the levels before, of a channel
     Division by_kw;
 };
 
@@ -93,7 +94,10 @@ struct BackwardBlock {
         const int image = rows.image(row);
         return dgates + ((image * (p.L + 1) + gate) * p.H + row - image * p.H) * p.W + x;
     }
-    // The taps of a level as they lie.
+    // The taps of a level, of the first channel: written out, and as they lie.
+    __device__ __forceinline__ T* taps_of(int level) const {
+        return taps + p.level[level].rows_before * p.tiling.tap_pitch;
+    }
     __device__ __forceinline__ T* raw_of(int level) const {
         return raw + p.level[level].taps_before * p.tiling.block_c;
     }
@@ -227,6 +231,18 @@ __device__ __forceinline__ void load_raw_taps(const BackwardBlock<T>& b) {
                 copy_async<4>(to + i, from + i, i + 1 < count ? 4 : 2);
         else
             for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];
+    }
+}
+
+// The taps of every level and channel, written out from those as they lie, shared out to the warps.
+template <typename T>
+__device__ __forceinline__ void write_all_taps(const BackwardBlock<T>& b) {
+    const BackwardParams& p = b.p;
+    const ToeplitzBackwardTiling& t = p.tiling;
+    for (int i = b.at.warp; i < p.L << t.channel_bits; i += b.at.warps) {
+        const int l = i >> t.channel_bits, c = i & (t.block_c - 1), kh = p.level[l].kh, kw = p.level[l].kw;
+        write_tap_words(b.taps_of(l) + c * t.tap_rows * t.tap_pitch, b.raw_of(l) + c * kh * kw, kh, kw,
+                        toeplitz_steps(kw), b.first_c + c < p.C, b.at.lane);
     }
 }
 
