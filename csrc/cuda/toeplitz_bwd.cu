@@ -3,10 +3,11 @@
 //
 // toeplitz_bwd_kernel: a block owns whole images, and goes over blocks of block_c channels of them, in planes of one
 // channel: `context`, one plane z_l for every level, and dagg (toeplitz_bwd_block.cuh). A warp owns tiles of a channel
-// (toeplitz_bwd.cuh); in a pass over positions a thread owns two neighbouring ones of all the block's channels. A
+// (toeplitz_bwd.cuh); in a pass over positions a thread owns four neighbouring ones of all the block's channels. A
 // barrier after each line.
 //
 //     read     the taps of all levels; ctx -> context, dagg; the gates once for all channels
+//     taps     written out, of all levels, for both ways
 //     level l  tiles: context -> mma -> z_l; of the last level also the sums of GELU(z_L) and of dagg * global gate
 //              positions: context = GELU(z_l); dgates_l of these channels; agg += gate * GELU(z_l), in T, as forward
 //     global   the mean and its gradient
