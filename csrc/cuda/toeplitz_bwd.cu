@@ -344,11 +344,9 @@ __global__ void __launch_bounds__(kMaxToeplitzBackwardThreads, 1) toeplitz_bwd_k
     zero(b.context, static_cast<int>(b.agg - b.context), threadIdx.x, blockDim.x);
     __syncthreads();
     load_gates(b);
-    const int first_c = b.first_c, end_c = min(p.C, first_c + t.chunks * t.block_c);
-    for (; b.first_c < end_c; b.first_c += t.block_c) {
-        const bool first = b.first_c == first_c;
-        if (!first) __syncthreads();
-        run_forward<BLOCKS>(b, first, b.first_c + t.block_c >= end_c);
+    for (int chunk = 0; chunk < t.chunks && b.first_c < p.C; ++chunk, b.first_c += t.block_c) {
+        if (chunk > 0) __syncthreads();
+        run_forward<BLOCKS>(b, chunk == 0, chunk + 1 == t.chunks || b.first_c + t.block_c >= p.C);
         if (!b.wants_dz()) continue;
         __syncthreads();
         run_backward<BLOCKS>(b);

@@ -166,7 +166,7 @@ __device__ __forceinline__ void with_steps(int kw, F f) {
 // registers as they are, and what a loop costs is little beside their products.
 template <int BLOCKS, typename F>
 __device__ __forceinline__ void with_kernel_rows(int kh, F f) {
-    if constexpr (BLOCKS <= 4) {
+    if constexpr (BLOCKS <= 2) {
         if (kh == 3) return f(std::integral_constant<int, 3>{});
         if (kh == 5) return f(std::integral_constant<int, 5>{});
         if (kh == 7) return f(std::integral_constant<int, 7>{});
@@ -178,12 +178,12 @@ __device__ __forceinline__ void with_kernel_rows(int kh, F f) {
 template <int BLOCKS, int STEPS, typename F>
 __device__ __forceinline__ void with_rows_at_once(int left, F f) {
     if constexpr (STEPS == 1) {
-        if constexpr (BLOCKS <= 4)
+        if constexpr (BLOCKS <= 2)
             if (left >= 7) return f(std::integral_constant<int, 7>{});
         if (left == 5) return f(std::integral_constant<int, 5>{});
         if (left >= 4) return f(std::integral_constant<int, 4>{});
     }
-    if constexpr (STEPS == 1 || BLOCKS <= 4)
+    if constexpr (STEPS == 1 || BLOCKS <= 2)
         if (left >= 3) return f(std::integral_constant<int, 3>{});
     f(std::integral_constant<int, 1>{});
 }

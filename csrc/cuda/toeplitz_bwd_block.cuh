@@ -110,7 +110,7 @@ __device__ __forceinline__ void for_each_columns(const BackwardBlock<T>& b, int 
                                                  int start, int step, F f) {
     const int groups = (b.p.W + width - 1) / width, step_y = by_groups(step), step_x = step - step_y * groups;
     int y = by_groups(start), x = start - y * groups;
-#pragma unroll 2
+#pragma unroll 1
     while (y < b.count()) {
         f(y, width * x);
         y += step_y;
