@@ -112,9 +112,9 @@ struct ToeplitzBackwardTiling {
     int rows, pitch;                    // rows from one image's plane to the next
     int sum_pitch;                      // of dagg and the gates, without halo
     int product;                        // floats of a warp's sums for dweights
-    int tap_rows, tap_pitch;
-    int all_taps;  // of a channel, of all levels
-    bool planar;   // ctx and dagg are read planar, dctx and agg written so (toeplitz_turn.cu)
+    int tap_rows, tap_pitch;            // of a channel's taps written out, of all levels
+    int all_taps;                       // of a channel, of all levels
+    bool planar;                        // ctx and dagg are read planar, dctx and agg written so (toeplitz_turn.cu)
     size_t shared_bytes;
     double cost;  // 0: nothing fits
 

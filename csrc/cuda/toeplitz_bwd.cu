@@ -3,10 +3,11 @@
 //
 // toeplitz_bwd_kernel: a block owns whole images, and goes over blocks of block_c channels of them, in planes of one
 // channel: `context`, one plane z_l for every level, and dagg (toeplitz_bwd_block.cuh). A warp owns tiles of a channel
-// (toeplitz_bwd.cuh); in a pass over positions a thread owns two neighbouring ones of all the block's channels. A
+// (toeplitz_bwd.cuh); in a pass over positions a thread owns four neighbouring ones of all the block's channels. A
 // barrier after each line.
 //
 //     read     the taps of all levels; ctx -> context, dagg; the gates once for all channels
+//     taps     written out, of all levels, for both ways
 //     level l  tiles: context -> mma -> z_l; of the last level also the sums of GELU(z_L) and of dagg * global gate
 //              positions: context = GELU(z_l); dgates_l of these channels; agg += gate * GELU(z_l), in T, as forward
 //     global   the mean and its gradient
@@ -46,12 +47,13 @@
 namespace focalnet::cuda {
 namespace {
 
-// A level's convolution of `planes`; f(tile).
-template <int BLOCKS, typename T, typename F>
+// A level's convolution of `planes`, under the kernel turned around or as it is; f(tile).
+template <int BLOCKS, bool TURNED, typename T, typename F>
 __device__ __forceinline__ void convolve_level(const BackwardBlock<T>& b, T* planes, int level, F f) {
     const BackwardLevel& own = b.p.level[level];
     with_steps(own.kw, [&](auto steps) {
-        convolve<BLOCKS, decltype(steps)::value, T>(b, [&](int c) { return b.inside(planes, c); }, own.kh, f);
+        convolve<BLOCKS, decltype(steps)::value, TURNED, T>(
+            b, [&](int c) { return b.inside(planes, c); }, b.taps_of(level), own.kh, f);
     });
 }
 
@@ -278,18 +280,20 @@ __device__ __forceinline__ void run_forward(const BackwardBlock<T>& b, bool firs
     const BackwardParams& p = b.p;
     load_raw_taps(b);
     if (p.tiling.planar)
-        copy_planar(b, true, true);
+        copy_planar<true>(b);
     else
         load_maps<true>(b);
     wait_for_copies();
     __syncthreads();
     if (p.tiling.planar && !last) prefetch_planar(b);
+    write_all_taps(b);
+    __syncthreads();
     for (int l = 0; l < p.L; ++l) {
-        load_taps(b, b.raw_of(l), p.level[l].kh, p.level[l].kw, false);
+        convolve_level<BLOCKS, false>(b, b.context, l, [&](const Tile<BLOCKS>& tile) { store_level(b, l, tile); });
         __syncthreads();
-        convolve_level<BLOCKS>(b, b.context, l, [&](const Tile<BLOCKS>& tile) { store_level(b, l, tile); });
+        if (l + 1 == p.L) break;
+        activate(b, l, first);
         __syncthreads();
-        if (l + 1 < p.L) activate(b, l, first);
     }
     form_global(b);
     __syncthreads();
@@ -311,18 +315,17 @@ __device__ __forceinline__ void run_backward(const BackwardBlock<T>& b) {
         T* dz = b.z + l * p.tiling.block_c * p.tiling.plane();
         const bool used = l + 1 < p.L && wants_weights;  // context holds what another level needed
         const bool reads_ctx = l == 0 && used;
-        if (reads_ctx && p.tiling.planar) copy_planar(b, true, false);  // while dctx is made
+        if (reads_ctx && p.tiling.planar) copy_planar<false>(b);  // while dctx is made
         if (l > 0)
-            convolve_level<BLOCKS>(b, dz, l, [&](const Tile<BLOCKS>& tile) { store_dz(b, l - 1, used, tile); });
+            convolve_level<BLOCKS, true>(b, dz, l, [&](const Tile<BLOCKS>& tile) { store_dz(b, l - 1, used, tile); });
         else if (p.dctx.data)
-            convolve_level<BLOCKS>(b, dz, l, [&](const Tile<BLOCKS>& tile) { store_dctx(b, tile); });
+            convolve_level<BLOCKS, true>(b, dz, l, [&](const Tile<BLOCKS>& tile) { store_dctx(b, tile); });
         if (reads_ctx && !p.tiling.planar) load_maps<false>(b);
         wait_for_copies();
         __syncthreads();
         if (wants_weights)
             correlate<BLOCKS, T>(
                 b, [&](int c) { return b.inside(dz, c); }, [&](int c) { return b.context_of(c); }, own.kh, own.kw);
-        if (l > 0) load_taps(b, b.raw_of(l - 1), p.level[l - 1].kh, p.level[l - 1].kw, true);
         __syncthreads();
         if (wants_weights)
             sum_products(b, own.dweights + static_cast<int64_t>(b.group) * own.kh * own.kw * p.C, own.kh, own.kw,
@@ -343,13 +346,10 @@ __global__ void __launch_bounds__(kMaxToeplitzBackwardThreads, 1) toeplitz_bwd_k
     zero(b.context, static_cast<int>(b.agg - b.context), threadIdx.x, blockDim.x);
     __syncthreads();
     load_gates(b);
-    const int first_c = b.first_c, end_c = min(p.C, first_c + t.chunks * t.block_c);
-    for (; b.first_c < end_c; b.first_c += t.block_c) {
-        const bool first = b.first_c == first_c;
-        if (!first) __syncthreads();
-        run_forward<BLOCKS>(b, first, b.first_c + t.block_c >= end_c);
+    for (int chunk = 0; chunk < t.chunks && b.first_c < p.C; ++chunk, b.first_c += t.block_c) {
+        if (chunk > 0) __syncthreads();
+        run_forward<BLOCKS>(b, chunk == 0, chunk + 1 == t.chunks || b.first_c + t.block_c >= p.C);
         if (!b.wants_dz()) continue;
-        load_taps(b, b.raw_of(p.L - 1), p.level[p.L - 1].kh, p.level[p.L - 1].kw, true);
         __syncthreads();
         run_backward<BLOCKS>(b);
     }
@@ -397,10 +397,11 @@ BackwardParams params_of(const Problem& p, const ToeplitzBackwardTiling& t, cons
     params.planar_dagg = out.planar_maps ? dagg.data : scratch.planar_dagg;
     params.planar_agg = out.planar_maps ? out.agg.data : scratch.planar_dagg;
     params.taps_aligned = true;
-    for (int l = 0, taps = 0; l < p.L; ++l) {
+    for (int l = 0, rows = 0, taps = 0; l < p.L; ++l) {
         const FocalWeight& w = p.weights[l];
-        params.level[l] = {w.data, scratch.dweights[l], w.kh, w.kw, taps, Division(w.kw)};
+        params.level[l] = {w.data, scratch.dweights[l], w.kh, w.kw, rows, taps, Division(w.kw)};
         params.taps_aligned &= reinterpret_cast<uintptr_t>(w.data) % 4 == 0;
+        rows += w.kh;
         taps += w.kh * w.kw;
     }
     params.ctx_width = std::min(widest_vector(p.element, p.C, {p.ctx}), t.block_c);
@@ -412,6 +413,7 @@ BackwardParams params_of(const Problem& p, const ToeplitzBackwardTiling& t, cons
     params.by_pairs = Division((p.W + 1) / 2);
     params.by_fours = Division((p.W + 3) / 4);
     params.by_eights = Division(planar_pitch(p.W) / 8);
+    params.by_rows = Division(p.H);
     params.scale = p.scale;
     params.tiling = t;
     return params;

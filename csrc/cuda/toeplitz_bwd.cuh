@@ -72,40 +72,52 @@ __device__ __forceinline__ void for_each_channel(const Block& b, F f) {
 }
 
 // The taps of one channel and level, by a warp, two at a time (toeplitz.cuh): a lane has a word of one of the copies.
-// A channel beyond C has zeros. `turned`: the kernel by 180 degrees.
+// A channel beyond C has zeros.
 template <typename T>
 __device__ __forceinline__ void write_tap_words(T* to, const T* from, int kh, int kw, int steps, bool exists,
-                                                bool turned, int lane) {
+                                                int lane) {
     const int width = toeplitz_tap_width(steps), shift = 8 * steps - 4 - kw / 2;
     for (int word = lane; word < width; word += kWarp) {
         const int copy = word >= width / 2, u = 2 * word - copy * (width - 1), tap = u - 7 - shift;
         const bool first = exists && static_cast<unsigned>(tap) < static_cast<unsigned>(kw);
         const bool second = exists && static_cast<unsigned>(tap + 1) < static_cast<unsigned>(kw);
-        const T* tap_at = turned ? from + kh * kw - 1 - tap : from + tap;
-        const int step = turned ? -1 : 1;
+        const T* tap_at = from + tap;
         T* at = to + 2 * word;
 #pragma unroll 4
         for (int ky = 0; ky < kh; ++ky) {
             T pair[2] = {};
             if (first) pair[0] = tap_at[0];
-            if (second) pair[1] = tap_at[step];
+            if (second) pair[1] = tap_at[1];
             uint32_t bits;
             memcpy(&bits, pair, sizeof bits);
             *reinterpret_cast<uint32_t*>(at) = bits;
-            tap_at += step * kw;
+            tap_at += kw;
             at += 2 * width;
         }
     }
 }
 
-// The taps of a level for every channel of a block, shared out to its warps. `first`: those of its first channel.
-template <typename T, typename Block>
-__device__ __forceinline__ void load_taps(const Block& b, const T* first, int kh, int kw, bool turned) {
-    const auto& t = b.p.tiling;
-    for (int c = b.at.warp; c < t.block_c; c += b.at.warps)
-        write_tap_words<T>(b.taps + c * t.tap_rows * t.tap_pitch, first + c * kh * kw, kh, kw, toeplitz_steps(kw),
-                           b.first_c + c < b.p.C, turned, b.at.lane);
-}
+// Where a lane finds the taps of a level: of its first channel, and from row to row. Under the kernel turned by 180
+// degrees the rows come from the last one on, and a lane's two taps are neighbours in the other order, so that it
+// reads the same words: element u of a row of zeros, taps, zeros has the tap of element 16 * steps + 6 - u then.
+template <int STEPS, bool TURNED, typename T>
+struct LaneTaps {
+    static constexpr int kWidth = toeplitz_tap_width(STEPS), kRow = (TURNED ? -2 : 2) * kWidth;
+    const T* at;
+
+    __device__ __forceinline__ LaneTaps(const T* first, int kh, int lane) {
+        const int u = 2 * (lane % 4) + 7 - lane / 4, own = TURNED ? 16 * STEPS + 5 - u : u;
+        at = first + (TURNED ? (kh - 1) * 2 * kWidth : 0) + (own % 2 == 0 ? own : kWidth + own - 1);
+    }
+    // The words of one row, of the two halves of each step.
+    __device__ __forceinline__ void load(uint32_t (&b)[STEPS][2], int row) const {
+#pragma unroll
+        for (int half = 0; half < 2 * STEPS; ++half) {
+            const uint32_t word = load_word(at + row * kRow + (TURNED ? -8 : 8) * half);
+            b[half / 2][half % 2] = TURNED ? __byte_perm(word, 0, 0x1032) : word;
+        }
+    }
+};
 
 // COUNT fragments of sixteen rows and eight columns, side by side. `rows`: the lane's row of ldmatrix.
 template <bool TRANSPOSED, int COUNT>
@@ -154,7 +166,7 @@ __device__ __forceinline__ void with_steps(int kw, F f) {
 // registers as they are, and what a loop costs is little beside their products.
 template <int BLOCKS, typename F>
 __device__ __forceinline__ void with_kernel_rows(int kh, F f) {
-    if constexpr (BLOCKS <= 4) {
+    if constexpr (BLOCKS <= 2) {
         if (kh == 3) return f(std::integral_constant<int, 3>{});
         if (kh == 5) return f(std::integral_constant<int, 5>{});
         if (kh == 7) return f(std::integral_constant<int, 7>{});
@@ -166,12 +178,12 @@ __device__ __forceinline__ void with_kernel_rows(int kh, F f) {
 template <int BLOCKS, int STEPS, typename F>
 __device__ __forceinline__ void with_rows_at_once(int left, F f) {
     if constexpr (STEPS == 1) {
-        if constexpr (BLOCKS <= 4)
+        if constexpr (BLOCKS <= 2)
             if (left >= 7) return f(std::integral_constant<int, 7>{});
         if (left == 5) return f(std::integral_constant<int, 5>{});
         if (left >= 4) return f(std::integral_constant<int, 4>{});
     }
-    if constexpr (STEPS == 1 || BLOCKS <= 4)
+    if constexpr (STEPS == 1 || BLOCKS <= 2)
         if (left >= 3) return f(std::integral_constant<int, 3>{});
     f(std::integral_constant<int, 1>{});
 }
@@ -183,13 +195,7 @@ constexpr int kTilesAtOnce = BLOCKS <= 2 ? 2 : 1;
 // Under one row of the kernel. `rows`: as in convolve_tile (toeplitz.cuh).
 template <typename T, int BLOCKS, int STEPS, int TILES>
 __device__ __forceinline__ void convolve_row(Tile<BLOCKS> (&tile)[TILES], const SharedAddress (&rows)[TILES],
-                                             const T* taps) {
-    uint32_t b[STEPS][2];
-#pragma unroll
-    for (int s = 0; s < STEPS; ++s) {
-        b[s][0] = load_word(taps + 16 * s);
-        b[s][1] = load_word(taps + 16 * s + 8);
-    }
+                                             const uint32_t (&b)[STEPS][2]) {
 #pragma unroll
     for (int n = 0; n < TILES; ++n) {
         uint32_t a[BLOCKS + 2 * STEPS - 1][2];
@@ -209,35 +215,35 @@ __device__ __forceinline__ void convolve_row(Tile<BLOCKS> (&tile)[TILES], const 
     }
 }
 
-template <typename T, int BLOCKS, int STEPS, int TILES>
+template <int BLOCKS, int STEPS, bool TURNED, typename T, int TILES>
 __device__ __forceinline__ void convolve_tiles(Tile<BLOCKS> (&tile)[TILES], SharedAddress (&rows)[TILES],
-                                               int row_bytes, const T* taps, int kh) {
+                                               int row_bytes, LaneTaps<STEPS, TURNED, T> taps, int kh) {
     with_kernel_rows<BLOCKS>(kh, [&](auto known) {
         constexpr int kKnown = decltype(known)::value;
         const int count = kKnown > 0 ? kKnown : kh;
 #pragma unroll(kKnown > 0 ? kKnown : 1)
         for (int ky = 0; ky < count; ++ky) {
-            convolve_row<T, BLOCKS, STEPS>(tile, rows, taps);
+            uint32_t b[STEPS][2];
+            taps.load(b, ky);
+            convolve_row<T, BLOCKS, STEPS>(tile, rows, b);
 #pragma unroll
             for (int n = 0; n < TILES; ++n) rows[n] += static_cast<SharedAddress>(row_bytes);
-            taps += 2 * toeplitz_tap_width(STEPS);
         }
     });
 }
 
-// The convolution of the planes whose first rows and columns `from` gives, with the taps in place: f(tile) for the
-// tiles of every channel. What lies beyond the map's columns is zero.
-template <int BLOCKS, int STEPS, typename T, typename Block, typename From, typename F>
-__device__ __forceinline__ void convolve(const Block& b, From from, int kh, F f) {
+// The convolution of the planes whose first rows and columns `from` gives, with the taps of a level, `taps` of the
+// first channel: f(tile) for the tiles of every channel. What lies beyond the map's columns is zero.
+template <int BLOCKS, int STEPS, bool TURNED, typename T, typename Block, typename From, typename F>
+__device__ __forceinline__ void convolve(const Block& b, From from, const T* taps, int kh, F f) {
     constexpr int kSize = sizeof(T), kAtOnce = kTilesAtOnce<BLOCKS>;
     const auto& t = b.p.tiling;
     const Strips& strips = b.strips;
     const int tiles = strips.tiles() * t.groups, W = b.p.W, lane = b.at.lane;
     const int lane_offset = 8 * (lane / 16) + 4 - 8 * STEPS - kh / 2 * t.pitch;
-    const int lane_tap = tap_of_lane(lane, 16 * STEPS + 8);
     const bool beyond = 8 * BLOCKS * t.groups > W;
     for_each_channel(b, [&](int c) {
-        const T* taps = b.taps + c * t.tap_rows * t.tap_pitch + lane_tap;
+        const LaneTaps<STEPS, TURNED, T> own(taps + c * t.tap_rows * t.tap_pitch, kh, lane);
         const SharedAddress source = shared_address(from(c) + lane_offset);
         for (int i = b.at.share; i < tiles; i += kAtOnce * t.sharers) {
             Tile<BLOCKS> tile[kAtOnce];
@@ -249,7 +255,7 @@ __device__ __forceinline__ void convolve(const Block& b, From from, int kh, F f)
                 tile[n] = {c, place.strip, place.column + 2 * (lane % 4), {}, {}};
                 rows[n] = source + static_cast<SharedAddress>(row * kSize);
             }
-            convolve_tiles<T, BLOCKS, STEPS>(tile, rows, t.pitch * kSize, taps, kh);
+            convolve_tiles<BLOCKS>(tile, rows, t.pitch * kSize, own, kh);
 #pragma unroll
             for (int n = 0; n < kAtOnce; ++n) {
                 if (n > 0 && i + n * t.sharers >= tiles) break;

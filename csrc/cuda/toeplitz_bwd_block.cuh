@@ -3,7 +3,7 @@
 // owns eight columns of a channel.
 //
 //     planes of T, block_c of each: context, z_1 .. z_L (with halos), dagg
-//     the gates, a plane each; taps of one level; those of all levels as they lie in memory
+//     the gates, a plane each; the taps of all levels, written out and as they lie in memory
 //     agg, or later the sums for dweights (toeplitz_correlate.cuh); the sums over strips
 
 #pragma once
@@ -15,8 +15,9 @@ namespace focalnet::cuda {
 
 struct BackwardLevel {
     const void* weight;
-    float* dweights;          // [groups of images][taps][C]; null: not wanted
-    int kh, kw, taps_before;  // of the levels before, of a channel
+    float* dweights;  // [groups of images][taps][C]; null: not wanted
+    int kh, kw;
+    int rows_before, taps_before;  // of the levels before, of a channel
     Division by_kw;
 };
 
@@ -33,6 +34,7 @@ struct BackwardParams {
     bool taps_aligned;                       // to 4 bytes
     bool gates_aligned;                      // to 8 bytes, and four of them
     Division by_pairs, by_fours, by_eights;  // of columns
+    Division by_rows;                        // of a map
     float scale;
     ToeplitzBackwardTiling tiling;
 };
@@ -93,7 +95,10 @@ struct BackwardBlock {
         const int image = rows.image(row);
         return dgates + ((image * (p.L + 1) + gate) * p.H + row - image * p.H) * p.W + x;
     }
-    // The taps of a level as they lie.
+    // The taps of a level, of the first channel: written out, and as they lie.
+    __device__ __forceinline__ T* taps_of(int level) const {
+        return taps + p.level[level].rows_before * p.tiling.tap_pitch;
+    }
     __device__ __forceinline__ T* raw_of(int level) const {
         return raw + p.level[level].taps_before * p.tiling.block_c;
     }
@@ -106,7 +111,7 @@ __device__ __forceinline__ void for_each_columns(const BackwardBlock<T>& b, int 
                                                  int start, int step, F f) {
     const int groups = (b.p.W + width - 1) / width, step_y = by_groups(step), step_x = step - step_y * groups;
     int y = by_groups(start), x = start - y * groups;
-#pragma unroll 2
+#pragma unroll 1
     while (y < b.count()) {
         f(y, width * x);
         y += step_y;
@@ -230,51 +235,75 @@ __device__ __forceinline__ void load_raw_taps(const BackwardBlock<T>& b) {
     }
 }
 
-// f(c, row, x) for every channel, row and eighth column of the block's planar maps.
+// The taps of every level and channel, written out from those as they lie, shared out to the warps.
+template <typename T>
+__device__ __forceinline__ void write_all_taps(const BackwardBlock<T>& b) {
+    const BackwardParams& p = b.p;
+    const ToeplitzBackwardTiling& t = p.tiling;
+    for (int i = b.at.warp; i < p.L << t.channel_bits; i += b.at.warps) {
+        const int l = i >> t.channel_bits, c = i & (t.block_c - 1), kh = p.level[l].kh, kw = p.level[l].kw;
+        write_tap_words(b.taps_of(l) + c * t.tap_rows * t.tap_pitch, b.raw_of(l) + c * kh * kw, kh, kw,
+                        toeplitz_steps(kw), b.first_c + c < p.C, b.at.lane);
+    }
+}
+
+// f(c, row, x, i) for every channel, every eighth column and every row of an image of the block's planar maps; rows
+// are counted over all channels. i: of the eights, which follow each other without a gap.
 template <typename T, typename F>
 __device__ __forceinline__ void for_each_eight(const BackwardBlock<T>& b, F f) {
-    const int eights = planar_pitch(b.p.W) / 8, rows = b.count(), threads = blockDim.x;
-    const int step_y = b.p.by_eights(threads), step_x = threads - step_y * eights;
-    int c = 0, y = b.p.by_eights(threadIdx.x), x = threadIdx.x - y * eights;
-#pragma unroll 4
-    while (true) {
-        for (; y >= rows; y -= rows) ++c;
-        if (c >= b.p.tiling.block_c) break;
-        f(c, y, 8 * x);
-        y += step_y;
+    const int eights = planar_pitch(b.p.W) / 8, rows = b.p.tiling.block_c * b.p.H, threads = blockDim.x;
+    const int step_row = b.p.by_eights(threads), step_x = threads - step_row * eights;
+    int row = b.p.by_eights(threadIdx.x), x = threadIdx.x - row * eights;
+#pragma unroll 2
+    for (int i = threadIdx.x; row < rows; i += threads) {
+        f(b.p.by_rows(row), row, 8 * x, i);
+        row += step_row;
         x += step_x;
         if (x >= eights) {
             x -= eights;
-            ++y;
+            ++row;
         }
     }
 }
 
-// Of a planar map: eight columns of the block's channel c.
+// Elements before the block's first channel of an image, in a planar map.
 template <typename T>
-__device__ __forceinline__ int64_t eight_of(const BackwardBlock<T>& b, int c, int row, int x) {
-    const int image = b.rows.image(row);
-    const int64_t plane = (b.first_c + c) * b.p.B + b.first_image() + image;
-    return (plane * b.p.H + row - image * b.p.H) * planar_pitch(b.p.W) + x;
+__device__ __forceinline__ int64_t before_image(const BackwardBlock<T>& b, int image) {
+    return (b.first_c * b.p.B + b.first_image() + image) * b.p.H * planar_pitch(b.p.W);
+}
+
+// From a channel's last row of an image to the next channel's first, in a planar map.
+template <typename T>
+__device__ __forceinline__ int64_t planar_gap(const BackwardBlock<T>& b) {
+    return (b.p.B - 1) * b.p.H * planar_pitch(b.p.W);
 }
 
 // Planar maps -> planes of shared memory, in flight when this returns (async_copy.cuh); zeros for channels beyond C.
-template <typename T>
-__device__ __forceinline__ void copy_planar(const BackwardBlock<T>& b, bool ctx, bool dagg) {
-    for_each_eight(b, [&](int c, int row, int x) {
-        T *context = b.context_of(c) + b.rows.offset(row) + x, *sum = b.dagg + c * b.sums() + b.sum_at(row, x);
-        if (b.first_c + c < b.p.C) {
-            if (ctx) {
-                const T* from = static_cast<const T*>(b.p.planar_ctx) + eight_of(b, c, row, x);
-                copy_async<8>(context, from);
-                copy_async<8>(context + 4, from + 4);
+template <bool DAGG, typename T>
+__device__ __forceinline__ void copy_planar(const BackwardBlock<T>& b) {
+    const ToeplitzBackwardTiling& t = b.p.tiling;
+    const int channels = b.p.C - b.first_c;
+    // From a channel's last row to the next one's first.
+    const int gap = t.plane() - b.p.H * t.pitch, sum_gap = b.sums() - b.p.H * t.sum_pitch;
+    const int64_t between = planar_gap(b);
+    for (int image = 0; image < b.images; ++image) {
+        const T* ctx = static_cast<const T*>(b.p.planar_ctx) + before_image(b, image);
+        const T* dagg = static_cast<const T*>(b.p.planar_dagg) + before_image(b, image);
+        T *context = b.context_of(0) + image * t.rows * t.pitch, *sum = b.dagg + image * b.p.H * t.sum_pitch;
+        for_each_eight(b, [&](int c, int row, int x, int i) {
+            T* to = context + c * gap + row * t.pitch + x;
+            T* to_dagg = sum + c * sum_gap + row * t.sum_pitch + x;
+            if (c < channels) {
+                const int64_t from = c * between + 8 * i;
+                copy_async<8>(to, ctx + from);
+                copy_async<8>(to + 4, ctx + from + 4);
+                if constexpr (DAGG) copy_async<16>(to_dagg, dagg + from);
+            } else {
+                reinterpret_cast<uint2*>(to)[0] = reinterpret_cast<uint2*>(to)[1] = uint2{0, 0};
+                if constexpr (DAGG) *reinterpret_cast<uint4*>(to_dagg) = uint4{0, 0, 0, 0};
             }
-            if (dagg) copy_async<16>(sum, static_cast<const T*>(b.p.planar_dagg) + eight_of(b, c, row, x));
-        } else {
-            if (ctx) reinterpret_cast<uint2*>(context)[0] = reinterpret_cast<uint2*>(context)[1] = uint2{0, 0};
-            if (dagg) *reinterpret_cast<uint4*>(sum) = uint4{0, 0, 0, 0};
-        }
-    });
+        });
+    }
 }
 
 // The planes of the block's next channels: they come from memory while it computes.
@@ -295,11 +324,17 @@ __device__ __forceinline__ void prefetch_planar(const BackwardBlock<T>& b) {
 // Planes of sums -> a planar map.
 template <typename T>
 __device__ __forceinline__ void store_planar(const BackwardBlock<T>& b, const T* planes, void* map) {
-    for_each_eight(b, [&](int c, int row, int x) {
-        if (b.first_c + c >= b.p.C) return;
-        *reinterpret_cast<uint4*>(static_cast<T*>(map) + eight_of(b, c, row, x)) =
-            *reinterpret_cast<const uint4*>(planes + c * b.sums() + b.sum_at(row, x));
-    });
+    const int sum_pitch = b.p.tiling.sum_pitch, channels = b.p.C - b.first_c, gap = b.sums() - b.p.H * sum_pitch;
+    const int64_t between = planar_gap(b);
+    for (int image = 0; image < b.images; ++image) {
+        T* to = static_cast<T*>(map) + before_image(b, image);
+        const T* from = planes + image * b.p.H * sum_pitch;
+        for_each_eight(b, [&](int c, int row, int x, int i) {
+            if (c >= channels) return;
+            *reinterpret_cast<uint4*>(to + c * between + 8 * i) =
+                *reinterpret_cast<const uint4*>(from + c * gap + row * sum_pitch + x);
+        });
+    }
 }
 
 // Planar -> channels last, from planes of sums.

@@ -276,8 +276,8 @@ __device__ __forceinline__ void store_dz(const LevelBlock<T>& b, const Tile<BLOC
 template <typename T, int BLOCKS>
 __device__ __forceinline__ void form_dinput(const LevelBlock<T>& b) {
     with_steps(b.p.kw, [&](auto steps) {
-        convolve<BLOCKS, decltype(steps)::value, T>(
-            b, [&](int c) { return b.inside(b.dz, c); }, b.p.kh,
+        convolve<BLOCKS, decltype(steps)::value, true, T>(
+            b, [&](int c) { return b.inside(b.dz, c); }, b.taps, b.p.kh,
             [&](const Tile<BLOCKS>& tile) {
                 if (b.p.level == 0)
                     store_dctx(b, tile);
@@ -285,6 +285,15 @@ __device__ __forceinline__ void form_dinput(const LevelBlock<T>& b) {
                     store_dz(b, tile);
             });
     });
+}
+
+// The taps of the block's channels, shared out to its warps.
+template <typename T>
+__device__ __forceinline__ void load_taps(const LevelBlock<T>& b, const T* first) {
+    const LevelParams& p = b.p;
+    for (int c = b.at.warp; c < p.tiling.block_c; c += b.at.warps)
+        write_tap_words(b.taps + c * p.tiling.tap_rows * p.tiling.tap_pitch, first + c * p.kh * p.kw, p.kh, p.kw,
+                        toeplitz_steps(p.kw), b.first_c + c < p.C, b.at.lane);
 }
 
 template <typename T, int BLOCKS>
@@ -296,7 +305,7 @@ __global__ void __launch_bounds__(kToeplitzBackwardThreads, 2) toeplitz_level_bw
     zero(b.dz, static_cast<int>(b.taps - b.dz), threadIdx.x, blockDim.x);
     __syncthreads();
     const T* weight = static_cast<const T*>(p.weight) + static_cast<int64_t>(b.first_c) * p.kh * p.kw;
-    if (p.dbelow || p.dctx.data) load_taps(b, weight, p.kh, p.kw, true);
+    if (p.dbelow || p.dctx.data) load_taps(b, weight);
     if (p.dbelow) load_gate(b.gate, t.sum_pitch, p, b, p.level - 1);
     __syncthreads();
     if (wants_dz) fill_from_planar(b, b.dz, p.dz, [](T(&)[8]) {});

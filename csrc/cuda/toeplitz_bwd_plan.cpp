@@ -42,7 +42,7 @@ ToeplitzBackwardTiling cut_backward(const Problem& p, int images, int block_c, i
     int steps = 1;
     for (int l = 0; l < p.L; ++l) {
         const int mine = toeplitz_steps(p.weights[l].kw);
-        t.tap_rows = std::max(t.tap_rows, p.weights[l].kh);
+        t.tap_rows += p.weights[l].kh;
         t.tap_pitch = std::max(t.tap_pitch, 2 * toeplitz_tap_width(mine));
         t.all_taps += p.weights[l].kh * p.weights[l].kw;
         t.halo = std::max({t.halo, 1, p.weights[l].kh / 2});
@@ -92,7 +92,7 @@ struct ChunkCost {
             instructions += tiles * (2 * convolved(w, t.blocks) + correlated(w, t.blocks)) + channels * diagonals(w);
             instructions += tiles * 2.0 * t.blocks * (l + 1 == p.L ? kPerLast : kPerStored);
             instructions += tiles * 2.0 * t.blocks * (l > 0 ? kPerDz : kPerStored);
-            instructions += 2 * blocks_for(t.block_c, t.warps) * (kPerTaps + 7.0 * w.kh) + 4 * kPerPass;
+            instructions += blocks_for(t.block_c, t.warps) * (kPerTaps + 7.0 * w.kh) + 4 * kPerPass;
             instructions += blocks_for(t.block_c * w.kh * w.kw, t.threads()) * (40.0 + 8.0 * t.sharers);
         }
         const int rounds = blocks_for(rows * blocks_for(p.W, 2), t.threads());

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from cuda_program import SM_86, SM_90
-from cuda_rule import ONE, SMALL, gradient_of
+from cuda_program import SM_90
+from cuda_rule import FEW_CHANNELS, ONE, SMALL, gradient_of
 from operands import Shape, operands
 
 pytestmark = [
@@ -20,8 +20,8 @@ PACKED = [
     (False, "whole map", SM_90, Shape(2, 6, 7, 12, (3, 5))),
     (False, "levels", SMALL, Shape(1, 40, 37, 10, (3, 5, 7))),
     (True, "whole maps", SM_90, Shape(2, 9, 10, 12, (3, 5, 7))),
-    (True, "planar", SM_86, Shape(2, 24, 25, 64, (3, 5))),
-    (True, "planar", SM_86, Shape(2, 24, 25, 35, (3, 5))),
+    (True, "planar", FEW_CHANNELS, Shape(2, 24, 25, 64, (3, 5))),
+    (True, "planar", FEW_CHANNELS, Shape(2, 24, 25, 35, (3, 5))),
     (True, "bands", SMALL, Shape(1, 40, 37, 9, (3, 5), normalize=True)),
 ]
 
@@ -47,7 +47,7 @@ def test_a_packed_gradient_gets_the_same_bits_and_nothing_beside_them(run, tenso
     ("device", "shape"),
     [
         (ONE, Shape(2, 56, 56, 9, (3, 5, 7))),
-        (SM_86, Shape(5, 25, 24, 35, (3, 5), normalize=True)),
+        (FEW_CHANNELS, Shape(5, 25, 24, 35, (3, 5), normalize=True)),
         (ONE, Shape(1, 40, 40, 34, (11, 13))),
     ],
     ids=str,
@@ -80,7 +80,7 @@ def test_views_with_any_strides(run, dtype, tensor_cores):
 
 @pytest.mark.parametrize(
     ("path", "device", "shape"),
-    [("whole maps", SM_90, Shape(2, 14, 14, 64, (3, 5))), ("planar", SM_86, Shape(2, 24, 25, 64, (3, 5)))],
+    [("whole maps", SM_90, Shape(2, 14, 14, 64, (3, 5))), ("planar", FEW_CHANNELS, Shape(2, 24, 25, 64, (3, 5)))],
     ids=["whole maps", "planar"],
 )
 def test_backward_on_tensor_cores_of_a_projection_of_any_alignment(run, path, device, shape):

@@ -15,6 +15,8 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 # Little shared memory, few multiprocessors: a small map is then cut as a large one is on a real device.
 SMALL = Device(48, 64, 4)
+# A block holds few channels of maps of 24 rows and more: backward on tensor cores takes planar copies.
+FEW_CHANNELS = Device(64, 100, 84)
 # One block of threads takes everything.
 ONE = Device(227, 228, 1)
 # Groups of sixteen channels, which planes take where they fit.

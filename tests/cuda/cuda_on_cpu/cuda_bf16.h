@@ -30,6 +30,12 @@ inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162
     };
     return {fma(a.x, b.x, c.x), fma(a.y, b.y, c.y)};
 }
+inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
+    const auto product = [](__nv_bfloat16 x, __nv_bfloat16 y) {
+        return __float2bfloat16_rn(__bfloat162float(x) * __bfloat162float(y));
+    };
+    return {product(a.x, b.x), product(a.y, b.y)};
+}
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
     return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
 }

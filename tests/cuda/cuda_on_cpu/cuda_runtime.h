@@ -35,6 +35,9 @@ struct dim3 {
     unsigned x = 1, y = 1, z = 1;
     dim3(unsigned x = 1) : x(x) {}
 };
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
 struct alignas(8) float2 {
     float x, y;
 };
