@@ -41,10 +41,11 @@ struct ToeplitzTiling {
     __host__ __device__ int sums() const { return sum_rows * sum_pitch; }
 };
 
-// How forward takes small maps (toeplitz_fwd_planes.cu): a block owns `channels` channels, and of the groups of
-// `images` images every one in `programs`.
+// How forward takes small maps (toeplitz_fwd_planes.cu): a block computes `channels` channels at a time, and of the
+// groups of `images` images every one in `programs`.
 struct ToeplitzPlanesTiling {
-    int channels;  // 8, or 16: positions of the maps are then read and written in whole sectors of 32 bytes
+    int channels;   // 8, or 16: positions of the maps are then read and written in whole sectors of 32 bytes
+    int turn_bits;  // it owns 1 << turn_bits times as many, and takes them in turn: gates are read once for all
     int images;
     int image_bits;  // an image has 7 << image_bits of a group's 56 rows
     int blocks;      // of eight columns
@@ -55,6 +56,7 @@ struct ToeplitzPlanesTiling {
     double cost;  // 0: it does not take the maps
 
     __host__ __device__ int span() const { return 7 << image_bits; }
+    __host__ __device__ int owned() const { return channels << turn_bits; }
 };
 
 // A lane has every seventh row of a group, and all rows of a lane belong to one image.
@@ -66,6 +68,8 @@ constexpr __host__ __device__ int toeplitz_plane_tap_rows(int kh) { return kh < 
 constexpr __host__ __device__ bool toeplitz_planes_stacked(int blocks) { return blocks <= 4; }
 // Warps of a block: each takes one channel, or several in turn.
 constexpr __host__ __device__ int toeplitz_plane_warps(int blocks, int channels) { return blocks > 2 ? 8 : channels; }
+// Blocks of threads of which one has all registers of a multiprocessor may take several blocks of channels in turn.
+constexpr __host__ __device__ bool toeplitz_planes_turn(int blocks) { return blocks > 2; }
 // Of blocks of threads on a multiprocessor, by their registers.
 constexpr __host__ __device__ int toeplitz_planes_resident(int blocks, int channels) {
     if (blocks > 2) return 1;

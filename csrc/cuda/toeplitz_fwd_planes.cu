@@ -1,14 +1,15 @@
 // Gated aggregation, forward, on tensor cores, of small maps: up to 32 columns or 48 to 56, and up to 56 rows of
 // one image or of several one above the other. One launch, bfloat16 and float16, kernels of at most nine columns.
 //
-// toeplitz_fwd_planes_kernel: a block owns sixteen channels or eight, and takes groups of images in turn. A warp
-// computes a channel from the first level to the last without the others, then the next one that it has.
+// toeplitz_fwd_planes_kernel: a block takes groups of images in turn, and of each sixteen channels or eight; of wide
+// maps as many again, with the same gates. A warp computes a channel from the first level to the last without the
+// others, then the next one that it has.
 //
-//     fetch          ctx, channels last, and gates of the next group: all loads at once, into registers that nobody
+//     fetch          ctx, channels last, and gates of the next turn: all loads at once, into registers that nobody
 //                    needs meanwhile
 //     once a block   zeros into the planes, which leaves a halo around every image; the taps of all levels
-//     write          the group before: plane -> channels last
-//     place          what was fetched -> planes and gates in shared memory; the group after it is called to L2
+//     write          the turn before: plane -> channels last
+//     place          what was fetched -> planes and gates in shared memory; the turn after it is called to L2
 //     level l        the whole plane at once: plane -> mma -> GELU in registers -> agg += gate * GELU in registers,
 //                    and the same rows of the plane
 //     mean           sums of the last level: a product with ones
@@ -26,7 +27,7 @@
 //
 // Bytes: ctx read and agg written once, in whole sectors of 32 bytes with sixteen channels. With eight, which shared
 // memory may leave no choice but, two blocks share every sector: L2 moves twice as much. The gates, once for every
-// block of channels.
+// block of threads.
 
 #include "toeplitz_planes.cuh"
 
@@ -52,13 +53,14 @@ struct PlanesWarp {
         mask = (column < b.p.W ? 0xffffu : 0u) | (column + 1 < b.p.W ? 0xffff0000u : 0u);
         // Lanes without an image read the last one's rows.
         const int last = kSets * ((t.images << t.image_bits) - 1), first = min(kSets * g, last);
-        limit = b.image(kSets * g) < b.images_of(b.group) ? b.p.H - b.row_of_image(kSets * g) : 0;
+        limit = b.image(kSets * g) < b.images_of(b.turn) ? b.p.H - b.row_of_image(kSets * g) : 0;
         const int at = toeplitz_plane_channel(BLOCKS, channel);
         source = shared_address(b.memory + b.plane_row(min(kSets * (lane % 8), last)) + at +
                                 lane / 8 % 2 * kTiles * Size::kRow + lane / 16 * 16);
         place = b.plane_row(first) + at + 2 * kToeplitzPadding + 4 * (lane % 4);
         gates = b.p.gates_at + kSets * g * Size::kGateRow + lane % 4 * (Size::kGateRow / 4);
-        taps = b.p.taps_at + channel * t.tap_rows * kTapRow + 8 * (2 * (lane % 4) + 7 - g);
+        taps =
+            b.p.taps_at + (b.part(b.turn) * CHANNELS + channel) * t.tap_rows * kTapRow + 8 * (2 * (lane % 4) + 7 - g);
 #pragma unroll
         for (int set = 0; set < kSets; ++set)
 #pragma unroll
@@ -250,7 +252,7 @@ __device__ __forceinline__ void finish_planes(const PlanesBlock<T, BLOCKS, CHANN
 
 template <typename T, int BLOCKS, int CHANNELS>
 __device__ __forceinline__ void compute_group(const PlanesBlock<T, BLOCKS, CHANNELS>& b) {
-    const int channels = min(CHANNELS, b.p.C - b.first_c);
+    const int channels = min(CHANNELS, b.p.C - b.first_c(b.turn));
 #pragma unroll 1
     for (int channel = thread_index() / kWarp; channel < channels; channel += Sizes<BLOCKS, CHANNELS>::kWarps) {
         PlanesWarp<T, BLOCKS, CHANNELS> w(b, channel);
@@ -268,7 +270,7 @@ __device__ __forceinline__ void set_up(const PlanesBlock<T, BLOCKS, CHANNELS>& b
     const int thread = thread_index();
     zero(reinterpret_cast<T*>(b.memory), b.p.gates_at / 2, thread, Size::kThreads);
 #pragma unroll 1
-    for (int channel = 2 * (thread / kWarp); channel < CHANNELS; channel += 2 * Size::kWarps)
+    for (int channel = 2 * (thread / kWarp); channel < b.p.tiling.owned(); channel += 2 * Size::kWarps)
         write_plane_taps(b, channel + thread % kWarp / 16);
 }
 
@@ -280,15 +282,15 @@ __global__ void __launch_bounds__(toeplitz_plane_warps(BLOCKS, CHANNELS) * kWarp
     PlanesBlock<T, BLOCKS, CHANNELS> b(p, memory);
 #pragma unroll 1
     while (true) {
-        const int group = b.next_group();
-        const bool more = group < p.groups;
+        const int next = b.turn + 1;
+        const bool more = b.group(next) < p.groups, has_gates = b.part(next) == 0;
         Fetched<BLOCKS, CHANNELS> fetched{};
         if (more) {
-            if (p.ctx_width == kPart) fetch_ctx(b, group, fetched);
-            if (p.four_gates)
-                fetch_gates<T, BLOCKS, CHANNELS, true>(b, group, fetched);
-            else
-                fetch_gates<T, BLOCKS, CHANNELS, false>(b, group, fetched);
+            if (p.ctx_width == kPart) fetch_ctx(b, next, fetched);
+            if (has_gates && p.four_gates)
+                fetch_gates<T, BLOCKS, CHANNELS, true>(b, next, fetched);
+            else if (has_gates)
+                fetch_gates<T, BLOCKS, CHANNELS, false>(b, next, fetched);
         }
         if (b.is_empty()) {
             set_up(b);
@@ -299,16 +301,16 @@ __global__ void __launch_bounds__(toeplitz_plane_warps(BLOCKS, CHANNELS) * kWarp
         }
         if (!more) return;
         __syncthreads();
-        b.group = group;
+        b.turn = next;
         if (p.ctx_width == kPart)
             place_ctx(b, fetched);
         else if (p.ctx_width == 4)
             read_ctx<T, BLOCKS, CHANNELS, 4>(b);
         else
             read_ctx<T, BLOCKS, CHANNELS, 1>(b);
-        place_gates(b, fetched);
+        if (has_gates) place_gates(b, fetched);
         __syncthreads();
-        prefetch_group(b, b.next_group());
+        prefetch_group(b, b.turn + 1);
         compute_group(b);
     }
 }
@@ -344,7 +346,7 @@ PlanesParams params_of(const Problem& p, const ToeplitzPlanesTiling& tiling, con
     params.scales = p.scale != 1.0f;
     params.scale = p.scale;
     params.share = 1.0f / static_cast<float>(p.H * p.W);
-    params.channel_blocks = (p.C + tiling.channels - 1) / tiling.channels;
+    params.channel_blocks = (p.C + tiling.owned() - 1) / tiling.owned();
     params.groups = static_cast<int>((p.B + tiling.images - 1) / tiling.images);
     params.last_images = static_cast<int>(p.B - static_cast<int64_t>(params.groups - 1) * tiling.images);
     params.gates_at = tiling.rows * toeplitz_plane_row(tiling.blocks, tiling.channels);

@@ -162,9 +162,10 @@ int image_bits_of(int H) {
     return bits;
 }
 
-ToeplitzPlanesTiling cut_planes(const Problem& p, int channels, int images) {
+ToeplitzPlanesTiling cut_planes(const Problem& p, int channels, int turn_bits, int images) {
     ToeplitzPlanesTiling t{};
     t.channels = channels;
+    t.turn_bits = turn_bits;
     t.images = images;
     t.image_bits = image_bits_of(p.H);
     t.blocks = plane_blocks(p.W);
@@ -177,7 +178,7 @@ ToeplitzPlanesTiling cut_planes(const Problem& p, int channels, int images) {
     t.rows = images * (t.span() + kToeplitzImageGap) - kToeplitzImageGap + 2 * t.halo + 1;
     t.shared_bytes = t.rows * static_cast<size_t>(toeplitz_plane_row(t.blocks, channels)) +
                      (p.L + 1) * static_cast<size_t>(toeplitz_gate_plane(t.blocks)) +
-                     112 * static_cast<size_t>(channels) * t.tap_rows;
+                     112 * static_cast<size_t>(t.owned()) * t.tap_rows;
     return t;
 }
 
@@ -190,9 +191,10 @@ double group_cost(const Problem& p, const ToeplitzPlanesTiling& t) {
     return instructions + kPerPosition * t.images * p.H * blocks_for(p.W, 2) / 32 / 8 + 21 * t.blocks;
 }
 
-// Clocks of a scheduler for what L2 moves of a group of images: whole sectors of ctx and agg, and the gates'.
+// Clocks of a scheduler for what L2 moves of a group of images: whole sectors of ctx and agg of all channels, and the
+// gates' once.
 double group_traffic(const Problem& p, const ToeplitzPlanesTiling& t) {
-    return 3.0 * kSector * t.images * p.H * p.W / (4.0 * kBytesPerInstruction);
+    return ((2 << t.turn_bits) + 1) * kSector * t.images * p.H * p.W / (4.0 * kBytesPerInstruction);
 }
 
 // The tiling's own cost is that of instructions, as plan_toeplitz's; among planes, what L2 moves decides too.
@@ -207,7 +209,7 @@ struct CostedPlanes {
 CostedPlanes best_programs(const Problem& p, ToeplitzPlanesTiling t) {
     const auto fitting = static_cast<int>(p.limits.shared_per_multiprocessor / (t.shared_bytes + kReservedBytes));
     const int resident = std::max(1, std::min(toeplitz_planes_resident(t.blocks, t.channels), fitting));
-    const int groups = blocks_for(static_cast<int>(p.B), t.images), blocks = blocks_for(p.C, t.channels);
+    const int groups = blocks_for(static_cast<int>(p.B), t.images), blocks = blocks_for(p.C, t.owned());
     const double channels = t.channels, setup = 40.0 * t.tap_rows + 0.3 * t.rows * (t.blocks + 1);
     // More than a few rounds of blocks gain nothing.
     const int most = std::min(groups, 4 * resident * p.limits.multiprocessors);
@@ -219,7 +221,7 @@ CostedPlanes best_programs(const Problem& p, ToeplitzPlanesTiling t) {
             std::min<double>(resident, std::ceil(static_cast<double>(programs) * blocks / p.limits.multiprocessors));
         // Fewer than 16 channels leave slots empty: those of a warp overlap like those of two.
         const double filled = std::min(1.0, 0.4 + 0.6 * used * channels / kResidentWarps);
-        t.cost = rounds * used * (setup + turns * group_cost(p, t)) * channels / 4 / filled;
+        t.cost = rounds * used * (setup + turns * group_cost(p, t)) * t.owned() / 4 / filled;
         t.programs = programs;
         best.consider({t, t.cost + rounds * used * turns * group_traffic(p, t)});
     }
@@ -233,12 +235,17 @@ ToeplitzPlanesTiling make_planes(const Problem& p) {
     CostedPlanes best;
     for (int channels : {16, 8}) {
         if (channels > 8 && p.C < channels) continue;
-        for (int images : {1, 2, 4, 8}) {
-            if (images > 1 && (!toeplitz_planes_stacked(plane_blocks(p.W)) || images << image_bits_of(p.H) > 8)) break;
-            if (images > 1 && images >= 2 * p.B) break;
-            const ToeplitzPlanesTiling t = cut_planes(p, channels, images);
-            if (t.shared_bytes > static_cast<size_t>(p.limits.shared_per_block)) break;
-            best.consider(best_programs(p, t));
+        for (int turn_bits : {0, 1}) {
+            if (turn_bits > 0 && !toeplitz_planes_turn(plane_blocks(p.W))) continue;
+            if (blocks_for(p.C, channels) % (1 << turn_bits) != 0) continue;  // every turn has channels
+            for (int images : {1, 2, 4, 8}) {
+                if (images > 1 && (!toeplitz_planes_stacked(plane_blocks(p.W)) || images << image_bits_of(p.H) > 8))
+                    break;
+                if (images > 1 && images >= 2 * p.B) break;
+                const ToeplitzPlanesTiling t = cut_planes(p, channels, turn_bits, images);
+                if (t.shared_bytes > static_cast<size_t>(p.limits.shared_per_block)) break;
+                best.consider(best_programs(p, t));
+            }
         }
     }
     return best.tiling;

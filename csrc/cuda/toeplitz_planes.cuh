@@ -111,20 +111,27 @@ struct PlanesBlock {
     using Size = Sizes<BLOCKS, CHANNELS>;
     const PlanesParams& p;
     unsigned char* memory;
-    int first_c, group;  // the group in the planes; the block's first less a step before there is one
+    int first_group, block_c;  // of the block
+    int turn;                  // in the planes: a group, and a part of the block's channels; -1 before the first
 
     __device__ __forceinline__ PlanesBlock(const PlanesParams& p, unsigned char* memory)
         : p(p),
           memory(memory),
-          first_c(blockIdx.x % p.channel_blocks * CHANNELS),
-          group(static_cast<int>(blockIdx.x / p.channel_blocks) - p.tiling.programs) {}
-    __device__ __forceinline__ bool is_empty() const { return group < 0; }
-    __device__ __forceinline__ int next_group() const { return group + p.tiling.programs; }
-    __device__ __forceinline__ int64_t first_image(int group) const {
-        return static_cast<int64_t>(group) * p.tiling.images;
+          first_group(blockIdx.x / p.channel_blocks),
+          block_c(blockIdx.x % p.channel_blocks * p.tiling.owned()),
+          turn(-1) {}
+    __device__ __forceinline__ bool is_empty() const { return turn < 0; }
+    __device__ __forceinline__ int turn_bits() const { return toeplitz_planes_turn(BLOCKS) ? p.tiling.turn_bits : 0; }
+    __device__ __forceinline__ int group(int turn) const {
+        return first_group + (turn >> turn_bits()) * p.tiling.programs;
     }
-    __device__ __forceinline__ int images_of(int group) const {
-        return !Size::kStacked ? 1 : group + 1 < p.groups ? p.tiling.images : p.last_images;
+    __device__ __forceinline__ int part(int turn) const { return turn & ((1 << turn_bits()) - 1); }
+    __device__ __forceinline__ int first_c(int turn) const { return block_c + part(turn) * CHANNELS; }
+    __device__ __forceinline__ int64_t first_image(int turn) const {
+        return static_cast<int64_t>(group(turn)) * p.tiling.images;
+    }
+    __device__ __forceinline__ int images_of(int turn) const {
+        return !Size::kStacked ? 1 : group(turn) + 1 < p.groups ? p.tiling.images : p.last_images;
     }
     // Of a row of a group; a product in place of the division by seven.
     __device__ __forceinline__ int image(int row) const {
@@ -149,7 +156,7 @@ template <typename T, int BLOCKS, int CHANNELS>
 struct PlanesThread {
     using Size = Sizes<BLOCKS, CHANNELS>;
     const PlanesBlock<T, BLOCKS, CHANNELS>& b;
-    int part, x, first_row, channels;
+    int part, x, first_row;  // part: which eight channels
 
     __device__ __forceinline__ PlanesThread(const PlanesBlock<T, BLOCKS, CHANNELS>& b) : b(b) {
         constexpr int kWarpRows = Size::kWarpRows, kStep = Size::kWarpStep;
@@ -158,9 +165,10 @@ struct PlanesThread {
         x = 2 * (thread / Size::kParts % Size::kAcross);
         const int slot = thread / (Size::kParts * Size::kAcross), turn = slot / kWarpRows;
         first_row = turn / kStep * kStep * kWarpRows + turn % kStep + slot % kWarpRows * kStep;
-        channels = b.p.C - b.first_c - kPart * part;
     }
-    __device__ __forceinline__ bool is_inside() const { return x < b.p.W && channels > 0; }
+    // Of its eight channels and those behind them.
+    __device__ __forceinline__ int channels(int turn) const { return b.p.C - b.first_c(turn) - kPart * part; }
+    __device__ __forceinline__ bool is_inside() const { return min(b.p.W - x, channels(b.turn)) > 0; }
     __device__ __forceinline__ bool has_both() const { return x + 1 < b.p.W; }
     __device__ __forceinline__ int row(int trip) const { return first_row + trip * Size::kRowsAtOnce; }
     __device__ __forceinline__ int place(int row) const {
@@ -222,13 +230,13 @@ __device__ __forceinline__ void store_eight(T* to, const uint4& from, int channe
 // All loads of ctx at once, where a position's eight channels are aligned to 16 bytes. A thread without a position
 // loads another's, so that no branch lies between the loads.
 template <typename T, int BLOCKS, int CHANNELS>
-__device__ __forceinline__ void fetch_ctx(const PlanesBlock<T, BLOCKS, CHANNELS>& b, int group,
+__device__ __forceinline__ void fetch_ctx(const PlanesBlock<T, BLOCKS, CHANNELS>& b, int turn,
                                           Fetched<BLOCKS, CHANNELS>& fetched) {
     const PlanesParams& p = b.p;
     const PlanesThread<T, BLOCKS, CHANNELS> thread(b);
-    const int images = b.images_of(group);
-    const T* ctx = static_cast<const T*>(p.ctx) + b.first_image(group) * p.ctx_b + b.first_c +
-                   (thread.channels > 0 ? kPart * thread.part : 0) + min(thread.x, p.W - 1) * p.ctx_w;
+    const int images = b.images_of(turn);
+    const T* ctx = static_cast<const T*>(p.ctx) + b.first_image(turn) * p.ctx_b + b.first_c(turn) +
+                   (thread.channels(turn) > 0 ? kPart * thread.part : 0) + min(thread.x, p.W - 1) * p.ctx_w;
 #pragma unroll
     for (int trip = 0; trip < Sizes<BLOCKS, CHANNELS>::kTrips; ++trip) {
         const T* from = ctx + b.map_row(thread.row(trip), images, p.ctx_image, p.ctx_h);
@@ -254,7 +262,7 @@ template <typename T, int BLOCKS, int CHANNELS, typename F>
 __device__ __forceinline__ void for_each_gate_pair(const PlanesBlock<T, BLOCKS, CHANNELS>& b, F f) {
     using Size = Sizes<BLOCKS, CHANNELS>;
     const unsigned thread = thread_index();
-    const int x = 2 * (thread % Size::kAcross), images = b.images_of(b.group);
+    const int x = 2 * (thread % Size::kAcross), images = b.images_of(b.turn);
     if (x >= b.p.W) return;
 #pragma unroll
     for (int trip = 0; trip < Size::kGateTrips; ++trip) {
@@ -264,14 +272,14 @@ __device__ __forceinline__ void for_each_gate_pair(const PlanesBlock<T, BLOCKS, 
 }
 
 template <typename T, int BLOCKS, int CHANNELS, bool FOUR>
-__device__ __forceinline__ void fetch_gates(const PlanesBlock<T, BLOCKS, CHANNELS>& b, int group,
+__device__ __forceinline__ void fetch_gates(const PlanesBlock<T, BLOCKS, CHANNELS>& b, int turn,
                                             Fetched<BLOCKS, CHANNELS>& fetched) {
     using Size = Sizes<BLOCKS, CHANNELS>;
     const PlanesParams& p = b.p;
     const unsigned thread = thread_index();
-    const int images = b.images_of(group), x = 2 * (thread % Size::kAcross);
+    const int images = b.images_of(turn), x = 2 * (thread % Size::kAcross);
     const bool has_both = x + 1 < p.W;
-    const T* gates = static_cast<const T*>(p.gates) + b.first_image(group) * p.gates_b + min(x, p.W - 1) * p.gates_w;
+    const T* gates = static_cast<const T*>(p.gates) + b.first_image(turn) * p.gates_b + min(x, p.W - 1) * p.gates_w;
 #pragma unroll
     for (int trip = 0; trip < Size::kGateTrips; ++trip) {
         const int row = thread / Size::kAcross + trip * Size::kGateRowsAtOnce;
@@ -289,14 +297,14 @@ __device__ __forceinline__ void fetch_gates(const PlanesBlock<T, BLOCKS, CHANNEL
 // Brings a group to L2 while the one before it is computed: all blocks fetch at about the same time, and memory would
 // rest in between. The gates by the blocks of the first channels, for all.
 template <typename T, int BLOCKS, int CHANNELS>
-__device__ __forceinline__ void prefetch_group(const PlanesBlock<T, BLOCKS, CHANNELS>& b, int group) {
+__device__ __forceinline__ void prefetch_group(const PlanesBlock<T, BLOCKS, CHANNELS>& b, int turn) {
     using Size = Sizes<BLOCKS, CHANNELS>;
     const PlanesParams& p = b.p;
-    if (group >= p.groups) return;
+    if (b.group(turn) >= p.groups) return;
     const PlanesThread<T, BLOCKS, CHANNELS> thread(b);
-    const int images = b.images_of(group), x = min(thread.x + thread.part, p.W - 1);
-    const T* ctx = static_cast<const T*>(p.ctx) + b.first_image(group) * p.ctx_b + b.first_c + x * p.ctx_w;
-    const T* gates = static_cast<const T*>(p.gates) + b.first_image(group) * p.gates_b + x * p.gates_w;
+    const int images = b.images_of(turn), x = min(thread.x + thread.part, p.W - 1);
+    const T* ctx = static_cast<const T*>(p.ctx) + b.first_image(turn) * p.ctx_b + b.first_c(turn) + x * p.ctx_w;
+    const T* gates = static_cast<const T*>(p.gates) + b.first_image(turn) * p.gates_b + x * p.gates_w;
     // One thread of a position takes both columns, two take one each.
     const bool both = Size::kParts == 1 && thread.has_both();
 #pragma unroll
@@ -305,7 +313,7 @@ __device__ __forceinline__ void prefetch_group(const PlanesBlock<T, BLOCKS, CHAN
         prefetch(from);
         if (both) prefetch(from + p.ctx_w);
     }
-    if (b.first_c > 0) return;
+    if (b.first_c(turn) > 0) return;
 #pragma unroll 1
     for (int trip = 0; trip < Size::kTrips; ++trip) {
         const T* from = gates + b.map_row(thread.row(trip), images, p.gates_image, p.gates_h);
@@ -332,7 +340,7 @@ __device__ __forceinline__ void place_ctx(const PlanesBlock<T, BLOCKS, CHANNELS>
                                           const Fetched<BLOCKS, CHANNELS>& fetched) {
     const PlanesThread<T, BLOCKS, CHANNELS> thread(b);
     if (!thread.is_inside()) return;
-    const int images = b.images_of(b.group);
+    const int images = b.images_of(b.turn);
 #pragma unroll
     for (int trip = 0; trip < Sizes<BLOCKS, CHANNELS>::kTrips; ++trip)
         if (b.has(thread.row(trip), images))
@@ -345,16 +353,17 @@ __device__ __forceinline__ void read_ctx(const PlanesBlock<T, BLOCKS, CHANNELS>&
     const PlanesParams& p = b.p;
     const PlanesThread<T, BLOCKS, CHANNELS> thread(b);
     if (!thread.is_inside()) return;
-    const T* ctx = static_cast<const T*>(p.ctx) + b.first_image(b.group) * p.ctx_b + b.first_c + kPart * thread.part;
-    const int images = b.images_of(b.group);
+    const T* ctx =
+        static_cast<const T*>(p.ctx) + b.first_image(b.turn) * p.ctx_b + b.first_c(b.turn) + kPart * thread.part;
+    const int images = b.images_of(b.turn), channels = thread.channels(b.turn);
 #pragma unroll 1
     for (int trip = 0; trip < Sizes<BLOCKS, CHANNELS>::kTrips; ++trip) {
         const int row = thread.row(trip);
         if (!b.has(row, images)) continue;
         const T* from = ctx + (b.map_row(row, images, p.ctx_image, p.ctx_h) + thread.x * p.ctx_w);
-        const uint4 left = load_eight<T, N>(from, thread.channels);
+        const uint4 left = load_eight<T, N>(from, channels);
         uint4 right{0, 0, 0, 0};
-        if (thread.has_both()) right = load_eight<T, N>(from + p.ctx_w, thread.channels);
+        if (thread.has_both()) right = load_eight<T, N>(from + p.ctx_w, channels);
         place_pairs(thread, row, left, right);
     }
 }
@@ -374,7 +383,7 @@ __device__ __forceinline__ void place_gates(const PlanesBlock<T, BLOCKS, CHANNEL
         for (int level = 0; level < 4; ++level)
             if (level <= p.L) word_at(b.memory, to + level * Size::kGatePlane) = four[level];
         if (p.L < 4) return;
-        const T* from = static_cast<const T*>(p.gates) + b.first_image(b.group) * p.gates_b +
+        const T* from = static_cast<const T*>(p.gates) + b.first_image(b.turn) * p.gates_b +
                         (b.map_row(row, p.tiling.images, p.gates_image, p.gates_h) + x * p.gates_w);
 #pragma unroll 1
         for (int level = 4; level <= p.L; ++level) {
@@ -390,9 +399,9 @@ __device__ __forceinline__ void write_group(const PlanesBlock<T, BLOCKS, CHANNEL
     const PlanesParams& p = b.p;
     const PlanesThread<T, BLOCKS, CHANNELS> thread(b);
     if (!thread.is_inside()) return;
-    T* const agg = static_cast<T*>(p.agg) + b.first_image(b.group) * p.H * p.W * p.C + b.first_c +
+    T* const agg = static_cast<T*>(p.agg) + b.first_image(b.turn) * p.H * p.W * p.C + b.first_c(b.turn) +
                    kPart * thread.part + thread.x * p.C;
-    const int row_size = p.W * p.C, images = b.images_of(b.group);
+    const int row_size = p.W * p.C, images = b.images_of(b.turn), channels = thread.channels(b.turn);
     [[maybe_unused]] constexpr int kUnrolled = N == kPart ? Size::kTrips : 1;
 #pragma unroll kUnrolled
     for (int trip = 0; trip < Size::kTrips; ++trip) {
@@ -406,12 +415,12 @@ __device__ __forceinline__ void write_group(const PlanesBlock<T, BLOCKS, CHANNEL
         store_eight<T, N>(to,
                           uint4{lows(pairs[0], pairs[1]), lows(pairs[2], pairs[3]), lows(pairs[4], pairs[5]),
                                 lows(pairs[6], pairs[7])},
-                          thread.channels);
+                          channels);
         if (thread.has_both())
             store_eight<T, N>(to + p.C,
                               uint4{highs(pairs[0], pairs[1]), highs(pairs[2], pairs[3]), highs(pairs[4], pairs[5]),
                                     highs(pairs[6], pairs[7])},
-                              thread.channels);
+                              channels);
     }
 }
 
@@ -419,13 +428,13 @@ __device__ __forceinline__ void write_group(const PlanesBlock<T, BLOCKS, CHANNEL
 template <typename T, int BLOCKS, int CHANNELS>
 __device__ __forceinline__ void write_plane_taps(const PlanesBlock<T, BLOCKS, CHANNELS>& b, int channel) {
     const PlanesParams& p = b.p;
-    const int u = thread_index() % 16;
-    if (u >= kTapEntries || b.first_c + channel >= p.C) return;
+    const int u = thread_index() % 16, c = b.block_c + channel;
+    if (u >= kTapEntries || c >= p.C) return;
 #pragma unroll 1
     for (int level = 0; level < p.L; ++level) {
         const PlanesLevel& own = p.level[level];
         const T* const from = static_cast<const T*>(own.weight);
-        const int kh = own.kh, kw = own.kw, taps = (b.first_c + channel) * kh * kw;
+        const int kh = own.kh, kw = own.kw, taps = c * kh * kw;
         // Beyond the kernel's columns another tap is read, and masked.
         const int first = u - 7 - (kToeplitzPadding - kw / 2);
         int column[4];

@@ -30,7 +30,7 @@ BARRIERS = {
     "behind the zeros": ("toeplitz_fwd.cu", "    __syncthreads();\n    load_planes(b);\n"),
     "behind the zeros of the planes": (
         "toeplitz_fwd_planes.cu",
-        "        __syncthreads();\n        b.group = group;\n",
+        "        __syncthreads();\n        b.turn = next;\n",
     ),
     "before planes are written": ("toeplitz_fwd_planes.cu", "            __syncthreads();\n            with_width"),
 }

@@ -34,7 +34,7 @@ MAX_INSTRUCTIONS = 102
 # The same of backward's tiles: three levels up and down, with the derivative of GELU and dweights. Passes over
 # positions (GELU, dgates, agg, loads and stores) come on top.
 MAX_BACKWARD_INSTRUCTIONS = 215
-MAX_PLANES_INSTRUCTIONS = 50  # with the sum of gates in registers
+MAX_PLANES_INSTRUCTIONS = 35  # with the sum of gates in registers
 
 
 def compiled(name, architecture):
