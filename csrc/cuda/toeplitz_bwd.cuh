@@ -180,7 +180,8 @@ __device__ __forceinline__ void with_rows_at_once(int left, F f) {
     if constexpr (STEPS == 1) {
         if constexpr (BLOCKS <= 2)
             if (left >= 7) return f(std::integral_constant<int, 7>{});
-        if (left == 5) return f(std::integral_constant<int, 5>{});
+        if constexpr (BLOCKS <= 4)
+            if (left == 5) return f(std::integral_constant<int, 5>{});
         if (left >= 4) return f(std::integral_constant<int, 4>{});
     }
     if constexpr (STEPS == 1 || BLOCKS <= 2)

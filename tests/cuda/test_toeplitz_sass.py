@@ -33,7 +33,7 @@ KERNELS = (3, 5, 7)
 MAX_INSTRUCTIONS = 102
 # The same of backward's tiles: three levels up and down, with the derivative of GELU and dweights. Passes over
 # positions (GELU, dgates, agg, loads and stores) come on top.
-MAX_BACKWARD_INSTRUCTIONS = 215
+MAX_BACKWARD_INSTRUCTIONS = 222
 MAX_PLANES_INSTRUCTIONS = 35  # with the sum of gates in registers
 
 
@@ -100,7 +100,7 @@ def test_dweights_share_fragments_of_dz_between_kernel_rows(backward_loops):
     """A row of the kernel is a product for every eight columns, with four ldmatrix and moves; dz is read once for all
     rows, and nothing is copied in shared memory."""
     found = correlations(backward_loops)
-    assert found.keys() == {1, 3, 4, 5}
+    assert found.keys() == {1, 3, 4}
     for rows, counted in found.items():
         assert counted["STS"] == 0
         assert sum(counted.values()) <= 28 * rows + 100
@@ -113,7 +113,7 @@ def test_instructions_an_output_of_backward(backward_loops):
     assert len(tiles) == 3
     up, (dctx, down) = tiles[0], sorted(tiles[1:], key=lambda tile: tile[1])
     of_rows = {rows: sum(counted.values()) for rows, counted in correlations(backward_loops).items()}
-    products = {3: of_rows[3], 5: of_rows[5], 7: of_rows[3] + of_rows[4]}
+    products = {3: of_rows[3], 5: of_rows[4] + of_rows[1], 7: of_rows[3] + of_rows[4]}
     total = sum(up[1] + kernel * (up[0] + down[0]) + products[kernel] for kernel in KERNELS)
     total += (len(KERNELS) - 1) * down[1] + dctx[1]
     assert total / (OUTPUTS * BLOCKS) <= MAX_BACKWARD_INSTRUCTIONS
