@@ -127,20 +127,28 @@ __device__ __forceinline__ void form_global(const BackwardBlock<T>& b) {
 // channels are summed, so that nobody waits for it.
 struct DgatesSums {
     float* to;
-    int count;  // of positions on the map
-    bool aligned;
+    int count;      // of positions on the map
+    bool all, two;  // are on the map, and aligned: four at once, or pairs
     float sum[4] = {};
 
     template <typename T>
     __device__ __forceinline__ DgatesSums(const BackwardBlock<T>& b, int gate, int row, int x, bool first)
-        : to(b.dgates_at(gate, row, x)), count(b.p.W - x), aligned(b.p.W % 4 == 0) {
+        : to(b.dgates_at(gate, row, x)), count(b.p.W - x), all(b.p.W % 4 == 0), two(b.p.W % 2 == 0) {
         if (first || !b.p.dgates) return;
-        if (aligned) {
+        if (all) {
             const float4 before = *reinterpret_cast<const float4*>(to);
             sum[0] = before.x;
             sum[1] = before.y;
             sum[2] = before.z;
             sum[3] = before.w;
+        } else if (two) {
+#pragma unroll
+            for (int k = 0; k < 4; k += 2) {
+                if (k >= count) break;
+                const float2 before = load_pair(to + k);
+                sum[k] = before.x;
+                sum[k + 1] = before.y;
+            }
         } else {
 #pragma unroll
             for (int k = 0; k < 4; ++k)
@@ -153,8 +161,12 @@ struct DgatesSums {
         sum[2 * pair + 1] = fmaf(a.y, b.y, sum[2 * pair + 1]);
     }
     __device__ __forceinline__ void store() const {
-        if (aligned) {
+        if (all) {
             *reinterpret_cast<float4*>(to) = float4{sum[0], sum[1], sum[2], sum[3]};
+        } else if (two) {
+#pragma unroll
+            for (int k = 0; k < 4; k += 2)
+                if (k < count) store_pair(to + k, float2{sum[k], sum[k + 1]});
         } else {
 #pragma unroll
             for (int k = 0; k < 4; ++k)
