@@ -87,8 +87,8 @@ def multiply_adds(one: Sass) -> int:
 
 
 def float_operations(one: Sass) -> int:
-    """Float32 products and sums of a thread."""
-    return _FLOATS.get(one.opcode, 0)
+    """Float32 products and sums of a thread. Half of a product (.D2) is one more."""
+    return _FLOATS.get(one.opcode, 0) + (one.name == "FMUL.D2")
 
 
 def latency(one: Sass, load: int) -> int:

@@ -68,9 +68,9 @@ __device__ __forceinline__ void store_diagonals(float* to, const float (&sum)[RO
             const float own = sum[ky][k / 2][2 * (k % 2) + 1];
             const float next = k + 1 < 2 * STEPS ? sum[ky][(k + 1) / 2][2 * ((k + 1) % 2) + 1] : 0.0f;
             const float below = __shfl_sync(0xffffffffu, lane < 4 ? next : own, (lane + 4) % kWarp);
+            const float both = sum[ky][k / 2][2 * (k % 2)] + below;
             const int row = first + 8 * k;
-            if (static_cast<unsigned>(row) < static_cast<unsigned>(rows))
-                to[4 * row + t] = sum[ky][k / 2][2 * (k % 2)] + below;
+            if (static_cast<unsigned>(row) < static_cast<unsigned>(rows)) to[4 * row + t] = both;
         }
 }
 
