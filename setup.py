@@ -285,7 +285,8 @@ def compile_cuda(cuda: Cuda, folder: Path, torch_version: str) -> list[str]:
         record = target.with_suffix(".key")
         if target.exists() and record.exists() and record.read_text() == key:
             return str(target)
-        print(shlex.join(line), flush=True)
+        # In one piece with its end of line: sources compile side by side.
+        print(shlex.join(line) + "\n", end="", flush=True)
         result = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         print(result.stdout, end="", flush=True)
         if result.returncode != 0:
