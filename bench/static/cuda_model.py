@@ -37,7 +37,7 @@ from instruction_counts import Asked, Executed, Kernel
 from launch_bytes import Bytes
 from machine_code import load_cycles
 from parameters import layout, packed
-from performance_model import SAMPLE, Predicted, microseconds, predict, sample_of
+from performance_model import RESOURCES, SAMPLE, Predicted, microseconds, predict, sample_of
 from predicted_calls import Group
 from processors import GAP, PROCESSORS, Processor
 from ptxas import kernel_name
@@ -53,8 +53,7 @@ import cuda_program
 FILE = "predicted_cuda"
 CUDA = ROOT / "csrc" / "cuda"
 SOURCES = [path for ending in ("cu", "cuh", "h", "cpp") for path in sorted(CUDA.glob(f"*.{ending}"))]
-OPERATORS = ("gated_aggregation", "gated_aggregation_bwd")
-RESOURCES = ("issue", "l1", "chain", "fma", "alu", "special", "tensor", "l2", "dram")
+OPERATORS = predicted_calls.OF_FILE[FILE]  # forward, backward
 FIELDS = (
     *("backend", "operator", "variant", "stage", "x", "dtype", "batch", "subject", "predicted_us", "launches"),
     *("fewest_programs", "instructions_per_output", "bound", "programs", "programs_per_sm", "waves", "registers"),
@@ -360,11 +359,9 @@ def rows_of_group(group: Group, its_stages: Sequence[Stage]) -> list[dict]:
     rows: list[dict] = []
     for call in calls:
         try:
-            total, *each = rows_of(call)
+            rows += predicted_calls.kept(rows_of(call))
         except ValueError as error:  # such as a branch that warp.py cannot follow
             print(f"left out: {group}, {call.stage}: {error}", flush=True)
-        else:
-            rows += [total, *(each if call.stage.variant in predicted_calls.DETAILED else [])]
     return rows
 
 

@@ -328,7 +328,7 @@ def rows_of(operator: str, stage: Stage, batch: int, dtype: torch.dtype, process
                 "registers": slowest.registers,
                 "shared": slowest.shared,
                 "instructions_per_output": round(total.instructions_per_output(name), 1),
-                **{f"us_{name}": microseconds(sum(one.by[name] for one in mine)) for name in RESOURCES},
+                **{f"us_{unit}": microseconds(sum(one.by[unit] for one in mine)) for unit in RESOURCES},
             }
         )
     return rows
@@ -381,22 +381,17 @@ def main(
     TABLE.fill(rows_of_group, jobs)
 
 
-def _operators_of(group: Group) -> list[str]:
-    return [one for one in OPERATORS if one.endswith("_bwd") == group.backward]
-
-
 def rows_of_group(group: Group, its_stages: Sequence[Stage]) -> list[dict]:
     """A row for each call; of the detailed variants one for each kernel too."""
     warnings.simplefilter("ignore")
     processor, dtype = PROCESSORS[group.device], getattr(torch, group.dtype)
     rows: list[dict] = []
-    calls = [(operator, stage) for operator in _operators_of(group) for stage in its_stages]
+    calls = [(operator, stage) for operator in group.operators(OPERATORS) for stage in its_stages]
     prepare(
         [plan_of(name, case_of(name, one, group.batch, dtype), processor.device) for name, one in calls], processor
     )
     for operator, stage in calls:
-        total, *each = rows_of(operator, stage, group.batch, dtype, processor)
-        rows += [total, *(each if stage.variant in predicted_calls.DETAILED else [])]
+        rows += predicted_calls.kept(rows_of(operator, stage, group.batch, dtype, processor))
     return rows
 
 

@@ -43,6 +43,9 @@ class Group:
     batch: int
     backward: bool
 
+    def operators(self, among: Sequence[str]) -> list[str]:
+        return [operator for operator in among if operator.endswith("_bwd") == self.backward]
+
     def __str__(self) -> str:
         return f"{self.device}, {self.dtype}, batch {self.batch}, {'backward' if self.backward else 'forward'}"
 
@@ -109,9 +112,8 @@ def calls(operators: Sequence[str]) -> list[Call]:
 
 def _calls(operators: Sequence[str]) -> Iterator[tuple[Call, Group, Stage]]:
     for group in groups():
-        for stage, operator in itertools.product(stages_of(group), operators):
-            if operator.endswith("_bwd") == group.backward:
-                yield (stage.variant, stage.index + 1, *_case(group), operator), group, stage
+        for stage, operator in itertools.product(stages_of(group), group.operators(operators)):
+            yield (stage.variant, stage.index + 1, *_case(group), operator), group, stage
 
 
 def lacking(rows: Iterable[dict], operators: Sequence[str]) -> dict[Case, tuple[int, int]]:
@@ -147,6 +149,11 @@ def page() -> str:
         missing, every = sum(count for count, _ in left_out.values()), len(calls(operators))
         lines.append(f"- `{file}.csv` has {every - missing} of {every} calls; {what}.")
     return "\n".join(lines)
+
+
+def kept(rows: Sequence[dict]) -> list[dict]:
+    """Of the rows of a call, whose own comes first: all if its variant is a detailed one, else that one."""
+    return [*rows] if rows[0]["variant"] in DETAILED else [rows[0]]
 
 
 def in_order(rows: Iterable[dict], operators: Sequence[str]) -> list[dict]:
