@@ -1,10 +1,11 @@
 // How fast the CPU kernels' matrix products are, alone: GFLOP/s on one core, for the shapes of FocalNet-T at batch 1.
 // "packed": weights packed before; "in place": packed slice by slice while they are used. The least of many calls, in
 // time of the thread, so that what else runs on the machine counts as little as possible. For an x86-64 processor with
-// AVX512_BF16:
+// AVX512_BF16, and AMX if it has that:
 //
-//     for f in avx2 avx512 avx512_bf16; do g++ -std=c++20 -O3 -Icsrc -c csrc/cpu/kernels_$f.cpp; done
-//     g++ -std=c++20 -O3 -Icsrc bench/cpu_products.cpp kernels_*.o -o cpu_products && taskset -c 0 ./cpu_products
+//     for f in kernels_{avx2,avx512,avx512_bf16,amx} amx; do g++ -std=c++20 -O3 -Icsrc -c csrc/cpu/$f.cpp; done
+//     g++ -std=c++20 -O3 -Icsrc bench/cpu_products.cpp kernels_*.o amx.o -o cpu_products
+//     taskset -c 0 ./cpu_products
 
 #include <time.h>
 
@@ -14,7 +15,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <vector>
 
+#include "cpu/amx.h"
 #include "cpu/block.h"
 
 using namespace focalnet::cpu;
@@ -115,9 +118,10 @@ double gigaflops(const Shape& s, const Kind& kind, bool packed) {
 int main() {
     const Products avx2{Element::kFloat32, kDepth, 1, 1, kAvx2Kernels.pack, kAvx2Kernels.gemm};
     const Products avx512{Element::kFloat32, kDepth, 1, 1, kAvx512Kernels.pack, kAvx512Kernels.gemm};
-    const Kind kinds[] = {{"avx2", avx2, Element::kFloat32},
-                          {"avx512", avx512, Element::kFloat32},
-                          {"avx512_bf16", kDotProducts, Element::kBFloat16}};
+    std::vector<Kind> kinds = {{"avx2", avx2, Element::kFloat32},
+                               {"avx512", avx512, Element::kFloat32},
+                               {"avx512_bf16", kDotProducts, Element::kBFloat16}};
+    if (why_not_amx() == nullptr) kinds.push_back({"amx", kAmxProducts, Element::kBFloat16});
     std::printf("GFLOP/s, packed / in place\n%-22s", "tokens      K      N");
     for (const Kind& kind : kinds) std::printf("%18s", kind.name);
     for (const Shape& s : kShapes) {
