@@ -1,12 +1,10 @@
-"""Reports registers, spills and static shared memory of every CUDA kernel on every architecture, from ptxas.
+"""Registers, spills and static shared memory of every CUDA kernel on every architecture, as ptxas reports them.
 
-    python bench/static/ptxas.py [--architecture 90]
-    NVCC_APPEND_FLAGS=-Xptxas=-v FOCALNET_BUILD=cuda pip install -v --no-build-isolation . > build.log
-    python bench/static/ptxas.py --log build.log
+    python bench/static/ptxas.py            compiles the sources that have changed since their rows
 
-With --log it reads the output of an earlier build instead of compiling again. It needs nvcc and no GPU. The rows go to
-bench/results/nvcc-<release>/ptxas.json. The dynamic shared memory of a launch is chosen at run time;
-tests/cuda/test_cuda_plans.py checks that it fits the device.
+It needs nvcc and no GPU. The rows go to bench/results/without-gpu/ptxas.csv; those of a source carry the digest of its
+text and of what it includes, and tests/cuda/test_registers.py holds them to it. The dynamic shared memory of a launch
+is chosen at run time; tests/cuda/test_cuda_plans.py checks that it fits the device.
 """
 
 from __future__ import annotations
@@ -15,50 +13,68 @@ import concurrent.futures
 import os
 import re
 import subprocess
-import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from nvcc import FLAGS
+from included_files import digest
+from nvcc import code
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
-from focalnet.benchmark.environment import ROOT, commit, versions
-from focalnet.benchmark.rows import write
+from focalnet.benchmark.environment import ROOT
+from focalnet.benchmark.rows import NOWHERE, read, write_table
 
+FILE = "ptxas"
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+FIELDS = (
+    *("source", "kernel", "architecture", "registers", "stack", "spill_stores", "spill_loads", "static_shared"),
+    *("nvcc", "digest"),
+)
 TYPES = {"6__half": "float16", "13__nv_bfloat16": "bfloat16", "f": "float32"}
 
 
-def main(
-    architecture: Annotated[list[int] | None, typer.Option(help="Compute capability, as 90.")] = None,
-    log: Annotated[Path | None, typer.Option(help="What a build printed with -Xptxas=-v.")] = None,
-    nvcc: Annotated[str, typer.Option(envvar="NVCC")] = "nvcc",
-) -> None:
-    """Compile csrc/cuda for each architecture and print what the kernels use."""
-    release = re.search(r"release ([\d.]+)", _run(nvcc, "--version"))[1]
-    found = kernels(log.read_text() if log else compile_all(nvcc, architecture or ARCHITECTURES))
-    facts = {"nvcc": release, "commit": commit(), **versions()}
-    rows = [{"case": f"{row['kernel']} {row['architecture']}", **row, **facts} for row in found]
-    path = write(rows, "ptxas", f"nvcc {release}")
-    Console(width=120).print(table(found))
+def main(nvcc: Annotated[str, typer.Option(envvar="NVCC")] = "nvcc") -> None:
+    """Print what the kernels use, and keep it."""
+    release = release_of(nvcc)
+    kept = [row for row in rows() if is_fresh(row) and row["nvcc"] == release]
+    have = {(row["source"], row["architecture"]) for row in kept}
+    jobs = [(path, n) for path in by_size(SOURCES) for n in ARCHITECTURES if (path.stem, f"sm_{n}") not in have]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = pool.map(lambda job: rows_of(*job, release, nvcc), jobs)
+        found = [row for several in track(made, "compiling", len(jobs)) for row in several]
+    every = sorted([*kept, *found], key=lambda row: (row["source"], int(row["architecture"][3:]), row["kernel"]))
+    path = write_table(every, FILE, NOWHERE, FIELDS)
+    Console(width=120).print(table(every))
     print(path.relative_to(ROOT))
 
 
-def compile_all(nvcc: str, architectures: Sequence[int]) -> str:
-    """What nvcc prints when it compiles every source for every architecture."""
-    jobs = [(path, number) for number in architectures for path in sorted(ROOT.glob("csrc/cuda/*.cu"))]
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        return "".join(pool.map(lambda job: compile_one(nvcc, *job), jobs))
+def rows() -> list[dict[str, object]]:
+    return read(FILE, NOWHERE)
 
 
-def compile_one(nvcc: str, source: Path, architecture: int) -> str:
-    """What nvcc prints when it compiles ``source`` for one architecture."""
-    with tempfile.TemporaryDirectory() as folder:
-        target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
-        return _run(nvcc, *FLAGS, target, "-c", str(source), "-o", str(Path(folder, "kernels.o")))
+def is_fresh(row: dict[str, object]) -> bool:
+    """Whether a row is of its source as it is."""
+    path = ROOT / "csrc" / "cuda" / f"{row['source']}.cu"
+    return path.exists() and row["digest"] == digest([path])
+
+
+def rows_of(source: Path, architecture: int, release: str, nvcc: str = "nvcc") -> list[dict[str, object]]:
+    facts = {"nvcc": release, "digest": digest([source])}
+    found = kernels((code(source, architecture, nvcc) / "ptxas.txt").read_text())
+    return [{"source": source.stem, **row, **facts} for row in found]
+
+
+def release_of(nvcc: str = "nvcc") -> str:
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release ([\d.]+)", said)[1]
+
+
+def by_size(sources: list[Path]) -> list[Path]:
+    """What takes longest to compile first: no processor waits for the last."""
+    return sorted(sources, key=lambda path: path.stat().st_size, reverse=True)
 
 
 def kernels(log: str) -> list[dict[str, object]]:
@@ -103,13 +119,6 @@ def table(rows: list[dict[str, object]]) -> Table:
         most = {name: max(row[name] for row in mine.values()) for name in ("stack", "spill_stores", "static_shared")}
         shown.add_row(kernel, *(str(mine[a]["registers"]) for a in architectures), *map(str, most.values()))
     return shown
-
-
-def _run(*command: str) -> str:
-    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if result.returncode != 0:
-        raise SystemExit(f"{' '.join(command)}\n{result.stdout}")
-    return result.stdout
 
 
 if __name__ == "__main__":

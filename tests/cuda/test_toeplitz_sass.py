@@ -1,11 +1,10 @@
-"""What nvcc makes of the kernels on tensor cores, without a GPU: no spills, and instructions an output that stay few.
+"""What nvcc makes of the kernels on tensor cores, without a GPU: instructions an output that stay few.
 
 A lane has four outputs in a block of eight columns and sixteen rows. The loop over the rows of a kernel is run once a
 row of it, the loop around it once a tile. Everything in the outer loop counts, also what only the last level or the
 others run, so the figures are upper limits.
 """
 
-import re
 import shutil
 
 import pytest
@@ -17,15 +16,6 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc"),
 ]
 
-ARCHITECTURES = (80, 90, 100)
-# 512 threads of a block; two blocks of 256, or one.
-MAX_REGISTERS = {
-    "toeplitz_fwd": 128,
-    "toeplitz_fwd_planes": 255,
-    "toeplitz_bwd": 128,
-    "toeplitz_bwd_levels": 128,
-    "toeplitz_turn": 64,
-}
 OUTPUTS = 4  # a lane and block of columns
 BLOCKS = 7  # 56 columns
 KERNELS = (3, 5, 7)
@@ -39,17 +29,6 @@ MAX_PLANES_INSTRUCTIONS = 35  # with the sum of gates in registers
 
 def compiled(name, architecture):
     return sass.compiled(CUDA / f"{name}.cu", architecture)
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("name", MAX_REGISTERS)
-def test_nothing_spills(name, architecture):
-    _, report = compiled(name, architecture)
-    kernels = report.split("Compiling entry function ")[1:]
-    assert kernels
-    for kernel in kernels:
-        assert re.search(r"\b0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads", kernel), kernel
-        assert int(re.search(r"Used (\d+) registers", kernel)[1]) <= MAX_REGISTERS[name], kernel
 
 
 @pytest.fixture(scope="module")
