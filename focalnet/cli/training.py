@@ -70,9 +70,7 @@ Check = Annotated[bool, typer.Option("--check/--no-check", help="Decode every im
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show the plan (steps, learning rate, memory, hours) and stop.")
 ]
-Images = Annotated[
-    int | None, typer.Option(help="With --dry-run: number of training images; DATA need not exist.")
-]
+Images = Annotated[int | None, typer.Option(help="With --dry-run: number of training images; DATA need not exist.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document at the end instead of lines.")]
 
 
