@@ -26,6 +26,7 @@ from builds import (
     sources,  # noqa: F401
     wheel_info,
 )
+from kernel_names import names, written
 from nvcc import FLAGS, code
 
 pytestmark = [
@@ -159,15 +160,6 @@ def test_auto_leaves_the_kernels_out_where_torch_has_no_cuda(rebuilt, toolkit):
 
 KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-
-
-def names(reported):
-    return {re.sub("<.*", "", kernel["kernel"]) for kernel in reported}
-
-
-def written(source):
-    """The kernels that a source defines."""
-    return set(re.findall(r"(\w+_kernel)\(", source.read_text()))
 
 
 def hurry():

@@ -4,11 +4,11 @@ The rows are committed; bench/static/ptxas.py makes them. Their digests hold the
 for one architecture, where there is nvcc, must be what they say.
 """
 
-import re
 import shutil
 
 import ptxas
 import pytest
+from kernel_names import names, written
 
 SHARED_LIMIT = 48 * 2**10  # bytes of static shared memory, on every architecture
 # 512 threads of a block; two blocks of 256, or one.
@@ -29,15 +29,6 @@ every_source = pytest.mark.parametrize("source", ptxas.SOURCES, ids=lambda path:
 def rows_of(source, architecture=None):
     wanted = [row for row in ptxas.rows() if row["source"] == source.stem]
     return [row for row in wanted if architecture is None or row["architecture"] == f"sm_{architecture}"]
-
-
-def written(source):
-    """The kernels that a source defines."""
-    return set(re.findall(r"(\w+_kernel)\(", source.read_text()))
-
-
-def names(rows):
-    return {re.sub("<.*", "", row["kernel"]) for row in rows}
 
 
 @every_source
