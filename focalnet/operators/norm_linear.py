@@ -28,9 +28,14 @@ from .gradients import composed_gradients, pack, unpack
 
 
 def padded_empty(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """An uninitialised tensor (..., N) whose rows begin at multiples of `ROW_ELEMENTS` elements."""
+    """An uninitialised tensor (..., N) whose rows begin at multiples of `ROW_ELEMENTS` elements.
+
+    On a CPU zeros lie between the rows. A product of bfloat16 by oneDNN on AMX reads what lies there as well, and NaN
+    left from before would get into its results.
+    """
     *leading, features = shape
-    return like.new_empty((*leading, padded_row(features)))[..., :features]
+    new = like.new_empty if like.is_cuda else like.new_zeros
+    return new((*leading, padded_row(features)))[..., :features]
 
 
 def padded_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -403,3 +403,13 @@ def test_exported_and_transformed_calls_do_not_pad(padding):
     torch.testing.assert_close(program.module()(x), module(x))
     mapped = torch.func.vmap(lambda one: module(one[None])[0])(x)
     torch.testing.assert_close(mapped, module(x))
+
+
+def test_between_padded_rows_on_a_cpu_lie_zeros():
+    """A product of bfloat16 by oneDNN on AMX reads what lies there."""
+    like = torch.ones(1, dtype=torch.bfloat16)
+    for _ in range(20):
+        torch.full((64, 80), torch.nan, dtype=torch.bfloat16)  # freed at once: the next memory of this size is NaN
+        made = padded_empty(like, (64, 68))
+        assert made.stride() == (80, 1)
+        assert not made.as_strided((64, 12), (80, 1), 68).any()
