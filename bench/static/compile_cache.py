@@ -12,6 +12,11 @@ from pathlib import Path
 from filelock import FileLock
 
 
+def longest_first(sources: Iterable[Path]) -> list[Path]:
+    """What takes longest to compile comes first, so that no processor waits for the last."""
+    return sorted(sources, key=lambda source: source.stat().st_size, reverse=True)
+
+
 def made_once(of: Iterable[str | bytes], make: Callable[[Path], object]) -> Path:
     """The folder that ``make`` filled, by one process for all. ``of``: what decides the contents."""
     parts = (part.encode() if isinstance(part, str) else part for part in of)

@@ -32,9 +32,10 @@ def code(source: Path, architecture: int, nvcc: str = "nvcc") -> Path:
                 raise RuntimeError(f"{source} for sm_{architecture}: {ended.stderr}")
         (folder / "ptxas.txt").write_text(ended.stderr)
 
-    return made_once(["nvcc", _version(nvcc), *FLAGS, str(architecture), *texts], make)
+    return made_once(["nvcc", version(nvcc), *FLAGS, str(architecture), *texts], make)
 
 
 @functools.cache
-def _version(nvcc: str) -> str:
+def version(nvcc: str = "nvcc") -> str:
+    """What nvcc says of its own version."""
     return subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout

@@ -12,13 +12,13 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import re
-import subprocess
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from compile_cache import longest_first
 from included_files import digest
-from nvcc import code
+from nvcc import code, version
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -41,7 +41,7 @@ def main(nvcc: Annotated[str, typer.Option(envvar="NVCC")] = "nvcc") -> None:
     release = release_of(nvcc)
     kept = [row for row in rows() if is_fresh(row) and row["nvcc"] == release]
     have = {(row["source"], row["architecture"]) for row in kept}
-    jobs = [(path, n) for path in by_size(SOURCES) for n in ARCHITECTURES if (path.stem, f"sm_{n}") not in have]
+    jobs = [(path, n) for path in longest_first(SOURCES) for n in ARCHITECTURES if (path.stem, f"sm_{n}") not in have]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         made = pool.map(lambda job: rows_of(*job, release, nvcc), jobs)
         found = [row for several in track(made, "compiling", len(jobs)) for row in several]
@@ -68,13 +68,7 @@ def rows_of(source: Path, architecture: int, release: str, nvcc: str = "nvcc") -
 
 
 def release_of(nvcc: str = "nvcc") -> str:
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    return re.search(r"release ([\d.]+)", said)[1]
-
-
-def by_size(sources: list[Path]) -> list[Path]:
-    """What takes longest to compile first: no processor waits for the last."""
-    return sorted(sources, key=lambda path: path.stat().st_size, reverse=True)
+    return re.search(r"release ([\d.]+)", version(nvcc))[1]
 
 
 def kernels(log: str) -> list[dict[str, object]]:

@@ -1,7 +1,7 @@
 """The FocalNet models, drop-in for transformers': the same names, parameters, arguments and outputs.
 
 Yang et al., "Focal Modulation Networks", NeurIPS 2022 (arXiv:2203.11926). docs/differences.md lists the additions to
-transformers' models and the differences from them.
+transformers' models and the differences from them. One file, as the classes are in transformers.
 """
 
 from __future__ import annotations

@@ -158,7 +158,6 @@ def test_auto_leaves_the_kernels_out_where_torch_has_no_cuda(rebuilt, toolkit):
     }
 
 
-KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
 
@@ -175,16 +174,16 @@ def test_wheel_with_kernels_loads_without_cuda(rebuilt, python):
     assert wheel_info(wheel)["cuda"]["architectures"] == ["sm_90", "compute_90"]
     # No smaller than if a user's code were there beside this.
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        folders = pool.map(lambda source: code(source, 90), KERNELS)
+        folders = pool.map(lambda source: code(source, 90), ptxas.SOURCES)
         theirs = sum((folder / "code.cubin").stat().st_size for folder in folders)
     assert wheel.stat().st_size + theirs < WHEEL_LIMIT
 
     lines = [line for line in log.splitlines() if re.search(r"\bnvcc\b.*\.cu\b", line)]
-    assert len(lines) == len(KERNELS)
+    assert len(lines) == len(ptxas.SOURCES)
     for line in lines:
         decisive = re.findall(r"\s(-O\S+|-std\S+|-Xptxas\S*|-Xcicc\S*|-+maxrregcount\S*)", line)
         assert [*decisive, "-Xptxas=-v"] == list(FLAGS)
-    assert names(ptxas.kernels(log)) == set().union(*map(written, KERNELS))
+    assert names(ptxas.kernels(log)) == set().union(*map(written, ptxas.SOURCES))
 
     python.pip("install", wheel)
     facts = python.run("""

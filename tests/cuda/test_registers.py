@@ -26,7 +26,7 @@ RESULTS = ("registers", "stack", "spill_stores", "spill_loads", "static_shared")
 every_source = pytest.mark.parametrize("source", ptxas.SOURCES, ids=lambda path: path.stem)
 
 
-def rows_of(source, architecture=None):
+def committed(source, architecture=None):
     wanted = [row for row in ptxas.rows() if row["source"] == source.stem]
     return [row for row in wanted if architecture is None or row["architecture"] == f"sm_{architecture}"]
 
@@ -34,14 +34,14 @@ def rows_of(source, architecture=None):
 @every_source
 @pytest.mark.parametrize("architecture", ptxas.ARCHITECTURES)
 def test_every_kernel_has_rows_of_its_source_as_it_is(source, architecture):
-    rows = rows_of(source, architecture)
+    rows = committed(source, architecture)
     assert names(rows) == written(source)
     assert all(map(ptxas.is_fresh, rows)), "run bench/static/ptxas.py"
 
 
 @every_source
 def test_no_kernel_spills(source):
-    for row in rows_of(source):
+    for row in committed(source):
         spilled = SPILLED.get((row["kernel"], row["architecture"]), NOTHING)
         assert {name: row[name] for name in NOTHING} == spilled, row
         assert row["static_shared"] <= SHARED_LIMIT, row
@@ -53,10 +53,10 @@ def test_no_kernel_spills(source):
 @every_source
 def test_nvcc_reports_what_the_rows_say(source):
     """Another release may take other registers, but spills nothing either."""
-    here, committed = ptxas.rows_of(source, 90, ptxas.release_of()), rows_of(source, 90)
-    if here[0]["nvcc"] == committed[0]["nvcc"]:
-        assert by_kernel(here, RESULTS) == by_kernel(committed, RESULTS)
-    assert by_kernel(here, NOTHING) == {row["kernel"]: [0, 0, 0] for row in committed}
+    here, there = ptxas.rows_of(source, 90, ptxas.release_of()), committed(source, 90)
+    if here[0]["nvcc"] == there[0]["nvcc"]:
+        assert by_kernel(here, RESULTS) == by_kernel(there, RESULTS)
+    assert by_kernel(here, NOTHING) == {row["kernel"]: [0, 0, 0] for row in there}
 
 
 def by_kernel(rows, fields):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from compile_cache import made_once
+from compile_cache import longest_first, made_once
 
 TESTS = Path(__file__).parents[1]
 CUDA = TESTS.parent / "csrc" / "cuda"
@@ -62,10 +62,9 @@ def compiled(source):
 
 
 def linked(sources=SOURCES):
-    """The program of ``sources``. Those that take longest to compile come first: no processor waits for the last."""
-    by_size = sorted(sources, key=lambda source: source.stat().st_size, reverse=True)
+    """The program of ``sources``."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compiled, by_size))
+        objects = list(pool.map(compiled, longest_first(sources)))
 
     def make(folder):
         run([*compiler(), *SANITIZERS, *objects, "-o", folder / "program"])
