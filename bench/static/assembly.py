@@ -48,12 +48,12 @@ class Sass:
 
     @functools.cached_property
     def writes(self) -> int:
-        return _predicates_at_once(self, "R2P") + sum(bits(operand, width) for operand, width in self.targets)
+        return _predicates_at_once(self, "R2P", "UR2UP") + sum(bits(operand, width) for operand, width in self.targets)
 
     @functools.cached_property
     def reads(self) -> int:
         """Registers of its sources, two of each where a pair may be meant; without the guard."""
-        found = _predicates_at_once(self, "P2R")
+        found = _predicates_at_once(self, "P2R", "UP2UR")
         for source in self.sources:
             found |= bits(source, _source_width(self, source))
         return found
@@ -261,9 +261,10 @@ def _split(operands: str) -> list[str]:
     return [one.strip() for one in re.split(r",(?![^\[]*\])", operands)] if operands else []
 
 
-def _predicates_at_once(one: Sass, opcode: str) -> int:
-    """The predicates that P2R and R2P name by a mask."""
-    return int(one.operands[-1], 16) << FIRST["P"] if one.opcode == opcode else 0
+def _predicates_at_once(one: Sass, *opcodes: str) -> int:
+    """The predicates that one of ``opcodes`` names by a mask: P2R and R2P, or UP2UR and UR2UP of uniform ones."""
+    kind = "UP" if one.opcode.startswith("U") else "P"
+    return int(one.operands[-1], 16) << FIRST[kind] if one.opcode in opcodes else 0
 
 
 # ---- which operands are written -------------------------------------------------------------------------------------

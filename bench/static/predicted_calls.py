@@ -204,26 +204,39 @@ class Table:
             write_table(in_order(rows, self.operators), self.file, NOWHERE, self.fields)
 
         save([])
-        _in_processes(self.lacking(rows), rows_of, save, jobs)
+        failed = _in_processes(self.lacking(rows), rows_of, save, jobs)
         left_out = lacking(rows, self.operators)
         print(f"left out: {in_words(left_out)}" if left_out else "every call has its rows")
+        if failed:
+            raise SystemExit(f"{failed} groups failed, for the reasons above")
 
 
-def _in_processes(todo: Sequence[Work], rows_of: Callable, save: Callable[[list[dict]], None], jobs: int) -> None:
-    """Call ``rows_of`` for each group, and ``save`` with what comes back. Ctrl-C ends it; what is saved stays."""
+def _in_processes(todo: Sequence[Work], rows_of: Callable, save: Callable[[list[dict]], None], jobs: int) -> int:
+    """Call ``rows_of`` for each group, and ``save`` with what comes back; how many groups failed.
+
+    A group that fails says why at once and leaves the others alone. Ctrl-C ends it all; what is saved stays.
+    """
+    failed = 0
     with ProcessPoolExecutor(max(1, min(jobs, len(todo))), initializer=_end_with_an_interrupt) as pool:
         waiting = {pool.submit(rows_of, *work): work for work in todo}
         try:
             for number, done in enumerate(as_completed(waiting), 1):
                 group, its_stages = waiting[done]
-                save(done.result())
-                print(
-                    f"{number} of {len(todo)}: {group}, {its_stages[0].kernels}: {len(its_stages)} stages", flush=True
-                )
+                place = f"{number} of {len(todo)}: {group}, {its_stages[0].kernels}"
+                error = done.exception()
+                if error is None:
+                    save(done.result())
+                    print(f"{place}: {len(its_stages)} stages", flush=True)
+                elif isinstance(error, BrokenProcessPool):
+                    raise error
+                else:
+                    failed += 1
+                    print(f"{place} failed: {error}", file=sys.stderr, flush=True)
         except (KeyboardInterrupt, BrokenProcessPool):
             pool.shutdown(wait=False, cancel_futures=True)
             print("stopped: what was predicted is kept; the same command goes on", file=sys.stderr)
             raise SystemExit(130) from None
+    return failed
 
 
 def _end_with_an_interrupt() -> None:

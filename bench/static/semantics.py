@@ -515,14 +515,20 @@ def _at_once(one: Sass) -> Assignments:
 def _all_predicates(one: Sass) -> Assignments:
     _only(one)
     target, _, base, mask = one.operands
-    bits = [f"(cast(P[{i}]) << n({i}))" for i in range(7) if int(mask, 16) >> i & 1]
+    bits = [f"(cast({its_place}) << n({i}))" for i, its_place in _masked_predicates(one)]
     return [(place(target), f"({value(base)} & n({~int(mask, 16) & MASK}) | {' | '.join(bits)})")]
 
 
 def _into_predicates(one: Sass) -> Assignments:
     _only(one)
-    _, source, mask = one.operands
-    return [(f"P[{i}]", f"(({value(source)} >> n({i})) & n(1) != 0)") for i in range(7) if int(mask, 16) >> i & 1]
+    source = one.operands[1]
+    return [(its_place, f"(({value(source)} >> n({i})) & n(1) != 0)") for i, its_place in _masked_predicates(one)]
+
+
+def _masked_predicates(one: Sass) -> list[tuple[int, str]]:
+    """(number, place) of those that the last operand names by its bits."""
+    kind, mask = "Q" if one.opcode.startswith("U") else "P", int(one.operands[-1], 16)
+    return [(i, f"{kind}[{i}]") for i in range(7) if mask >> i & 1]
 
 
 def _division_is_ordinary(one: Sass) -> Assignments:
@@ -539,6 +545,7 @@ _BUILD: dict[str, Callable[[Sass], Assignments]] = {
     "LDCU": _constant, "S2R": _special_register, "S2UR": _special_register, "CS2R": _special_register,
     "CS2UR": _special_register, "R2UR": _to_uniform, "SHFL": _shuffle, "VOTE": _vote, "VOTEU": _vote,
     "ELECT": _elected, "SYNCS": _at_once, "UTCATOMSWS": _at_once, "P2R": _all_predicates, "R2P": _into_predicates,
+    "P2UR": _all_predicates, "R2UP": _into_predicates,
     "FSETP": _float_compare, "FSEL": _float_select, "FCHK": _division_is_ordinary,
 }  # fmt: skip
 # What does not depend on its operands here.

@@ -290,6 +290,29 @@ def test_a_run_predicts_what_is_missing_keeps_what_is_current_and_forgets_the_re
     assert sorted(todo) == sorted([second, *others])
 
 
+def rows_but_of_a_b200(group, its_stages):
+    if group.device == "B200":
+        raise ValueError("`BRA` depends on what memory holds")
+    names = ("variant", "stage", "x", "dtype", "batch", "operator", "subject")
+    calls = [(one.variant, one.index + 1, group.device, group.dtype, group.batch) for one in its_stages]
+    return [dict(zip(names, (*call, "gated_aggregation", "all"), strict=True)) for call in calls]
+
+
+def test_a_group_that_fails_is_named_and_leaves_the_others_their_rows(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    fields = ("operator", "variant", "stage", "x", "dtype", "batch", "subject")
+    table = predicted_calls.Table("table", fields, ("gated_aggregation",), lambda row: True)
+    of_a_b200 = [work for work in table.lacking([]) if work[0].device == "B200"]
+    with pytest.raises(SystemExit, match=f"^{len(of_a_b200)} groups failed"):
+        table.fill(rows_but_of_a_b200, jobs=2)
+    every = predicted_calls.calls(table.operators)
+    assert [predicted_calls.call_of(row) for row in table.current()] == [call for call in every if call[2] != "B200"]
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1].startswith("left out: B200: ")
+    assert printed.err.count("failed: `BRA` depends on what memory holds\n") == len(of_a_b200)
+    assert "B200, bfloat16, batch 128, forward, (3, 5) failed" in printed.err
+
+
 # Launches of a call, at most; microseconds on an H100, predicted, at batch 128 in bfloat16: no slower than the kernels
 # were when the model began to take resources in turns.
 MAX_LAUNCHES = {"focal_modulation": 4, "focal_modulation_bwd": 12}

@@ -237,6 +237,26 @@ EXIT
     assert found.opcodes["FADD"] == 1
 
 
+@pytest.mark.parametrize("number", [3, 40])
+def test_uniform_predicates_keep_their_places_in_a_register(number):
+    """UP2UR and UR2UP, at bits 1 and 2: they are lost in between and come back."""
+    body = """
+LDC R0, c[0x0][0x210]
+R2UR UR0, R0
+UISETP.GE.AND UP2, UPT, UR0, 0x20, UPT
+UISETP.LT.AND UP1, UPT, UR0, 0x20, UPT
+UP2UR UR3, UPR, URZ, 0x6
+UISETP.NE.AND UP2, UPT, UR0, UR0, UPT
+UISETP.NE.AND UP1, UPT, UR0, UR0, UPT
+UR2UP UPR, UR3, 0x6
+USEL UR8, URZ, 0x40, !UP2
+@!UP1 UIADD3 UR8, UR8, 0x80, URZ
+MOV R8, UR8
+MOV R9, RZ
+"""
+    assert result_of(body, number) == (0x40 + 0x80 if number >= 32 else 0) // 32
+
+
 STORE = """
 S2R R0, SR_TID.X
 IMAD R2, R0, {stride:#x}, RZ
