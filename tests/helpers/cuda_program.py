@@ -21,7 +21,7 @@ SOURCES = [
     TESTS / "cuda" / "cuda_on_cpu" / "main.cpp",
 ]
 # -fno-strict-aliasing: the kernels read a pair of elements as one word, which CUDA allows and standard C++ does not.
-FLAGS = ["-O1", "-g1", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
+FLAGS = ["-Og", "-g1", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
 CHECKS = "address,alignment,integer-divide-by-zero,signed-integer-overflow"
 SANITIZERS = [f"-fsanitize={CHECKS}", "-fno-sanitize-recover=all"]
 
