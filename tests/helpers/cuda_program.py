@@ -50,15 +50,17 @@ def compiler():
 
 
 def compiled(source):
-    """The object of a source, compiled once for all processes and runs, until it, a header or a flag changes."""
-    folders = [TESTS / "cuda" / "cuda_on_cpu", CUDA]
-    command = [*compiler(), *FLAGS, *SANITIZERS, *(f"-I{folder}" for folder in folders), "-x", "c++", "-c", source]
+    """The object of a source, compiled once for all processes and checkouts, until it, a header or a flag changes."""
+    folders, flags = [TESTS / "cuda" / "cuda_on_cpu", CUDA], [*FLAGS, *SANITIZERS]
+    # An object names its sources from the root, so it is the same in every checkout.
+    here = [f"-ffile-prefix-map={TESTS.parent}=.", *(f"-I{folder}" for folder in folders)]
     headers = [path.read_bytes() for folder in folders for path in sorted(folder.glob("*.*h"))]
 
     def make(folder):
-        run([*command, "-o", folder / "object.o"])
+        run([*compiler(), *flags, *here, "-x", "c++", "-c", source, "-o", folder / "object.o"])
 
-    return made_once([_version(), *map(str, command), source.read_bytes(), *headers], make) / "object.o"
+    of = [_version(), *compiler(), *flags, source.name, source.read_bytes(), *headers]
+    return made_once(of, make) / "object.o"
 
 
 def linked(sources=SOURCES):
