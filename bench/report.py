@@ -27,6 +27,7 @@ from focalnet.benchmark.environment import ROOT
 
 sys.path.append(str(ROOT / "bench" / "static"))
 import predicted_calls
+import predicted_tables
 
 PAGE = ROOT / "docs" / "performance.md"
 MISSING = "Not measured yet."
@@ -341,6 +342,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "gpu-operators": gpu_tables.operators,
     "gpu-kernels": gpu_tables.kernels,
     "predicted": predicted_calls.page,
+    "predicted-gpus": predicted_tables.of_gpus,
 }
 
 

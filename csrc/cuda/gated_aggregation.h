@@ -60,6 +60,10 @@ struct Gradients {
     bool planar_maps;            // dagg lies as takes_planar_maps (toeplitz.h) says, and agg will
 };
 
+// Blocks of `size` that n things take, the last one not full.
+constexpr int blocks_for(int64_t n, int64_t size) { return static_cast<int>((n + size - 1) / size); }
+constexpr int round_up(int n, int to) { return blocks_for(n, to) * to; }
+
 // How a launch cuts the maps: a block owns one tile of one image and block_c channels of it.
 struct Tiling {
     int block_c;         // channels, a power of two

@@ -9,8 +9,6 @@ namespace focalnet::cuda {
 
 inline constexpr int kSumPositions = 1024;  // of a block of gate_sums_kernel
 
-inline int blocks_for(int64_t n, int64_t size) { return static_cast<int>((n + size - 1) / size); }
-
 // [parts][taps][C] in float32, and where their sum goes, (C, taps).
 struct Partials {
     const float* data;

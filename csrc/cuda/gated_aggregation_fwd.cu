@@ -130,24 +130,35 @@ __global__ void global_context_kernel(const float* sums, float* global, int64_t 
     global[i] = gelu(sum / positions);
 }
 
-// A thread owns vectors of N channels: agg += scale * gate * global. Reads agg, a gate and (from L2) global; writes
-// agg.
+constexpr int kAddThreads = 256;
+
+// agg += scale * gate * global. A block owns a share of an image's positions, and a thread N channels of some of them:
+// it reads those of global once, and for each position a gate and agg, which it writes.
 template <typename T, int N>
-__global__ void add_global_kernel(T* agg, const float* global, Map gates, int gate, float scale, int64_t vectors,
-                                  int H, int W, int C) {
-    const int per_position = C / N;
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < vectors;
-         i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
-        const int64_t position = i / per_position, row = position / W, b = row / H;
-        const int c = static_cast<int>(i % per_position) * N;
-        const T* from = static_cast<const T*>(gates.data) + b * gates.stride_b + row % H * gates.stride_h +
-                        position % W * gates.stride_w + gate;
-        const float g = scale * to_float(*from);
-        float values[N];
-        Vector<T, N>::load(agg + i * N, values);
+__global__ void __launch_bounds__(kAddThreads)
+    add_global_kernel(T* agg, const float* global, Map gates, int gate, float scale, int shares, int H, int W, int C) {
+    constexpr int kFloats = N < 4 ? N : 4;  // of one access
+    const int side = min(C / N, kAddThreads), together = kAddThreads / side, thread = threadIdx.x;
+    if (thread >= side * together) return;
+    const int64_t image = blockIdx.x / shares;
+    const int first = blockIdx.x % shares * together + thread / side;
+    const T* from = static_cast<const T*>(gates.data) + image * gates.stride_b + gate;
+    T* map = agg + image * H * W * C;
+    for (int c = thread % side * N; c < C; c += side * N) {
+        float own[N / kFloats][kFloats];
 #pragma unroll
-        for (int k = 0; k < N; ++k) values[k] = fmaf(g, global[b * C + c + k], values[k]);
-        Vector<T, N>::store(agg + i * N, values);
+        for (int k = 0; k < N; k += kFloats)
+            Vector<float, kFloats>::load(global + image * C + c + k, own[k / kFloats]);
+        Walk walk(Region{0, H, 0, W}, first, shares * together);
+        for (; walk.more(); walk.next()) {
+            const float g = scale * to_float(from[walk.y * gates.stride_h + walk.x * gates.stride_w]);
+            T* at = map + (static_cast<int64_t>(walk.y) * W + walk.x) * C + c;
+            float values[N];
+            Vector<T, N>::load(at, values);
+#pragma unroll
+            for (int k = 0; k < N; ++k) values[k] = fmaf(g, own[k / kFloats][k % kFloats], values[k]);
+            Vector<T, N>::store(at, values);
+        }
     }
 }
 
@@ -202,10 +213,11 @@ Status add_global(const Problem& p, const Map& agg, const float* global, cudaStr
     Status status;
     with_width_on_host<T>(widest_vector(p.element, p.C, {agg}), [&](auto n) {
         constexpr int N = decltype(n)::value;
-        const int64_t vectors = p.B * p.H * p.W * (p.C / N);
-        const int64_t blocks = std::min<int64_t>((vectors + 255) / 256, 16 * p.limits.multiprocessors);
-        status = launch("add_global_kernel", add_global_kernel<T, N>, blocks, 256, 0, stream,
-                        static_cast<T*>(agg.data), global, p.gates, p.L, p.scale, vectors, p.H, p.W, p.C);
+        const int together = kAddThreads / std::min(p.C / N, kAddThreads);
+        const int shares = std::min(blocks_for(static_cast<int64_t>(p.H) * p.W, together),
+                                    blocks_for(16 * p.limits.multiprocessors, p.B));
+        status = launch("add_global_kernel", add_global_kernel<T, N>, p.B * shares, kAddThreads, 0, stream,
+                        static_cast<T*>(agg.data), global, p.gates, p.L, p.scale, shares, p.H, p.W, p.C);
     });
     return status;
 }

@@ -26,9 +26,6 @@ constexpr int kResidentThreads = 512;  // on a multiprocessor: 65536 registers, 
 constexpr int kTileHeights[] = {64, 56, 48, 40, 32, 28, 24, 20, 16, 12, 8, 4, 2};
 constexpr int kTileWidths[] = {63, 56, 49, 42, 35, 28, 21, 14, 7};
 
-int round_up(int n, int to) { return (n + to - 1) / to * to; }
-int blocks_for(int n, int size) { return (n + size - 1) / size; }
-
 // The smallest pitch, in elements, for which a step of kRunY rows is a step of block_c channels modulo the 32 banks.
 int pitch_for(int columns, int block_c, int size) {
     const int words = block_c * size / 4, least = columns * words;

@@ -43,18 +43,16 @@ __device__ __forceinline__ int tap_of_lane(int lane, int width) {
 }
 
 // The taps of one channel and level, by a warp. T[i][j] = w[i - j - shift], and u = i - j + 7. A channel beyond C has
-// zeros. `turned`: the kernel by 180 degrees.
+// zeros.
 template <typename T>
-__device__ __forceinline__ void write_taps(T* to, const T* from, int kh, int kw, int steps, bool exists, bool turned,
-                                           int lane) {
+__device__ __forceinline__ void write_taps(T* to, const T* from, int kh, int kw, int steps, bool exists, int lane) {
     const int width = toeplitz_tap_width(steps), shift = 8 * steps - 4 - kw / 2;
     for (int u = lane; u < width; u += kWarp) {
         const int tap = u - 7 - shift;
         const bool inside = exists && static_cast<unsigned>(tap) < static_cast<unsigned>(kw);
 #pragma unroll 4
         for (int ky = 0; ky < kh; ++ky) {
-            const int i = ky * kw + tap;
-            const T value = inside ? from[turned ? kh * kw - 1 - i : i] : from_float<T>(0.0f);
+            const T value = inside ? from[ky * kw + tap] : from_float<T>(0.0f);
             T* row = to + ky * 2 * width;
             row[u] = value;
             // The second copy starts at the first's element 1; its last element is nobody's.
@@ -63,25 +61,30 @@ __device__ __forceinline__ void write_taps(T* to, const T* from, int kh, int kw,
     }
 }
 
+// COUNT fragments of sixteen rows and eight columns, side by side. `rows`: the lane's row of ldmatrix.
+template <bool TRANSPOSED, int COUNT>
+__device__ __forceinline__ void load_fragments(uint32_t (&a)[COUNT][2], SharedAddress rows) {
+#pragma unroll
+    for (int i = 0; i + 1 < COUNT; i += 2)
+        ldmatrix_x4<TRANSPOSED>(a[i][0], a[i][1], a[i + 1][0], a[i + 1][1], rows + 16 * i);
+    if constexpr (COUNT % 2 == 1) ldmatrix_x2<TRANSPOSED>(a[COUNT - 1][0], a[COUNT - 1][1], rows + 16 * (COUNT - 1));
+}
+
 // Sixteen rows of BLOCKS blocks of outputs. `rows`: the lane's row of ldmatrix, at the first kernel row and the first
 // column of input; `taps`: the lane's.
 template <typename T, int BLOCKS, int STEPS>
 __device__ __forceinline__ void convolve_tile(float (&sum)[BLOCKS][4], SharedAddress rows, int row_bytes,
                                               const T* taps, int kh) {
-    constexpr int kFragments = BLOCKS + 2 * STEPS - 1, kWidth = 16 * STEPS + 8;
+    constexpr int kWidth = 16 * STEPS + 8;
 #pragma unroll 1
     for (int ky = 0; ky < kh; ++ky) {
-        uint32_t b[STEPS][2], a[kFragments][2];
+        uint32_t b[STEPS][2], a[BLOCKS + 2 * STEPS - 1][2];
 #pragma unroll
         for (int s = 0; s < STEPS; ++s) {
             b[s][0] = load_word(taps + 16 * s);
             b[s][1] = load_word(taps + 16 * s + 8);
         }
-#pragma unroll
-        for (int i = 0; i + 1 < kFragments; i += 2)
-            ldmatrix_x4<false>(a[i][0], a[i][1], a[i + 1][0], a[i + 1][1], rows + 16 * i);
-        if constexpr (kFragments % 2 == 1)
-            ldmatrix_x2<false>(a[kFragments - 1][0], a[kFragments - 1][1], rows + 16 * (kFragments - 1));
+        load_fragments<false>(a, rows);
 #pragma unroll
         for (int half = 0; half < 2 * STEPS; ++half)
 #pragma unroll

@@ -180,11 +180,13 @@ Status toeplitz_planes(const Problem& p, const Map& agg, cudaStream_t stream);
 size_t toeplitz_forward_scratch_bytes(const Problem& p);
 Status toeplitz_forward(const Problem& p, const Map& agg, void* scratch, cudaStream_t stream);
 
-// What forward's convolutions give, in planar maps z; the sums of the last level over each tile, [B][tiles][C]; agg,
-// still without the global term, if it has data.
+// What forward's convolutions give, in planar maps z; the gates, planar too, [B][L + 1][H][planar_pitch(W)], with
+// nothing written beyond W; the sums of the last level over each tile, [B][tiles][C]; agg, still without the global
+// term, if it has data.
 int toeplitz_forward_tiles(const Problem& p);
 template <typename T>
-Status toeplitz_levels(const Problem& p, const Map& agg, T* const* z, float* sums, cudaStream_t stream);
+Status toeplitz_levels(const Problem& p, const Map& agg, T* const* z, T* planar_gates, float* sums,
+                       cudaStream_t stream);
 
 // Of what one of the two plans takes.
 size_t toeplitz_backward_scratch_bytes(const Problem& p, const Gradients& out);

@@ -119,15 +119,6 @@ struct LaneTaps {
     }
 };
 
-// COUNT fragments of sixteen rows and eight columns, side by side. `rows`: the lane's row of ldmatrix.
-template <bool TRANSPOSED, int COUNT>
-__device__ __forceinline__ void load_fragments(uint32_t (&a)[COUNT][2], SharedAddress rows) {
-#pragma unroll
-    for (int i = 0; i + 1 < COUNT; i += 2)
-        ldmatrix_x4<TRANSPOSED>(a[i][0], a[i][1], a[i + 1][0], a[i + 1][1], rows + 16 * i);
-    if constexpr (COUNT % 2 == 1) ldmatrix_x2<TRANSPOSED>(a[COUNT - 1][0], a[COUNT - 1][1], rows + 16 * (COUNT - 1));
-}
-
 // What a lane has of a tile: rows lane / 4 of both strips, columns column + 8 j, + 1.
 template <int BLOCKS>
 struct Tile {

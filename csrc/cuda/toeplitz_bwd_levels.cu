@@ -1,7 +1,7 @@
 // Gated aggregation, backward, on tensor cores, level by level: bfloat16 and float16, maps whose planes of all levels
 // do not fit shared memory.
 //
-//     1  toeplitz_fwd_kernel        z_l of every level, the sums of the last one, and agg if it is wanted
+//     1  toeplitz_fwd_kernel        z_l of every level, sums of the last one, the gates planar; agg if it is wanted
 //     2  gate_sums_kernel, global_bwd_kernel    (gated_aggregation_bwd.cu)
 //     3  toeplitz_first_bwd_kernel  dagg, planar; dz_L = (dagg * gate + dmean) * GELU'(z_L); the share of some
 //                                   channels in dgates of the last two gates
@@ -9,8 +9,9 @@
 //                                   its dz and dgates, or dctx
 //     5  sum_partials_kernel, sum_dgates_kernel: everything that blocks left, in a fixed order
 //
-// A block owns a band of an image's rows, all columns, and block_c channels. z, dz and dagg lie in global memory as
-// planar maps (toeplitz.h), as they do in shared memory: only ctx and dagg are turned, once each.
+// A block owns a band of an image's rows, all columns, and block_c channels. z, dz, dagg and the gates lie in global
+// memory as planar maps (toeplitz.h), as they do in shared memory: only ctx and dagg are turned, once each. A gate of
+// the projection has a sector of 32 bytes to itself, and every block of channels would ask for it.
 //
 // Bytes, in maps of C channels: 1 + L for (1), 1 for (2), 4 for (3), 5 for a level of (4), and the rows of a band's
 // halo again. z and dz are kept in T, sums in float32.
@@ -28,10 +29,10 @@ namespace {
 struct BandParams {
     int64_t B;
     int H, W, C, L, level;
-    int planar;  // the pitch of planar maps
-    Map gates;
+    int planar;           // the pitch of planar maps
+    const void* gates;    // planar, [B][L + 1][H]
     void *z, *dagg, *dz;  // planar; z of `level` (3) or of the level below it (4), dz of `level`
-    float* dgates;        // [blocks of channels][B][H * W][L + 1]; null: not wanted
+    float* dgates;        // [blocks of channels][B][L + 1][H * W]; null: not wanted
     float scale;
     ToeplitzBandTiling tiling;
 };
@@ -69,20 +70,25 @@ struct BandPlace {
     __device__ __forceinline__ int64_t row_of(const BandParams& p, int c, int y) const {
         return ((image * p.C + first_c + c) * p.H + y) * p.planar;
     }
-    __device__ __forceinline__ float* dgates_at(const BandParams& p, int row, int x) const {
-        return p.dgates + (((block * p.B + image) * p.H + y0 + row) * p.W + x) * (p.L + 1);
+    // Of a row of the band, two neighbouring positions: a warp writes whole sectors.
+    __device__ __forceinline__ void store_dgates(const BandParams& p, int gate, int row, int x, float2 two) const {
+        float* to = p.dgates + (((block * p.B + image) * (p.L + 1) + gate) * p.H + y0 + row) * p.W + x;
+        if (p.W % 2 == 0) {
+            *reinterpret_cast<float2*>(to) = two;
+            return;
+        }
+        to[0] = two.x;
+        if (x + 1 < p.W) to[1] = two.y;
     }
 };
 
 // gates[row][column] of one gate, a row of `pitch`, for the rows of a band.
 template <typename T>
 __device__ __forceinline__ void load_gate(T* to, int pitch, const BandParams& p, const BandPlace& at, int gate) {
-    const T* from =
-        static_cast<const T*>(p.gates.data) + at.image * p.gates.stride_b + at.y0 * p.gates.stride_h + gate;
+    const T* from = static_cast<const T*>(p.gates) + ((at.image * (p.L + 1) + gate) * p.H + at.y0) * p.planar;
     Walk walk(Region{0, at.count, 0, p.planar}, threadIdx.x, blockDim.x);
     for (; walk.more(); walk.next())
-        to[walk.y * pitch + walk.x] =
-            walk.x < p.W ? from[walk.y * p.gates.stride_h + walk.x * p.gates.stride_w] : from_float<T>(0.0f);
+        to[walk.y * pitch + walk.x] = walk.x < p.W ? from[walk.y * p.planar + walk.x] : from_float<T>(0.0f);
 }
 
 // A thread owns two neighbouring positions, and goes over the block's channels of them.
@@ -127,12 +133,9 @@ __global__ void __launch_bounds__(kToeplitzBackwardThreads) toeplitz_first_bwd_k
                                fmaf(p.scale * g.y, d.y, dmean[c]) * slope.y};
             store_pair(static_cast<T*>(p.dz) + out, inside_map(dz, x, p.W));
         }
-        if (!p.dgates) continue;
-        for (int k = 0; k < 2 && x + k < p.W; ++k) {
-            float* to = at.dgates_at(p, row, x + k) + p.level;
-            to[0] = k ? last.y : last.x;
-            to[1] = k ? all.y : all.x;
-        }
+        if (!p.dgates || x >= p.W) continue;
+        at.store_dgates(p, p.level, row, x, last);
+        at.store_dgates(p, p.level + 1, row, x, all);
     }
 }
 
@@ -216,9 +219,7 @@ __device__ __forceinline__ void form_dgates(const LevelBlock<T>& b) {
             const float2 d = load_pair(dagg + c * plane), v = load_pair(input + c * p.tiling.plane());
             sum = {fmaf(d.x, v.x, sum.x), fmaf(d.y, v.y, sum.y)};
         }
-        float* to = b.dgates_at(p, walk.y, x) + p.level - 1;
-        to[0] = sum.x;
-        if (x + 1 < p.W) to[p.L + 1] = sum.y;
+        b.store_dgates(p, p.level - 1, walk.y, x, sum);
     }
 }
 
@@ -340,7 +341,7 @@ __global__ void __launch_bounds__(kToeplitzBackwardThreads, 2) toeplitz_level_bw
 template <typename T>
 struct Workspace {
     ToeplitzBandsPlan plan;
-    T *z[kMaxLevels], *dz[2], *dagg;
+    T *z[kMaxLevels], *dz[2], *dagg, *gates;
     GlobalTerm global;
     float *dgates, *dweights[kMaxLevels];
     int64_t bytes;
@@ -351,6 +352,7 @@ struct Workspace {
         for (int l = 0; l < p.L; ++l) z[l] = scratch.take<T>(map);
         for (int i = 0; i < 2; ++i) dz[i] = scratch.take<T>(map);
         dagg = scratch.take<T>(map);
+        gates = scratch.take<T>(p.B * (p.L + 1) * p.H * planar_pitch(p.W));
         global = GlobalTerm(p, toeplitz_forward_tiles(p), scratch);
         dgates = out.want_gates ? scratch.take<float>(blocks_for(p.C, plan.block_c) * p.B * p.H * p.W * (p.L + 1))
                                 : nullptr;
@@ -371,7 +373,7 @@ BandParams band_params(const Problem& p, const Workspace<T>& w, int level) {
     params.L = p.L;
     params.level = level;
     params.planar = planar_pitch(p.W);
-    params.gates = p.gates;
+    params.gates = w.gates;
     params.dagg = w.dagg;
     params.dz = w.dz[level % 2];
     params.dgates = w.dgates;
@@ -432,7 +434,7 @@ Status toeplitz_backward_bands(const Problem& p, const Map& dagg, const Gradient
                                cudaStream_t stream) {
     const Workspace<T> w(p, out, scratch);
     const bool wants_dz = out.want_ctx || out.want_weights;
-    if (Status s = toeplitz_levels<T>(p, out.agg, w.z, w.global.level_sums, stream)) return s;
+    if (Status s = toeplitz_levels<T>(p, out.agg, w.z, w.gates, w.global.level_sums, stream)) return s;
     if (Status s = global_gradient<T>(p, dagg, w.global, wants_dz, stream)) return s;
     if (out.agg.data)
         if (Status s = add_global<T>(p, out.agg, w.global.global, stream)) return s;
@@ -445,7 +447,7 @@ Status toeplitz_backward_bands(const Problem& p, const Map& dagg, const Gradient
     const auto parts = [&](int l) { return p.B * w.plan.level[l].bands; };
     if (Status s = sum_weight_partials<T>(p, out, w.dweights, parts, stream)) return s;
     if (!out.want_gates) return {};
-    return sum_dgates<T>(p, w.dgates, blocks_for(p.C, w.plan.block_c), out.dgates, stream);
+    return sum_dgates<T>(p, w.dgates, blocks_for(p.C, w.plan.block_c), out.dgates, stream, true);
 }
 
 template size_t toeplitz_bands_scratch_bytes<__half>(const Problem&, const Gradients&);

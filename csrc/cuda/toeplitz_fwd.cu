@@ -43,10 +43,12 @@ struct ToeplitzParams {
     void* agg;            // contiguous
     float* sums;          // [B][tiles][C], of the last level over each tile; null: whole maps
     void* z[kMaxLevels];  // planar, what the levels' convolutions give; null: not wanted
+    void* planar_gates;   // [B][L + 1][H][planar_pitch], as they are; null: not wanted
     int planar_pitch;
     ToeplitzLevel level[kMaxLevels];
     int reach_y, reach_x;
     int ctx_width, agg_width;
+    bool four_gates;  // lie in 8 bytes, aligned
     float scale;
     ToeplitzTiling tiling;
 };
@@ -98,7 +100,18 @@ __device__ __forceinline__ void load_gates(const ForwardBlock<T>& b) {
         const int image = rows.image(walk.y), y = b.tile.y0 + walk.y - image * rows.held, x = b.tile.x0 + walk.x;
         const T* gate = from + image * p.gates.stride_b + y * p.gates.stride_h + x * p.gates.stride_w;
         T* to = b.gates + walk.y * p.tiling.sum_pitch + b.tile_column() + walk.x;
-        for (int l = 0; l <= p.L; ++l) to[l * p.tiling.sums()] = gate[l];
+        if (p.four_gates) {
+            T values[4];
+            load_raw<4>(gate, values);
+#pragma unroll
+            for (int l = 0; l < 4; ++l) to[l * p.tiling.sums()] = values[l];
+        } else {
+            for (int l = 0; l <= p.L; ++l) to[l * p.tiling.sums()] = gate[l];
+        }
+        if (!p.planar_gates || b.first_c > 0) continue;
+        T* planar =
+            static_cast<T*>(p.planar_gates) + ((b.first_image + image) * (p.L + 1) * p.H + y) * p.planar_pitch + x;
+        for (int l = 0; l <= p.L; ++l) planar[l * p.H * p.planar_pitch] = to[l * p.tiling.sums()];
     }
 }
 
@@ -235,7 +248,7 @@ __device__ __forceinline__ void run_level(const ForwardBlock<T>& b, const WarpPl
     if (w.warp == 0)
         write_taps<T>(taps,
                       static_cast<const T*>(own.weight) + static_cast<int64_t>(b.first_c + w.c) * own.kh * own.kw,
-                      own.kh, own.kw, STEPS, b.first_c + w.c < p.C, false, w.lane);
+                      own.kh, own.kw, STEPS, b.first_c + w.c < p.C, w.lane);
     join(t.warps);
     const Rows rows = b.rows_of_planes();
     // Of whole images all rows; of a tile those that the later levels want.
@@ -358,6 +371,7 @@ ToeplitzParams params_of(const Problem& p, const ToeplitzTiling& tiling, const M
     params.reach_x += params.reach_x % 2;  // pairs of columns stay pairs
     params.ctx_width = std::min(widest_vector(p.element, p.C, {p.ctx}), tiling.block_c);
     params.agg_width = std::min(widest_vector(p.element, p.C, {agg}), tiling.block_c);
+    params.four_gates = p.L == 3 && widest_vector(p.element, 4, {p.gates}) == 4;
     params.scale = p.scale;
     params.tiling = tiling;
     return params;
@@ -390,18 +404,20 @@ Status launch_toeplitz(const Problem& p, const ToeplitzParams& params, cudaStrea
 int toeplitz_forward_tiles(const Problem& p) { return plan_toeplitz(p).tiles(); }
 
 template <typename T>
-Status toeplitz_levels(const Problem& p, const Map& agg, T* const* z, float* sums, cudaStream_t stream) {
+Status toeplitz_levels(const Problem& p, const Map& agg, T* const* z, T* planar_gates, float* sums,
+                       cudaStream_t stream) {
     const ToeplitzTiling t = plan_toeplitz(p);
     if (t.cost == 0) return {cudaErrorInvalidConfiguration, "toeplitz_fwd_kernel"};
     ToeplitzParams params = params_of(p, t, agg, sums);
     std::copy_n(z, p.L, params.z);
+    params.planar_gates = planar_gates;
     params.planar_pitch = planar_pitch(p.W);
     return launch_toeplitz<T>(p, params, stream);
 }
 
-template Status toeplitz_levels<__half>(const Problem&, const Map&, __half* const*, float*, cudaStream_t);
-template Status toeplitz_levels<__nv_bfloat16>(const Problem&, const Map&, __nv_bfloat16* const*, float*,
-                                               cudaStream_t);
+template Status toeplitz_levels<__half>(const Problem&, const Map&, __half* const*, __half*, float*, cudaStream_t);
+template Status toeplitz_levels<__nv_bfloat16>(const Problem&, const Map&, __nv_bfloat16* const*, __nv_bfloat16*,
+                                               float*, cudaStream_t);
 
 namespace {
 

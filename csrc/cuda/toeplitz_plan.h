@@ -16,8 +16,6 @@ constexpr double kPerTile = 60.0;
 // That L2 moves while a scheduler issues an instruction: 5.5e12 bytes a second over 132 * 4 * 1.7e9 (H100 SXM).
 constexpr double kBytesPerInstruction = 6.0;
 
-inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
-inline int blocks_for(int n, int size) { return (n + size - 1) / size; }
 // Rows of a plane start in different quarters of the 32 banks, eight in a row: no conflict in ldmatrix.
 inline int odd_pitch(int columns) { return (round_up(columns, 8) / 8 | 1) * 8; }
 

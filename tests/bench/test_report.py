@@ -181,7 +181,7 @@ def test_what_has_no_rows_says_so_and_is_not_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "PLOTS", tmp_path / "plots")
     of_gpus = ("gpu", "gpu-operators", "gpu-kernels")
     expected = dict.fromkeys(report.PARTS, "Not measured yet.") | dict.fromkeys(of_gpus, "Not measured on a GPU yet.")
-    expected["predicted"] = "Nothing is predicted yet."
+    expected["predicted"] = expected["predicted-gpus"] = "Nothing is predicted yet."
     assert {name: part() for name, part in report.PARTS.items()} == expected
     assert plots.all_of(DEVICE) == []
     assert not plots.PLOTS.exists()

@@ -199,7 +199,6 @@ MISSED = {
     "focal_modulation backward, stage 2, us",
     "focal_modulation backward, stage 3, us",
     "focal_modulation backward, stage 4, us",
-    "large_fl3 stage 1, 32 images: focal_modulation backward, us",
     "toeplitz_fwd_planes_kernel of cuda, fewest programs",
     "dagg_kernel of triton, fewest programs",
     "dweight_kernel of triton, fewest programs",
