@@ -52,6 +52,7 @@ TENSOR_CORES = [
     ("whole maps", SM_86, Shape(3, 5, 41, 8, ((3, 15), (9, 1)))),
     ("whole maps", SM_86, Shape(2, 57, 35, 12, (3, 5))),
     ("tiles", SMALL, Shape(1, 48, 57, 9, (3, 5), normalize=True)),
+    ("tiles", SMALL, Shape(1, 48, 57, 8, (3, 5, 7))),
     ("tiles", SMALL, Shape(2, 63, 49, 8, (3, 3, 3, 3))),
     ("tiles", Device(64, 100, 4), Shape(1, 53, 61, 7, (11, 13))),
 ]
