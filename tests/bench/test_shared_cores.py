@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import shared_cores
@@ -16,6 +17,12 @@ def test_ratios_are_over_the_quiet_median_and_two_processes_share_one_throughput
     found = shared_cores.row("focalnet", CASE, [1.0] * 9, [2.0] * 19 + [4.0], [2.5] * 8)
     assert (found["quiet_s"], found["loaded_ratio"], found["two_share"]) == (1.0, 2.0, pytest.approx(0.8))
     assert 2.0 < found["loaded_p95_ratio"] <= 4.0
+
+
+def test_a_run_longer_than_a_turn_still_gives_what_a_percentile_needs(monkeypatch):
+    monkeypatch.setattr(shared_cores, "TURN_S", 0.0)
+    runs = shared_cores.turn(SimpleNamespace(run=lambda: 1.0))
+    assert shared_cores.row("focalnet", CASE, runs, runs, runs)["loaded_p95_ratio"] == 1.0
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="states of processes are read in /proc")
