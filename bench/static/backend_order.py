@@ -42,8 +42,7 @@ def microseconds(rows: list[dict]) -> dict[tuple, dict[str, float]]:
     found: dict[tuple, dict[str, float]] = defaultdict(dict)
     for row in rows:
         if row["subject"] == "all":
-            call = (row["x"], row["dtype"], row["operator"], row["variant"], row["stage"], row["batch"])
-            found[call][row.get("backend") or "triton"] = row["predicted_us"]
+            found[call_of(row)][row.get("backend") or "triton"] = row["predicted_us"]
     for device, dtype, operator, variant, number, batch in list(found):
         aggregation = found.get((device, dtype, _aggregation(operator), variant, number, batch), {})
         mine = found[device, dtype, operator, variant, number, batch]
@@ -53,6 +52,11 @@ def microseconds(rows: list[dict]) -> dict[tuple, dict[str, float]]:
             around = torch_launches.seconds(launches, stage, batch, getattr(torch, dtype), PROCESSORS[device])
             mine["cuda"] = aggregation["cuda"] + 1e6 * around
     return found
+
+
+def call_of(row: dict) -> tuple:
+    """As the keys of `microseconds`."""
+    return tuple(row[name] for name in ("x", "dtype", "operator", "variant", "stage", "batch"))
 
 
 def _aggregation(operator: str) -> str:

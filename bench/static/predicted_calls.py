@@ -20,6 +20,7 @@ from focalnet.benchmark.floors import OPERATORS, Stage, stages
 from focalnet.benchmark.rows import NOWHERE, read, write_table
 from focalnet.variants import VARIANTS
 
+NOTHING = "Nothing is predicted yet."
 # By use: what comes first is predicted first.
 DEVICES, DTYPES, BATCHES = ("H100", "B200", "A100", "RTX 4090"), ("bfloat16", "float16", "float32"), (128, 8, 1)
 DETAILED = ("tiny_lrf", "large_fl3")
@@ -144,7 +145,7 @@ def page() -> str:
     """What the committed rows are of, and what is left out, for docs/performance.md."""
     stored = {file: read(file, NOWHERE) for file in OF_FILE}
     if not any(stored.values()):
-        return "Nothing is predicted yet."
+        return NOTHING
     lines = []
     for file, operators in OF_FILE.items():
         left_out = lacking(stored[file], operators)

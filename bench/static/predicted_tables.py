@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import page
-from backend_order import committed, microseconds
-from predicted_calls import DEVICES
+from backend_order import call_of, committed, microseconds
+from predicted_calls import DEVICES, NOTHING
 
 from focalnet.benchmark.floors import stages
 
@@ -18,9 +18,9 @@ def of_gpus() -> str:
     """Both backends, the least that a compiled reference takes, and the floor; a blank where no row is yet."""
     rows = committed()
     if not rows:
-        return "Nothing is predicted yet."
+        return NOTHING
     times = microseconds(rows)
-    least = {_call(row): row for row in rows if row["subject"] == "all" and "floor_us" in row}
+    least = {call_of(row): row for row in rows if row["subject"] == "all" and "floor_us" in row}
     head = ["GPU", "stage", *(f"{direction}: {name}" for direction in DIRECTIONS for name in (*BACKENDS, *LEAST))]
     lines = []
     for device in DEVICES:
@@ -32,7 +32,3 @@ def of_gpus() -> str:
                 cells += [least.get(call, {}).get(field) for field in LEAST.values()]
             lines.append([device, str(stage), *("" if cell is None else f"{cell:.0f}" for cell in cells)])
     return page.table(head, lines)
-
-
-def _call(row: dict) -> tuple:
-    return tuple(row[name] for name in ("x", "dtype", "operator", "variant", "stage", "batch"))
