@@ -17,6 +17,7 @@ from .backends.registry import requested
 from .operators import eager
 from .operators import focal_modulation as _ops  # noqa: F401  (registers the operators)
 from .operators.autocast import autocast_dtype
+from .operators.exporting import is_exporting
 
 
 def focal_modulation(
@@ -138,7 +139,7 @@ def _must_be_plain(backend: str | None) -> bool:
     if torch.jit.is_tracing():  # type: ignore[attr-defined]
         return requested(backend) in (None, "reference")
     if torch.compiler.is_compiling():
-        return torch.compiler.is_exporting() and requested(backend) == "reference"
+        return is_exporting() and requested(backend) == "reference"
     if not torch._C._are_functorch_transforms_active():
         return False
     if requested(backend) not in (None, "reference"):

@@ -1,4 +1,4 @@
-"""The numbers of every backend at the sizes of real stages, against the reference in float64 on the CPU.
+"""The numbers of every backend at the sizes of real stages, against the reference in float64.
 
     python bench/gpu/gpu_numbers.py [--device cpu]
 
@@ -69,7 +69,7 @@ def operands(shape: Shape, dtype: torch.dtype, device: str) -> list[Tensor]:
 
 def results(given: list[Tensor], dtype: torch.dtype, backend: str) -> dict[str, Tensor]:
     """out and the gradients, by name."""
-    packed, weight, bias, dout, *focal_weights = (tensor.to(dtype) for tensor in given)
+    packed, weight, bias, dout, *focal_weights = (tensor.detach().to(dtype) for tensor in given)
     leaves = {"projection": packed, "weight": weight, "bias": bias}
     leaves |= {f"focal weight {level}": tensor for level, tensor in enumerate(focal_weights)}
     for tensor in leaves.values():
@@ -83,14 +83,14 @@ def results(given: list[Tensor], dtype: torch.dtype, backend: str) -> dict[str, 
 
 @functools.lru_cache(maxsize=1)
 def references(shape: Shape, dtype: torch.dtype, device: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Of the reference: in float64 on the CPU, and in ``dtype`` on the device, both on the CPU.
+    """Of the reference, in float64 and in ``dtype``: computed on the device, returned on the CPU.
 
     Without cuDNN, which would choose kernels for seconds, and round float32 to TF32.
     """
-    exact = results(operands(shape, dtype, "cpu"), torch.float64, "reference")
+    given = operands(shape, dtype, device)
     with torch.backends.cudnn.flags(enabled=False):
-        rounded = results(operands(shape, dtype, device), dtype, "reference")
-    return exact, {name: tensor.cpu() for name, tensor in rounded.items()}
+        exact, rounded = (results(given, one, "reference") for one in (torch.float64, dtype))
+    return tuple({name: tensor.cpu() for name, tensor in found.items()} for found in (exact, rounded))
 
 
 def compared(shape: Shape, dtype: torch.dtype, backend: str, device: str) -> dict[str, object]:

@@ -82,8 +82,10 @@ TRITON_FILES = (
     "test_production_tiles", "test_packed_projection", "test_gated_aggregation", "test_candidates", "test_residual",
     "test_gelu",
 )  # fmt: skip
-TRITON_TESTS = (*PYTEST, *_processes(14), *(f"tests/triton/{name}.py" for name in TRITON_FILES))
-CUDA_TESTS = (*PYTEST, "-m", "gpu", "tests/cuda/test_cuda_device.py")
+TRITON_TESTS = (*PYTEST, *_processes(11), *(f"tests/triton/{name}.py" for name in TRITON_FILES))
+CUDA_FILES = ("tests/cuda/test_cuda_device.py", "tests/cuda/test_models_on_a_gpu.py")
+CUDA_TESTS = (*PYTEST, "-m", "gpu", *CUDA_FILES)
+SANITIZED_TESTS = (*PYTEST, "-m", "gpu", CUDA_FILES[0], "-x", "-k", "obey and 1x1")
 BACKEND_TESTS = (*PYTEST, *_processes(4), "tests/operators/test_backends.py")
 TINY = ("--variant", "tiny_lrf", "--dtype", "bfloat16")
 # At its published size of 384 pixels.
@@ -114,6 +116,15 @@ def _before(build_limit: float, promised: float) -> tuple[Part, ...]:
     )
 
 
+def _tests(limit: float, promised: float) -> tuple[Part, ...]:
+    """Side by side: neither measures, most tests of Triton wait for its compiler, and most of `cuda` for a float64
+    reference on the CPU."""
+    return (
+        _python("tests-triton", TRITON_TESTS, limit, promised),
+        _python("tests-cuda", (*CUDA_TESTS, *_processes(4)), limit, promised),
+    )
+
+
 def full() -> list[Step]:
     """The steps of ten minutes, each part with its limit and what it is promised; the most telling ones first.
 
@@ -129,8 +140,7 @@ def full() -> list[Step]:
         _python("training", (*MODELS, "9", "--train", *EAGER), 60, 35),
         _python("models-compiled", (*MODELS, "9", *COMPILED), 90, 40),
         _python("training-compiled", (*MODELS, "7", "--train", *COMPILED), 90, 30),
-        _python("tests-triton", TRITON_TESTS, 120, 60),
-        _python("tests-cuda", CUDA_TESTS, 70, 40),
+        _tests(120, 60),
         _python("replay", ("bench/gpu/gpu_replay.py",), 30, 12),
         _python("models-large", (*LARGE_MODELS, "5", *EAGER), 60, 20),
         _python("training-large", (*LARGE_MODELS, "5", "--train", *EAGER), 60, 20),
@@ -154,8 +164,7 @@ def quick() -> list[Step]:
         _python("launches", ("bench/gpu/gpu_launches.py",), 30, 15),
         _python("models", (*MODELS, "5", *PLAIN), 35, 15),
         _python("training", (*MODELS, "5", "--train", *PLAIN), 35, 10),
-        _python("tests-triton", TRITON_TESTS, 45, 15),
-        _python("tests-cuda", CUDA_TESTS, 40, 15),
+        _tests(60, 25),
         _python("kernels", (*KERNELS, "5", *OURS), 30),
         _python("tests-backends", BACKEND_TESTS, 45),
     ]
@@ -212,7 +221,7 @@ def dry_scripts(parts: list[Part], folder: Path) -> list[Ended]:
 
 def _sanitizers() -> list[Part]:
     sanitizer = shutil.which("compute-sanitizer")
-    tests = (sys.executable, *CUDA_TESTS, "-x", "-k", "obey and 1x1")
+    tests = (sys.executable, *SANITIZED_TESTS)
     tools = ("memcheck", "racecheck") if sanitizer else ()
     return [
         Part(f"sanitizer-{tool}", (sanitizer, "--tool", tool, "--error-exitcode", "1", *tests), 60) for tool in tools

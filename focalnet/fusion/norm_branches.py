@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..backends.registry import pads, requested
 from ..operators import norm_mlp as _norm_mlp  # noqa: F401  (registers the operators)
 from ..operators.autocast import autocast_dtype
+from ..operators.exporting import is_exporting
 from ..operators.norm_linear import padded_linear
 from .gate import why_not_fused
 from .module_checks import is_changed, is_exact_gelu, is_plain, is_proxy
@@ -64,7 +65,7 @@ def may_pad(layer: nn.Module, hidden_state: Tensor, backend: str | None = None) 
     if not pads(hidden_state.device, dtype or hidden_state.dtype, backend) or not is_plain(layer, nn.Linear):
         return False
     if torch.compiler.is_compiling():
-        if torch.compiler.is_exporting() or type(hidden_state) not in (Tensor, nn.Parameter):
+        if is_exporting() or type(hidden_state) not in (Tensor, nn.Parameter):
             return False
     elif why_not_fused(hidden_state) is not None:
         return False
@@ -154,5 +155,5 @@ def _must_stay_visible(hidden_state: Tensor, backend: str | None) -> bool:
         return True
     if torch.compiler.is_compiling() and type(hidden_state) in (Tensor, nn.Parameter):
         # A compiler for GPUs fuses the steps on its own and recomputes cheap ones.
-        return torch.compiler.is_exporting() or hidden_state.device.type != "cpu"
+        return is_exporting() or hidden_state.device.type != "cpu"
     return why_not_fused(hidden_state) is not None

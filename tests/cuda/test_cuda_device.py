@@ -32,23 +32,23 @@ STAGES = [
 ]
 
 
-def results(arguments, dtype, normalize, backend, device="cuda"):
+def results(arguments, dtype, normalize, backend):
     """out, then the gradients of all arguments, on the CPU."""
     *images, focal_weights, weight, bias = arguments
-    leaves = [t.detach().to(device, dtype).requires_grad_() for t in (*images, *focal_weights, weight)]
+    leaves = [t.detach().to("cuda", dtype).requires_grad_() for t in (*images, *focal_weights, weight)]
     if bias is not None:
-        leaves.append(bias.detach().to(device, dtype).requires_grad_())
+        leaves.append(bias.detach().to("cuda", dtype).requires_grad_())
     q, ctx, gates, *rest = leaves
     levels = len(focal_weights)
     out = focalnet.focal_modulation(
         q, ctx, gates, rest[:levels], *rest[levels:], normalize_modulator=normalize, backend=backend
     )
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    gradients = torch.autograd.grad(out, leaves, dout.to(arguments[0].dtype).to(device, dtype))
+    gradients = torch.autograd.grad(out, leaves, dout.to(arguments[0].dtype).to("cuda", dtype))
     return [t.detach().cpu() for t in (out, *gradients)]
 
 
-def rounded_results(arguments, dtype, normalize):
+def reference_results(arguments, dtype, normalize):
     """Those of the reference in ``dtype``. cuDNN would choose kernels for seconds, and round float32 to TF32."""
     with torch.backends.cudnn.flags(enabled=False):
         return results(arguments, dtype, normalize, "reference")
@@ -62,8 +62,8 @@ MANY = [replace(shape, batch=64) if shape.height * shape.width == 1 else shape f
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_outputs_and_gradients_obey_the_rule(shape, dtype):
     arguments = operands(shape, dtype)
-    exact = results(arguments, torch.float64, shape.normalize, "reference", "cpu")
-    rounded = rounded_results(arguments, dtype, shape.normalize)
+    exact = reference_results(arguments, torch.float64, shape.normalize)
+    rounded = reference_results(arguments, dtype, shape.normalize)
     mine = results(arguments, dtype, shape.normalize, "cuda")
     for position, (m, r, e) in enumerate(zip(mine, rounded, exact, strict=True)):
         if e.numel():
