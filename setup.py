@@ -320,6 +320,7 @@ def extension(torch_version: str, pybind11_headers: str) -> Extension:
     ]
     # pybind11's own headers come first: the copy in torch 2.10 and 2.11 rejects code for the stable ABI.
     headers = [pybind11_headers, *include_paths()]
+    link_flags = []
     if os.name == "nt":
         flags, include_dirs = ["/O2", "/std:c++20", "/W3"], headers
     else:
@@ -329,6 +330,10 @@ def extension(torch_version: str, pybind11_headers: str) -> Extension:
         # Treat the headers of others as system headers to silence their warnings.
         flags += [flag for path in headers for flag in ("-isystem", path)]
         include_dirs = []
+        if sys.platform == "linux":
+            # Some compilers link libstdc++ statically. Were its symbols visible, half of that copy would be replaced
+            # by the one that the process has already, and the first stream or exception would crash.
+            link_flags = ["-Wl,--exclude-libs,ALL"]
     # torch's CppExtension would link libtorch_python, whose ABI changes between versions.
     return Extension(
         "focalnet._C",
@@ -339,6 +344,7 @@ def extension(torch_version: str, pybind11_headers: str) -> Extension:
         library_dirs=library_paths(),
         libraries=["torch_cpu", "c10"] if os.name == "nt" else ["torch_cpu"],
         extra_compile_args=flags,
+        extra_link_args=link_flags,
         language="c++",
     )
 

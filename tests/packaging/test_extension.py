@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.cpp_extension import library_paths
 
 from focalnet.backends import extension
 
@@ -66,11 +67,20 @@ def test_is_there_wherever_it_can_be():
         assert extension.missing() is None
 
 
+ROOT = Path(__file__).parents[2]
 FLAGS_OF_THE_EXTENSION = """
-import json, runpy, setuptools
-setuptools.setup = lambda **options: print(json.dumps(options["ext_modules"][0].extra_compile_args))
+import json, runpy, setuptools, sys
+setuptools.setup = lambda **options: print(json.dumps(getattr(options["ext_modules"][0], sys.argv[1])))
 runpy.run_path("setup.py")
 """
+
+
+def flags_of_the_extension(name):
+    """What setup.py gives the compiler ("extra_compile_args") or the linker ("extra_link_args")."""
+    environment = {**os.environ, "FOCALNET_BUILD": "cpu"}
+    command = [sys.executable, "-c", FLAGS_OF_THE_EXTENSION, name]
+    said = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True, timeout=120)
+    return json.loads(said.stdout.splitlines()[-1])
 
 
 @needs_extension
@@ -79,12 +89,41 @@ def test_headers_of_pybind11_itself_come_before_the_copy_that_torch_brings():
     pybind11 = pytest.importorskip("pybind11")
     if os.name == "nt":
         pytest.skip("the compiler takes another flag")
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "FOCALNET_BUILD": "cpu"}
-    command = [sys.executable, "-c", FLAGS_OF_THE_EXTENSION]
-    said = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=True, timeout=120)
-    flags = json.loads(said.stdout.splitlines()[-1])
+    flags = flags_of_the_extension("extra_compile_args")
     assert flags[flags.index("-isystem") + 1] == pybind11.get_include()
+
+
+STREAM_AND_ERROR = """
+import importlib.util, sys, torch
+spec = importlib.util.spec_from_file_location("focalnet._C", sys.argv[1])
+sys.modules["focalnet._C"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+from focalnet.backends import extension
+assert extension.missing() is None and sys.modules["focalnet._C"] is module
+assert torch.ops.focalnet.cpu_l2_bytes() > 0
+try:
+    torch.ops.focalnet.cpu_set_isa("nonsense")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@needs_extension
+@pytest.mark.skipif(sys.platform != "linux", reason="the flag is for Linux's linkers")
+def test_a_compiler_that_links_the_standard_library_statically_makes_an_extension_that_works(tmp_path):
+    """A stream and an exception: both went to two copies of libstdc++ at once, and crashed."""
+    objects = [str(path) for path in (ROOT / "build").glob(f"temp.*-{sys.implementation.cache_tag}/csrc/**/*.o")]
+    if not objects or extension.recorded_build()["cuda"]["built"]:
+        pytest.skip("the objects of a build in place, without CUDA, are not here")
+    binary = str(tmp_path / f"_C{SUFFIX}")
+    libraries = [f"-L{folder}" for folder in library_paths()]
+    flags = flags_of_the_extension("extra_link_args")
+    link = ["c++", "-shared", "-static-libstdc++", *objects, *libraries, "-ltorch_cpu", *flags, "-o", binary]
+    subprocess.run(link, check=True, timeout=120)
+    command = [sys.executable, "-c", STREAM_AND_ERROR, binary]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert "unknown isa 'nonsense'" in ended.stdout
 
 
 @needs_extension
