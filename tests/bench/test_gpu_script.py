@@ -219,10 +219,15 @@ def test_no_script_writes_rows_of_another_kind():
             assert written <= set(gpu_summary.KINDS), script
 
 
-def test_the_first_parts_run_side_by_side_and_what_follows_is_in_order():
-    steps = gpu.full()
-    assert {part.name for part in steps[0]} == {"build", "precompile", "device"}
-    order = [part.name for part in gpu.every_part(steps[1:])]
+@pytest.mark.parametrize("steps", [gpu.full(), gpu.quick()], ids=["full", "quick"])
+def test_the_package_is_installed_before_what_runs_beside_the_build_imports_it(steps):
+    (install,) = gpu.parts_of(steps[0])
+    assert "FOCALNET_BUILD=none" in install.command and "pip" in install.command
+    assert {part.name for part in steps[1]} == {"build", "precompile", "device"}
+
+
+def test_what_follows_the_build_is_in_order():
+    order = [part.name for part in gpu.every_part(gpu.full()[2:])]
     wanted = ["numbers", "launches", "models", "training", "models-compiled", "training-compiled", "tests-triton"]
     assert [name for name in order if name in wanted] == wanted
 
@@ -230,6 +235,12 @@ def test_the_first_parts_run_side_by_side_and_what_follows_is_in_order():
 def test_every_file_of_the_triton_tests_is_among_those_that_are_run():
     files = {path.stem for path in (gpu.ROOT / "tests" / "triton").glob("test_*.py")}
     assert files == set(gpu.TRITON_FILES)
+
+
+def test_every_file_of_the_cuda_tests_that_needs_a_gpu_is_among_those_that_are_run():
+    files = (gpu.ROOT / "tests" / "cuda").glob("test_*.py")
+    marked = {f"tests/cuda/{path.name}" for path in files if "pytest.mark.gpu" in path.read_text()}
+    assert marked == set(gpu.CUDA_FILES)
 
 
 def test_the_script_says_where_there_is_no_gpu(tmp_path):
