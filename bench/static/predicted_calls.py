@@ -30,11 +30,6 @@ FIRST = "tiny_lrf"
 BESIDE = (("large_fl3", 1, "H100", "bfloat16", 32),)
 Case = tuple[str, str, int]  # device, dtype, batch
 EVERY: tuple[Case, ...] = tuple(itertools.product(DEVICES, DTYPES, BATCHES))
-# The cases of which every call has a row, by the file of the rows. A run that comes further makes them more.
-WHOLE: dict[str, tuple[Case, ...]] = {
-    "predicted": tuple(case for case in EVERY if case[0] == "H100" or case[1] != "float32"),
-    "predicted_cuda": EVERY,
-}
 OF_FILE = {"predicted": OPERATORS, "predicted_cuda": OPERATORS[:2]}
 
 
