@@ -93,10 +93,14 @@ $(BIN)/python:
 
 # pip would compile 20,000 modules in one process. Templates among them are no Python, which compileall says by its code.
 # grad-cam wants torchvision, which has no CPU build to install beside torch's; its tests do without.
+# While pip unpacks the rest, the extension is compiled; what goes wrong there is said when focalnet is installed.
 $(VENV)/.requirements: requirements.txt | $(BIN)/python
 	@echo "installing torch $(TORCH), transformers $(TRANSFORMERS) and what else requirements.txt names ... (minutes, once)"
-	@$(PIP) install --no-compile -r requirements.txt
-	@$(PIP) install --no-compile --no-deps grad-cam
+	@$(PIP) install --no-compile torch==$(TORCH) numpy ninja pybind11 setuptools wheel
+	@$(BIN)/python setup.py --quiet build_ext --inplace >/dev/null 2>&1 & \
+	    $(PIP) install --no-compile -r requirements.txt && \
+	    $(PIP) install --no-compile --no-deps grad-cam; \
+	    code=$$?; wait; exit $$code
 	@$(BIN)/python -m compileall -qq -j $(WORKERS) $(VENV)/lib || true
 	@touch $@
 

@@ -56,9 +56,12 @@ def test_a_runtimes_row_is_kept_only_where_asked(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
     monkeypatch.setattr(shared_cores, "TURN_S", 0.05)
     monkeypatch.setattr(shared_cores, "facts", lambda device: {"device": "some CPU"})
-    shared_cores.main("tiny_srf", 64, 1, ["focalnet"], 1, keep=False)
-    assert "focalnet" in capsys.readouterr().out
-    assert rows.devices("shared_cores") == []
     shared_cores.main("tiny_srf", 64, 1, ["focalnet"], 1, keep=True)
     (row,) = rows.read("shared_cores", "some CPU")
     assert row["quiet_s"] > 0 and row["two_share"] > 0
+    monkeypatch.setattr(rows, "RESULTS", tmp_path / "not asked for")
+    monkeypatch.setattr(shared_cores, "measured", lambda *_: row)
+    capsys.readouterr()
+    shared_cores.main("tiny_srf", 64, 1, ["focalnet"], 1, keep=False)
+    assert "focalnet" in capsys.readouterr().out
+    assert rows.devices("shared_cores") == []
