@@ -75,7 +75,7 @@ TRITON_FILES = (
 )  # fmt: skip
 TRITON_TESTS = (*PYTEST, *_processes(11), *(f"tests/triton/{name}.py" for name in TRITON_FILES))
 CUDA_FILES = ("tests/cuda/test_cuda_device.py", "tests/cuda/test_models_on_a_gpu.py")
-CUDA_TESTS = (*PYTEST, "-m", "gpu", *CUDA_FILES)
+CUDA_TESTS = (*PYTEST, *_processes(4), "-m", "gpu", *CUDA_FILES)
 SANITIZED_TESTS = (*PYTEST, "-m", "gpu", CUDA_FILES[0], "-x", "-k", "obey and 1x1")
 BACKEND_TESTS = (*PYTEST, *_processes(4), "tests/operators/test_backends.py")
 TINY = ("--variant", "tiny_lrf", "--dtype", "bfloat16")
@@ -108,11 +108,10 @@ def _before(build_limit: float, promised: float) -> tuple[Part, ...]:
 
 
 def _tests(limit: float, promised: float) -> tuple[Part, ...]:
-    """Side by side: neither measures, most tests of Triton wait for its compiler, and most of `cuda` for a float64
-    reference on the CPU."""
+    """Side by side: neither measures, and most tests of Triton wait for its compiler."""
     return (
         _python("tests-triton", TRITON_TESTS, limit, promised),
-        _python("tests-cuda", (*CUDA_TESTS, *_processes(4)), limit, promised),
+        _python("tests-cuda", CUDA_TESTS, limit, promised),
     )
 
 
